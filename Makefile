@@ -1,0 +1,34 @@
+# Everything happens in a virtual environment of the project's own: no root, no GPU needed.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:\t/'
+
+demo: $(VENV)/runs  ## a dozen fairy tales at once, from one pool of blocks
+	$(RUN) generate.py
+
+test: $(VENV)/tests  ## what a reader runs: minutes
+	$(RUN) -m pytest -m "not slow"
+
+check: $(VENV)/tests  ## everything, the slow tests and the formatting too
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \
+	$(RUN) train_tiny.py --text $(TEXT) --resume
+
+$(VENV)/runs: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/tests: $(VENV)/runs requirements-dev.txt
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.PHONY: help demo test check train

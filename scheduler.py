@@ -1,0 +1,418 @@
+"""Every step, choose again who runs: continuous batching, chunked prefill, preemption.
+
+A static batch starts together and ends with its longest member: a request for 5 tokens beside one
+for 500 holds its place for 495 steps. Here each step is planned from scratch. There is no "prefill
+phase" and no "decode phase" either. A sequence has some tokens and `num_computed_tokens` of them in
+the cache, and every step it may catch up within the step's token budget:
+
+    a new prompt of 300 tokens   300 behind  ->  this step: 64 of them, then 64, ... (chunked prefill)
+    a sequence that is writing     1 behind  ->  this step: that one                 (decode)
+    preempted after 120 tokens   120 behind  ->  later: all of them again            (recompute)
+
+    A 5+8  Pddddddd                P  new tokens of a prompt in this step
+    B 6+6  Pdddx..Pdd              d  one token   .  waits   x  preempted (its blocks went to A)
+
+When the pool is dry the last in the order of precedence gives up all its blocks, waits in front of
+all who came later, and computes its tokens again: the first in line never waits, so there is no
+livelock. This file touches no tensor and imports no torch: a plan is numbers and block ids. What a
+production engine does beyond this: the same, with encoders, adapters, several GPUs and requests
+split between them.
+
+Yu et al. 2022, "Orca", OSDI, section 3.1 (iteration-level scheduling); Kwon et al. 2023,
+"PagedAttention", arXiv:2309.06180, section 4.5 (preemption); Agrawal et al. 2023, "Sarathi",
+arXiv:2308.16369 (chunked prefill).
+Run: python scheduler.py
+Try: in the demo, max_num_batched_tokens=3 (prompts arrive in pieces), or num_blocks=12 (no
+preemption).
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from block_allocator import BlockAllocator, NoFreeBlocks
+from policies import first_come_first_served
+
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a client asked for; it may own several sequences. `params` and `strategy` pass through."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    arrival: int  # rises with every request
+    priority: int = 0
+    user: str | None = None
+    deadline: float | None = None
+    params: Any = None
+    strategy: Callable | None = None
+    sequences: list["Sequence"] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One list of tokens with one block table."""
+
+    request: Request
+    index: int  # among its request's sequences
+    token_ids: list[
+        int
+    ]  # the prompt and what was generated; K and V of the newest are not yet written
+    num_prompt_tokens: int
+    max_tokens: int  # generated tokens at which it ends
+    min_tokens: int = 0  # generated tokens before which no stop token ends it
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    num_computed_tokens: int = 0  # tokens whose K and V are in the cache, or will be after the plan
+    block_table: list[int] = field(default_factory=list)
+    status: str = WAITING
+    finish_reason: str | None = None  # "stop", "length", "abort", or None while it runs
+    stop_reason: int | str | None = None  # the stop token (not EOS) or stop string that ended it
+    logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
+    num_preemptions: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+class Scheduled(NamedTuple):
+    """Positions [start, start + num_new_tokens) of a sequence are computed in this step."""
+
+    seq: Sequence
+    start: int
+    num_new_tokens: int
+
+
+@dataclass
+class Plan:
+    """What one step does. In this order: swap out, swap in, copies, then the forward."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)  # those whose newest token is computed
+    preempted: list[Sequence] = field(default_factory=list)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block id, host block id)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), for copy-on-write
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_new_tokens for entry in self.scheduled)
+
+
+class Continuation(NamedTuple):
+    """One future of a sequence: the tokens that follow. Two with the same parent fork it."""
+
+    parent: Sequence
+    token_ids: list[int]
+    logprobs: list | None = None  # one entry a token
+    seed: int | None = None  # of a forked child; None keeps the parent's
+
+
+def reserve_now(seq: Sequence) -> int:
+    """Paged: memory for the tokens a sequence has now, none for those it may have later."""
+    return len(seq.token_ids)
+
+
+class Scheduler:
+    """Decides who runs, and keeps the books of who holds which blocks.
+
+    `reserve(seq)` says for how many tokens a sequence needs memory, `policy(seq)` its place in
+    the order of precedence. Each sequence's blocks belong to it from its start until it ends or
+    is preempted.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_seq_len: int,
+        reserve: Callable[[Sequence], int] = reserve_now,
+        policy: Callable[[Sequence], Any] = first_come_first_served,
+    ):
+        if max_num_seqs < 1 or max_num_batched_tokens < 1:
+            limits = (
+                f"max_num_seqs is {max_num_seqs}, max_num_batched_tokens {max_num_batched_tokens}"
+            )
+            raise ValueError(f"{limits}: both must be at least 1")
+        self.allocator = allocator
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_seq_len = max_seq_len
+        self.reserve = reserve
+        self.policy = policy
+        self.running: list[Sequence] = []  # in the order of precedence
+        self._waiting: list[tuple] = []  # a heap of (key, tie-breaker, sequence)
+        self._pushes = 0
+        self.num_waiting = 0  # the heap may also hold sequences that were aborted meanwhile
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0  # computed, then lost to a preemption
+        self.num_blocks_taken = 0
+        self.num_blocks_freed = 0
+
+    # ---- in and out ----
+    def add(self, request: Request) -> None:
+        """Queue a request's sequences. ValueError if one could never be finished in this pool."""
+        for seq in request.sequences:
+            most = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
+            needed = self.allocator.blocks_needed(max(most, self.reserve(seq)))
+            if needed > self.allocator.num_blocks:
+                raise ValueError(
+                    f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
+                    f"{needed} blocks of {self.allocator.block_size}, the pool has "
+                    f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
+                )
+        for seq in request.sequences:
+            self._push(seq)
+
+    def has_unfinished(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.running or self.num_waiting)
+
+    def finish(self, seq: Sequence, reason: str | None) -> None:
+        """End a sequence in any state; its blocks go back. Ending it twice does nothing."""
+        if seq.status == RUNNING:
+            self.running.remove(seq)
+            self._free(seq)
+        elif seq.status == WAITING:
+            self.num_waiting -= 1  # its entry in the heap is dropped when it comes up
+        else:
+            return
+        seq.status, seq.finish_reason = FINISHED, reason
+
+    # ---- the plan ----
+    def schedule(self) -> Plan:
+        """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`."""
+        plan = Plan()
+        budget = self.max_num_batched_tokens
+        position = 0
+        while budget and position < len(self.running):  # preemption shortens the list at its end
+            seq = self.running[position]
+            num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            if num_new_tokens:
+                if not self._make_room(seq, num_new_tokens, plan):
+                    break  # it was the last in line itself, and gave up its own blocks
+                self._advance(seq, num_new_tokens, plan)
+                budget -= num_new_tokens
+            position += 1
+        # Whoever was just preempted must not come back in the same step: the pool is dry.
+        while budget and not plan.preempted and len(self.running) < self.max_num_seqs:
+            seq = self._next_waiting()
+            if seq is None or not self._start(seq):
+                break
+            num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            self._advance(seq, num_new_tokens, plan)
+            budget -= num_new_tokens
+        return plan
+
+    def _advance(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> None:
+        """Enter a sequence's new tokens in the plan."""
+        start = seq.num_computed_tokens
+        plan.scheduled.append(Scheduled(seq, start, num_new_tokens))
+        seq.num_computed_tokens = start + num_new_tokens
+        if start + num_new_tokens == len(seq.token_ids):
+            plan.sampled.append(seq)
+
+    def _make_room(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> bool:
+        """Blocks for a running sequence's next tokens, preempting from the end of the line.
+
+        False where the sequence itself had to be preempted.
+        """
+        table, allocator = seq.block_table, self.allocator
+        start, block_size = seq.num_computed_tokens, allocator.block_size
+        # A comparison of sizes, never a modulo: 17 tokens, block_size 16, 1 block held -> 1 more.
+        if start + num_new_tokens > len(table) * block_size:
+            num_tokens = max(start + num_new_tokens, self.reserve(seq))
+            needed = allocator.blocks_needed(num_tokens) - len(table)
+            new_blocks = self._allocate_or_preempt(needed, seq, plan)
+            if new_blocks is None:
+                return False
+            table += new_blocks
+        # The first new token may fall into a partly filled block that a fork shares: copy it first.
+        shared = table[start // block_size]
+        if allocator.ref_count(shared) > 1:
+            new_block = self._allocate_or_preempt(1, seq, plan)
+            if new_block is None:
+                return False
+            plan.copies.append((shared, new_block[0]))
+            allocator.free([shared])  # not the last holder: the block lives on
+            table[start // block_size] = new_block[0]
+        return True
+
+    def _allocate_or_preempt(self, n: int, seq: Sequence, plan: Plan) -> list[int] | None:
+        while True:
+            try:
+                self.num_blocks_taken += n
+                return self.allocator.allocate(n)
+            except NoFreeBlocks:
+                self.num_blocks_taken -= n
+                victim = self.running[-1]
+                self.preempt(victim)
+                plan.preempted.append(victim)
+                if victim is seq:
+                    return None
+
+    def _start(self, seq: Sequence) -> bool:
+        """Move the first waiting sequence to running if the pool has what it reserves."""
+        # At least its last token must be computed: without a query there are no logits to sample.
+        table = self.allocator.match_prefix(seq.token_ids[:-1])
+        needed = self.allocator.blocks_needed(self.reserve(seq)) - len(table)
+        try:
+            seq.block_table = table + self.allocator.allocate(needed)
+        except NoFreeBlocks:
+            self.allocator.free(table)
+            return False
+        self.num_blocks_taken += needed
+        seq.num_computed_tokens = len(table) * self.allocator.block_size
+        heapq.heappop(self._waiting)
+        self.num_waiting -= 1
+        self._run(seq)
+        return True
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's blocks and let it wait, to compute its tokens again later."""
+        self.running.remove(seq)
+        self.num_preemptions += 1
+        self.num_recomputed_tokens += seq.num_computed_tokens
+        seq.num_preemptions += 1
+        seq.num_computed_tokens = 0
+        self._free(seq)
+        self._push(seq)
+
+    # ---- after the forward ----
+    def update(self, plan: Plan, continuations: list[Continuation]) -> None:
+        """Append the sampled tokens, end what is complete, fork parents of several children.
+
+        A sampled sequence without a continuation is dropped: its strategy saw no future in it.
+        """
+        for seq, _, _ in plan.scheduled:
+            if seq.status == RUNNING:
+                self.allocator.publish(seq.block_table, seq.token_ids, seq.num_computed_tokens)
+        first: dict[Sequence, Continuation] = {}
+        for future in continuations:
+            if first.setdefault(future.parent, future) is not future:
+                # One more child of the same parent: fork it before the parent itself grows.
+                if future.parent.status == RUNNING:
+                    self._extend(self._fork(future.parent, future), future)
+        for seq in plan.sampled:
+            if seq.status != RUNNING:
+                continue  # aborted since the plan was made
+            if seq in first:
+                self._extend(seq, first[seq])
+            else:
+                self.finish(seq, None)
+
+    def _extend(self, seq: Sequence, future: Continuation) -> None:
+        """Append a continuation's tokens one by one until one of them ends the sequence."""
+        for i, token_id in enumerate(future.token_ids):
+            seq.token_ids.append(token_id)
+            if future.logprobs is not None:
+                seq.logprobs.append(future.logprobs[i])
+            num_generated = len(seq.token_ids) - seq.num_prompt_tokens
+            if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
+                return self.finish(seq, "stop")
+            if num_generated >= seq.max_tokens or len(seq.token_ids) >= self.max_seq_len:
+                return self.finish(seq, "length")
+
+    def _fork(self, parent: Sequence, future: Continuation) -> Sequence:
+        """A second sequence with the same past: it shares all blocks until one of both writes."""
+        self.allocator.fork(parent.block_table)
+        child = Sequence(
+            request=parent.request,
+            index=len(parent.request.sequences),
+            token_ids=list(parent.token_ids),
+            num_prompt_tokens=parent.num_prompt_tokens,
+            max_tokens=parent.max_tokens,
+            min_tokens=parent.min_tokens,
+            stop_token_ids=parent.stop_token_ids,
+            seed=parent.seed if future.seed is None else future.seed,
+            num_computed_tokens=parent.num_computed_tokens,
+            block_table=list(parent.block_table),
+            logprobs=list(parent.logprobs),
+        )
+        parent.request.sequences.append(child)
+        self._run(child)
+        return child
+
+    # ---- the queues ----
+    def _run(self, seq: Sequence) -> None:
+        seq.status = RUNNING
+        insort(self.running, seq, key=self.policy)
+
+    def _push(self, seq: Sequence) -> None:
+        seq.status = WAITING
+        self._pushes += 1
+        heapq.heappush(self._waiting, (self.policy(seq), self._pushes, seq))
+        self.num_waiting += 1
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][2].status != WAITING:
+            heapq.heappop(self._waiting)  # aborted while it waited
+        return self._waiting[0][2] if self._waiting else None
+
+    def _free(self, seq: Sequence) -> None:
+        self.num_blocks_freed += len(seq.block_table)
+        self.allocator.free(seq.block_table)
+        seq.block_table = []
+
+    def check_integrity(self) -> None:
+        """Assert that the blocks held are those of the running sequences, and hold their tokens."""
+        self.allocator.check_integrity([seq.block_table for seq in self.running])
+        for seq in self.running:
+            room = len(seq.block_table) * self.allocator.block_size
+            assert seq.status == RUNNING and seq.num_computed_tokens <= room
+            assert seq.num_computed_tokens <= len(seq.token_ids)
+        waiting = [seq for _, _, seq in self._waiting if seq.status == WAITING]
+        assert len(waiting) == self.num_waiting
+        assert all(not seq.block_table and seq.num_computed_tokens == 0 for seq in waiting)
+
+
+# --------------------------------------------------------------------------------------------------
+def demo():
+    """Five requests in a pool of 8 blocks of 4: who runs in which step, as one strip each."""
+    wanted = {"A": (6, 9), "B": (10, 12), "C": (3, 4), "D": (5, 6), "E": (8, 5)}
+    scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens=16, max_seq_len=64)
+    requests = []
+    for arrival, (name, (prompt, generated)) in enumerate(wanted.items()):
+        request = Request(name, list(range(prompt)), arrival)
+        request.sequences = [Sequence(request, 0, list(range(prompt)), prompt, generated)]
+        scheduler.add(request)
+        requests.append(request)
+
+    strips = {name: "" for name in wanted}
+    steps = 0
+    while scheduler.has_unfinished():
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        marks = {seq.request.request_id: "x" for seq in plan.preempted}
+        for seq, _, num_new_tokens in plan.scheduled:
+            marks[seq.request.request_id] = "P" if num_new_tokens > 1 else "d"
+        for request in requests:
+            done = request.sequences[0].status == FINISHED
+            strips[request.request_id] += marks.get(request.request_id, " " if done else ".")
+        scheduler.update(plan, [Continuation(seq, [0]) for seq in plan.sampled])
+        steps += 1
+
+    print("prompt + generated tokens; at most 4 at once, 16 tokens a step, 8 blocks of 4\n")
+    for name, (prompt, generated) in wanted.items():
+        print(f"{name} {prompt:2}+{generated:<2} {strips[name]}")
+    print("\nP many tokens of a prompt, d one token, . waits, x preempted")
+    # Static: four start together and end with the longest, then the fifth.
+    static = max(generated for _, generated in list(wanted.values())[:4]) + wanted["E"][1]
+    print(f"{steps} steps; a static batch of 4 needs {static}, and memory for 4 whole sequences:")
+    most = sum(prompt + generated for prompt, generated in list(wanted.values())[:4])
+    print(f"{-(-most // 4)} blocks, where this pool has 8")
+    again = scheduler.num_recomputed_tokens
+    print(f"{scheduler.num_preemptions} preemptions, {again} tokens computed again")
+    assert scheduler.num_preemptions > 0 and scheduler.allocator.num_free == 8
+    assert all(r.sequences[0].num_generated == wanted[r.request_id][1] for r in requests)
+    print("ok: all five finished with every token they asked for, and 8 of 8 blocks are free")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,320 @@
+"""Where the shipped model comes from: a small GPT-2 trained on a folder of tales, on two CPU cores.
+
+A cache bug hides behind random weights: with nanoGPT's initialisation greedy decoding repeats one
+token whatever the cache holds. A model that has learned to write shows it at once, to the eye and
+to the tests. So this repository ships one: 5.8 million parameters, head_dim 64 like every real
+GPT-2, 1,024 trained positions, a byte-level BPE of its own.
+
+The model is `model.py`'s, untouched. Training is one more plug for its socket: the N flat rows are
+B windows of T tokens, and each window attends to itself. Two phases share one cosine schedule:
+
+    first two thirds   windows of 256 tokens, each at a random offset: all positions are trained
+    last third         windows of 1,024 tokens: the far end has something to look back at
+
+Every thirtieth tale is held out and never seen: not by the training, not by the tokenizer.
+Checkpoints are written every few minutes; `--resume` goes on from the last one with the same
+batches as if nothing had happened, because a batch is a function of (seed, step).
+
+Run: python train_tiny.py --text FOLDER_OF_TXT --out assets/tiny-gpt2
+Try: --dropout 0 (watch the held-out loss turn back up while the training loss falls), or --no-long
+(every window 256 tokens: the loss at positions 512 to 1,023 stays above that of the first 256).
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import save_model
+from model import GPT, Attend, GPTConfig
+
+END_OF_TEXT = "<|endoftext|>"
+STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "‑": "-", "…": "..."})
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def read_tales(paths: list[Path]) -> list[str]:
+    """Cut text files into tales, quotes straightened.
+
+    A tale ends at two blank lines; a file without any is cut at its titles (one short line between
+    blank lines that ends in no punctuation). Pieces under 200 characters are headings of what
+    follows and stay with it; at the end of a file, where nothing follows, they are left out.
+    """
+    tales = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8").translate(STRAIGHT).strip()
+        pieces = text.split("\n\n\n")
+        if len(pieces) == 1:
+            pieces = []
+            for paragraph in text.split("\n\n"):
+                is_short = len(paragraph) < 60 and "\n" not in paragraph
+                is_title = is_short and paragraph[-1:].isalnum()  # [-1:], for an empty file
+                if is_title or not pieces:
+                    pieces.append(paragraph)
+                else:
+                    pieces[-1] += "\n\n" + paragraph
+        heading = ""
+        for piece in pieces:
+            heading += piece.strip() + "\n\n"
+            if len(heading) >= 200:
+                tales.append(heading.rstrip())
+                heading = ""
+    return tales
+
+
+def train_tokenizer(tales: list[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Learn a byte-level BPE as GPT-2's, `<|endoftext|>` last; save it as Hugging Face does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[],
+    )
+    tokenizer.train_from_iterator(tales, trainer)
+    tokenizer.add_special_tokens([END_OF_TEXT])  # now: given to the trainer it would become id 0
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab[END_OF_TEXT] = tokenizer.token_to_id(END_OF_TEXT)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    return tokenizer
+
+
+def batch_at(stream: Tensor, step: int, seed: int, rows: int, length: int, max_seq_len: int):
+    """The batch of a step, a pure function of (seed, step): ids, positions, targets.
+
+    Each is (rows * length,).
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(len(stream) - length, (rows, 1), generator=generator)
+    # A short window may sit anywhere in the context: no position embedding is left untrained.
+    offsets = torch.randint(max_seq_len - length + 1, (rows, 1), generator=generator)
+    steps = torch.arange(length)
+    ids, targets = stream[starts + steps], stream[starts + steps + 1]
+    return ids.flatten(), (offsets + steps).flatten(), targets.flatten()
+
+
+# ---- the training socket -------------------------------------------------------------------------
+def attend_windows(rows: int) -> Attend:
+    """The training plug: N flat tokens are `rows` equal windows, each causal within itself."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, D) each
+        windows = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        out = F.scaled_dot_product_attention(*windows, is_causal=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+@torch.inference_mode()
+def held_out_losses(model: GPT, tales: list[str], tokenizer: Tokenizer) -> dict[str, float]:
+    """Score whole tales: nats per character, and nats per token by position in the window.
+
+    A tale longer than the context is read in windows that overlap by half; each token is counted
+    once, where it sees most of its past. A tale starts after `<|endoftext|>`, as in training.
+    """
+    model.eval()
+    size = model.config.max_seq_len
+    stride = max(1, size // 2)
+    old = size - stride  # tokens of a later window that the one before has scored already
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    total, characters, tokens = 0.0, 0, 0
+    by_position = torch.zeros(2, size)  # sum of losses, count
+    for tale in tales:
+        ids = torch.tensor([end, *tokenizer.encode(tale).ids])
+        for start in range(0, max(1, len(ids) - 1 - old), stride):
+            window, targets = ids[start : start + size], ids[start + 1 : start + size + 1]
+            window = window[: len(targets)]
+            hidden = model(window, torch.arange(len(window)), attend_windows(1))
+            losses = F.cross_entropy(model.logits(hidden), targets, reduction="none")
+            by_position[0, : len(losses)] += losses
+            by_position[1, : len(losses)] += 1
+            new = losses if start == 0 else losses[old:]
+            total, tokens = total + new.sum().item(), tokens + len(new)
+        characters += len(tale)
+    near, far = by_position[:, :256].sum(1), by_position[:, size // 2 :].sum(1)
+    return {
+        "nats_per_character": total / characters,
+        "nats_per_token": total / tokens,
+        "nats_per_token_at_0_to_255": (near[0] / near[1]).item(),
+        "nats_per_token_at_512_to_1023": (far[0] / far[1]).item(),
+        "characters": characters,
+        "tales": len(tales),
+    }
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up over 2% of the steps, then a cosine to 5%."""
+    warm = max(1, steps // 50)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def make_optimizers(model: GPT, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, biases and gains.
+
+    Muon replaces each matrix's step by the nearest orthogonal one (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon): after 60 steps the loss was 5.1 where AdamW's was 6.0.
+    """
+    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
+    tables = [model.wte.weight, model.wpe.weight]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    rest = [
+        {"params": tables, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=0.95),
+        torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.95)),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def save_state(path: Path, model: GPT, optimizers: list, step: int, loss: float) -> None:
+    """Write all that the rest of the training depends on; a killed run leaves a whole file."""
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    partial = path.with_suffix(".partial")
+    torch.save({**state, "step": step, "loss": loss, "rng": torch.get_rng_state()}, partial)
+    partial.replace(path)
+
+
+def load_state(path: Path, model: GPT, optimizers: list) -> tuple[int, float]:
+    """Undo `save_state`; returns the next step and the running mean of the loss."""
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    torch.set_rng_state(saved["rng"])  # dropout's; the batches are functions of (seed, step)
+    return saved["step"], saved["loss"]
+
+
+def train(model: GPT, stream: Tensor, args: argparse.Namespace, checkpoint: Path) -> float:
+    """Train to `args.steps`, or to `args.stop_after` on the way; returns the training loss.
+
+    The loss is a running mean, in nats per token. The last step's state is always saved.
+    """
+    optimizers = make_optimizers(model, args.lr, args.weight_decay)
+    first, loss_mean = 0, math.log(model.config.vocab_size)
+    if args.resume and checkpoint.exists():
+        first, loss_mean = load_state(checkpoint, model, optimizers)
+    model.train()
+    saved_at = time.monotonic()
+    last = args.steps if args.stop_after is None else min(args.steps, args.stop_after)
+    bar = tqdm(range(first, last), initial=first, total=args.steps, unit="step")
+    for step in bar:
+        is_short = step < args.steps * 2 // 3 or args.no_long
+        length = args.short_length if is_short else model.config.max_seq_len
+        rows = args.tokens_per_step // length
+        batch = batch_at(stream, step, args.seed, rows, length, model.config.max_seq_len)
+        ids, positions, targets = batch
+        logits = model.logits(model(ids, positions, attend_windows(rows)))
+        loss = F.cross_entropy(logits, targets)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_factor(step, args.steps)
+            optimizer.step()
+        loss_mean = 0.98 * loss_mean + 0.02 * loss.item()
+        bar.set_postfix_str(f"loss {loss_mean:.3f}, T {length}", refresh=False)
+        if time.monotonic() - saved_at > args.save_every_s or step + 1 == last:
+            save_state(checkpoint, model, optimizers, step + 1, loss_mean)
+            saved_at = time.monotonic()
+    return loss_mean
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; every default is what the shipped model was trained with."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, help="a folder of .txt files, or one file")
+    add("--skip", nargs="*", default=["tinyshakespeare.txt"], help="file names in it to leave out")
+    add("--out", type=Path, default=Path("assets/tiny-gpt2"), help="folder of the finished model")
+    add("--work", type=Path, default=Path("train_tiny_work"), help="folder of the checkpoint")
+    add("--resume", action="store_true", help="go on from the checkpoint in --work")
+    add("--steps", type=int, default=3000, help="length of the schedule")
+    add("--stop-after", type=int, help="write the model as it stands after so many steps, and end")
+    add("--tokens-per-step", type=int, default=4096)
+    add("--short-length", type=int, default=256, help="window in the first two thirds, in tokens")
+    add("--no-long", action="store_true", help="keep short windows to the end")
+    add("--max-seq-len", type=int, default=1024)
+    add("--vocab-size", type=int, default=3072)
+    add("--n-layer", type=int, default=6)
+    add("--n-head", type=int, default=4, help="heads of 64")
+    add("--dropout", type=float, default=0.1)
+    add("--lr", type=float, default=0.015, help="peak, of the matrices; else a tenth")
+    add("--weight-decay", type=float, default=0.1)
+    add("--seed", type=int, default=0)
+    add("--save-every-s", type=float, default=300.0, help="seconds between checkpoints")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    """Read, train, save, and print what the held-out tales say."""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    files = [args.text] if args.text.is_file() else sorted(args.text.glob("*.txt"))
+    files = [file for file in files if file.name not in args.skip]
+    if not files:
+        raise SystemExit(f"no .txt file in {args.text}: name a folder that has some")
+    tales = read_tales(files)
+    if len(tales) < 30:
+        raise SystemExit(
+            f"{len(tales)} tales in {args.text}: 30 are needed, so that one is held out"
+        )
+    held_out = tales[29::30]
+    seen = [tale for i, tale in enumerate(tales) if i % 30 != 29]
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seen, args.vocab_size, args.out)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch(seen)
+    stream = torch.tensor([end] + [i for tale in encoded for i in (*tale.ids, end)])
+    characters = sum(map(len, seen))
+    print(f"{len(seen)} tales, {characters:,} characters, {len(stream):,} tokens", end="")
+    print(f"; {len(held_out)} held out")
+    longest = args.short_length if args.no_long else args.max_seq_len
+    if longest > min(args.tokens_per_step, len(stream) - 1):
+        have = f"--tokens-per-step is {args.tokens_per_step}, the text has {len(stream)} tokens"
+        raise SystemExit(f"{have}: too few for a window of {longest}, make it shorter")
+
+    config = GPTConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_seq_len=args.max_seq_len,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        n_embd=64 * args.n_head,
+        dropout=args.dropout,
+        eos_token_id=end,
+    )
+    model = GPT(config).init_weights(seed=args.seed)
+    num_tokens = args.steps * args.tokens_per_step
+    print(f"{model.num_parameters():,} parameters, {num_tokens:,} tokens to train on")
+    loss = train(model, stream, args, args.work / "checkpoint.pt")
+    save_model(model, args.out, torch.float16)
+    report = {"training_loss_nats_per_token": loss, **held_out_losses(model, held_out, tokenizer)}
+    for name, value in report.items():
+        print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
+    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    settings["files"] = [file.name for file in files]  # the folders are nobody's business
+    text = json.dumps({**settings, **report}, indent=1) + "\n"
+    (args.out / "training.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
