@@ -58,6 +58,11 @@ class BlockAllocator:
         """How many blocks `allocate` could hand out now."""
         return len(self._free)
 
+    @property
+    def num_evicted(self) -> int:
+        """Cached blocks thrown out so far to make room; an allocator without a memory has none."""
+        return 0
+
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks, each with reference count 1. All or nothing: else NoFreeBlocks."""
         if n > len(self._free):

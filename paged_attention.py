@@ -6,7 +6,7 @@ maximum m, a running denominator l and a running weighted sum of values acc; a n
 with values V updates them, and whatever was summed under the old maximum shrinks by the same
 factor:
 
-    m' = max(m, max(s))    l' = l e^(m - m') + sum(e^(s - m'))    acc' = acc e^(m - m') + e^(s - m') V
+    m' = max(m, max(s))   l' = l e^(m - m') + sum(e^(s - m'))   acc' = acc e^(m - m') + e^(s - m') V
 
 After the last block acc / l is the attention output, whatever the order of the blocks. So K and V
 may lie in any blocks of the pool: look a block up in the table, read it, update, go on. Gathering a

@@ -5,9 +5,9 @@ for 500 holds its place for 495 steps. Here each step is planned from scratch. T
 phase" and no "decode phase" either. A sequence has some tokens and `num_computed_tokens` of them in
 the cache, and every step it may catch up within the step's token budget:
 
-    a new prompt of 300 tokens   300 behind  ->  this step: 64 of them, then 64, ... (chunked prefill)
-    a sequence that is writing     1 behind  ->  this step: that one                 (decode)
-    preempted after 120 tokens   120 behind  ->  later: all of them again            (recompute)
+    a new prompt of 300 tokens   300 behind  ->  this step 64 of them, then 64, .. (chunked prefill)
+    a sequence that is writing     1 behind  ->  this step that one                (decode)
+    preempted after 120 tokens   120 behind  ->  later all of them again           (recompute)
 
     A 5+8  Pddddddd                P  new tokens of a prompt in this step
     B 6+6  Pdddx..Pdd              d  one token   .  waits   x  preempted (its blocks went to A)
@@ -50,6 +50,7 @@ class Request:
     deadline: float | None = None
     params: Any = None
     strategy: Callable | None = None
+    eos_token_id: int | None = None  # for the strategy; what ends a sequence is its stop_token_ids
     sequences: list["Sequence"] = field(default_factory=list)
 
 
@@ -59,9 +60,7 @@ class Sequence:
 
     request: Request
     index: int  # among its request's sequences
-    token_ids: list[
-        int
-    ]  # the prompt and what was generated; K and V of the newest are not yet written
+    token_ids: list[int]  # prompt and generated; K and V of the newest are not written yet
     num_prompt_tokens: int
     max_tokens: int  # generated tokens at which it ends
     min_tokens: int = 0  # generated tokens before which no stop token ends it
@@ -154,6 +153,7 @@ class Scheduler:
         self.num_recomputed_tokens = 0  # computed, then lost to a preemption
         self.num_blocks_taken = 0
         self.num_blocks_freed = 0
+        self.num_blocks_hit = 0  # found filled by `match_prefix`
 
     # ---- in and out ----
     def add(self, request: Request) -> None:
@@ -268,6 +268,7 @@ class Scheduler:
             self.allocator.free(table)
             return False
         self.num_blocks_taken += needed
+        self.num_blocks_hit += len(table)
         seq.num_computed_tokens = len(table) * self.allocator.block_size
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
@@ -283,6 +284,12 @@ class Scheduler:
         seq.num_computed_tokens = 0
         self._free(seq)
         self._push(seq)
+
+    def undo(self, plan: Plan) -> None:
+        """A plan was not carried out: nothing it promised is in the cache, so compute it again."""
+        for seq, _, _ in reversed(plan.scheduled):
+            if seq.status == RUNNING:
+                self.preempt(seq)
 
     # ---- after the forward ----
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:

@@ -1,0 +1,484 @@
+"""schedule, forward, sample, repeat: the loop that every serving engine comes down to.
+
+Ten requests served one after the other read all of the model's weights once for each token of each
+request. Served together they read them once for each token of all ten, and decoding is bound by
+just that reading. So the engine runs whoever the scheduler picks as one flat batch, step after
+step, and requests join and leave between any two steps:
+
+    add_request ─> waiting ─┐                                     ┌─> finished: blocks back, output out
+                            └─> schedule ─> forward ─> sample ─> update ─┐
+                                   ^       (all sequences at once)       │
+                                   └─────────────────────────────────────┘
+
+Two things come from outside. `forward(batch) -> logits` runs the model: here eagerly, elsewhere as
+a recorded graph. And each request has a strategy, which turns the logits of its sequences into
+their continuations: one token each (sampling), several children (beams), several tokens (an
+accepted draft). `step()` knows neither, and hosts no guests: recorders, metrics and progress bars
+live on the `StepOutput` it returns. What a production engine does beyond this: plans the next step
+while the device still runs this one, and keeps its inputs on the device from step to step.
+
+Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI.
+Run: python engine.py
+Try: max_num_batched_tokens=4 in the demo (watch the long prompt arrive in pieces), or
+num_blocks=7 (somebody is preempted, and writes the same text all the same).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from block_allocator import BlockAllocator
+from kv_cache import Batch, KVCache, Row, make_batch
+from model import GPT, GPTConfig, attend_one_sequence
+from paged_attention import paged_attention
+from sampling import Logprob, SampleRow, SamplingParams, child_seed, prompt_logprobs, sample
+from scheduler import FINISHED, RUNNING, Continuation, Plan, Request, Scheduler, Sequence
+from tokenizer import StreamDecoder, Tokenizer
+
+Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
+Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may use; the names are vLLM's."""
+
+    block_size: int = 16  # tokens; larger wastes more of each sequence's last block
+    num_blocks: int | None = None  # the pool's size in blocks, or
+    kv_cache_mb: float | None = (
+        None  # in units of 10**6 bytes, or neither: what the device has free
+    )
+    gpu_memory_utilization: float = 0.9  # of the free memory of a GPU, where the pool is measured
+    max_num_seqs: int = 256  # sequences in one step
+    max_num_batched_tokens: int = (
+        2048  # tokens in one step: bounds how long decoders wait for a prompt
+    )
+    max_seq_len: int | None = (
+        None  # tokens in one sequence; None: all that the model was trained for
+    )
+    seed: int = 0  # of requests that bring none
+
+    def __post_init__(self):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            share = self.gpu_memory_utilization
+            raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
+
+
+@dataclass
+class CompletionOutput:
+    """One sequence's text so far. `token_ids` includes the token that ended it, `text` does not."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None  # "stop", "length", or None while it runs
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic()`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """All that is known of a request after a step."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    metrics: RequestMetrics
+    finished: bool
+
+
+@dataclass
+class StepOutput:
+    """What one step did. The counts of blocks include what happened since the step before."""
+
+    plan: Plan
+    outputs: list[RequestOutput]  # of the requests that got a token in this step
+    blocks_taken: int
+    blocks_freed: int
+    blocks_copied: int
+    blocks_hit: int  # found in a prefix cache
+    blocks_evicted: int  # thrown out of one
+    blocks_swapped: int
+    milliseconds: float
+
+
+@dataclass
+class _Live:
+    """What the engine keeps of a request until it ends, beside the scheduler's books."""
+
+    request: Request
+    prompt: str | None
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    decoders: dict[int, tuple[StreamDecoder, int]] = field(
+        default_factory=dict
+    )  # (.., tokens pushed)
+
+
+def eager_forward(model: GPT, cache: KVCache, attention: Callable = paged_attention) -> Forward:
+    """The plain forward: every layer in turn, logits of the sample rows only."""
+
+    def forward(batch: Batch) -> Tensor:
+        hidden = model(batch.input_ids, batch.positions, cache.attend(batch, attention))
+        return model.logits(hidden[batch.sample_rows])
+
+    return forward
+
+
+def sample_next(sequences: list[Sequence], logits: Tensor) -> list[Continuation]:
+    """The strategy of ordinary requests: one token for each sequence, all in one vectorised call."""
+    rows = [
+        SampleRow(
+            params=seq.request.params,
+            seed=seq.seed,
+            position=len(seq.token_ids),
+            token_ids=seq.token_ids,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            eos_token_id=seq.request.eos_token_id,
+        )
+        for seq in sequences
+    ]
+    token_ids, logprobs = sample(logits, rows)
+    return [
+        Continuation(seq, [token_id], None if logprob is None else [logprob])
+        for seq, token_id, logprob in zip(sequences, token_ids.tolist(), logprobs, strict=True)
+    ]
+
+
+class InferenceEngine:
+    """Owns the loop. Built by `llm.py`, or by hand from its parts as in the demo below."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: KVCache,
+        scheduler: Scheduler,
+        vocab_size: int,
+        tokenizer: Tokenizer | None = None,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+    ):
+        self.forward = forward
+        self.cache = cache
+        self.scheduler = scheduler
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
+        self.eos_token_id = eos_token_id
+        self.seed = seed
+        self._live: dict[str, _Live] = {}
+        self._num_requests = 0
+        self._counted = self._count_blocks()
+
+    # ---- requests ----
+    def add_request(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        user: str | None = None,
+        deadline: float | None = None,
+        strategy: Strategy = sample_next,
+    ) -> str:
+        """Queue a prompt, text or token ids; returns the request's id.
+
+        Raises ValueError, and keeps nothing, if the prompt is empty, has unknown ids, leaves no
+        room in the context, or could never fit into the pool.
+        """
+        params = SamplingParams() if params is None else params
+        prompt_token_ids = self._check_prompt(prompt, params)
+        arrival = self._num_requests
+        request = Request(
+            request_id=str(arrival),
+            prompt_token_ids=prompt_token_ids,
+            arrival=arrival,
+            priority=priority,
+            user=user,
+            deadline=deadline,
+            params=params,
+            strategy=strategy,
+            eos_token_id=self.eos_token_id,
+        )
+        max_seq_len = self.scheduler.max_seq_len
+        stop_token_ids = set(params.stop_token_ids)
+        if self.eos_token_id is not None and not params.ignore_eos:
+            stop_token_ids.add(self.eos_token_id)
+        seed = child_seed(self.seed, arrival) if params.seed is None else params.seed
+        for index in range(params.n):
+            seq = Sequence(
+                request=request,
+                index=index,
+                token_ids=list(prompt_token_ids),
+                num_prompt_tokens=len(prompt_token_ids),
+                max_tokens=params.max_tokens or max_seq_len - len(prompt_token_ids),
+                min_tokens=params.min_tokens,
+                stop_token_ids=frozenset(stop_token_ids),
+                seed=child_seed(seed, index),
+            )
+            request.sequences.append(seq)
+        self.scheduler.add(request)
+        self._num_requests += 1
+        self._live[request.request_id] = _Live(
+            request=request,
+            prompt=prompt if isinstance(prompt, str) else None,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+        return request.request_id
+
+    def has_unfinished(self) -> bool:
+        """Whether a further `step()` has anything to do."""
+        return self.scheduler.has_unfinished()
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in whatever state it is; its blocks are free at once. False if it is gone."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return False
+        for seq in live.request.sequences:
+            self.scheduler.finish(seq, "abort")
+        return True
+
+    # ---- the loop ----
+    @torch.inference_mode()
+    def step(self) -> StepOutput:
+        """Run one step for whoever the scheduler picks."""
+        started = time.monotonic()
+        plan = self.scheduler.schedule()
+        try:
+            self.cache.copy_blocks(plan.copies)
+            continuations = self._continue(plan) if plan.scheduled else []
+        except BaseException:
+            self.scheduler.undo(plan)  # interrupted: whatever was planned is computed again
+            raise
+        self.scheduler.update(plan, continuations)
+        outputs = self._outputs(plan, started)
+        before, self._counted = self._counted, self._count_blocks()
+        taken, freed, hit, evicted = (b - a for a, b in zip(before, self._counted, strict=True))
+        swapped = len(plan.swap_in) + len(plan.swap_out)
+        milliseconds = (time.monotonic() - started) * 1e3
+        counts = (taken, freed, len(plan.copies), hit, evicted, swapped)
+        return StepOutput(plan, outputs, *counts, milliseconds)
+
+    def _continue(self, plan: Plan) -> list[Continuation]:
+        """Forward, then ask each strategy how its sequences go on."""
+        wanted = [self._num_sample_rows(*entry) for entry in plan.scheduled]
+        rows = [
+            Row(seq.token_ids, start, n, seq.block_table, m)
+            for (seq, start, n), m in zip(plan.scheduled, wanted, strict=True)
+        ]
+        scratch = self.cache.scratch_block
+        batch = make_batch(rows, self.cache.block_size, scratch, self.cache.pool.device)
+        logits = self.forward(batch)  # (M, V)
+
+        groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
+        end = 0
+        sampled = set(plan.sampled)
+        for (seq, start, n), num_rows in zip(plan.scheduled, wanted, strict=True):
+            end += num_rows
+            if num_rows > 1 or (num_rows == 1 and seq not in sampled):
+                self._collect_prompt_logprobs(
+                    seq, start + n - num_rows, logits[end - num_rows : end]
+                )
+            if seq in sampled:  # its last row is the one to sample from
+                sequences, indices = groups.setdefault(seq.request.strategy, ([], []))
+                sequences.append(seq)
+                indices.append(end - 1)
+        continuations = []
+        for strategy, (sequences, indices) in groups.items():
+            group = logits if len(indices) == len(logits) else logits[indices]
+            continuations += strategy(sequences, group)
+        return continuations
+
+    def _num_sample_rows(self, seq: Sequence, start: int, num_new_tokens: int) -> int:
+        """How many of a sequence's new rows want logits: usually its last, or none mid-prompt."""
+        collected = self._live[seq.request.request_id].prompt_logprobs
+        if collected is not None and seq.index == 0 and len(collected) < seq.num_prompt_tokens:
+            return num_new_tokens
+        return int(start + num_new_tokens == len(seq.token_ids))
+
+    def _collect_prompt_logprobs(self, seq: Sequence, start: int, logits: Tensor) -> None:
+        """Row i belongs to position start + i and scores the prompt's token at start + i + 1."""
+        collected = self._live[seq.request.request_id].prompt_logprobs
+        assert collected is not None
+        skip = len(collected) - 1 - start  # rows of a chunk computed again after a preemption
+        next_ids = seq.token_ids[start + 1 : seq.num_prompt_tokens][skip:]
+        scored = logits[skip : skip + len(next_ids)]
+        collected += prompt_logprobs(scored, next_ids, seq.request.params.prompt_logprobs)
+        self._name_tokens(collected[-len(next_ids) :] if next_ids else [])
+
+    # ---- what comes out ----
+    def _outputs(self, plan: Plan, started: float) -> list[RequestOutput]:
+        """Decode the new tokens, look for stop strings, and report each request that got a token."""
+        now = time.monotonic()
+        for seq in plan.preempted:
+            self._live[seq.request.request_id].metrics.num_preemptions += 1
+        for seq, _, _ in plan.scheduled:
+            metrics = self._live[seq.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = started
+        touched = {seq.request.request_id: seq.request for seq in plan.sampled}
+        outputs = []
+        for request_id, request in touched.items():
+            live = self._live[request_id]
+            if live.metrics.first_token_time is None:
+                live.metrics.first_token_time = now
+            for seq in request.sequences:
+                self._decode(live, seq)
+            finished = all(seq.status == FINISHED for seq in request.sequences)
+            if finished:
+                live.metrics.finished_time = now
+                del self._live[request_id]
+            outputs.append(self._request_output(live, finished))
+        return outputs
+
+    def _decode(self, live: _Live, seq: Sequence) -> None:
+        """Push a sequence's new tokens through its decoder; a stop string ends it."""
+        if seq.logprobs:
+            self._name_tokens(seq.logprobs[-1:])
+        if seq.finish_reason == "stop" and seq.token_ids[-1] != self.eos_token_id:
+            seq.stop_reason = seq.stop_reason or seq.token_ids[-1]
+        if self.tokenizer is None:
+            return
+        if seq.index not in live.decoders:
+            params = live.request.params
+            decoder = StreamDecoder(self.tokenizer, params.stop, params.min_tokens)
+            live.decoders[seq.index] = (decoder, seq.num_prompt_tokens)
+        decoder, pushed = live.decoders[seq.index]
+        for token_id in seq.token_ids[pushed:]:
+            decoder.push(token_id)
+        live.decoders[seq.index] = (decoder, len(seq.token_ids))
+        if decoder.stopped is not None:
+            self.scheduler.finish(seq, "stop")
+            seq.finish_reason, seq.stop_reason = "stop", decoder.stopped
+        elif seq.status == FINISHED:
+            decoder.finish()
+
+    def _request_output(self, live: _Live, finished: bool) -> RequestOutput:
+        request = live.request
+        outputs = []
+        for seq in request.sequences:
+            if seq.status == FINISHED and seq.finish_reason is None:
+                continue  # dropped by its strategy
+            generated = seq.token_ids[seq.num_prompt_tokens :]
+            decoder = live.decoders.get(seq.index)
+            output = CompletionOutput(seq.index, decoder[0].text if decoder else "", generated)
+            if request.params.logprobs is not None:
+                output.logprobs = list(seq.logprobs)
+                chosen = zip(seq.logprobs, generated, strict=True)
+                output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
+            output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
+            outputs.append(output)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=live.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            prompt_logprobs=live.prompt_logprobs,
+            metrics=live.metrics,
+            finished=finished,
+        )
+
+    # ---- small parts ----
+    def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """Token ids of a prompt that can be served, or a ValueError in one sentence."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is a {type(params).__name__}: give a SamplingParams")
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            what = "a text prompt" if isinstance(prompt, str) else "a stop string"
+            raise ValueError(f"{what} needs a tokenizer, and this model has none: give token ids")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ValueError(
+                f"the prompt is a {type(ids).__name__}: give text or a list of token ids"
+            )
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        unknown = [i for i in ids if not 0 <= i < self.vocab_size]
+        if unknown:
+            last = self.vocab_size - 1
+            raise ValueError(f"the prompt has token id {unknown[0]}, the vocabulary ends at {last}")
+        params.check_vocabulary(self.vocab_size)
+        if len(ids) >= self.scheduler.max_seq_len:
+            limit = self.scheduler.max_seq_len
+            raise ValueError(f"prompt has {len(ids)} tokens, max_seq_len is {limit}: shorten it")
+        return list(ids)
+
+    def _name_tokens(self, entries: list[dict[int, Logprob]]) -> None:
+        if self.tokenizer is not None:
+            for entry in entries:
+                for token_id, logprob in entry.items():
+                    logprob.decoded_token = self.tokenizer.token_text(token_id)
+
+    def _count_blocks(self) -> tuple[int, int, int, int]:
+        scheduler = self.scheduler
+        taken, freed = scheduler.num_blocks_taken, scheduler.num_blocks_freed
+        return taken, freed, scheduler.num_blocks_hit, scheduler.allocator.num_evicted
+
+
+# --------------------------------------------------------------------------------------------------
+def demo():
+    """Three prompts through one pool, one line a step; then each alone and without any cache."""
+    config = GPTConfig(vocab_size=64, max_seq_len=64, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config).init_weights(std=0.2).double().eval()
+    num_blocks, block_size = 9, 4
+    cache = KVCache(2, num_blocks, block_size, 2, 16, torch.float64)
+    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), 8, 12, 64)
+    engine = InferenceEngine(eager_forward(model, cache), cache, scheduler, vocab_size=64)
+    prompts = [[7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]]
+    wanted = [8, 5, 9]
+    for prompt, num in zip(prompts, wanted, strict=True):
+        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=num))
+
+    print("step  rows  computed in this step [start, end)            pool, 9 blocks of 4")
+    done = {}
+    number = 0
+    while engine.has_unfinished():
+        output = engine.step()
+        spans = {
+            f"{'ABC'[int(seq.request.request_id)]}[{start},{start + n})"
+            for seq, start, n in output.plan.scheduled
+        }
+        cells = ["."] * num_blocks
+        for seq in scheduler.running:
+            for block_id in seq.block_table:
+                cells[block_id] = "ABC"[int(seq.request.request_id)]
+        number += 1
+        pool = "".join(cells)
+        print(f"{number:4} {output.plan.num_tokens:5}  {'  '.join(sorted(spans)):48} |{pool}|")
+        done |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+
+    for i, (prompt, num) in enumerate(zip(prompts, wanted, strict=True)):
+        ids = list(prompt)  # the oracle: no cache, no batch
+        for _ in range(num):
+            everything = torch.tensor(ids), torch.arange(len(ids))
+            hidden = model(*everything, attend_one_sequence)
+            ids.append(model.logits(hidden[-1:]).argmax().item())
+        assert done[str(i)] == ids[len(prompt) :]
+        print(f"{'ABC'[i]} wrote {done[str(i)]}")
+    assert scheduler.allocator.num_free == num_blocks
+    print("ok: batched and paged, the tokens are those of one-at-a-time without a cache")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,224 @@
+"""The one place where the parts are chosen and put together: `LLM(model, ...)`.
+
+Every other file takes what it needs as an argument: the scheduler an allocator, the cache a size,
+the engine a forward. That keeps each of them readable alone, and it leaves one question: who
+decides? This file does. It has vLLM's face, so that what is learned here carries over, and so that
+a script written for vLLM needs little more than another import:
+
+    from llm import LLM, SamplingParams
+    llm = LLM("assets/tiny-gpt2")
+    outputs = llm.generate(["Once upon a time", "The wolf"], SamplingParams(max_tokens=40, seed=1))
+
+    name ─> checkpoint ─> GPT ┐            ┌─> BlockAllocator ─> Scheduler ┐
+            tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
+            EngineConfig      ┘            └─> forward(batch) -> logits ───┘
+
+What is chosen by default: float32 on a CPU; on a GPU bfloat16 where it has it, else float16,
+whatever the file holds. What a production engine does beyond this: several GPUs, and processes
+around them.
+
+vLLM's class of this name: docs.vllm.ai, "Offline inference".
+Run: python llm.py
+Try: block_size=1 or num_blocks=12 in the demo: the texts stay the same, the blocks do not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from block_allocator import BlockAllocator
+from checkpoint import load_model, weights_kind
+from engine import EngineConfig, InferenceEngine, RequestOutput, eager_forward
+from kv_cache import KVCache, choose_num_blocks
+from model import GPT
+from paged_attention import paged_attention
+from policies import first_come_first_served
+from sampling import SamplingParams
+from scheduler import Scheduler, reserve_now
+from tokenizer import load_tokenizer
+
+__all__ = ["LLM", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-gpt2"
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# A backend is one function of the common signature; "auto" takes the fastest that runs on the
+# device.
+BACKENDS = {"torch": paged_attention}
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the GPU where PyTorch sees one. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}: choose auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but PyTorch sees no GPU: use device='cpu'")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+class LLM:
+    """A model, its tokenizer, and an engine around them.
+
+    `model` is a folder in Hugging Face's GPT-2 layout, `random:gpt2` (-medium, -large, -xl), or
+    a `GPT`, which brings no tokenizer and is served in its own dtype and on its own device. The
+    keyword arguments after `backend` are `EngineConfig`'s fields.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | GPT = SHIPPED_MODEL,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        reserve=reserve_now,
+        policy=first_come_first_served,
+        **config,
+    ):
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
+        self.backend = "torch" if backend == "auto" else backend
+        self.config = EngineConfig(**config)
+        if isinstance(model, GPT):
+            self.model, self.model_name, self.weights = model, "a GPT object", "given weights"
+            self.tokenizer = None
+            if (device, dtype) != ("auto", "auto"):
+                raise ValueError("a GPT object is served where and as it is: move or cast it first")
+        else:
+            self.model_name, self.weights = str(model), weights_kind(str(model))
+            where = resolve_device(device)
+            self.model = load_model(model, resolve_dtype(dtype, where), where)
+            self.tokenizer = load_tokenizer(model) if Path(model).is_dir() else None
+        self.engine = self._build_engine(reserve, policy)
+
+    def _build_engine(self, reserve, policy) -> InferenceEngine:
+        shape, config = self.model.config, self.config
+        weight = self.model.wte.weight
+        self.max_seq_len = config.max_seq_len or shape.max_seq_len
+        if self.max_seq_len > shape.max_seq_len:
+            most = shape.max_seq_len
+            raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
+        block_bytes = shape.kv_bytes_per_token(weight.dtype) * config.block_size
+        num_blocks = choose_num_blocks(
+            block_bytes,
+            most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
+            num_blocks=config.num_blocks,
+            kv_cache_mb=config.kv_cache_mb,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            device=weight.device,
+        )
+        self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
+        cache = KVCache(
+            num_layers=shape.n_layer,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            num_kv_heads=shape.n_head,
+            head_dim=shape.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        scheduler = Scheduler(
+            BlockAllocator(num_blocks, config.block_size),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_seq_len,
+            reserve,
+            policy,
+        )
+        return InferenceEngine(
+            eager_forward(self.model, cache, BACKENDS[self.backend]),
+            cache,
+            scheduler,
+            shape.vocab_size,
+            self.tokenizer,
+            shape.eos_token_id,
+            config.seed,
+        )
+
+    def generate(
+        self,
+        prompts: str | list[int] | Sequence[str | list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete all prompts together; the outputs come in the order of the prompts.
+
+        A prompt is text or a list of token ids; `sampling_params` is one for all or one
+        each. Raises ValueError if any prompt cannot be served; then none of them is.
+        """
+        if self.engine.has_unfinished():
+            raise ValueError(
+                "the engine still has requests: finish them with llm.engine.step() first"
+            )
+        if isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts)):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            counts = f"{len(prompts)} prompts but {len(sampling_params)} sampling params"
+            raise ValueError(f"{counts}: give one for all, or one each")
+        request_ids: list[str] = []
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                request_ids.append(self.engine.add_request(prompt, params))
+            with tqdm(total=len(prompts), disable=not use_tqdm, unit="request") as bar:
+                while self.engine.has_unfinished():
+                    ended = [o for o in self.engine.step().outputs if o.finished]
+                    outputs |= {output.request_id: output for output in ended}
+                    bar.update(len(ended))
+        except BaseException:  # a refused prompt or Ctrl-C: leave no half-finished request behind
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+            raise
+        return [outputs[request_id] for request_id in request_ids]
+
+
+# --------------------------------------------------------------------------------------------------
+def demo():
+    """The shipped model writes three beginnings on, together and alone: the same texts."""
+    prompts = ["Once upon a time there was a", "The wolf said to the", '"Dear child," said']
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=24)
+    llm = LLM(num_blocks=64, max_num_batched_tokens=64)
+    together = llm.generate(prompts, params)
+    allocator = llm.engine.scheduler.allocator
+    print(
+        f"{llm.model_name.split('/')[-1]}, {llm.weights}, {llm.model.num_parameters():,} parameters"
+    )
+    print(f"a pool of {allocator.num_blocks} blocks of {allocator.block_size} tokens\n")
+    for output in together:
+        print(f"[{output.prompt}]{output.outputs[0].text!r}")
+    tight = LLM(num_blocks=4, max_num_batched_tokens=8)
+    alone = [tight.generate(prompt, params)[0] for prompt in prompts]
+    print(
+        f"\nalone, in a pool of 4 blocks: {sum(len(o.outputs[0].token_ids) for o in alone)} tokens"
+    )
+    assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in together]
+    assert allocator.num_free == allocator.num_blocks
+    print("ok: a seed means the same text in any batch, and every block is free again")
+
+
+if __name__ == "__main__":
+    demo()
