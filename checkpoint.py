@@ -160,10 +160,11 @@ def read_tensors(
                 if tuple(tensor.shape) != wanted[name]:
                     found = f"{tuple(tensor.shape)}, config.json asks for {wanted[name]}"
                     raise ValueError(f"{path}: tensor {stored!r} has shape {found}")
-                tensor = tensor.to(dtype)
+                # A copy: the file is only mapped, and whoever rewrites it would change our weights.
+                tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
                 if not tensor.isfinite().all():  # after the cast: 1e5 is infinite in float16
                     raise ValueError(f"{path}: {stored!r} holds NaN or infinity as {dtype}")
-                state[name] = tensor.to(device).contiguous()
+                state[name] = tensor.to(device)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {WHOLE}") from None
     except (SafetensorError, OSError) as error:

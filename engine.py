@@ -25,7 +25,7 @@ num_blocks=7 (somebody is preempted, and writes the same text all the same).
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ from torch import Tensor
 from block_allocator import BlockAllocator
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT, GPTConfig, attend_one_sequence
+from outputs import OutputProcessor, StepOutput
 from paged_attention import paged_attention
-from sampling import Logprob, SampleRow, SamplingParams, child_seed, prompt_logprobs, sample
-from scheduler import FINISHED, RUNNING, Continuation, Plan, Request, Scheduler, Sequence
-from tokenizer import StreamDecoder, Tokenizer
+from sampling import SampleRow, SamplingParams, child_seed, sample
+from scheduler import Scheduler
+from sequence import Continuation, Plan, Request, Sequence
+from tokenizer import Tokenizer
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
@@ -68,71 +70,6 @@ class EngineConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
-
-
-@dataclass
-class CompletionOutput:
-    """One sequence's text so far. `token_ids` includes the token that ended it, `text` does not."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None
-    cumulative_logprob: float | None = None
-    finish_reason: str | None = None  # "stop", "length", or None while it runs
-    stop_reason: int | str | None = None  # the stop token or stop string that ended it
-
-
-@dataclass
-class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic()`."""
-
-    arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-    num_preemptions: int = 0
-
-
-@dataclass
-class RequestOutput:
-    """All that is known of a request after a step."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    metrics: RequestMetrics
-    finished: bool
-
-
-@dataclass
-class StepOutput:
-    """What one step did. The counts of blocks include what happened since the step before."""
-
-    plan: Plan
-    outputs: list[RequestOutput]  # of the requests that got a token in this step
-    blocks_taken: int
-    blocks_freed: int
-    blocks_copied: int
-    blocks_hit: int  # found in a prefix cache
-    blocks_evicted: int  # thrown out of one
-    blocks_swapped: int
-    milliseconds: float
-
-
-@dataclass
-class _Live:
-    """What the engine keeps of a request until it ends, beside the scheduler's books."""
-
-    request: Request
-    prompt: str | None
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    decoders: dict[int, tuple[StreamDecoder, int]] = field(
-        default_factory=dict
-    )  # (.., tokens pushed)
 
 
 def eager_forward(model: GPT, cache: KVCache, attention: Callable = paged_attention) -> Forward:
@@ -185,7 +122,7 @@ class InferenceEngine:
         self.tokenizer = tokenizer
         self.eos_token_id = eos_token_id
         self.seed = seed
-        self._live: dict[str, _Live] = {}
+        self.output_processor = OutputProcessor(scheduler, tokenizer)
         self._num_requests = 0
         self._counted = self._count_blocks()
 
@@ -238,12 +175,7 @@ class InferenceEngine:
             request.sequences.append(seq)
         self.scheduler.add(request)
         self._num_requests += 1
-        self._live[request.request_id] = _Live(
-            request=request,
-            prompt=prompt if isinstance(prompt, str) else None,
-            metrics=RequestMetrics(arrival_time=time.monotonic()),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-        )
+        self.output_processor.add(request, prompt if isinstance(prompt, str) else None)
         return request.request_id
 
     def has_unfinished(self) -> bool:
@@ -252,10 +184,10 @@ class InferenceEngine:
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state it is; its blocks are free at once. False if it is gone."""
-        live = self._live.pop(request_id, None)
-        if live is None:
+        request = self.output_processor.remove(request_id)
+        if request is None:
             return False
-        for seq in live.request.sequences:
+        for seq in request.sequences:
             self.scheduler.finish(seq, "abort")
         return True
 
@@ -272,7 +204,7 @@ class InferenceEngine:
             self.scheduler.undo(plan)  # interrupted: whatever was planned is computed again
             raise
         self.scheduler.update(plan, continuations)
-        outputs = self._outputs(plan, started)
+        outputs = self.output_processor.process(plan, started)
         before, self._counted = self._counted, self._count_blocks()
         taken, freed, hit, evicted = (b - a for a, b in zip(before, self._counted, strict=True))
         swapped = len(plan.swap_in) + len(plan.swap_out)
@@ -282,122 +214,30 @@ class InferenceEngine:
 
     def _continue(self, plan: Plan) -> list[Continuation]:
         """Forward, then ask each strategy how its sequences go on."""
-        wanted = [self._num_sample_rows(*entry) for entry in plan.scheduled]
+        counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
         rows = [
-            Row(seq.token_ids, start, n, seq.block_table, m)
-            for (seq, start, n), m in zip(plan.scheduled, wanted, strict=True)
+            Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
+            for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
         ]
-        scratch = self.cache.scratch_block
-        batch = make_batch(rows, self.cache.block_size, scratch, self.cache.pool.device)
+        cache = self.cache
+        batch = make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
         logits = self.forward(batch)  # (M, V)
 
-        groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
-        end = 0
         sampled = set(plan.sampled)
-        for (seq, start, n), num_rows in zip(plan.scheduled, wanted, strict=True):
-            end += num_rows
-            if num_rows > 1 or (num_rows == 1 and seq not in sampled):
-                self._collect_prompt_logprobs(
-                    seq, start + n - num_rows, logits[end - num_rows : end]
-                )
-            if seq in sampled:  # its last row is the one to sample from
-                sequences, indices = groups.setdefault(seq.request.strategy, ([], []))
-                sequences.append(seq)
+        groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
+        end = 0  # of a sequence's rows among the M
+        for entry, count in zip(plan.scheduled, counts, strict=True):
+            end += count
+            self.output_processor.collect_prompt_logprobs(entry, logits[end - count : end])
+            if entry.seq in sampled:  # its last row is the one that predicts something new
+                sequences, indices = groups.setdefault(entry.seq.request.strategy, ([], []))
+                sequences.append(entry.seq)
                 indices.append(end - 1)
         continuations = []
         for strategy, (sequences, indices) in groups.items():
-            group = logits if len(indices) == len(logits) else logits[indices]
-            continuations += strategy(sequences, group)
+            chosen = logits if len(indices) == len(logits) else logits[indices]
+            continuations += strategy(sequences, chosen)
         return continuations
-
-    def _num_sample_rows(self, seq: Sequence, start: int, num_new_tokens: int) -> int:
-        """How many of a sequence's new rows want logits: usually its last, or none mid-prompt."""
-        collected = self._live[seq.request.request_id].prompt_logprobs
-        if collected is not None and seq.index == 0 and len(collected) < seq.num_prompt_tokens:
-            return num_new_tokens
-        return int(start + num_new_tokens == len(seq.token_ids))
-
-    def _collect_prompt_logprobs(self, seq: Sequence, start: int, logits: Tensor) -> None:
-        """Row i belongs to position start + i and scores the prompt's token at start + i + 1."""
-        collected = self._live[seq.request.request_id].prompt_logprobs
-        assert collected is not None
-        skip = len(collected) - 1 - start  # rows of a chunk computed again after a preemption
-        next_ids = seq.token_ids[start + 1 : seq.num_prompt_tokens][skip:]
-        scored = logits[skip : skip + len(next_ids)]
-        collected += prompt_logprobs(scored, next_ids, seq.request.params.prompt_logprobs)
-        self._name_tokens(collected[-len(next_ids) :] if next_ids else [])
-
-    # ---- what comes out ----
-    def _outputs(self, plan: Plan, started: float) -> list[RequestOutput]:
-        """Decode the new tokens, look for stop strings, and report each request that got a token."""
-        now = time.monotonic()
-        for seq in plan.preempted:
-            self._live[seq.request.request_id].metrics.num_preemptions += 1
-        for seq, _, _ in plan.scheduled:
-            metrics = self._live[seq.request.request_id].metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = started
-        touched = {seq.request.request_id: seq.request for seq in plan.sampled}
-        outputs = []
-        for request_id, request in touched.items():
-            live = self._live[request_id]
-            if live.metrics.first_token_time is None:
-                live.metrics.first_token_time = now
-            for seq in request.sequences:
-                self._decode(live, seq)
-            finished = all(seq.status == FINISHED for seq in request.sequences)
-            if finished:
-                live.metrics.finished_time = now
-                del self._live[request_id]
-            outputs.append(self._request_output(live, finished))
-        return outputs
-
-    def _decode(self, live: _Live, seq: Sequence) -> None:
-        """Push a sequence's new tokens through its decoder; a stop string ends it."""
-        if seq.logprobs:
-            self._name_tokens(seq.logprobs[-1:])
-        if seq.finish_reason == "stop" and seq.token_ids[-1] != self.eos_token_id:
-            seq.stop_reason = seq.stop_reason or seq.token_ids[-1]
-        if self.tokenizer is None:
-            return
-        if seq.index not in live.decoders:
-            params = live.request.params
-            decoder = StreamDecoder(self.tokenizer, params.stop, params.min_tokens)
-            live.decoders[seq.index] = (decoder, seq.num_prompt_tokens)
-        decoder, pushed = live.decoders[seq.index]
-        for token_id in seq.token_ids[pushed:]:
-            decoder.push(token_id)
-        live.decoders[seq.index] = (decoder, len(seq.token_ids))
-        if decoder.stopped is not None:
-            self.scheduler.finish(seq, "stop")
-            seq.finish_reason, seq.stop_reason = "stop", decoder.stopped
-        elif seq.status == FINISHED:
-            decoder.finish()
-
-    def _request_output(self, live: _Live, finished: bool) -> RequestOutput:
-        request = live.request
-        outputs = []
-        for seq in request.sequences:
-            if seq.status == FINISHED and seq.finish_reason is None:
-                continue  # dropped by its strategy
-            generated = seq.token_ids[seq.num_prompt_tokens :]
-            decoder = live.decoders.get(seq.index)
-            output = CompletionOutput(seq.index, decoder[0].text if decoder else "", generated)
-            if request.params.logprobs is not None:
-                output.logprobs = list(seq.logprobs)
-                chosen = zip(seq.logprobs, generated, strict=True)
-                output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
-            output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
-            outputs.append(output)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=live.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=outputs,
-            prompt_logprobs=live.prompt_logprobs,
-            metrics=live.metrics,
-            finished=finished,
-        )
 
     # ---- small parts ----
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
@@ -423,12 +263,6 @@ class InferenceEngine:
             limit = self.scheduler.max_seq_len
             raise ValueError(f"prompt has {len(ids)} tokens, max_seq_len is {limit}: shorten it")
         return list(ids)
-
-    def _name_tokens(self, entries: list[dict[int, Logprob]]) -> None:
-        if self.tokenizer is not None:
-            for entry in entries:
-                for token_id, logprob in entry.items():
-                    logprob.decoded_token = self.tokenizer.token_text(token_id)
 
     def _count_blocks(self) -> tuple[int, int, int, int]:
         scheduler = self.scheduler

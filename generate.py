@@ -28,8 +28,9 @@ import time
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
-from engine import EngineConfig, RequestOutput, StepOutput
+from engine import EngineConfig
 from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams
+from outputs import RequestOutput, StepOutput
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [

@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
-from engine import EngineConfig, InferenceEngine, RequestOutput, eager_forward
+from engine import EngineConfig, InferenceEngine, eager_forward
 from kv_cache import KVCache, choose_num_blocks
 from model import GPT
+from outputs import RequestOutput
 from paged_attention import paged_attention
 from policies import first_come_first_served
 from sampling import SamplingParams

@@ -29,87 +29,20 @@ preemption).
 import heapq
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from block_allocator import BlockAllocator, NoFreeBlocks
 from policies import first_come_first_served
-
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """What a client asked for; it may own several sequences. `params` and `strategy` pass through."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    arrival: int  # rises with every request
-    priority: int = 0
-    user: str | None = None
-    deadline: float | None = None
-    params: Any = None
-    strategy: Callable | None = None
-    eos_token_id: int | None = None  # for the strategy; what ends a sequence is its stop_token_ids
-    sequences: list["Sequence"] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One list of tokens with one block table."""
-
-    request: Request
-    index: int  # among its request's sequences
-    token_ids: list[int]  # prompt and generated; K and V of the newest are not written yet
-    num_prompt_tokens: int
-    max_tokens: int  # generated tokens at which it ends
-    min_tokens: int = 0  # generated tokens before which no stop token ends it
-    stop_token_ids: frozenset[int] = frozenset()
-    seed: int = 0
-    num_computed_tokens: int = 0  # tokens whose K and V are in the cache, or will be after the plan
-    block_table: list[int] = field(default_factory=list)
-    status: str = WAITING
-    finish_reason: str | None = None  # "stop", "length", "abort", or None while it runs
-    stop_reason: int | str | None = None  # the stop token (not EOS) or stop string that ended it
-    logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
-    num_preemptions: int = 0
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-
-class Scheduled(NamedTuple):
-    """Positions [start, start + num_new_tokens) of a sequence are computed in this step."""
-
-    seq: Sequence
-    start: int
-    num_new_tokens: int
-
-
-@dataclass
-class Plan:
-    """What one step does. In this order: swap out, swap in, copies, then the forward."""
-
-    scheduled: list[Scheduled] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)  # those whose newest token is computed
-    preempted: list[Sequence] = field(default_factory=list)
-    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block id, host block id)
-    swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), for copy-on-write
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_new_tokens for entry in self.scheduled)
-
-
-class Continuation(NamedTuple):
-    """One future of a sequence: the tokens that follow. Two with the same parent fork it."""
-
-    parent: Sequence
-    token_ids: list[int]
-    logprobs: list | None = None  # one entry a token
-    seed: int | None = None  # of a forked child; None keeps the parent's
+from sequence import (
+    FINISHED,
+    RUNNING,
+    WAITING,
+    Continuation,
+    Plan,
+    Request,
+    Scheduled,
+    Sequence,
+)
 
 
 def reserve_now(seq: Sequence) -> int:
