@@ -10,7 +10,7 @@ as an operating system's table maps a process's memory to whatever frames were f
     slot = block_id * 4 + offset:  20 21 22 23   0 1 2 3   28 29
 
 So a sequence may lie anywhere, grow without moving, and share blocks. For the 124M GPT-2 in 16 bits
-a token is 36,864 bytes and a block of 16 is 589,824: 1 GB holds 27,127 tokens, whoever they belong
+a token is 36,864 bytes and a block of 16 is 589,824: 1 GB holds 27,126 tokens, whoever they belong
 to. The pool is `(num_layers, num_blocks + 1, 2, H_kv, block_size, D)`: a layer's K and V of one
 block lie side by side, so that reading a block is one stream of memory. The extra block is scratch:
 padded entries point to it and padded rows write to it, no sequence ever owns it. What a production
@@ -204,7 +204,7 @@ def choose_num_blocks(
             f"num_blocks={num_blocks} and kv_cache_mb={kv_cache_mb} both size the pool: give one"
         )
     if num_blocks is None and kv_cache_mb is not None:
-        num_blocks = int(kv_cache_mb * 1e6) // block_bytes
+        num_blocks = round(kv_cache_mb * 1e6) // block_bytes
         if num_blocks < 1:
             mb = block_bytes / 1e6
             raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")

@@ -31,6 +31,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def fold_block(
+    m: Tensor,  # (..., R) running maximum of the R rows' scores
+    l: Tensor,  # (..., R) running denominator
+    acc: Tensor,  # (..., R, D) running weighted sum of values
+    scores: Tensor,  # (..., R, block_size), -inf where a row may not read
+    v: Tensor,  # (..., block_size, D)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three equations above for one block: returns the new m, l and acc."""
+    m_new = torch.maximum(m, scores.amax(-1))
+    m_safe = m_new.masked_fill(m_new == -math.inf, 0)  # nothing read yet: -inf - -inf is NaN
+    shrink, p = (m - m_safe).exp(), (scores - m_safe[..., None]).exp()
+    return m_new, l * shrink + p.sum(-1), acc * shrink[..., None] + p @ v
+
+
 def paged_attention(
     q: Tensor,  # (N, H, D), queries of all sequences end to end; only D needs to be contiguous
     k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D), one layer's view of the pool
@@ -46,54 +60,43 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each query over its sequence's blocks; returns (N, H, D) in q's dtype.
 
-    Query t of a sequence with T queries sits at position context_len - T + t and reads the
-    positions [context_start, its own]. A query that may read nothing, and a row that belongs to
-    no sequence, is zero. H may be a multiple of H_kv. 16-bit inputs are accumulated in 32 bits.
+    Query t of a sequence with T queries sits at position context_len - T + t and reads positions
+    [context_start, its own + 1). A query that may read nothing, and a row that belongs to no
+    sequence, is zero. H may be a multiple of H_kv. 16-bit inputs are accumulated in 32 bits.
     """
     N, H, D = q.shape
     B, H_kv, block_size = block_tables.shape[0], k_cache.shape[1], k_cache.shape[2]
     out = torch.empty((N, H, D), dtype=q.dtype, device=q.device) if out is None else out
-    if N == 0 or B == 0:
+    if N == 0 or B == 0 or max_query_len == 0:
         return out.zero_()
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     T, G = max_query_len, H // H_kv
     starts, lens = query_start_locs[:-1].long(), query_start_locs.diff().long()
-
-    # Lay the queries out as (B, T): sequences shorter than T get rows that nobody will look at.
-    t = torch.arange(T, device=q.device)
-    rows = (starts[:, None] + t).clamp(max=N - 1)
-    queries = q[rows].to(dtype).unflatten(2, (H_kv, G))  # (B, T, H_kv, G, D)
-    queries = queries.permute(0, 2, 3, 1, 4).reshape(B, H_kv, G * T, D) * scale
-    last = (context_lens - lens)[:, None] + t  # (B, T): the last position that each query may read
     first = torch.zeros_like(lens) if context_starts is None else context_starts.long()
 
-    m = torch.full((B, H_kv, G, T), -math.inf, dtype=dtype, device=q.device)
-    l = torch.zeros_like(m)
-    acc = torch.zeros((B, H_kv, G, T, D), dtype=dtype, device=q.device)
-    for i in range(-(-max_context_len // block_size)):
-        block_ids = block_tables[:, i].long()
-        k, v = (
-            k_cache[block_ids].to(dtype),
-            v_cache[block_ids].to(dtype),
-        )  # (B, H_kv, block_size, D)
-        position = i * block_size + torch.arange(block_size, device=q.device)
-        readable = (position >= first[:, None, None]) & (position <= last[:, :, None])
-        # A mask on the scores is not enough: 0 * NaN is NaN, and an unwritten slot may hold one.
-        v = v.masked_fill((position >= context_lens[:, None])[:, None, :, None], 0)
-        v = v.masked_fill((position < first[:, None])[:, None, :, None], 0)
-        scores = (queries @ k.mT).view(B, H_kv, G, T, block_size)
-        scores = scores.masked_fill(~readable[:, None, None], -math.inf)
+    # Lay the queries out as (B, T): shorter sequences get rows that nobody will look at. The G
+    # heads that share a head of K and V become rows too: R = G * T rows read the same blocks.
+    t = torch.arange(T, device=q.device)
+    rows = (starts[:, None] + t).clamp(max=N - 1)
+    queries = q[rows].to(dtype).unflatten(2, (H_kv, G)).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(B, H_kv, G * T, D) * scale
+    last = (context_lens - lens)[:, None] + t  # (B, T): the last position that each query may read
 
-        m_new = torch.maximum(m, scores.amax(-1))
-        m_safe = m_new.masked_fill(m_new == -math.inf, 0)  # nothing read yet: -inf - -inf is NaN
-        shrink, p = (m - m_safe).exp(), (scores - m_safe[..., None]).exp()
-        l = l * shrink + p.sum(-1)
-        weighted = (p.flatten(2, 3) @ v).view(B, H_kv, G, T, D)
-        acc = acc * shrink[..., None] + weighted
-        m = m_new
+    m = torch.full((B, H_kv, G * T), -math.inf, dtype=dtype, device=q.device)
+    l, acc = torch.zeros_like(m), torch.zeros_like(queries)
+    for i in range(min(-(-max_context_len // block_size), block_tables.shape[1])):
+        block_ids = block_tables[:, i].long()
+        k, v = k_cache[block_ids].to(dtype), v_cache[block_ids].to(dtype)  # (B, H_kv, block, D)
+        position = i * block_size + torch.arange(block_size, device=q.device)
+        # A mask on the scores is not enough: 0 * NaN is NaN, and an unwritten slot may hold one.
+        unread = (position < first[:, None]) | (position >= context_lens[:, None])
+        v = v.masked_fill(unread[:, None, :, None], 0)
+        hidden = (position < first[:, None, None]) | (position > last[:, :, None])  # (B, T, block)
+        scores = (queries @ k.mT).masked_fill(hidden.repeat(1, G, 1)[:, None], -math.inf)
+        m, l, acc = fold_block(m, l, acc, scores, v)
 
     result = acc / l.masked_fill(l == 0, 1)[..., None]
-    result = result.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    result = result.view(B, H_kv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     # Back to flat rows: row n is query n - starts[i] of the sequence i whose rows it lies in.
     n = torch.arange(N, device=q.device)
     sequence = torch.searchsorted(query_start_locs[1:].long(), n, right=True)
@@ -113,20 +116,23 @@ def demo():
     k, v = (cache[table].transpose(1, 2).flatten(0, 1)[:18, 0] for cache in (k_cache, v_cache))
     dense = (q[0] @ k.T * 8**-0.5).softmax(-1) @ v
 
-    def attend(length: int, query: Tensor = q) -> Tensor:
+    def attend(query: Tensor) -> Tensor:
         def int32(*values):
             return torch.tensor(values, dtype=torch.int32)
 
-        where = int32(*table)[None], int32(0, len(query)), int32(length)
-        return paged_attention(query, k_cache, v_cache, *where, 8**-0.5, len(query), length)
+        where = int32(*table)[None], int32(0, len(query)), int32(context_len)
+        sizes = len(query), context_len
+        return paged_attention(query, k_cache, v_cache, *where, 8**-0.5, *sizes)
 
     print(f"one query, {context_len} tokens in blocks {table} of 4\n")
-    print("blocks read   running max m   denominator l   distance from the dense result")
-    for read in (4, 8, 12, 16, 18):
-        scores = q[0] @ k[:read].T * 8**-0.5
-        denominator = (scores - scores.max()).exp().sum()
-        distance = (attend(read)[0] - dense).abs().max()
-        print(f"{-(-read // 4):11} {scores.max():15.4f} {denominator:15.4f} {distance:16.1e}")
+    print("block   running max m   denominator l   distance from the dense result")
+    m, l, acc = torch.tensor([-math.inf], dtype=torch.float64), torch.zeros(1), torch.zeros(1, 8)
+    for i, block_id in enumerate(table):
+        scores = q[0] @ k_cache[block_id, 0].T * 8**-0.5
+        scores[0, max(0, context_len - 4 * i) :] = -math.inf  # the tail of the last block
+        m, l, acc = fold_block(m, l, acc, scores, v_cache[block_id, 0])
+        distance = (acc / l[:, None] - dense).abs().max()
+        print(f"{block_id:5} {m.item():15.4f} {l.item():15.4f} {distance:16.1e}")
 
     v_cache[0, :, 2:] = math.nan  # positions 18 and 19 were never written: nobody may read them
     chunk = torch.randn(6, 1, 8, generator=generator, dtype=torch.float64)  # six queries at once
@@ -136,9 +142,9 @@ def demo():
         v[None],
         attn_mask=torch.arange(18) <= torch.arange(12, 18)[:, None],
     )
-    error = (attend(18, chunk) - want.transpose(0, 1)).abs().max()
+    error = (attend(chunk) - want.transpose(0, 1)).abs().max()
     print(f"\na chunk of 6 queries over the same blocks, one slot poisoned: error {error:.1e}")
-    assert (attend(18)[0] - dense).abs().max() < 1e-12 and error < 1e-12
+    assert distance < 1e-12 and (attend(q)[0] - dense).abs().max() < 1e-12 and error < 1e-12
     print("ok: block by block, in any order of memory, it is the same attention")
 
 

@@ -33,16 +33,7 @@ from typing import Any
 
 from block_allocator import BlockAllocator, NoFreeBlocks
 from policies import first_come_first_served
-from sequence import (
-    FINISHED,
-    RUNNING,
-    WAITING,
-    Continuation,
-    Plan,
-    Request,
-    Scheduled,
-    Sequence,
-)
+from sequence import FINISHED, RUNNING, WAITING, Continuation, Plan, Request, Scheduled, Sequence
 
 
 def reserve_now(seq: Sequence) -> int:
@@ -124,7 +115,8 @@ class Scheduler:
         plan = Plan()
         budget = self.max_num_batched_tokens
         position = 0
-        while budget and position < len(self.running):  # preemption shortens the list at its end
+        # Preemption shortens the list at its end, forks may make it longer than one step takes.
+        while budget and position < min(len(self.running), self.max_num_seqs):
             seq = self.running[position]
             num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             if num_new_tokens:
@@ -156,45 +148,44 @@ class Scheduler:
 
         False where the sequence itself had to be preempted.
         """
-        table, allocator = seq.block_table, self.allocator
-        start, block_size = seq.num_computed_tokens, allocator.block_size
+        table, allocator, block_size = seq.block_table, self.allocator, self.allocator.block_size
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
         # A comparison of sizes, never a modulo: 17 tokens, block_size 16, 1 block held -> 1 more.
-        if start + num_new_tokens > len(table) * block_size:
-            num_tokens = max(start + num_new_tokens, self.reserve(seq))
-            needed = allocator.blocks_needed(num_tokens) - len(table)
-            new_blocks = self._allocate_or_preempt(needed, seq, plan)
-            if new_blocks is None:
-                return False
-            table += new_blocks
-        # The first new token may fall into a partly filled block that a fork shares: copy it first.
-        shared = table[start // block_size]
-        if allocator.ref_count(shared) > 1:
-            new_block = self._allocate_or_preempt(1, seq, plan)
-            if new_block is None:
-                return False
-            plan.copies.append((shared, new_block[0]))
-            allocator.free([shared])  # not the last holder: the block lives on
-            table[start // block_size] = new_block[0]
-        return True
-
-    def _allocate_or_preempt(self, n: int, seq: Sequence, plan: Plan) -> list[int] | None:
+        grows = end > len(table) * block_size
+        missing = self._blocks_wanted(seq, end) - len(table) if grows else 0
+        first, last = start // block_size, allocator.blocks_needed(end)
         while True:
+            # It may write into blocks [first, last); those that a fork shares are copied before.
+            written = enumerate(table[first:last], first)
+            shared = [i for i, block_id in written if allocator.ref_count(block_id) > 1]
             try:
-                self.num_blocks_taken += n
-                return self.allocator.allocate(n)
+                new_blocks = allocator.allocate(missing + len(shared))
+                break
             except NoFreeBlocks:
-                self.num_blocks_taken -= n
-                victim = self.running[-1]
+                victim = self.running[-1]  # if it was a fork, its leaving may end the sharing
                 self.preempt(victim)
                 plan.preempted.append(victim)
                 if victim is seq:
-                    return None
+                    return False
+        self.num_blocks_taken += len(new_blocks)
+        for i in shared:
+            new_block = new_blocks.pop()
+            plan.copies.append((table[i], new_block))
+            allocator.free([table[i]])  # not the last holder: the block lives on
+            table[i] = new_block
+        table += new_blocks
+        return True
+
+    def _blocks_wanted(self, seq: Sequence, num_tokens: int = 0) -> int:
+        """Blocks for what a sequence reserves and for `num_tokens`; at most the whole pool."""
+        wanted = self.allocator.blocks_needed(max(num_tokens, self.reserve(seq)))
+        return min(wanted, self.allocator.num_blocks)
 
     def _start(self, seq: Sequence) -> bool:
         """Move the first waiting sequence to running if the pool has what it reserves."""
         # At least its last token must be computed: without a query there are no logits to sample.
         table = self.allocator.match_prefix(seq.token_ids[:-1])
-        needed = self.allocator.blocks_needed(self.reserve(seq)) - len(table)
+        needed = self._blocks_wanted(seq) - len(table)
         try:
             seq.block_table = table + self.allocator.allocate(needed)
         except NoFreeBlocks:
@@ -220,8 +211,9 @@ class Scheduler:
 
     def undo(self, plan: Plan) -> None:
         """A plan was not carried out: nothing it promised is in the cache, so compute it again."""
-        for seq, _, _ in reversed(plan.scheduled):
+        for seq, start, _ in reversed(plan.scheduled):
             if seq.status == RUNNING:
+                seq.num_computed_tokens = start
                 self.preempt(seq)
 
     # ---- after the forward ----
@@ -230,9 +222,10 @@ class Scheduler:
 
         A sampled sequence without a continuation is dropped: its strategy saw no future in it.
         """
-        for seq, _, _ in plan.scheduled:
+        for seq, start, num_new_tokens in plan.scheduled:
             if seq.status == RUNNING:
-                self.allocator.publish(seq.block_table, seq.token_ids, seq.num_computed_tokens)
+                # What this plan computed: a later plan may have advanced the sequence since.
+                self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
         first: dict[Sequence, Continuation] = {}
         for future in continuations:
             if first.setdefault(future.parent, future) is not future:
@@ -296,8 +289,9 @@ class Scheduler:
         return self._waiting[0][2] if self._waiting else None
 
     def _free(self, seq: Sequence) -> None:
-        self.num_blocks_freed += len(seq.block_table)
+        num_free = self.allocator.num_free
         self.allocator.free(seq.block_table)
+        self.num_blocks_freed += self.allocator.num_free - num_free  # those that a fork holds stay
         seq.block_table = []
 
     def check_integrity(self) -> None:

@@ -31,7 +31,7 @@ WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What a client asked for; it may own several sequences. `params` and `strategy` pass through."""
+    """What a client asked for; it owns its sequences. `params` and `strategy` pass through."""
 
     request_id: str
     prompt_token_ids: list[int]

@@ -107,8 +107,8 @@ class StreamDecoder:
     `push` each id, then `finish` once. A character is sent by the token that completes it (a code
     point: an accent may still follow its letter). Nothing is sent that may be the start of one of
     the `stop` strings; after a match the text ends before it and all later pushes return "". The
-    earliest match wins, and of two at the same place the one listed first. A match has to begin
-    after the text of the first `min_tokens` tokens (in vLLM it only has to end there).
+    earliest match wins, and of two at the same place the one listed first. A match has to end
+    after the text of the first `min_tokens` tokens, though it may begin inside it, as in vLLM.
     Raises ValueError for an empty stop string.
     """
 
@@ -150,19 +150,10 @@ class StreamDecoder:
     def _advance(self, new: str) -> str:
         if self._stopped is not None:
             return ""
-        if self._num_tokens <= self._min_tokens:
-            return self._send(new)  # too early to stop, so nothing to hold back either
-        return self._search(new)
-
-    def _search(self, new: str) -> str:
-        """Send what can no longer belong to a stop string. `new` is text, not yet looked at.
-
-        All text before `_held` is known to begin no stop string, so the window is short whatever
-        the length of the text: fewer characters than the longest stop string, plus the new ones.
-        """
+        # All text before `_held` is known to begin no stop string, so the window is short whatever
+        # the length of the text: fewer characters than the longest stop string, plus the new ones.
         window = self._held + new
-        found = [(window.find(stop), order) for order, stop in enumerate(self._stop)]
-        found = [match for match in found if match[0] >= 0]
+        found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
         if found:
             at, order = min(found)  # the earliest; at the same place, the one listed first
             self._stopped, self._held = self._stop[order], ""
@@ -170,6 +161,16 @@ class StreamDecoder:
         keep = self._first_possible_start(window)
         self._held = window[keep:]
         return self._send(window[:keep])
+
+    def _find_stops(self, window: str) -> list[tuple[int, int]]:
+        """(place, order in the list) of each stop string that ends in the window's new text."""
+        found = []
+        for order, stop in enumerate(self._stop):
+            # What ends within the held text came too early to count: `min_tokens`.
+            at = window.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if at >= 0:
+                found.append((at, order))
+        return found
 
     def _first_possible_start(self, window: str) -> int:
         """Where a stop string may have begun that later text completes; len(window) if nowhere.

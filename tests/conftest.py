@@ -1,0 +1,64 @@
+"""What all tests share: an offline process, two threads, small random models, the shipped model.
+
+The environment comes first: each of these variables is read once, when its library is imported.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run without a GPU, in Python
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the files under test lie
+
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+TINY = {"vocab_size": 97, "max_seq_len": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt():
+    """A factory of small models: `tiny_gpt(seed=1, dtype=torch.float64, n_layer=3)`.
+
+    The weights have std 0.2. With GPT-2's own 0.02 greedy decoding repeats one token whatever the
+    cache holds, and every test of token equality passes. A model is built once and shared: it
+    takes no gradients, and whoever wants to change one changes a `copy.deepcopy` of it.
+    """
+
+    @functools.cache
+    def build(seed: int = 0, dtype: torch.dtype = torch.float32, **shape) -> GPT:
+        model = GPT(GPTConfig(**(TINY | shape))).init_weights(std=0.2, seed=seed)
+        return model.to(dtype).requires_grad_(False).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def shipped_model_folder() -> Path:
+    """The trained model that the repository ships. Where it is absent a test fails, not skips."""
+    folder = ROOT / "assets" / "tiny-gpt2"
+    if not (folder / "model.safetensors").is_file():
+        pytest.fail(f"{folder} holds no model: check it out again, or train it with train_tiny.py")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of public texts, traces and vectors, named by the variable PAGEDGPT_DATA."""
+    name = os.environ.get("PAGEDGPT_DATA")
+    if not name:
+        pytest.skip("PAGEDGPT_DATA is not set: it names a folder of public texts and traces")
+    if not Path(name).is_dir():
+        pytest.fail(f"PAGEDGPT_DATA is {name}, which is no folder")
+    return Path(name)
