@@ -44,6 +44,16 @@ def tiny_gpt():
     return build
 
 
+@pytest.fixture
+def one_thread():
+    """For models so small that a second thread costs more than it brings, above all when the
+    other core is busy: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shipped_model_folder() -> Path:
     """The trained model that the repository ships. Where it is absent a test fails, not skips."""

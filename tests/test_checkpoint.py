@@ -131,6 +131,8 @@ def test_transformers_finds_every_tensor_that_we_write(tied, tmp_path):
     save_model(ours.init_weights(std=0.2).eval(), tmp_path, torch.float32)
     theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())  # nothing missing, unexpected or misshapen
+    heads = [name for name in load_file(tmp_path / "model.safetensors") if "lm_head" in name]
+    assert heads == ([] if tied else ["lm_head.weight"])  # it stands outside the prefix
     ids = torch.arange(32)
     with torch.inference_mode():
         expected = theirs.eval()(ids[None]).logits[0]
@@ -450,7 +452,7 @@ MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144) in the file
             f": tensor '{MATRIX}' holds torch.float8_e4m3fn, not floats",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "file",
 )
 def test_a_tensor_that_does_not_fit_is_refused_by_name(edit, reason, folder):
     edit_tensors(folder, edit)

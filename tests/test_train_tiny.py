@@ -31,15 +31,7 @@ from train_tiny import (
     train_tokenizer,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A step of these models is quickest on one core, and stays quick when the other is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = "the wolf and a fox met old grandmother in dark wood where no bird sang".split()
 
