@@ -33,8 +33,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import save_model
+from llm import LLM, SamplingParams
 from model import GPT, Attend, GPTConfig
 
+CARD = Path(__file__).parent / "assets" / "CARD.md"  # the model card, with names for its numbers
 END_OF_TEXT = "<|endoftext|>"
 STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "‑": "-", "…": "..."})
 
@@ -239,6 +241,24 @@ def train(model: GPT, stream: Tensor, args: argparse.Namespace, checkpoint: Path
     return loss_mean
 
 
+# ---- the model card ------------------------------------------------------------------------------
+def write_model_card(folder: Path, settings: dict, report: dict, held_out: list[str]) -> None:
+    """Write README.md into the model's folder: numbers, data, and five unselected samples."""
+    llm = LLM(folder, device="cpu", max_num_seqs=5)
+    # A tale's first paragraph is its title: begin with what follows it, twelve tokens.
+    bodies = [tale.split("\n\n", 1)[-1] for tale in held_out[:5]]
+    prompts = [llm.tokenizer.decode(llm.tokenizer.encode(body)[:12]) for body in bodies]
+    length = min(150, llm.max_seq_len - 24)
+    how = {"temperature": 0.8, "top_p": 0.95, "max_tokens": length, "min_tokens": length}
+    outputs = llm.generate(prompts, [SamplingParams(**how, seed=s) for s in range(len(prompts))])
+    # On one line each: Markdown would eat single line breaks.
+    samples = [f"> **{o.prompt}** {' '.join(o.outputs[0].text.split())}" for o in outputs]
+    facts = {**settings, **report, "parameters": llm.model.num_parameters()}
+    facts |= {"files": len(settings["files"]), "vocab_size": llm.model.config.vocab_size}
+    card = CARD.read_text(encoding="utf-8").format(**facts, samples="\n\n".join(samples))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; every default is what the shipped model was trained with."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -246,9 +266,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, required=True, help="a folder of .txt files, or one file")
     add("--skip", nargs="*", default=["tinyshakespeare.txt"], help="file names in it to leave out")
     add("--out", type=Path, default=Path("assets/tiny-gpt2"), help="folder of the finished model")
+    add("--notes", type=Path, default=Path("assets/NOTES.md"), help="for the card: whose texts?")
     add("--work", type=Path, default=Path("train_tiny_work"), help="folder of the checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
-    add("--steps", type=int, default=3000, help="length of the schedule")
+    add("--steps", type=int, default=2200, help="length of the schedule")
     add("--stop-after", type=int, help="write the model as it stands after so many steps, and end")
     add("--tokens-per-step", type=int, default=4096)
     add("--short-length", type=int, default=256, help="window in the first two thirds, in tokens")
@@ -312,6 +333,9 @@ def main(argv: list[str] | None = None):
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     settings["files"] = [file.name for file in files]  # the folders are nobody's business
+    settings["characters_seen"] = characters
+    notes = args.notes.read_text(encoding="utf-8") if args.notes.is_file() else ""
+    write_model_card(args.out, {**settings, "notes": notes}, report, held_out)
     text = json.dumps({**settings, **report}, indent=1) + "\n"
     (args.out / "training.json").write_text(text, encoding="utf-8")
 

@@ -336,7 +336,9 @@ def test_every_weight_has_exactly_one_optimizer():
 def test_three_steps_make_a_folder_that_everybody_can_read(tmp_path):
     write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
     out = run(tmp_path, "model", steps=3)  # two steps of short windows and one of long ones
-    names = "config.json merges.txt model.safetensors tokenizer.json training.json vocab.json"
+    names = (
+        "README.md config.json merges.txt model.safetensors tokenizer.json training.json vocab.json"
+    )
     assert sorted(path.name for path in out.iterdir()) == names.split()
 
     ours = load_model(out)
