@@ -5,7 +5,7 @@ request. Served together they read them once for each token of all ten, and deco
 just that reading. So the engine runs whoever the scheduler picks as one flat batch, step after
 step, and requests join and leave between any two steps:
 
-    add_request ─> waiting ─┐                                     ┌─> finished: blocks back, output out
+    add_request ─> waiting ─┐                                     ┌─> finished: blocks back, output
                             └─> schedule ─> forward ─> sample ─> update ─┐
                                    ^       (all sequences at once)       │
                                    └─────────────────────────────────────┘
@@ -23,6 +23,7 @@ Try: max_num_batched_tokens=4 in the demo (watch the long prompt arrive in piece
 num_blocks=7 (somebody is preempted, and writes the same text all the same).
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,23 +51,25 @@ class EngineConfig:
 
     block_size: int = 16  # tokens; larger wastes more of each sequence's last block
     num_blocks: int | None = None  # the pool's size in blocks, or
-    kv_cache_mb: float | None = (
-        None  # in units of 10**6 bytes, or neither: what the device has free
-    )
+    kv_cache_mb: float | None = None  # in 10**6 bytes, or neither: what the device has free
     gpu_memory_utilization: float = 0.9  # of the free memory of a GPU, where the pool is measured
     max_num_seqs: int = 256  # sequences in one step
-    max_num_batched_tokens: int = (
-        2048  # tokens in one step: bounds how long decoders wait for a prompt
-    )
-    max_seq_len: int | None = (
-        None  # tokens in one sequence; None: all that the model was trained for
-    )
+    max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
+    max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self):
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        may_be_none = ("num_blocks", "max_seq_len")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
+            value = getattr(self, name)
+            if value is None and name in may_be_none:
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
+        if self.kv_cache_mb is not None and not 0 < self.kv_cache_mb < math.inf:
+            raise ValueError(f"kv_cache_mb is {self.kv_cache_mb}: it must be a number above 0")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
@@ -83,7 +86,7 @@ def eager_forward(model: GPT, cache: KVCache, attention: Callable = paged_attent
 
 
 def sample_next(sequences: list[Sequence], logits: Tensor) -> list[Continuation]:
-    """The strategy of ordinary requests: one token for each sequence, all in one vectorised call."""
+    """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
     rows = [
         SampleRow(
             params=seq.request.params,
@@ -183,7 +186,7 @@ class InferenceEngine:
         return self.scheduler.has_unfinished()
 
     def abort(self, request_id: str) -> bool:
-        """End a request in whatever state it is; its blocks are free at once. False if it is gone."""
+        """End a request in whatever state it is, free its blocks at once; False if it is gone."""
         request = self.output_processor.remove(request_id)
         if request is None:
             return False

@@ -15,22 +15,25 @@ HTTP.
 Run: python generate.py
      python generate.py "Once upon a time" --max-tokens 200 --temperature 0.8
      python generate.py --file prompts.txt --jsonl --out texts.jsonl      (one prompt a line)
-     python generate.py --file prompts.jsonl      ({"prompt": "The wolf", "max_tokens": 30, "seed": 7})
+     python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
 Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-num-batched-tokens 8.
 """
 
-import argparse
 import json
+import math
 import sys
 import textwrap
 import time
-from dataclasses import MISSING, asdict, fields
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TextIO, get_args
 
 from engine import EngineConfig
 from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams
 from outputs import RequestOutput, StepOutput
+from scheduler import Scheduler
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [
@@ -47,7 +50,8 @@ OPENINGS = [
     ("A Fox once saw", 45),
     ("Then the little tailor laughed, and said to the giant that he was not afraid,", 75),
 ]
-DEMO_POOL = {"num_blocks": 60, "block_size": 8}
+DEMO_POOL_TOKENS = 480  # a little over half of what the twelve would fill together
+DEMO_DEFAULTS = {"block_size": 8, "temperature": 0.7, "top_p": 0.95}  # flags that are given win
 COLOURS = [31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96]  # of a terminal, one a request
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -76,76 +80,89 @@ HELP = {
     "max_num_batched_tokens": "tokens in one step",
     "max_seq_len": "tokens in one sequence; default: the model's",
 }
-KINDS = {"seed": int, "max_tokens": int, "logprobs": int, "num_blocks": int, "max_seq_len": int}
-KINDS |= {"kv_cache_mb": float}
 
 
-def add_flags(group, cls, skip: set[str]) -> None:
+def add_flags(group, cls, skip: str = "") -> None:
     """A flag for each field of a dataclass that HELP knows; its default is the field's."""
     for field in fields(cls):
-        if field.name not in HELP or field.name in skip:
+        if field.name not in HELP or field.name == skip:
             continue
-        default = field.default if field.default is not MISSING else None
+        default = field.default
         flag, text = "--" + field.name.replace("_", "-"), HELP[field.name]
         if field.name == "stop":
             group.add_argument(flag, action="append", help=text)
         elif isinstance(default, bool):
             group.add_argument(flag, action="store_true", help=text)
         else:
-            kind = KINDS.get(field.name) or type(default)
+            kind = type(default) if default is not None else get_args(field.type)[0]  # int | None
             group.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; engine and sampling flags come from their dataclasses."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line; engine and sampling flags come from their dataclasses.
+
+    Without prompts it is the demonstration's, which has other defaults for some flags.
+    """
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="prompts; none: the demonstration")
-    parser.add_argument(
-        "--file", help="prompts from a file, one a line or JSONL; - is standard input"
-    )
+    parser.add_argument("--file", help="prompts, one a line or JSONL; - is standard input")
     parser.add_argument("--model", default=str(SHIPPED_MODEL), help="a folder, or random:gpt2")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
-    add_flags(parser.add_argument_group("the engine"), EngineConfig, skip={"seed"})
-    add_flags(parser.add_argument_group("sampling"), SamplingParams, skip=set())
-    return parser.parse_args(argv)
+    add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
+    add_flags(parser.add_argument_group("sampling"), SamplingParams)
+    args = parser.parse_args(argv)
+    args.is_demo = not args.prompts and args.file is None
+    if args.is_demo:
+        parser.set_defaults(**DEMO_DEFAULTS, is_demo=True)
+        args = parser.parse_args(argv)
+        if args.num_blocks is None and args.kv_cache_mb is None and args.block_size > 0:
+            args.num_blocks = -(-DEMO_POOL_TOKENS // args.block_size)
+    return args
 
 
-def sampling_params(args: argparse.Namespace, **overrides) -> SamplingParams:
+def sampling_params(args: Namespace, **overrides) -> SamplingParams:
     """SamplingParams from the flags, with one prompt's own values on top."""
     names = {field.name for field in fields(SamplingParams)}
-    unknown = set(overrides) - names
-    if unknown:
-        raise ValueError(f"{sorted(unknown)[0]!r} is no sampling parameter")
+    if unknown := set(overrides) - names:
+        raise ValueError(f"{min(unknown)!r} is no sampling parameter")
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return SamplingParams(**(values | overrides))
 
 
-def read_prompts(args: argparse.Namespace) -> list[tuple[str | list[int], SamplingParams]]:
+def read_entry(line: str, args: Namespace) -> tuple[str | list[int], SamplingParams]:
+    """One line of JSONL: an object with a "prompt" and, if it likes, its own parameters."""
+    entry = json.loads(line)
+    if "prompt" not in entry:
+        raise ValueError("there is no 'prompt'")
+    prompt = entry.pop("prompt")
+    if isinstance(entry.get("logit_bias"), dict):  # a key of JSON is a string, a token id is not
+        entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
+    return prompt, sampling_params(args, **entry)
+
+
+def read_prompts(args: Namespace) -> list[tuple[str | list[int], SamplingParams]]:
     """The prompts of arguments and file, each with its parameters. ValueError names a bad line."""
-    prompts = [(prompt, sampling_params(args)) for prompt in args.prompts]
+    from_flags = sampling_params(args)  # first of all: no line is to blame for a flag
+    if args.is_demo:
+        return [(text, replace(from_flags, max_tokens=n)) for text, n in OPENINGS]
+    prompts = [(prompt, from_flags) for prompt in args.prompts]
     if args.file is None:
         return prompts
-    try:
-        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
+    try:  # "-sig": some editors begin a file with an invisible mark
+        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{args.file} cannot be read: {error}") from None
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            prompts.append((line.rstrip("\r"), sampling_params(args)))
-            continue
         try:
-            entry = json.loads(line)
-            prompts.append((entry.pop("prompt"), sampling_params(args, **entry)))
-        except KeyError:
-            raise ValueError(f"{args.file}, line {number}: there is no 'prompt'") from None
-        except (ValueError, TypeError) as error:
+            if line.lstrip().startswith("{"):
+                prompts.append(read_entry(line, args))
+            elif line.strip():
+                prompts.append((line.rstrip("\r"), from_flags))
+        except (ValueError, TypeError, RecursionError) as error:  # TypeError: a value of odd type
             raise ValueError(f"{args.file}, line {number}: {error}") from None
     if not prompts:
         raise ValueError(f"{args.file} holds no prompt: one a line, or JSONL with a 'prompt' each")
@@ -157,19 +174,20 @@ class Meter:
     """Counts what steps did, from outside: tokens, time, blocks, utilisation, preemptions."""
 
     def __init__(self, llm: LLM):
-        self.scheduler = llm.engine.scheduler
-        self.started = time.monotonic()
-        self.steps = self.generated = self.prompt_tokens = self.peak_blocks = 0
-        self.tokens_held = self.places_held = 0  # summed over the steps
+        self.llm, self.scheduler, self.started = llm, llm.engine.scheduler, time.monotonic()
+        self.steps = self.generated = self.peak_blocks = 0
+        self.tokens_held = self.places_held = 0  # of all steps together
 
     def add(self, step: StepOutput) -> None:
         """Take one step into account."""
         allocator = self.scheduler.allocator
         self.steps += 1
         self.generated += len(step.plan.sampled)
-        # The blocks of sequences that ended in this step are back already: count what was freed.
-        held = sum(len(seq.block_table) for seq in self.scheduler.running)
-        self.peak_blocks = max(self.peak_blocks, held + step.blocks_freed)
+        held = allocator.num_blocks - allocator.num_free
+        # Those who ended in this step have given their blocks back, but held them until then.
+        ended = [seq for seq, _, _ in step.plan.scheduled if not seq.block_table]
+        given_back = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
+        self.peak_blocks = max(self.peak_blocks, held + given_back)
         self.places_held += held * allocator.block_size
         self.tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
 
@@ -179,68 +197,66 @@ class Meter:
 
     def line(self) -> str:
         """One line for a terminal that waits."""
-        allocator, scheduler = self.scheduler.allocator, self.scheduler
-        used = 1 - allocator.num_free / allocator.num_blocks
-        return (
-            f"step {self.steps:4}  {self.generated:6} tokens  {self.tokens_per_s:7.1f} tokens/s  "
-            f"running {len(scheduler.running):3}  waiting {scheduler.num_waiting:3}  pool {used:4.0%}"
-        )
+        scheduler = self.scheduler
+        used = 1 - scheduler.allocator.num_free / scheduler.allocator.num_blocks
+        speed = f"{self.generated:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
+        queues = f"running {len(scheduler.running):3}  waiting {scheduler.num_waiting:3}"
+        return f"step {self.steps:4}  {speed}  {queues}  pool {used:4.0%}"
 
-    def summary(self, llm: LLM) -> str:
+    def summary(self) -> str:
         """What the run came to."""
-        blocks = self.scheduler.allocator.num_blocks
+        llm, scheduler = self.llm, self.scheduler
         seconds = time.monotonic() - self.started
         utilisation = self.tokens_held / max(self.places_held, 1)
         return (
-            f"{self.generated} tokens in {seconds:.1f} s: {self.generated / seconds:.1f} tokens/s "
+            f"{self.generated} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s "
             f"({llm.weights}, {llm.backend}, {str(llm.model.wte.weight.dtype)[6:]})\n"
-            f"peak {self.peak_blocks} of {blocks} blocks, utilisation {utilisation:.1%}, "
-            f"{self.scheduler.num_preemptions} preemptions, "
-            f"{self.scheduler.num_recomputed_tokens} tokens computed again"
+            f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks, utilisation "
+            f"{utilisation:.1%}, {scheduler.num_preemptions} preemptions, "
+            f"{scheduler.num_recomputed_tokens} tokens computed again"
         )
 
 
-def pool_strip(llm: LLM, colour: bool, width: int = 96) -> list[str]:
+def letter_of(request_id: str) -> str:
+    """The letter that stands for a request in the strip and before its text."""
+    return LETTERS[int(request_id) % len(LETTERS)]
+
+
+def pool_strip(scheduler: Scheduler, colour: bool, width: int = 96) -> list[str]:
     """The pool, one cell a block: whose it is, capital when full; lines of `width` cells."""
-    allocator = llm.engine.scheduler.allocator
+    allocator = scheduler.allocator
     cells = ["·"] * allocator.num_blocks
-    for seq in llm.engine.scheduler.running:
-        number = int(seq.request.request_id)
-        letter = LETTERS[number % len(LETTERS)]
+    for seq in scheduler.running:
+        letter = letter_of(seq.request.request_id)
+        code = COLOURS[LETTERS.index(letter) % len(COLOURS)]
         for i, block_id in enumerate(seq.block_table):
             full = (i + 1) * allocator.block_size <= seq.num_computed_tokens
             cell = letter if full else letter.lower()
-            code = COLOURS[number % len(COLOURS)]
             cells[block_id] = f"\033[{code}m{cell}\033[0m" if colour else cell
-    return ["".join(cells[i : i + width]) for i in range(0, len(cells), width)]
+    return [f"|{''.join(cells[i : i + width])}|" for i in range(0, len(cells), width)]
 
 
 class Screen:
     """Shows the progress on a terminal in place, elsewhere as plain lines now and then."""
 
-    def __init__(self, llm: LLM, meter: Meter, strip: bool, stream=sys.stderr):
-        self.llm, self.meter, self.strip, self.stream = llm, meter, strip, stream
+    def __init__(self, meter: Meter, strip: bool, stream: TextIO):
+        self.meter, self.strip, self.stream = meter, strip, stream
         self.is_terminal = stream.isatty()
-        self.lines_up = 0
-        self.shown_at = -1e9
+        self.lines_up, self.shown_at = 0, -math.inf
 
     def show(self, last: bool = False) -> None:
         """Draw the state after a step; a terminal is redrawn at most 20 times a second."""
-        now = time.monotonic()
         every_s = 0.05 if self.is_terminal else 1.0
-        if now - self.shown_at < every_s and not last:
+        if time.monotonic() - self.shown_at < every_s and not last:
             return
-        self.shown_at = now
-        lines = [self.meter.line()]
-        if self.strip:
-            lines = [f"|{line}|" for line in pool_strip(self.llm, self.is_terminal)] + lines
-        if self.is_terminal:
-            up = f"\033[{self.lines_up}A" if self.lines_up else ""
-            self.stream.write(up + "".join(f"\r\033[K{line}\n" for line in lines))
-            self.lines_up = len(lines)
-        else:
-            self.stream.write("\n".join(lines) + "\n")
-        self.stream.flush()
+        self.shown_at = time.monotonic()
+        lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.strip else []
+        lines.append(self.meter.line())
+        # On a terminal over the lines of the last time: up to the first of them, and erase each.
+        up = f"\033[{self.lines_up}A" if self.is_terminal and self.lines_up else ""
+        erase = "\r\033[K" if self.is_terminal else ""
+        print(up + "\n".join(erase + line for line in lines), file=self.stream, flush=True)
+        self.lines_up = len(lines)
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -267,8 +283,7 @@ def stream_one(llm: LLM, prompt: str | list[int], params: SamplingParams, meter:
         step = llm.engine.step()
         meter.add(step)
         for output in step.outputs:
-            text = output.outputs[0].text
-            ids = output.outputs[0].token_ids
+            text, ids = output.outputs[0].text, output.outputs[0].token_ids
             print(text[shown:] if llm.tokenizer else f" {ids[-1]}", end="", flush=True)
             shown = len(text)
     print()
@@ -276,55 +291,54 @@ def stream_one(llm: LLM, prompt: str | list[int], params: SamplingParams, meter:
 
 def as_json(output: RequestOutput, llm: LLM) -> str:
     """One line of JSONL for a request."""
-    texts = [asdict(completion) for completion in output.outputs]
-    row = {"model": llm.model_name, "weights": llm.weights, "prompt": output.prompt}
-    row |= {"prompt_token_ids": output.prompt_token_ids, "outputs": texts}
+    row = {"model": llm.model_name, "weights": llm.weights} | asdict(output)
     return json.dumps(row, ensure_ascii=False)
 
 
-def as_text(output: RequestOutput, letter: str = "") -> str:
-    """A request's texts for a reader, wrapped."""
-    shown = []
+def as_text(output: RequestOutput, llm: LLM, named: bool) -> str:
+    """A request's texts for a reader, wrapped; token ids where there is no tokenizer."""
+    name, shown = f"[{letter_of(output.request_id)}] " if named else "", []
     for completion in output.outputs:
-        written = completion.text if completion.text else " ".join(map(str, completion.token_ids))
-        whole = f"{letter}{output.prompt or ''}{written}"
+        written = completion.text if llm.tokenizer else " ".join(map(str, completion.token_ids))
+        whole = f"{name}{output.prompt or ''}{written}"
         paragraphs = [textwrap.fill(line, 98) for line in whole.split("\n") if line.strip()]
         shown.append("\n".join(paragraphs))
     return "\n\n".join(shown)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Read the command line, run, print."""
-    args = parse_args(argv)
-    try:
-        prompts = read_prompts(args)
-        is_demo = not prompts
-        config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
-        if is_demo:
-            unsized = args.num_blocks is None and args.kv_cache_mb is None
-            config |= DEMO_POOL if unsized else {}
-            wanted = [{"max_tokens": n, "temperature": 0.7, "top_p": 0.95} for _, n in OPENINGS]
-            prompts = [
-                (opening, sampling_params(args, seed=args.seed or i, **values))
-                for i, ((opening, _), values) in enumerate(zip(OPENINGS, wanted, strict=True))
-            ]
-        llm = LLM(args.model, device=args.device, dtype=args.dtype, backend=args.backend, **config)
-        meter = Meter(llm)
-        if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:
-            stream_one(llm, *prompts[0], meter)
-            print(f"\n{meter.summary(llm)}", file=sys.stderr)
-            return
-        outputs = run_all(llm, prompts, Screen(llm, meter, strip=is_demo))
-    except ValueError as error:
-        raise SystemExit(f"generate.py: {error}") from None
-    letters = [f"[{LETTERS[i]}] " for i in range(len(outputs))] if is_demo else [""] * len(outputs)
-    texts = [as_text(output, letter) for output, letter in zip(outputs, letters, strict=True)]
-    lines = [as_json(output, llm) for output in outputs] if args.jsonl else ["\n\n".join(texts)]
+def write_all(outputs: list[RequestOutput], llm: LLM, args: Namespace) -> None:
+    """All texts, or one line of JSON each, to where the flags say; the demonstration names them."""
+    texts = [as_json(o, llm) if args.jsonl else as_text(o, llm, args.is_demo) for o in outputs]
+    whole = ("\n" if args.jsonl else "\n\n").join(texts)
     if args.out is None:
-        print(("" if args.jsonl else "\n") + "\n".join(lines))
+        print(whole)
     else:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"\n{meter.summary(llm)}", file=sys.stderr)
+        args.out.write_text(f"{whole}\n", encoding="utf-8")
+
+
+def run(args: Namespace) -> None:
+    """Load the model, serve the prompts, print or write what came out."""
+    prompts = read_prompts(args)
+    if args.out is not None and not args.out.parent.is_dir():  # rather now than after the work
+        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
+    llm = LLM(args.model, device=args.device, dtype=args.dtype, backend=args.backend, **config)
+    meter = Meter(llm)
+    if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:
+        stream_one(llm, *prompts[0], meter)
+    else:
+        outputs = run_all(llm, prompts, Screen(meter, strip=args.is_demo, stream=sys.stderr))
+        print(file=sys.stderr)
+        write_all(outputs, llm, args)
+    print(f"\n{meter.summary()}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line and run it; a caller's mistake is one sentence and exit code 1."""
+    try:
+        run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"generate.py: {error}") from None
 
 
 if __name__ == "__main__":

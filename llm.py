@@ -58,7 +58,7 @@ BACKENDS = {"torch": paged_attention}
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the GPU where PyTorch sees one. Raises ValueError for a device that is not there."""
+    """ "auto" is the GPU where PyTorch sees one. Raises ValueError for one that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -105,6 +105,8 @@ class LLM:
         if isinstance(model, GPT):
             self.model, self.model_name, self.weights = model, "a GPT object", "given weights"
             self.tokenizer = None
+            if model.training and model.config.dropout:
+                raise ValueError("the GPT drops out at random while it trains: call model.eval()")
             if (device, dtype) != ("auto", "auto"):
                 raise ValueError("a GPT object is served where and as it is: move or cast it first")
         else:

@@ -7,7 +7,7 @@ between the engine's loop and whoever waits for its outputs:
 
     sequence.token_ids  ...  83  1212  197 | 30   <- one new token a step
     decoder                  pushed ───────┘ └─> text grows by what is now certain
-    request  ─> RequestOutput(outputs=[CompletionOutput(text, token_ids, finish_reason, ...)], metrics)
+    request  ─> RequestOutput([CompletionOutput(text, token_ids, finish_reason, ...)], metrics, ...)
 
 A stop string is found here, after the scheduler has counted the token that completed it, and ends
 the sequence. What a production engine does beyond this: all of it in a process of its own, so that
@@ -180,8 +180,10 @@ class OutputProcessor:
         live.num_pushed[seq.index] = len(seq.token_ids)
         if live.request.params.logprobs is not None and new_ids:
             self._name_tokens(seq.logprobs[-len(new_ids) :])
-        if seq.finish_reason == "stop" and seq.token_ids[-1] != live.request.eos_token_id:
-            seq.stop_reason = seq.stop_reason or seq.token_ids[-1]
+        # EOS needs no further reason; under ignore_eos it can only have been a stop token.
+        eos_token_id = None if live.request.params.ignore_eos else live.request.eos_token_id
+        if seq.finish_reason == "stop" and seq.token_ids[-1] != eos_token_id:
+            seq.stop_reason = seq.token_ids[-1] if seq.stop_reason is None else seq.stop_reason
         if self.tokenizer is None or not new_ids:
             return
         params = live.request.params

@@ -7,8 +7,8 @@ then drawn from. The draw is one random number u: lay the weights side by side a
 
     logits ─> logit_bias, min_tokens ─> penalties ─> / temperature ─> min_p ─> top_k ─> top_p ─┐
        └─> log_softmax ─> logprobs (of the model, before all edits)                            v
-    hash(seed, position) ─> u = 0.55    0 |aaaaaaaaaaaaaaaaaaaabbbbbbbbbbbbbccccccc| 1  ─>  "b"
-                                                                  ^
+    hash(seed, position) ─> u = 0.53    0 |aaaaaaaaaaaaaaaaaaaabbbbbbbbbbbbbccccccc| 1  ─>  "b"
+                                                                ^
 There is no random state. u is a pure function of (seed, position), so a request says the same in
 any batch, after a preemption, in a fork, under a graph; a generator object per sequence would have
 to be saved, copied and advanced with it. What a production engine does beyond this: the whole chain
@@ -18,8 +18,8 @@ Fan et al. 2018, arXiv:1805.04833 (top-k). Holtzman et al. 2020, arXiv:1904.0975
 (top-p). Nguyen et al. 2024, arXiv:2407.01082 (min-p). Salmon et al. 2011, "Parallel Random Numbers:
 As Easy as 1, 2, 3", SC11 (random numbers from counters).
 Run: python sampling.py
-Try: SamplingParams(min_p=0.3) as one more setting in the demo (which tokens go?), or drop the seed
-from `hash32`: every assert here still holds, yet all requests draw the same numbers.
+Try: {"min_p": 0.3} as one more setting in the demo (which tokens go?), or let `hash32` ignore the
+seed: every assert here still holds, yet all requests draw the same numbers.
 """
 
 import math
@@ -31,26 +31,24 @@ import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # vLLM's bound: dividing by less would overflow long before it changed a token
-NUMBER = (int, float)
 
 # name: (type, smallest, largest, in words). The bounds of temperature and repetition_penalty keep
 # fp32 scores finite. math.ulp(0.0) is the smallest number above 0. NaN fails every comparison.
 RULES = {
     "n": (int, 1, math.inf, "an integer of at least 1"),
-    "temperature": (NUMBER, 0, 1e6, "a number from 0 (greedy) to 1e6"),
+    "temperature": (int | float, 0, 1e6, "a number from 0 (greedy) to 1e6"),
     "top_k": (int, -1, math.inf, "an integer of at least 1, or 0 or -1 for all tokens"),
-    "top_p": (NUMBER, math.ulp(0.0), 1, "a number above 0 and at most 1 (1 is all tokens)"),
-    "min_p": (NUMBER, 0, 1, "a number from 0 to 1"),
-    "presence_penalty": (NUMBER, -2, 2, "a number from -2 to 2"),
-    "frequency_penalty": (NUMBER, -2, 2, "a number from -2 to 2"),
-    "repetition_penalty": (NUMBER, 1e-6, 1e6, "a number above 0, from 1e-6 to 1e6"),
-    "seed": (int, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1, or None"),
-    "max_tokens": (int, 1, math.inf, "an integer of at least 1, or None for all that fits"),
+    "top_p": (int | float, math.ulp(0.0), 1, "a number above 0 and at most 1 (1 is all tokens)"),
+    "min_p": (int | float, 0, 1, "a number from 0 to 1"),
+    "presence_penalty": (int | float, -2, 2, "a number from -2 to 2"),
+    "frequency_penalty": (int | float, -2, 2, "a number from -2 to 2"),
+    "repetition_penalty": (int | float, 1e-6, 1e6, "a number above 0, from 1e-6 to 1e6"),
+    "seed": (int | None, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1, or None"),
+    "max_tokens": (int | None, 1, math.inf, "an integer of at least 1, or None for all that fits"),
     "min_tokens": (int, 0, math.inf, "an integer of at least 0"),
-    "logprobs": (int, 0, math.inf, "an integer of at least 0, or None"),
-    "prompt_logprobs": (int, 0, math.inf, "an integer of at least 0, or None"),
+    "logprobs": (int | None, 0, math.inf, "an integer of at least 0, or None"),
+    "prompt_logprobs": (int | None, 0, math.inf, "an integer of at least 0, or None"),
 }
-MAY_BE_NONE = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 
 
 def _is(value, kind) -> bool:
@@ -63,7 +61,7 @@ def _is_token_id(value) -> bool:
 
 
 def _is_bias(item) -> bool:
-    return _is_token_id(item[0]) and _is(item[1], NUMBER) and -math.inf < item[1] < math.inf
+    return _is_token_id(item[0]) and _is(item[1], int | float) and -math.inf < item[1] < math.inf
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ class SamplingParams:
     def __post_init__(self):
         for name, (kind, smallest, largest, words) in RULES.items():
             value = getattr(self, name)
-            if value is not None or name not in MAY_BE_NONE:
-                self._require(name, _is(value, kind) and smallest <= value <= largest, words)
+            holds = _is(value, kind) and (value is None or smallest <= value <= largest)
+            self._require(name, holds, words)
         self._require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
         limit = self.max_tokens or math.inf
         self._require("min_tokens", self.min_tokens <= limit, f"at most max_tokens, {limit}")
@@ -107,8 +105,8 @@ class SamplingParams:
         self._require("logit_bias", holds, "a dict from token ids to finite numbers")
         # Clamped, not refused, as in vLLM: +-100 is "always" and "never" for every real logit.
         # (A frozen dataclass may do this to itself once, before anybody has seen it.)
-        clamped = {token_id: max(-100.0, min(100.0, value)) for token_id, value in bias.items()}
-        object.__setattr__(self, "logit_bias", clamped)
+        bias = {t: max(-100.0, min(100.0, value)) for t, value in bias.items()}
+        object.__setattr__(self, "logit_bias", bias)
 
     def _require(self, name: str, holds: bool, words: str) -> None:
         if not holds:
@@ -132,9 +130,8 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError for a token id that the model does not have; before the first step."""
-        words = f"within the vocabulary, below {vocab_size}"
-        for name in ("stop_token_ids", "logit_bias"):
-            self._require(name, all(t < vocab_size for t in getattr(self, name)), words)
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            self._require(name, all(t < vocab_size for t in ids), f"ids below {vocab_size}")
 
 
 # ---- Random numbers without a state --------------------------------------------------------------
@@ -163,10 +160,12 @@ def hash32(seed, counter):
     another order: among 1,000 sequences of 1,024 tokens that happens one time in nine.
     """
     # mix32(0) is 0: without the constant, seed 0 would have two keys that do nothing.
-    first_key = mix32((seed & LOW_32) ^ 0x9E3779B9)
-    second_key = mix32((seed >> 32) ^ first_key)
-    mixed = mix32((counter & LOW_32) ^ first_key)
-    return mix32(mixed ^ (counter >> 32) ^ second_key)
+    low_key = mix32((seed & LOW_32) ^ 0x9E3779B9)
+    high_key = mix32((seed >> 32) ^ low_key)
+    # high_key first. The other way round, seed >> 32 and counter meet the same function with the
+    # same key, and cancel where they are equal: position 0 would draw u = 0 from each small seed.
+    mixed = mix32((counter & LOW_32) ^ high_key)
+    return mix32(mixed ^ (counter >> 32) ^ low_key)
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -226,7 +225,8 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, list[Logprobs
     Returns int64 ids (M,) on the logits' device, and M answers about log-probabilities: None for a
     row that did not ask, otherwise a dict that holds the drawn token whatever its rank, so that
     `logprobs[i][token_id].logprob` is what a cumulative_logprob adds up.
-    Raises ValueError for a row without an answer (NaN, +inf, or nothing but -inf).
+    Raises ValueError for a row without an answer (NaN, +inf, or nothing but -inf); to know that, it
+    waits for the device.
     """
     token_ids, peaks = draw_tokens(logits, rows)
     _refuse(~peaks.isfinite())
@@ -301,6 +301,7 @@ def draw_weights(scores: Tensor, rows: list[SampleRow]) -> Tensor:
     """
     params = [row.params for row in rows]
     scores = scores.to(_wide(scores))
+    # A greedy row, drawn by nobody, shows what the smallest temperature would do.
     temperature = _column([max(p.temperature, GREEDY_BELOW) for p in params], scores)
     weights = ((scores - scores.amax(dim=-1, keepdim=True)) / temperature).exp_()
     if any(p.min_p > 0 for p in params):
@@ -360,9 +361,8 @@ def _draw(weights: Tensor, rows: list[SampleRow], best: Tensor) -> Tensor:
     u = uniform(seeds, positions).to(weights.device, torch.float64)[:, None]  # (M, 1)
     # float64, so that the order in which a device adds up cannot move a boundary across a u.
     cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
-    target = (
-        u * cumulated[:, -1:]
-    )  # u <= 1 - 2**-24: always below the total, except in a row of NaN
+    # u <= 1 - 2**-24, so the target is below the total. Only a row of NaN runs past the end.
+    target = u * cumulated[:, -1:]
     picked = torch.searchsorted(cumulated, target, right=True).clamp(max=weights.shape[1] - 1)
     # A GPU adds in parallel, and rounding may lift the sum at a token of weight 0. Never draw it.
     return torch.where(weights.gather(1, picked) > 0, picked, best[:, None]).squeeze(1)
@@ -385,8 +385,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list
     own = zip(token_ids.tolist(), own.squeeze(1).tolist(), ranks.tolist())
     answers = []
     for count, (ids, values), (token_id, value, rank) in zip(counts, top, own):
-        best = enumerate(zip(ids[:count], values), start=1)
-        answer = {t: Logprob(logprob, r) for r, (t, logprob) in best}
+        answer = {t: Logprob(p, r) for r, (t, p) in enumerate(zip(ids[:count], values), start=1)}
         answer.setdefault(token_id, Logprob(value, rank))  # behind the others: its rank is > count
         answers.append(answer)
     return answers
@@ -411,9 +410,8 @@ def _most_likely(logprobs: Tensor, k: int) -> Tensor:
 
 def _refuse(bad: Tensor) -> None:  # (M,) bool
     if bad.any():
-        raise ValueError(
-            f"logits of rows {bad.nonzero().flatten().tolist()}: NaN, +inf or all -inf"
-        )
+        rows = bad.nonzero().flatten().tolist()
+        raise ValueError(f"rows {rows} of the logits are NaN, +inf or all -inf: no token to choose")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,7 +438,7 @@ def demo():
     alone = [sample(logits, [row])[0].item() for row in rows[:60]]
     shares = torch.bincount(together, minlength=6) / 20_000
     print("20,000 positions at temperature 1:", *(f"{share:.3f}" for share in shares))
-    print("their probabilities:              ", *(f"{p:.3f}" for p in logits[0].exp()))
+    print("the probabilities:                ", *(f"{p:.3f}" for p in logits[0].exp()))
     print(f"  drawn in one call    |{letters(together[:60])}...")
     print(f"  one call for each    |{letters(alone)}...")
     assert alone == together[:60].tolist()

@@ -311,40 +311,37 @@ def demo():
     """Five requests in a pool of 8 blocks of 4: who runs in which step, as one strip each."""
     wanted = {"A": (6, 9), "B": (10, 12), "C": (3, 4), "D": (5, 6), "E": (8, 5)}
     scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens=16, max_seq_len=64)
-    requests = []
+    strips: dict[Sequence, str] = {}
     for arrival, (name, (prompt, generated)) in enumerate(wanted.items()):
         request = Request(name, list(range(prompt)), arrival)
         request.sequences = [Sequence(request, 0, list(range(prompt)), prompt, generated)]
         scheduler.add(request)
-        requests.append(request)
+        strips[request.sequences[0]] = ""
 
-    strips = {name: "" for name in wanted}
     steps = 0
     while scheduler.has_unfinished():
         plan = scheduler.schedule()
         scheduler.check_integrity()
-        marks = {seq.request.request_id: "x" for seq in plan.preempted}
-        for seq, _, num_new_tokens in plan.scheduled:
-            marks[seq.request.request_id] = "P" if num_new_tokens > 1 else "d"
-        for request in requests:
-            done = request.sequences[0].status == FINISHED
-            strips[request.request_id] += marks.get(request.request_id, " " if done else ".")
+        marks = {seq: "x" for seq in plan.preempted}
+        marks |= {seq: "P" if num_new > 1 else "d" for seq, _, num_new in plan.scheduled}
+        for seq in strips:
+            strips[seq] += marks.get(seq, " " if seq.status == FINISHED else ".")
         scheduler.update(plan, [Continuation(seq, [0]) for seq in plan.sampled])
         steps += 1
 
     print("prompt + generated tokens; at most 4 at once, 16 tokens a step, 8 blocks of 4\n")
-    for name, (prompt, generated) in wanted.items():
-        print(f"{name} {prompt:2}+{generated:<2} {strips[name]}")
+    for (name, (prompt, generated)), strip in zip(wanted.items(), strips.values(), strict=True):
+        print(f"{name} {prompt:2}+{generated:<2} {strip}")
     print("\nP many tokens of a prompt, d one token, . waits, x preempted")
-    # Static: four start together and end with the longest, then the fifth.
-    static = max(generated for _, generated in list(wanted.values())[:4]) + wanted["E"][1]
-    print(f"{steps} steps; a static batch of 4 needs {static}, and memory for 4 whole sequences:")
-    most = sum(prompt + generated for prompt, generated in list(wanted.values())[:4])
-    print(f"{-(-most // 4)} blocks, where this pool has 8")
     again = scheduler.num_recomputed_tokens
-    print(f"{scheduler.num_preemptions} preemptions, {again} tokens computed again")
+    print(f"{steps} steps, {scheduler.num_preemptions} preemptions, {again} tokens computed again")
+    # Static: four start together and end with the longest, then the fifth.
+    first_four = list(wanted.values())[:4]
+    static = max(generated for _, generated in first_four) + wanted["E"][1]
+    blocks = sum(scheduler.allocator.blocks_needed(sum(numbers)) for numbers in first_four)
+    print(f"a static batch of 4 takes {static} steps, but {blocks} blocks for 4 whole sequences")
     assert scheduler.num_preemptions > 0 and scheduler.allocator.num_free == 8
-    assert all(r.sequences[0].num_generated == wanted[r.request_id][1] for r in requests)
+    assert all(seq.num_generated == seq.max_tokens for seq in strips)
     print("ok: all five finished with every token they asked for, and 8 of 8 blocks are free")
 
 
