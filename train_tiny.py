@@ -23,6 +23,7 @@ Try: --dropout 0 (watch the held-out loss turn back up while the training loss f
 import argparse
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -252,7 +253,8 @@ def write_model_card(folder: Path, settings: dict, report: dict, held_out: list[
     how = {"temperature": 0.8, "top_p": 0.95, "max_tokens": length, "min_tokens": length}
     outputs = llm.generate(prompts, [SamplingParams(**how, seed=s) for s in range(len(prompts))])
     # On one line each: Markdown would eat single line breaks.
-    samples = [f"> **{o.prompt}** {' '.join(o.outputs[0].text.split())}" for o in outputs]
+    texts = [re.sub(r"\s+", " ", output.outputs[0].text) for output in outputs]
+    samples = [f"> **{prompt}**{text}" for prompt, text in zip(prompts, texts, strict=True)]
     facts = {**settings, **report, "parameters": llm.model.num_parameters()}
     facts |= {"files": len(settings["files"]), "vocab_size": llm.model.config.vocab_size}
     card = CARD.read_text(encoding="utf-8").format(**facts, samples="\n\n".join(samples))
