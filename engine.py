@@ -251,16 +251,15 @@ class InferenceEngine:
             what = "a text prompt" if isinstance(prompt, str) else "a stop string"
             raise ValueError(f"{what} needs a tokenizer, and this model has none: give token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise ValueError(
-                f"the prompt is a {type(ids).__name__}: give text or a list of token ids"
-            )
+        if not isinstance(ids, list):
+            kind = type(ids).__name__
+            raise ValueError(f"the prompt is of type {kind}: give text or a list of token ids")
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
-        unknown = [i for i in ids if not 0 <= i < self.vocab_size]
+        unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if unknown:
-            last = self.vocab_size - 1
-            raise ValueError(f"the prompt has token id {unknown[0]}, the vocabulary ends at {last}")
+            known = f"ids are integers from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"the prompt has token id {unknown[0]!r}: {known}")
         params.check_vocabulary(self.vocab_size)
         if len(ids) >= self.scheduler.max_seq_len:
             limit = self.scheduler.max_seq_len

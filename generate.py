@@ -87,8 +87,7 @@ def add_flags(group, cls, skip: str = "") -> None:
     for field in fields(cls):
         if field.name not in HELP or field.name == skip:
             continue
-        default = field.default
-        flag, text = "--" + field.name.replace("_", "-"), HELP[field.name]
+        default, flag, text = field.default, "--" + field.name.replace("_", "-"), HELP[field.name]
         if field.name == "stop":
             group.add_argument(flag, action="append", help=text)
         elif isinstance(default, bool):
@@ -110,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
+    parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for small models)")
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
@@ -148,7 +148,8 @@ def read_prompts(args: Namespace) -> list[tuple[str | list[int], SamplingParams]
     """The prompts of arguments and file, each with its parameters. ValueError names a bad line."""
     from_flags = sampling_params(args)  # first of all: no line is to blame for a flag
     if args.is_demo:
-        return [(text, replace(from_flags, max_tokens=n)) for text, n in OPENINGS]
+        # Each writes half of its tokens at least: a tale that ends at once would show nothing.
+        return [(t, replace(from_flags, max_tokens=n, min_tokens=n // 2)) for t, n in OPENINGS]
     prompts = [(prompt, from_flags) for prompt in args.prompts]
     if args.file is None:
         return prompts
@@ -322,7 +323,8 @@ def run(args: Namespace) -> None:
     if args.out is not None and not args.out.parent.is_dir():  # rather now than after the work
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
-    llm = LLM(args.model, device=args.device, dtype=args.dtype, backend=args.backend, **config)
+    config |= {name: getattr(args, name) for name in ("device", "dtype", "backend", "threads")}
+    llm = LLM(args.model, **config)
     meter = Meter(llm)
     if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:
         stream_one(llm, *prompts[0], meter)

@@ -334,8 +334,8 @@ def main(argv: list[str] | None = None):
     for name, value in report.items():
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    settings["files"] = [file.name for file in files]  # the folders are nobody's business
-    settings["characters_seen"] = characters
+    # The names of files say what it was trained on; the folders are nobody's business.
+    settings |= {"files": [file.name for file in files], "characters_seen": characters}
     notes = args.notes.read_text(encoding="utf-8") if args.notes.is_file() else ""
     write_model_card(args.out, {**settings, "notes": notes}, report, held_out)
     text = json.dumps({**settings, **report}, indent=1) + "\n"

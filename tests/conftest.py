@@ -1,4 +1,4 @@
-"""What all tests share: an offline process, two threads, small random models, the shipped model.
+"""What all tests share: an offline process, one thread, small random models, the shipped model.
 
 The environment comes first: each of these variables is read once, when its library is imported.
 """
@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the fil
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(2)
+# The models are small: a second thread costs more than it brings, and 50 times more where the other
+# core is busy, because the two wait for each other thousands of times a second.
+torch.set_num_threads(1)
 
 TINY = {"vocab_size": 97, "max_seq_len": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
 
@@ -42,16 +44,6 @@ def tiny_gpt():
         return model.to(dtype).requires_grad_(False).eval()
 
     return build
-
-
-@pytest.fixture
-def one_thread():
-    """For models so small that a second thread costs more than it brings, above all when the
-    other core is busy: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

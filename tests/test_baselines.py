@@ -86,15 +86,6 @@ def new_cache(model, max_num_seqs, max_seq_len=None, fill=math.nan):
     return cache
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For sums of this size a second thread only adds waiting: much, on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tiny_gpt):
     """2 layers, 4 heads of 16, 97 tokens, max_seq_len 64; float64."""

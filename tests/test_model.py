@@ -22,8 +22,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from checkpoint import load_model, save_model
 from model import GPT, GPTConfig, attend_one_sequence
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 

@@ -31,8 +31,6 @@ from train_tiny import (
     train_tokenizer,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = "the wolf and a fox met old grandmother in dark wood where no bird sang".split()
 
 

@@ -1,0 +1,525 @@
+"""The command line as a user types it: what it reads, what it prints where, how it refuses.
+
+`main` runs in this process, mostly on the shipped model; its words are never asserted, only that
+they are where they belong. Texts go to standard output, progress and figures to standard error.
+"""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import checkpoint
+import generate
+from checkpoint import save_model
+from engine import EngineConfig
+from generate import OPENINGS, Meter, main, parse_args, pool_strip
+from llm import BACKENDS, LLM, SamplingParams
+from model import GPT, GPTConfig
+from tokenizer import save_vocabulary
+
+ROOT = Path(generate.__file__).parent
+SMALL_POOL = ["--num-blocks", "64"]  # quick to allocate
+SUMMARY = re.compile(
+    r"(\d+) tokens in ([\d.]+) s: ([\d.]+) tokens/s \(([^,]+), ([^,]+), ([^,]+)\)\n"
+    r"peak (\d+) of (\d+) blocks, utilisation ([\d.]+)%, (\d+) preemptions, "
+    r"(\d+) tokens computed again\n"
+)
+
+
+@pytest.fixture(scope="module")
+def ids_only(tmp_path_factory):
+    """A small random model without tokenizer files."""
+    folder = tmp_path_factory.mktemp("ids_only")
+    config = GPTConfig(vocab_size=97, max_seq_len=64, n_layer=2, n_head=2, n_embd=32)
+    save_model(GPT(config).init_weights(std=0.2), folder, torch.float16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory):
+    """A small random model with a tokenizer of 256 bytes."""
+    folder = tmp_path_factory.mktemp("bytes")
+    config = GPTConfig(
+        vocab_size=257, max_seq_len=64, n_layer=2, n_head=2, n_embd=32, eos_token_id=256
+    )
+    save_model(GPT(config).init_weights(std=0.2), folder, torch.float16)
+    save_vocabulary(folder, merges=[])
+    return folder
+
+
+class Terminal(io.StringIO):
+    """A screen that remembers."""
+
+    def isatty(self):
+        return True
+
+
+def run_main(*args, stderr=None):
+    """What main printed to (stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO() if stderr is None else stderr
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main([str(arg) for arg in args])
+    return out.getvalue(), err.getvalue()
+
+
+def refusal(*args):
+    """The one sentence of a caller's mistake."""
+    with pytest.raises(SystemExit) as error:
+        run_main(*args)
+    message = error.value.code  # a string: Python prints it to stderr and exits with 1
+    assert isinstance(message, str) and message.startswith("generate.py: ")
+    assert "\n" not in message and "Traceback" not in message and len(message) < 400
+    return message
+
+
+def summary_of(err):
+    """The figures at the end of stderr."""
+    assert err.endswith("computed again\n")
+    names = "tokens seconds speed weights backend dtype peak blocks utilisation preemptions again"
+    return SimpleNamespace(**dict(zip(names.split(), SUMMARY.findall(err)[-1], strict=True)))
+
+
+# ---- without arguments: the demonstration --------------------------------------------------------
+@pytest.fixture(scope="module")
+def demo():
+    """One run without arguments, into a file as it were: (stdout, stderr)."""
+    return run_main()
+
+
+def test_the_demo_continues_a_dozen_openings(demo):
+    out, _ = demo
+    texts = re.split(r"^\[([A-Z])\] ", out, flags=re.MULTILINE)
+    assert texts[0] == "" and texts[1::2] == list("ABCDEFGHIJKL")
+    assert len(OPENINGS) == 12
+    for (opening, _), text in zip(OPENINGS, texts[2::2], strict=True):
+        one_line = " ".join(text.split())
+        assert one_line.startswith(opening)
+        assert len(one_line) > len(opening) + 10  # it wrote something behind it
+
+
+def test_the_demos_openings_are_of_mixed_lengths():
+    assert len({len(opening) for opening, _ in OPENINGS}) >= 10
+    assert len({max_tokens for _, max_tokens in OPENINGS}) >= 8
+
+
+def test_the_demo_ends_with_speed_peak_blocks_utilisation_and_preemptions(demo):
+    summary = summary_of(demo[1])
+    assert int(summary.tokens) <= sum(max_tokens for _, max_tokens in OPENINGS)
+    assert int(summary.tokens) >= sum(max_tokens // 2 for _, max_tokens in OPENINGS)
+    assert float(summary.speed) > 0
+    assert 40 <= int(summary.peak) <= int(summary.blocks) == 60
+    assert 50 < float(summary.utilisation) <= 100
+    assert int(summary.preemptions) > 0 and int(summary.again) > 0  # the pool is too small for all
+    assert (summary.weights, summary.dtype) == ("trained weights", "float32")
+    assert summary.backend in BACKENDS
+
+
+def test_the_demo_shows_the_pool_as_a_strip_in_plain_lines_when_it_is_no_terminal(demo):
+    _, err = demo
+    assert "\033" not in err and "\r" not in err
+    strips = re.findall(r"^\|([A-La-l·]+)\|$", err, flags=re.MULTILINE)
+    progress = re.findall(r"^step +\d+ +\d+ tokens .*running .*waiting .*pool +\d+%$", err, re.M)
+    assert len(strips) == len(progress) >= 2
+    assert all(len(strip) == 60 for strip in strips)
+    assert strips[-1] == "·" * 60  # in the end every block is free
+    assert len(set(strips)) > 1
+
+
+def test_on_a_terminal_the_demo_redraws_its_lines_in_place_and_in_colour(monkeypatch):
+    monkeypatch.setattr(generate, "OPENINGS", [(opening, 4) for opening, _ in OPENINGS])
+    _, shown = run_main(stderr=Terminal())
+    # First the strip and the line below it; from then on two lines up before they are redrawn.
+    assert shown.startswith("\r\033[K|") and "\033[2A\r\033[K|" in shown
+    assert "\033[31m" in shown and "\033[0m" in shown
+    plain = re.sub(r"\033\[\d*[mKA]", "", shown)
+    assert "\033" not in plain  # nothing but colours, erasures and moves up
+    for strip in re.findall(r"\|([^|\n]*)\|", plain):
+        assert len(strip) == 60 and set(strip) <= set("ABCDEFGHIJKLabcdefghijkl·")
+
+
+def test_the_demo_takes_the_flags_that_are_given(monkeypatch):
+    """`--block-size 1` is one of its own suggestions: the pool keeps its tokens, not its blocks."""
+    monkeypatch.setattr(generate, "OPENINGS", [(opening, 4) for opening, _ in OPENINGS])
+    assert summary_of(run_main("--block-size", 1)[1]).blocks == "480"
+    assert summary_of(run_main("--num-blocks", 40)[1]).blocks == "40"
+    first, again = (run_main("--temperature", 0, "--seed", seed)[0] for seed in (1, 2))
+    assert first == again  # greedy: the seed has nothing to say
+
+
+def test_a_smaller_pool_means_preemptions_and_the_same_texts(monkeypatch):
+    """In float64: in float32 the shape of a batch changes the last bits."""
+    monkeypatch.setattr(generate, "OPENINGS", [(opening, 16) for opening, _ in OPENINGS])
+    wide, tight = (run_main("--num-blocks", n, "--dtype", "float64") for n in (99, 20))
+    assert wide[0] == tight[0]
+    assert int(summary_of(wide[1]).preemptions) == 0 < int(summary_of(tight[1]).preemptions)
+
+
+def test_the_strip_shows_whose_a_block_is_and_whether_it_is_full(ids_only):
+    llm = LLM(ids_only, num_blocks=7, block_size=4)
+    params = SamplingParams(temperature=0, max_tokens=9)
+    llm.engine.add_request([1] * 6, params)
+    llm.engine.add_request([2] * 4, params)
+    llm.engine.step()
+    assert pool_strip(llm.engine.scheduler, colour=False) == ["|AaB····|"]
+    assert pool_strip(llm.engine.scheduler, colour=False, width=4) == ["|AaB·|", "|···|"]
+    coloured = pool_strip(llm.engine.scheduler, colour=True)
+    assert coloured == ["|\033[31mA\033[0m\033[31ma\033[0m\033[32mB\033[0m····|"]
+
+
+def test_the_peak_counts_blocks_that_were_given_back_in_the_same_step(ids_only):
+    """Both requests end in the step in which they hold most; and what is taken away from one and
+    given to the other within a step is not counted twice."""
+    llm = LLM(ids_only, num_blocks=7, block_size=4)
+    meter = Meter(llm)
+    for prompt in ([1] * 6, [2] * 4):
+        llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=1))
+    meter.add(llm.engine.step())
+    assert not llm.engine.has_unfinished() and meter.peak_blocks == 3
+
+    llm = LLM(ids_only, num_blocks=7, block_size=4)
+    meter = Meter(llm)
+    for prompt in ([1] * 9, [2] * 12):
+        llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=15))
+    while llm.engine.has_unfinished():
+        meter.add(llm.engine.step())
+    assert llm.engine.scheduler.num_preemptions > 0 and meter.peak_blocks == 7
+    assert meter.generated == 30
+
+
+# ---- one prompt: streamed ------------------------------------------------------------------------
+def test_a_single_prompt_is_streamed_and_is_what_generate_gives():
+    prompt = "Once upon a time there was"
+    out, err = run_main(prompt, "--max-tokens", 24, "--seed", 3, "--temperature", 0.8, *SMALL_POOL)
+    params = SamplingParams(max_tokens=24, seed=3, temperature=0.8)
+    (output,) = LLM(num_blocks=64).generate(prompt, params)
+    assert out == prompt + output.outputs[0].text + "\n"
+    assert summary_of(err).tokens == str(len(output.outputs[0].token_ids))
+
+
+def test_a_streamed_text_comes_in_pieces_that_are_whole_characters(bytes_model, monkeypatch):
+    """Random bytes: what is printed is never taken back, and is the final text."""
+    pieces = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *a, end="\n", **kw: pieces.append("".join(map(str, a)) + end)
+    )
+    main(["ab", "--model", str(bytes_model), "--max-tokens", "20", "--seed", "1", *SMALL_POOL])
+    monkeypatch.undo()
+    params = SamplingParams(max_tokens=20, seed=1)
+    (output,) = LLM(bytes_model, num_blocks=64).generate("ab", params)
+    assert pieces[0] == "ab" and len(pieces) > 10
+    assert "".join(pieces[:-1]) == "ab" + output.outputs[0].text + "\n"  # the last is the summary
+
+
+def test_several_texts_for_one_prompt_are_all_printed():
+    out, _ = run_main("The king", "--n", 3, "--max-tokens", 8, "--seed", 1, *SMALL_POOL)
+    assert len(re.findall("^The king", out, re.MULTILINE)) == 3
+
+
+def test_token_ids_are_streamed_where_there_is_no_tokenizer(ids_only, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 4}\n')
+    out, _ = run_main("--model", ids_only, "--file", path)
+    params = SamplingParams(temperature=0, max_tokens=4)
+    (output,) = LLM(ids_only, num_blocks=8).generate([5, 6, 7], params)
+    assert [int(word) for word in out.split()] == output.outputs[0].token_ids
+
+
+# ---- many prompts --------------------------------------------------------------------------------
+def completions(out):
+    """The rows of --jsonl."""
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_many_prompts_from_arguments_are_answered_in_order():
+    out, err = run_main("The wolf", "The princess", "--max-tokens", 6, "--jsonl", *SMALL_POOL)
+    rows = completions(out)
+    assert [row["prompt"] for row in rows] == ["The wolf", "The princess"]
+    assert all(len(row["outputs"][0]["token_ids"]) <= 6 for row in rows)
+    assert re.search(r"^step .* tokens/s .* running .* waiting .* pool", err, re.MULTILINE)
+    assert "|" not in err  # the strip belongs to the demonstration
+
+
+def test_a_file_holds_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfThe wolf\n\n  \nThe princess\r\nA [fox] once said:\n")
+    out, _ = run_main("--file", path, "--max-tokens", 3, "--jsonl", *SMALL_POOL)
+    prompts = [row["prompt"] for row in completions(out)]
+    assert prompts == ["The wolf", "The princess", "A [fox] once said:"]
+
+
+def test_prompts_from_arguments_come_before_those_of_the_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("second\nthird\n")
+    args = ["first", "--file", tmp_path / "prompts.txt", "--max-tokens", 2, "--jsonl"]
+    rows = completions(run_main(*args, *SMALL_POOL)[0])
+    assert [row["prompt"] for row in rows] == ["first", "second", "third"]
+
+
+def test_a_line_of_jsonl_brings_its_own_parameters_and_may_be_token_ids(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "The wolf", "max_tokens": 3, "ignore_eos": True},
+        {"prompt": [5, 6, 7], "n": 2, "seed": 1, "temperature": 1.0, "max_tokens": 2},
+        {"prompt": "The fox", "logit_bias": {"9": 100}, "logprobs": 1, "prompt_logprobs": 1},
+        {"prompt": "The cat", "stop": ["e", "a"], "stop_token_ids": [2], "seed": None},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "plain text\n")
+    flags = ["--max-tokens", 5, "--temperature", 0, "--ignore-eos", "--jsonl", *SMALL_POOL]
+    rows = completions(run_main("--file", path, *flags)[0])
+    assert len(rows) == 5
+    assert len(rows[0]["outputs"][0]["token_ids"]) == 3
+    assert rows[1]["prompt"] is None and rows[1]["prompt_token_ids"] == [5, 6, 7]
+    assert [len(output["token_ids"]) for output in rows[1]["outputs"]] == [2, 2]
+    assert rows[2]["outputs"][0]["token_ids"] == [9] * 5  # the flag's max_tokens, the line's bias
+    assert len(rows[2]["outputs"][0]["logprobs"]) == 5
+    assert rows[2]["prompt_logprobs"][0] is None and rows[2]["prompt_logprobs"][1]
+    assert not re.search("[ea]", rows[3]["outputs"][0]["text"])
+    assert rows[4]["prompt"] == "plain text" and len(rows[4]["outputs"][0]["token_ids"]) == 5
+
+
+def test_prompts_come_from_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The wolf\nThe princess\n"))
+    rows = completions(run_main("--file", "-", "--max-tokens", 3, "--jsonl", *SMALL_POOL)[0])
+    assert [row["prompt"] for row in rows] == ["The wolf", "The princess"]
+
+
+def test_the_texts_of_many_prompts_are_separated_by_blank_lines(tmp_path):
+    path = tmp_path / "texts.txt"
+    out, _ = run_main("The wolf", "The fox", "--max-tokens", 4, "--out", path, *SMALL_POOL)
+    assert out == ""
+    texts = path.read_text(encoding="utf-8")
+    assert texts.startswith("The wolf") and "\n\nThe fox" in texts and texts.endswith("\n")
+
+
+def test_a_text_of_no_tokens_but_the_end_is_shown_as_no_text(bytes_model, tmp_path):
+    """Not as the number of the end of text."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab", "logit_bias": {"256": 100}}\n' * 2)
+    out, _ = run_main("--model", bytes_model, "--file", tmp_path / "p.jsonl", "--temperature", 0)
+    assert out == "ab\n\nab\n"
+
+
+def test_out_and_jsonl_write_one_json_object_a_prompt(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    prompts = ["The wolf", "Die K\u00f6nigin \U0001f409"]
+    out, err = run_main(*prompts, "--max-tokens", 4, "--jsonl", "--out", path, *SMALL_POOL)
+    assert out == "" and summary_of(err)
+    text = path.read_text(encoding="utf-8")
+    assert "K\u00f6nigin \U0001f409" in text  # readable, not \u00f6
+    rows = completions(text)
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        assert row["weights"] == "trained weights" and row["model"]
+        (output,) = row["outputs"]
+        assert output["index"] == 0 and output["finish_reason"] in ("length", "stop")
+        assert isinstance(output["text"], str) and output["token_ids"]
+
+
+def test_a_single_prompt_with_jsonl_is_not_streamed():
+    (row,) = completions(run_main("The wolf", "--max-tokens", 3, "--jsonl", *SMALL_POOL)[0])
+    assert row["prompt"] == "The wolf"
+
+
+def test_random_weights_are_called_random(monkeypatch, tmp_path):
+    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "gpt2", (1, 2, 32))
+    (tmp_path / "p.jsonl").write_text('{"prompt": [1, 2], "max_tokens": 2}\n')
+    flags = ["--model", "random:gpt2", "--file", tmp_path / "p.jsonl", *SMALL_POOL]
+    _, err = run_main(*flags)
+    assert summary_of(err).weights == "random weights"
+    (row,) = completions(run_main(*flags, "--jsonl")[0])
+    assert row["weights"] == "random weights"
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+BAD_LINES = {
+    "no JSON": ('{"prompt": "a"', "Expecting ',' delimiter"),
+    "no prompt": ('{"max_tokens": 3}', "there is no 'prompt'"),
+    "an unknown parameter": ('{"prompt": "a", "max_token": 3}', "'max_token' is no sampling param"),
+    "a bad value": ('{"prompt": "a", "top_p": 0}', "top_p is 0: it must be"),
+    "a value of another type": ('{"prompt": "a", "max_tokens": "3"}', "max_tokens is '3'"),
+    "a list as a number": ('{"prompt": "a", "temperature": [1]}', r"temperature is \[1\]"),
+    "a bias that is for no id": ('{"prompt": "a", "logit_bias": {"x": 1}}', "'x'"),
+    "a parameter of Python's": ('{"prompt": "a", "args": 1}', "'args'"),
+    "an object in an object": ('{"prompt": "a", "n": {}}', "n is {}"),
+    "too deep": ('{"prompt": ' + "[" * 100_000, "recursion"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_by_its_number(tmp_path, name):
+    line, message = BAD_LINES[name]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f"The wolf\n\n{line}\nThe fox\n")
+    assert re.search(rf"prompts.jsonl, line 3: .*{message}", refusal("--file", path))
+
+
+def test_a_bad_flag_is_named_and_no_line_is_blamed(tmp_path):
+    (tmp_path / "p.txt").write_text("The wolf\n")
+    message = refusal("--file", tmp_path / "p.txt", "--top-p", "0")
+    assert "top_p is 0.0: it must be" in message and "line" not in message
+
+
+REFUSED = {
+    "a file that is not there": (["--file", "no/such/file"], "no/such/file cannot be read"),
+    "a model that is not there": (["x", "--model", "no/such/model"], "no folder 'no/such/model'"),
+    "a random shape that is none": (["x", "--model", "random:gpt9"], "no shape 'gpt9'"),
+    "NaN as a temperature": (["x", "--temperature", "nan"], "temperature is nan: it must be"),
+    "no tokens": (["x", "--max-tokens", "0"], "max_tokens is 0: it must be"),
+    "a negative seed": (["x", "--seed", "-1"], "seed is -1: it must be"),
+    "an empty prompt": ([""], "the prompt is empty"),
+    "a prompt that is too long": (["word " * 2000], "max_seq_len is 1024: shorten it"),
+    "a prompt larger than the pool": (["word " * 30, "--num-blocks", "1"], "the pool has 1"),
+    "two sizes of the pool": (["x", "--num-blocks", "9", "--kv-cache-mb", "1"], "give one"),
+    "a pool without end": (["x", "--kv-cache-mb", "inf"], "kv_cache_mb is inf: it must be"),
+    "no block size": (["--block-size", "0"], "block_size is 0: it must be"),
+    "nowhere to write": (["x", "--out", "no/such/folder/x.txt"], "there is no folder no/such"),
+    "a folder to write into": (["x", "--out", "."], "Is a directory"),
+    "a folder to read from": (["--file", "."], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_is_one_sentence_and_no_traceback(name):
+    args, message = REFUSED[name]
+    pool = [] if {"--num-blocks", "--kv-cache-mb"} & set(args) else SMALL_POOL
+    assert message in refusal(*args, *pool)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    assert "empty.txt holds no prompt" in refusal("--file", tmp_path / "empty.txt")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Königin".encode("latin-1"))
+    assert "latin.txt cannot be read" in refusal("--file", tmp_path / "latin.txt")
+
+
+def test_text_for_a_model_without_a_tokenizer_is_refused(ids_only):
+    message = "a text prompt needs a tokenizer, and this model has none: give token ids"
+    assert message in refusal("hello", "--model", ids_only)
+    assert message in refusal("--model", ids_only)  # the demonstration is text as well
+
+
+def test_the_result_of_a_long_run_is_not_lost_to_a_missing_folder(monkeypatch):
+    """The folder is looked for before the model runs."""
+    monkeypatch.setattr(generate, "LLM", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    assert "there is no folder" in refusal("x", "--out", "no/such/folder/x.txt")
+
+
+@pytest.mark.parametrize("args", [["--device", "tpu"], ["--top-k", "many"], ["--no-such-flag"]])
+def test_a_flag_that_argparse_refuses_exits_with_2(args, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["x", *args])
+    assert error.value.code == 2
+    assert args[0] in capsys.readouterr().err
+
+
+def test_as_a_process_a_mistake_exits_with_1_and_one_line_on_stderr():
+    command = [sys.executable, "generate.py", "x", "--model", "no/such/model"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("generate.py: no folder") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_as_a_process_it_reads_standard_input_and_streams_to_standard_output():
+    command = [sys.executable, "generate.py", "--file", "-", "--max-tokens", "8"]
+    done = subprocess.run(
+        command, cwd=ROOT, input="The wolf", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.startswith("The wolf")
+    assert int(summary_of(done.stderr).tokens) <= 8
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+def test_help_mentions_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in (
+        "prompts --file --model --device --dtype --backend --out --jsonl "
+        "--block-size --num-blocks --kv-cache-mb --gpu-memory-utilization --max-num-seqs "
+        "--max-num-batched-tokens --max-seq-len --n --temperature --top-k --top-p --min-p "
+        "--presence-penalty --frequency-penalty --repetition-penalty --seed --max-tokens "
+        "--min-tokens --stop --ignore-eos --logprobs"
+    ).split():
+        assert re.search(rf"^ *{flag}\b", shown, re.MULTILINE), flag
+    for name in vars(parse_args(["x"])):
+        assert name == "is_demo" or name in shown.replace("-", "_")
+
+
+def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
+    args = vars(parse_args(["a prompt"]))
+    for cls, without in (
+        (EngineConfig, {"seed"}),  # the flag of this name is the requests'
+        (SamplingParams, {"logit_bias", "stop_token_ids", "prompt_logprobs"}),  # JSONL brings these
+    ):
+        defaults = {field.name: field.default for field in fields(cls)}
+        assert {name for name in defaults if name not in args or name in without} == without
+        for name in defaults.keys() - without:
+            assert args[name] == defaults[name], name
+
+
+def test_every_flag_reaches_the_parameters_it_is_named_after():
+    flags = {
+        "--n": "2",
+        "--temperature": "0.5",
+        "--top-k": "7",
+        "--top-p": "0.9",
+        "--min-p": "0.1",
+        "--presence-penalty": "0.2",
+        "--frequency-penalty": "0.3",
+        "--repetition-penalty": "1.1",
+        "--seed": "9",
+        "--max-tokens": "33",
+        "--min-tokens": "4",
+        "--logprobs": "5",
+    }
+    words = [word for pair in flags.items() for word in pair]
+    args = parse_args(["x", *words, "--ignore-eos", "--stop", "END", "--stop", "FIN"])
+    assert generate.sampling_params(args) == SamplingParams(
+        n=2,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        repetition_penalty=1.1,
+        seed=9,
+        max_tokens=33,
+        min_tokens=4,
+        logprobs=5,
+        ignore_eos=True,
+        stop=["END", "FIN"],
+    )
+
+
+def test_the_engines_flags_reach_the_engine(monkeypatch):
+    made = []
+
+    def remember(*args, **kwargs):
+        made.append(LLM(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(generate, "LLM", remember)
+    flags = ["--block-size", 4, "--kv-cache-mb", 2, "--max-num-seqs", 3, "--max-seq-len", 99]
+    flags += ["--max-num-batched-tokens", 5, "--dtype", "bfloat16", "--device", "cpu"]
+    run_main("The wolf", "--max-tokens", 2, *flags)
+    (llm,) = made
+    scheduler = llm.engine.scheduler
+    assert scheduler.allocator.block_size == 4
+    assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (3, 5)
+    assert llm.max_seq_len == 99 and llm.engine.cache.pool.dtype == torch.bfloat16
+    assert llm.engine.cache.pool.device.type == "cpu"
+    block_bytes = llm.engine.cache.pool[:, 0].nbytes
+    assert scheduler.allocator.num_blocks == 2_000_000 // block_bytes

@@ -1,0 +1,474 @@
+"""The face that vLLM's users know, and the choices behind it: device, dtype, backend, pool.
+
+Small folders are written for most tests; a few use the shipped model, of which only properties are
+asserted, never its words.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import kv_cache
+import llm as llm_module
+from baselines import generate_no_cache
+from checkpoint import load_model, save_model
+from llm import BACKENDS, LLM, RequestOutput, SamplingParams, resolve_device, resolve_dtype
+from model import GPT, GPTConfig
+from outputs import CompletionOutput
+from tokenizer import save_vocabulary
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+SHAPE = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+SHAPE |= {"tie_word_embeddings": False}  # its texts vary more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of random weights with a tokenizer of 256 bytes; its file is in float16."""
+    folder = tmp_path_factory.mktemp("with_tokenizer")
+    config = GPTConfig(**SHAPE, eos_token_id=256)
+    save_model(GPT(config).init_weights(std=0.2), folder, torch.float16)
+    save_vocabulary(folder, merges=[])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids_only(tmp_path_factory):
+    """The same without tokenizer files."""
+    folder = tmp_path_factory.mktemp("without_tokenizer")
+    config = GPTConfig(**SHAPE, eos_token_id=256)
+    save_model(GPT(config).init_weights(std=0.2), folder, torch.float16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, num_blocks=32, block_size=4)
+
+
+def assert_nothing_left(llm):
+    """As if nothing had ever been asked."""
+    scheduler = llm.engine.scheduler
+    scheduler.check_integrity()
+    assert not llm.engine.has_unfinished()
+    assert scheduler.running == [] and scheduler.num_waiting == 0
+    assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
+
+
+def ids_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+# ---- generate ------------------------------------------------------------------------------------
+def test_generate_answers_in_the_order_of_the_prompts(llm):
+    """The first asks for most and ends last."""
+    prompts = ["a longer prompt than the others", "short", "x"]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (20, 3, 1)]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(ids) for ids in ids_of(outputs)] == [20, 3, 1]
+    assert all(output.finished for output in outputs)
+    assert_nothing_left(llm)
+
+
+def test_one_sampling_params_serves_all_prompts_or_each_has_its_own(llm):
+    prompts = ["one", "two", "three"]
+    one_for_all = llm.generate(prompts, GREEDY)
+    one_each = llm.generate(prompts, [GREEDY] * 3)
+    assert ids_of(one_for_all) == ids_of(one_each)
+    assert len(one_for_all) == 3
+
+
+def test_without_sampling_params_they_are_vllms_defaults(llm):
+    (output,) = llm.generate("some text")
+    assert len(output.outputs) == 1
+    assert len(output.outputs[0].token_ids) <= 16
+
+
+def test_text_and_its_token_ids_are_the_same_prompt(llm):
+    text = "The cat"
+    ids = llm.tokenizer.encode(text)
+    as_text, as_ids = llm.generate([text, ids], GREEDY)
+    assert as_text.outputs == as_ids.outputs
+    assert as_text.prompt_token_ids == as_ids.prompt_token_ids == ids
+    assert (as_text.prompt, as_ids.prompt) == (text, None)
+
+
+@pytest.mark.parametrize("prompt", ["one text", [5, 6, 7]], ids=str)
+def test_a_single_prompt_needs_no_list(llm, prompt):
+    alone, in_a_list = llm.generate(prompt, GREEDY), llm.generate([prompt], GREEDY)
+    assert len(alone) == 1 and ids_of(alone) == ids_of(in_a_list)
+
+
+def test_no_prompts_give_no_outputs(llm):
+    assert llm.generate([], GREEDY) == []
+
+
+def test_the_tokens_are_those_of_the_model_without_a_cache(folder):
+    llm = LLM(folder, dtype="float64", num_blocks=32)
+    prompts = [llm.tokenizer.encode(text) for text in ("one", "a longer one", "x")]
+    want = generate_no_cache(load_model(folder, torch.float64), prompts, 12, eos_token_id=256)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    assert ids_of(llm.generate(prompts, params)) == want
+    assert max(len(set(ids)) for ids in want) > 3
+
+
+def test_an_output_is_vllms_request_output(llm):
+    params = SamplingParams(n=2, seed=1, max_tokens=5, logprobs=1, prompt_logprobs=0)
+    (output,) = llm.generate(["abc"], params)
+    assert isinstance(output, RequestOutput) and output.finished
+    assert output.prompt == "abc" and len(output.prompt_token_ids) == 3
+    assert len(output.prompt_logprobs) == 3 and output.prompt_logprobs[0] is None
+    assert output.metrics.arrival_time <= output.metrics.finished_time
+    for index, completion in enumerate(output.outputs):
+        assert isinstance(completion, CompletionOutput) and completion.index == index
+        assert isinstance(completion.text, str)
+        assert len(completion.logprobs) == len(completion.token_ids) <= 5
+        assert completion.cumulative_logprob < 0
+        assert completion.finish_reason in ("length", "stop")
+
+
+def test_request_ids_are_new_in_every_call(llm):
+    ids = [output.request_id for _ in range(2) for output in llm.generate(["a", "b"], GREEDY)]
+    assert len(set(ids)) == 4
+
+
+def test_the_number_of_params_has_to_be_that_of_the_prompts(llm):
+    with pytest.raises(ValueError, match="3 prompts but 2 sampling params"):
+        llm.generate(["a", "b", "c"], [GREEDY] * 2)
+    assert_nothing_left(llm)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", ["", [], [257], [3] * 64, 7], ids=lambda bad: str(bad)[:12])
+def test_one_refused_prompt_among_many_leaves_nothing_behind(llm, place, bad):
+    prompts = ["one", "two"]
+    prompts.insert(place, bad)
+    with pytest.raises(ValueError):
+        llm.generate(prompts, GREEDY)
+    assert_nothing_left(llm)
+    assert len(llm.generate("and it still works", GREEDY)) == 1
+
+
+@pytest.mark.parametrize("at_step", [1, 2, 5])
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(folder, at_step):
+    llm = LLM(folder, num_blocks=32, block_size=4, max_num_batched_tokens=6)
+    want = ids_of(llm.generate(["one text", "another"], GREEDY))
+    forward = llm.engine.forward
+    calls = iter(range(1, 1_000))
+
+    def interrupted(batch):
+        if next(calls) == at_step:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    llm.engine.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one text", "another"], GREEDY)
+    assert_nothing_left(llm)
+    assert ids_of(llm.generate(["one text", "another"], GREEDY)) == want
+
+
+def test_generate_refuses_to_mix_with_requests_that_were_added_by_hand(folder):
+    llm = LLM(folder, num_blocks=32)
+    request_id = llm.engine.add_request("by hand", GREEDY)
+    with pytest.raises(ValueError, match="still has requests.*llm.engine.step"):
+        llm.generate("another", GREEDY)
+    assert llm.engine.has_unfinished()  # the first is still there
+    assert llm.engine.abort(request_id)
+    assert_nothing_left(llm)
+
+
+def test_a_progress_bar_goes_to_stderr_only_if_asked_for(llm, capsys):
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["a", "b"], GREEDY, use_tqdm=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "2/2" in err
+
+
+# ---- the model -----------------------------------------------------------------------------------
+def test_without_a_name_it_is_the_shipped_model(shipped_model_folder):
+    llm = LLM(num_blocks=16)
+    assert llm.model_name == str(shipped_model_folder)
+    assert llm.weights == "trained weights"
+    (output,) = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=12))
+    ids = output.outputs[0].token_ids
+    assert len(set(ids)) > 3  # it writes, whatever it writes
+    assert output.outputs[0].text == llm.tokenizer.decode(ids)
+
+
+def test_the_shipped_model_ends_its_texts_with_the_tokenizers_end_of_text():
+    llm = LLM(num_blocks=16)
+    assert llm.engine.eos_token_id == llm.tokenizer.eos_token_id == llm.model.config.vocab_size - 1
+
+
+def test_a_gpt_object_is_served_in_its_own_dtype_with_token_ids(tiny_gpt):
+    model = tiny_gpt(seed=5, dtype=torch.float64)
+    llm = LLM(model, num_blocks=32, block_size=4)
+    prompts = [[1, 2, 3], [4] * 9]
+    want = generate_no_cache(model, prompts, 6)
+    assert ids_of(llm.generate(prompts, GREEDY)) == want
+    assert llm.engine.cache.pool.dtype == torch.float64
+    assert llm.weights == "given weights"
+    with pytest.raises(ValueError, match="a text prompt needs a tokenizer"):
+        llm.generate("text", GREEDY)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"device": "cpu"}], ids=str)
+def test_a_gpt_object_is_not_moved_or_cast(tiny_gpt, options):
+    with pytest.raises(ValueError, match="move or cast it first"):
+        LLM(tiny_gpt(), num_blocks=8, **options)
+
+
+def test_a_gpt_object_that_drops_out_at_random_is_refused():
+    model = GPT(GPTConfig(**SHAPE, dropout=0.1)).init_weights()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        LLM(model, num_blocks=8)
+    assert LLM(model.eval(), num_blocks=8).generate([[1, 2]], GREEDY)
+
+
+def test_serving_a_gpt_object_changes_nothing_about_it(tiny_gpt):
+    model = copy.deepcopy(tiny_gpt())
+    before = copy.deepcopy(model.state_dict())
+    LLM(model, num_blocks=8).generate([[1, 2, 3]], GREEDY)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_random_shapes_say_that_their_weights_are_random(monkeypatch):
+    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "gpt2", (2, 2, 32))
+    llm = LLM("random:gpt2", num_blocks=8)
+    assert (llm.model_name, llm.weights) == ("random:gpt2", "random weights")
+    assert llm.tokenizer is None
+    (output,) = llm.generate([[50256, 1]], GREEDY)
+    assert len(output.outputs[0].token_ids) == 6 and output.outputs[0].text == ""
+    with pytest.raises(
+        ValueError, match="a text prompt needs a tokenizer, and this model has none"
+    ):
+        llm.generate("text")
+
+
+def test_a_folder_without_tokenizer_files_serves_token_ids(folder, ids_only):
+    with_text, without = LLM(folder, num_blocks=16), LLM(ids_only, num_blocks=16)
+    prompt = with_text.tokenizer.encode("abc")
+    (want,), (got,) = with_text.generate([prompt], GREEDY), without.generate([prompt], GREEDY)
+    assert got.outputs[0].token_ids == want.outputs[0].token_ids
+    assert got.outputs[0].text == "" and got.prompt is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("text", {}, "a text prompt needs a tokenizer, and this model has none: give token ids"),
+        ([1], {"stop": "x"}, "a stop string needs a tokenizer, and this model has none"),
+    ],
+    ids=["text", "stop"],
+)
+def test_a_folder_without_tokenizer_files_refuses_text_in_one_sentence(
+    ids_only, prompt, params, message
+):
+    llm = LLM(ids_only, num_blocks=16)
+    with pytest.raises(ValueError, match=message):
+        llm.generate([prompt], SamplingParams(**params))
+    assert_nothing_left(llm)
+
+
+# ---- device, dtype, backend ----------------------------------------------------------------------
+@pytest.mark.parametrize("in_file", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_auto_is_float32_on_a_cpu_whatever_the_file_holds(tmp_path, in_file):
+    save_model(GPT(GPTConfig(**SHAPE)).init_weights(std=0.2), tmp_path, in_file)
+    llm = LLM(tmp_path, device="cpu", num_blocks=8)
+    assert {parameter.dtype for parameter in llm.model.parameters()} == {torch.float32}
+    assert llm.engine.cache.pool.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
+def test_every_dtype_runs_in_model_and_pool(folder, name):
+    llm = LLM(folder, device="cpu", dtype=name, num_blocks=32, block_size=4)
+    dtype = getattr(torch, name)
+    assert {parameter.dtype for parameter in llm.model.parameters()} == {dtype}
+    assert llm.engine.cache.pool.dtype == dtype
+    outputs = llm.generate(["one", "a longer prompt", "x"], SamplingParams(seed=1, max_tokens=8))
+    assert all(output.finished for output in outputs)
+    assert len({token_id for ids in ids_of(outputs) for token_id in ids}) > 3
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "want"), [(True, torch.bfloat16), (False, torch.float16)], ids=str
+)
+def test_dtype_auto_on_a_gpu_is_bfloat16_where_it_has_it(monkeypatch, has_bfloat16, want):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    assert resolve_dtype("auto", torch.device("cuda")) == want
+    assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize("sees_gpu", [True, False])
+def test_device_auto_is_the_gpu_where_there_is_one(monkeypatch, sees_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
+    assert resolve_device("auto") == torch.device("cuda" if sees_gpu else "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda', but PyTorch sees no GPU: use device='cpu'"):
+        LLM(folder, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device is 'tpu': choose auto, cpu or cuda"),
+        ({"device": ""}, "device is '': choose"),
+        ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, float64, bfloat16, float16"),
+        ({"dtype": "half"}, "dtype is 'half': choose"),
+        ({"backend": "cublas"}, "backend is 'cublas': choose auto, torch"),
+        ({"block_size": 0}, "block_size is 0: it must be an integer of at least 1"),
+        ({"max_seq_len": 65}, "max_seq_len is 65, the model has 64 positions"),
+        ({"max_seq_len": 0}, "max_seq_len is 0: it must be"),
+        ({"num_blocks": 0}, "num_blocks is 0: it must be"),
+        ({"num_blocks": 8, "kv_cache_mb": 1.0}, "num_blocks=8 and kv_cache_mb=1.0 both size"),
+        ({"kv_cache_mb": 0.001}, "kv_cache_mb=0.001 holds no block: one takes 0.008 MB"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(folder, options, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        LLM(folder, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_option_is_a_type_error_that_names_it(folder):
+    with pytest.raises(TypeError, match="num_block"):
+        LLM(folder, num_block=8)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "gpt2", "random:gpt3", "", "random:"])
+def test_a_model_that_does_not_exist_is_refused_in_one_sentence(name):
+    with pytest.raises(ValueError) as refusal:
+        LLM(name, num_blocks=8)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_the_backend_that_was_named_is_the_one_that_runs(monkeypatch, folder, backend):
+    calls = []
+
+    def counting(name, kernel):
+        def attention(*args, **kwargs):
+            calls.append(name)
+            return kernel(*args, **kwargs)
+
+        return attention
+
+    for name, kernel in BACKENDS.items():
+        monkeypatch.setitem(llm_module.BACKENDS, name, counting(name, kernel))
+    llm = LLM(folder, backend=backend, num_blocks=8)
+    llm.generate("abc", SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert llm.backend in BACKENDS and backend in ("auto", llm.backend)
+    assert calls == [llm.backend] * (3 * 2)  # three steps of two layers
+
+
+# ---- the pool ------------------------------------------------------------------------------------
+def test_the_pool_has_the_blocks_that_were_asked_for_and_a_scratch_block(folder):
+    llm = LLM(folder, num_blocks=11, block_size=4)
+    assert llm.engine.scheduler.allocator.num_blocks == 11
+    assert llm.engine.cache.pool.shape == (2, 12, 2, 2, 4, 16)  # layers, blocks, K V, H, size, D
+    assert llm.config.num_blocks == 11
+
+
+def test_kv_cache_mb_is_turned_into_blocks(folder):
+    """A token's K and V: 2 * 2 layers * 32 numbers of 4 bytes, 512 bytes; a block of 4 is 2,048."""
+    llm = LLM(folder, kv_cache_mb=0.1, block_size=4)
+    assert llm.engine.scheduler.allocator.num_blocks == 48  # 100,000 // 2,048
+    half = LLM(folder, kv_cache_mb=0.1, block_size=4, dtype="bfloat16")
+    assert half.engine.scheduler.allocator.num_blocks == 97
+
+
+def test_a_measured_pool_is_no_larger_than_all_sequences_can_fill(folder):
+    llm = LLM(folder, max_num_seqs=3, block_size=16)
+    assert llm.engine.scheduler.allocator.num_blocks == 3 * (64 // 16)
+    shorter = LLM(folder, max_num_seqs=3, block_size=16, max_seq_len=40)
+    assert shorter.engine.scheduler.allocator.num_blocks == 3 * 3  # 40 tokens: 3 blocks
+
+
+def test_a_measured_pool_on_a_cpu_takes_a_quarter_of_what_is_free(monkeypatch, folder):
+    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 1_000_000)
+    llm = LLM(folder, block_size=16, device="cpu")
+    assert llm.engine.scheduler.allocator.num_blocks == 30  # 250,000 // (16 tokens of 512 bytes)
+
+
+def test_a_shorter_max_seq_len_ends_texts_earlier(folder):
+    llm = LLM(folder, num_blocks=16, max_seq_len=20)
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    (output,) = llm.generate([[5] * 8], params)
+    assert len(output.outputs[0].token_ids) == 12
+    assert output.outputs[0].finish_reason == "length"
+    with pytest.raises(ValueError, match="prompt has 20 tokens, max_seq_len is 20: shorten it"):
+        llm.generate([[5] * 20], params)
+
+
+def test_the_same_texts_in_a_tiny_pool_and_in_tiny_steps(folder):
+    prompts = ["one", "a prompt of some length", "x", "and a fourth one"]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    options = {"dtype": "float64", "block_size": 4}
+    wide = LLM(folder, num_blocks=64, **options)
+    tight = LLM(folder, num_blocks=12, max_num_batched_tokens=16, **options)
+    assert ids_of(tight.generate(prompts, params)) == ids_of(wide.generate(prompts, params))
+    assert wide.engine.scheduler.num_preemptions == 0 < tight.engine.scheduler.num_preemptions
+
+
+def test_the_engines_seed_makes_two_llms_write_the_same(folder):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    first, again, other = (
+        ids_of(LLM(folder, num_blocks=32, seed=seed).generate(["a", "b"], params))
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_a_policy_and_a_reservation_can_be_given(folder):
+    """Last come first served, and each sequence reserves all that it may ever need."""
+    llm = LLM(
+        folder,
+        num_blocks=8,
+        block_size=4,
+        reserve=lambda seq: seq.num_prompt_tokens + seq.max_tokens,
+        policy=lambda seq: -seq.request.arrival,
+    )
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for _ in range(3):
+        llm.engine.add_request([1, 2, 3, 4], params)  # 16 tokens each: two fit
+    llm.engine.step()
+    running = [seq.request.request_id for seq in llm.engine.scheduler.running]
+    assert running == ["2", "1"]
+    assert [len(seq.block_table) for seq in llm.engine.scheduler.running] == [4, 4]
+    while llm.engine.has_unfinished():
+        llm.engine.step()
+    assert llm.engine.scheduler.num_preemptions == 0
+
+
+# ---- names ---------------------------------------------------------------------------------------
+def test_what_a_user_needs_is_imported_from_one_place():
+    import outputs
+    import sampling
+
+    assert llm_module.SamplingParams is sampling.SamplingParams
+    assert llm_module.RequestOutput is outputs.RequestOutput
+    assert set(llm_module.__all__) >= {"LLM", "SamplingParams", "RequestOutput"}
+
+
+def test_a_config_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["eos_token_id"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, num_blocks=16)
+    assert llm.engine.eos_token_id is None
+    always_256 = SamplingParams(temperature=0, max_tokens=5, logit_bias={256: 100})
+    (output,) = llm.generate("abc", always_256)
+    assert output.outputs[0].token_ids == [256] * 5
+    assert output.outputs[0].finish_reason == "length"

@@ -1,0 +1,1224 @@
+"""The scheduler without a model: who runs, who waits, and who holds which blocks.
+
+A stand-in plays model and cache. What it writes into a slot is the text up to that token, which is
+what K and V depend on too, and it looks at every slot that a step reads: a block that was not
+copied, not computed again or not one's own is noticed in the step that would read it. The next
+token is a function of the text, so whoever was preempted must write what it would have written.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from block_allocator import BlockAllocator
+from scheduler import Scheduler, reserve_now
+from sequence import Continuation, Request, Sequence
+
+
+def next_token(token_ids):
+    """What the stand-in writes after a text."""
+    return hash(tuple(token_ids)) % 1000
+
+
+def written_alone(prompt_token_ids, num_tokens):
+    """The oracle: one token after the other, nobody else there."""
+    token_ids = list(prompt_token_ids)
+    for _ in range(num_tokens):
+        token_ids.append(next_token(token_ids))
+    return token_ids
+
+
+def name(seq):
+    """`A` for the first sequence of request A, `A1` for its second."""
+    return f"{seq.request.request_id}{seq.index or ''}"
+
+
+def names(sequences):
+    return [name(seq) for seq in sequences]
+
+
+def rows(plan):
+    """A plan as (name, start, number of new tokens)."""
+    return [(name(seq), start, num_new_tokens) for seq, start, num_new_tokens in plan.scheduled]
+
+
+class Loop:
+    """A scheduler, the stand-in for model and cache, and the books checked before every step."""
+
+    def __init__(
+        self,
+        num_blocks=8,
+        block_size=4,
+        *,
+        max_num_seqs=8,
+        budget=64,
+        max_seq_len=128,
+        allocator=BlockAllocator,
+        **kwargs,
+    ):
+        self.allocator = allocator(num_blocks, block_size)
+        self.scheduler = Scheduler(self.allocator, max_num_seqs, budget, max_seq_len, **kwargs)
+        self.slots = {}  # what lies where: slot -> the text up to and with that token
+        self.requests = []
+
+    def add(self, request_id, num_prompt_tokens, max_tokens, *, n=1, **fields):
+        """Queue a request; all its tokens are its own. Returns its sequence, or its n sequences."""
+        arrival = len(self.requests)
+        prompt = [1000 * (arrival + 1) + i for i in range(num_prompt_tokens)]
+        request = Request(request_id, prompt, arrival)
+        request.sequences = [
+            Sequence(request, i, list(prompt), num_prompt_tokens, max_tokens, **fields)
+            for i in range(n)
+        ]
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request.sequences[0] if n == 1 else request.sequences
+
+    def schedule(self):
+        """Plan a step and carry it out: copies, then writes, then reads of all that is behind."""
+        plan = self.scheduler.schedule()
+        self.check()
+        block_size = self.allocator.block_size
+
+        def slot(seq, position):
+            return seq.block_table[position // block_size] * block_size + position % block_size
+
+        copied = {
+            target * block_size + i: self.slots.get(source * block_size + i)
+            for source, target in plan.copies
+            for i in range(block_size)
+        }
+        self.slots |= copied
+        for seq, start, num_new_tokens in plan.scheduled:
+            for position in range(start, start + num_new_tokens):
+                self.slots[slot(seq, position)] = tuple(seq.token_ids[: position + 1])
+        for seq, start, num_new_tokens in plan.scheduled:
+            for position in range(start + num_new_tokens):
+                found = self.slots.get(slot(seq, position))
+                assert found == tuple(seq.token_ids[: position + 1]), (name(seq), position)
+        return plan
+
+    def update(self, plan, continuations=None):
+        """Apply continuations; if none are given, each sampled sequence writes its next token."""
+        if continuations is None:
+            continuations = [Continuation(s, [next_token(s.token_ids)]) for s in plan.sampled]
+        self.scheduler.update(plan, continuations)
+        self.check()
+        self.forget()
+
+    def forget(self):
+        """What lies in free blocks is nobody's: whoever gets one has to write it first."""
+        free = {i for i in range(self.allocator.num_blocks) if self.allocator.ref_count(i) == 0}
+        block_size = self.allocator.block_size
+        self.slots = {k: v for k, v in self.slots.items() if k // block_size not in free}
+
+    def step(self):
+        plan = self.schedule()
+        self.update(plan)
+        return plan
+
+    def check(self):
+        """The books of allocator and scheduler, and the limits of a step."""
+        self.scheduler.check_integrity()
+        if type(self.allocator) is BlockAllocator:
+            used = self.allocator.num_blocks - self.allocator.num_free
+            assert self.scheduler.num_blocks_taken - self.scheduler.num_blocks_freed == used
+
+    def run_to_the_end(self):
+        """Step until nobody is left; returns the number of steps, and fails if it never ends.
+
+        The first in line computes at least one token a step, and at most one step is lost when it
+        has to wait. So all steps are fewer than all tokens that were asked for, plus two for each.
+        """
+        sequences = [seq for request in self.requests for seq in request.sequences]
+        bound = sum(seq.num_prompt_tokens + seq.max_tokens + 2 for seq in sequences)
+        for number in range(bound + 1):
+            if not self.scheduler.has_unfinished():
+                return number
+            self.step()
+        pytest.fail(f"{bound} steps, and {len(self.scheduler.running)} still run")
+
+    def all_blocks_are_free(self):
+        self.check()
+        return self.allocator.num_free == self.allocator.num_blocks
+
+
+# ---- one number tells who is how far -------------------------------------------------------------
+def test_a_prompt_is_many_tokens_behind_and_a_writing_sequence_one():
+    loop = Loop()
+    seq = loop.add("A", 6, 3)
+    plans = [loop.step() for _ in range(3)]
+    assert [rows(plan) for plan in plans] == [[("A", 0, 6)], [("A", 6, 1)], [("A", 7, 1)]]
+    assert [names(plan.sampled) for plan in plans] == [["A"], ["A"], ["A"]]
+    assert (seq.status, seq.finish_reason, seq.num_generated) == ("finished", "length", 3)
+    assert seq.token_ids == written_alone(range(1000, 1006), 3)
+    assert not loop.scheduler.has_unfinished() and loop.all_blocks_are_free()
+
+
+@pytest.mark.parametrize(
+    "budget, chunks",
+    [
+        (1, [(p, 1) for p in range(12)]),
+        (5, [(0, 5), (5, 5), (10, 2)]),
+        (6, [(0, 6), (6, 6)]),
+        (64, [(0, 12)]),
+    ],
+)
+def test_a_long_prompt_arrives_in_chunks_of_the_budget(budget, chunks):
+    loop = Loop(budget=budget)
+    loop.add("A", 12, 2)
+    plans = [loop.step() for _ in chunks]
+    assert [rows(plan) for plan in plans] == [[("A", start, n)] for start, n in chunks]
+    # Only the last chunk ends with the newest token, so only it says what comes next.
+    assert [names(plan.sampled) for plan in plans] == [[]] * (len(chunks) - 1) + [["A"]]
+    assert rows(loop.step()) == [("A", 12, 1)]
+
+
+def test_prefill_and_decode_share_one_step():
+    loop = Loop(budget=5)
+    loop.add("A", 3, 9)
+    loop.step()
+    loop.add("B", 9, 9)
+    assert rows(loop.step()) == [("A", 3, 1), ("B", 0, 4)]
+    plan = loop.step()
+    assert rows(plan) == [("A", 4, 1), ("B", 4, 4)]
+    assert names(plan.sampled) == ["A"]
+    plan = loop.step()
+    assert rows(plan) == [("A", 5, 1), ("B", 8, 1)]
+    assert names(plan.sampled) == ["A", "B"]
+    assert plan.num_tokens == 2
+
+
+def test_a_sequence_joins_while_others_write_and_leaves_without_them():
+    loop = Loop()
+    loop.add("A", 3, 5)
+    loop.step()
+    loop.add("B", 2, 2)
+    assert rows(loop.step()) == [("A", 3, 1), ("B", 0, 2)]
+    assert rows(loop.step()) == [("A", 4, 1), ("B", 2, 1)]
+    assert rows(loop.step()) == [("A", 5, 1)]  # nobody waits for the longest
+
+
+@pytest.mark.parametrize("budget", [1, 5, 64])
+def test_a_step_never_plans_more_tokens_than_its_budget(budget):
+    loop = Loop(num_blocks=40, budget=budget, max_num_seqs=9)
+    rng = random.Random(budget)
+    for i in range(12):
+        loop.add(str(i), rng.randint(1, 20), rng.randint(1, 9))
+    most = 0
+    while loop.scheduler.has_unfinished():
+        plan = loop.step()
+        assert plan.num_tokens <= budget
+        most = max(most, plan.num_tokens)
+    assert most == budget
+    for request in loop.requests:
+        (seq,) = request.sequences
+        assert seq.token_ids == written_alone(request.prompt_token_ids, seq.max_tokens)
+
+
+def test_computed_tokens_advance_when_a_step_is_planned():
+    loop = Loop(budget=5)
+    seq = loop.add("A", 12, 2)
+    first = loop.schedule()
+    assert seq.num_computed_tokens == 5
+    second = loop.schedule()  # while the first still runs
+    assert rows(second) == [("A", 5, 5)]
+    loop.update(first, [])
+    loop.update(second, [])
+    assert rows(loop.step()) == [("A", 10, 2)]
+    assert seq.token_ids == written_alone(range(1000, 1012), 1)
+
+
+def test_a_sequence_whose_token_has_not_come_back_has_nothing_to_compute():
+    loop = Loop()
+    loop.add("A", 3, 4)
+    first = loop.schedule()
+    assert rows(loop.schedule()) == []
+    loop.update(first)
+    assert rows(loop.step()) == [("A", 3, 1)]
+
+
+def test_an_idle_scheduler_plans_nothing():
+    loop = Loop()
+    plan = loop.step()
+    assert plan.num_tokens == 0
+    assert (plan.scheduled, plan.sampled, plan.preempted, plan.copies) == ([], [], [], [])
+    assert not loop.scheduler.has_unfinished()
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+def test_a_sequence_takes_a_block_when_its_tokens_need_one():
+    loop = Loop(block_size=4)
+    seq = loop.add("A", 7, 4)
+    tables = []
+    for _ in range(4):
+        plan = loop.schedule()
+        tables.append(list(seq.block_table))
+        loop.update(plan)
+    assert tables == [[0, 1], [0, 1], [0, 1, 2], [0, 1, 2]]  # 7, 8, 9 and 10 tokens
+
+
+@pytest.mark.parametrize("budget", [3, 64])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7, 16])
+def test_every_prompt_length_up_to_three_blocks_and_one_fits_in_just_its_blocks(block_size, budget):
+    for length in range(1, 3 * block_size + 2):
+        max_tokens = block_size + 1
+        num_blocks = -(-(length + max_tokens) // block_size)
+        loop = Loop(num_blocks, block_size, budget=budget)
+        seq = loop.add("A", length, max_tokens)
+        while loop.scheduler.has_unfinished():
+            plan = loop.schedule()
+            assert len(seq.block_table) == -(-len(seq.token_ids) // block_size)
+            assert plan.scheduled, "it is alone: it computes something in every step"
+            loop.update(plan)
+        assert seq.token_ids == written_alone(range(1000, 1000 + length), max_tokens)
+        assert loop.scheduler.num_preemptions == 0 and loop.all_blocks_are_free()
+
+
+def test_a_request_that_needs_every_block_of_the_pool_is_served():
+    for max_tokens in (2, 6):  # 12 tokens: N - 1 blocks; 16 tokens: N
+        loop = Loop(num_blocks=4, block_size=4)
+        seq = loop.add("A", 10, max_tokens)
+        loop.run_to_the_end()
+        assert seq.num_generated == max_tokens
+
+
+def test_a_request_larger_than_the_pool_is_refused_at_once_with_both_numbers():
+    loop = Loop(num_blocks=4, block_size=4)
+    message = "10 prompt tokens and up to 7 more need 5 blocks of 4, the pool has 4"
+    with pytest.raises(ValueError, match=message):
+        loop.add("A", 10, 7)
+    assert not loop.scheduler.has_unfinished()
+    with pytest.raises(ValueError, match="need 5 blocks of 4, the pool has 4"):
+        loop.add("A", 10, 7, n=3)
+    assert loop.scheduler.num_waiting == 0
+    loop.add("A", 10, 6)
+    loop.run_to_the_end()
+
+
+def test_no_more_is_asked_of_the_pool_than_max_seq_len():
+    loop = Loop(num_blocks=4, block_size=4, max_seq_len=16)
+    seq = loop.add("A", 10, 1000)
+    while loop.scheduler.has_unfinished():
+        loop.step()
+    assert (len(seq.token_ids), seq.finish_reason) == (16, "length")
+
+
+def test_limits_below_one_are_refused():
+    with pytest.raises(ValueError, match="max_num_seqs=0"):
+        Loop(max_num_seqs=0)
+    with pytest.raises(ValueError, match="max_num_batched_tokens=0"):
+        Loop(budget=0)
+
+
+def test_what_a_sequence_reserves_is_an_argument():
+    assert reserve_now(Loop().add("A", 7, 4)) == 7
+    loop = Loop(num_blocks=8, block_size=4, reserve=lambda seq: 16)
+    one, two, three = (loop.add(request_id, 5, 4) for request_id in "ABC")
+    loop.step()
+    assert (one.block_table, two.block_table) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert three.status == "waiting"
+    loop.run_to_the_end()
+    assert loop.scheduler.num_preemptions == 0
+
+
+def test_a_reservation_larger_than_the_pool_is_refused():
+    loop = Loop(num_blocks=8, block_size=4, reserve=lambda seq: 64)
+    with pytest.raises(ValueError, match="need 16 blocks of 4, the pool has 8"):
+        loop.add("A", 5, 4)
+
+
+def test_a_reservation_that_grows_beyond_the_pool_gets_the_whole_pool():
+    """Otherwise the sequence would preempt itself for ever: no pool has so many blocks."""
+    loop = Loop(num_blocks=3, block_size=4, reserve=lambda seq: len(seq.token_ids) + 5)
+    one, two = loop.add("A", 3, 8), loop.add("B", 3, 8)  # 8 tokens reserved, and at 9 tokens 14
+    loop.run_to_the_end()
+    assert [seq.num_generated for seq in (one, two)] == [8, 8]
+
+
+# ---- who comes next ------------------------------------------------------------------------------
+def test_no_more_sequences_run_than_max_num_seqs():
+    loop = Loop(max_num_seqs=2)
+    for request_id, max_tokens in (("A", 2), ("B", 4), ("C", 2)):
+        loop.add(request_id, 3, max_tokens)
+    assert rows(loop.step()) == [("A", 0, 3), ("B", 0, 3)]
+    assert rows(loop.step()) == [("A", 3, 1), ("B", 3, 1)]
+    assert rows(loop.step()) == [("B", 4, 1), ("C", 0, 3)]
+
+
+def test_nobody_overtakes_a_sequence_that_waits_for_memory():
+    loop = Loop(num_blocks=4, block_size=4)
+    loop.add("A", 10, 2)  # 3 of 4 blocks
+    loop.add("B", 8, 1)  # 2 blocks: has to wait
+    loop.add("C", 2, 1)  # 1 block: would fit, but came later
+    assert rows(loop.step()) == [("A", 0, 10)]
+    assert rows(loop.step()) == [("A", 10, 1)]
+    assert rows(loop.step()) == [("B", 0, 8), ("C", 0, 2)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_first_come_first_served_starts_in_the_order_of_arrival(seed):
+    rng = random.Random(seed)
+    loop = Loop(num_blocks=9, max_num_seqs=3, budget=rng.choice([5, 16, 64]))
+    started = []
+    for i in range(30):
+        loop.add(str(i), rng.randint(1, 18), rng.randint(1, 18))
+        for _ in range(rng.randint(0, 4)):
+            plan = loop.step()
+            started += [seq for seq, start, _ in plan.scheduled if seq not in started]
+            running = [seq.request.arrival for seq in loop.scheduler.running]
+            waiting = [s.request.arrival for r in loop.requests for s in r.sequences]
+            waiting = [i for i in waiting if loop.requests[i].sequences[0].status == "waiting"]
+            assert running == sorted(running)
+            assert max(running, default=-1) < min(waiting, default=99)
+    while loop.scheduler.has_unfinished():
+        started += [seq for seq, _, _ in loop.step().scheduled if seq not in started]
+    assert names(started) == [str(i) for i in range(30)]
+    assert loop.scheduler.num_preemptions > 0
+
+
+def test_the_policy_is_an_argument():
+    loop = Loop(max_num_seqs=1, policy=lambda seq: (len(seq.token_ids), seq.request.arrival))
+    for request_id, length in (("A", 9), ("B", 3), ("C", 5)):
+        loop.add(request_id, length, 1)
+    assert [rows(loop.step())[0][0] for _ in range(3)] == ["B", "C", "A"]
+
+
+# ---- preemption ----------------------------------------------------------------------------------
+def test_when_the_pool_is_dry_the_newest_gives_up_its_blocks():
+    loop = Loop(num_blocks=4, block_size=4)
+    one, two = loop.add("A", 7, 6), loop.add("B", 7, 3)
+    loop.step()
+    loop.step()  # both have 8 tokens in the cache, in 2 blocks each; the ninth needs a third
+    plan = loop.schedule()
+    assert names(plan.preempted) == ["B"]
+    assert rows(plan) == [("A", 8, 1)]
+    assert (two.status, two.block_table, two.num_computed_tokens) == ("waiting", [], 0)
+    assert two.token_ids == written_alone(range(2000, 2007), 2), "its tokens are not lost"
+    assert (two.num_preemptions, one.num_preemptions) == (1, 0)
+    assert (loop.scheduler.num_preemptions, loop.scheduler.num_recomputed_tokens) == (1, 8)
+
+
+def test_a_preempted_sequence_waits_in_front_of_all_who_came_later():
+    loop = Loop(num_blocks=4, block_size=4)
+    loop.add("A", 7, 4)
+    loop.add("B", 7, 3)
+    loop.add("C", 1, 1)
+    plans = [rows(loop.step()) for _ in range(5)]
+    assert plans == [
+        [("A", 0, 7), ("B", 0, 7)],  # the pool is full: C waits
+        [("A", 7, 1), ("B", 7, 1)],
+        [("A", 8, 1)],  # B was preempted, and C doesn't take its place
+        [("A", 9, 1)],  # A holds 3 of 4 blocks: too few for the 9 tokens of B
+        [("B", 0, 9), ("C", 0, 1)],  # B computes again all that it lost, in one prefill
+    ]
+    assert loop.all_blocks_are_free()
+
+
+def test_whoever_comes_back_takes_its_old_place_in_the_line():
+    loop = Loop()
+    one, *_ = [loop.add(request_id, 3, 9) for request_id in "ABC"]
+    loop.step()
+    loop.scheduler.preempt(one)
+    assert rows(loop.step()) == [("B", 3, 1), ("C", 3, 1), ("A", 0, 4)]
+    assert names(loop.scheduler.running) == ["A", "B", "C"]  # if need be, C is preempted first
+    assert rows(loop.step()) == [("A", 4, 1), ("B", 4, 1), ("C", 4, 1)]
+
+
+def test_whoever_was_preempted_does_not_come_back_in_the_same_step():
+    loop = Loop(num_blocks=4, block_size=4)
+    loop.add("A", 3, 9)
+    for request_id in "BCD":
+        loop.add(request_id, 3, 5)
+    loop.step()
+    loop.step()
+    plan = loop.step()  # A, B, C and D hold a full block each: A and B take C's and D's
+    assert names(plan.preempted) == ["D", "C"]
+    assert rows(plan) == [("A", 4, 1), ("B", 4, 1)]
+
+
+def test_a_sequence_may_have_to_preempt_itself():
+    loop = Loop(num_blocks=4, block_size=4)
+    loop.add("A", 9, 2)  # 3 blocks
+    loop.add("B", 4, 2)  # 1 block, and the next token needs another
+    loop.step()
+    plan = loop.step()
+    assert names(plan.preempted) == ["B"]
+    assert rows(plan) == [("A", 9, 1)]
+    assert rows(loop.step()) == [("B", 0, 5)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_there_is_never_a_livelock(seed):
+    rng = random.Random(seed)
+    num_blocks, block_size = rng.randint(3, 12), rng.choice([1, 2, 3, 4, 7])
+    budget, max_num_seqs = rng.choice([1, 2, 5, 64]), rng.randint(1, 9)
+    loop = Loop(num_blocks, block_size, budget=budget, max_num_seqs=max_num_seqs)
+    for i in range(20):
+        prompt = rng.randint(1, num_blocks * block_size - 1)
+        loop.add(str(i), prompt, rng.randint(1, num_blocks * block_size - prompt))
+    loop.run_to_the_end()
+    assert loop.all_blocks_are_free()
+    for request in loop.requests:
+        (seq,) = request.sequences
+        assert seq.token_ids == written_alone(request.prompt_token_ids, seq.max_tokens)
+
+
+def test_a_preemption_at_any_step_changes_no_token():
+    """Two victims in turn, before a step is planned or between its plan and its results."""
+
+    def run(step=None, victim=0, when=None):
+        loop = Loop(num_blocks=12, budget=9)
+        seqs = [loop.add(request_id, n, 7) for request_id, n in (("A", 6), ("B", 13), ("C", 4))]
+        number = 0
+        while loop.scheduler.has_unfinished():
+            running = loop.scheduler.running
+            if number == step and when == "before" and victim < len(running):
+                loop.scheduler.preempt(running[victim])
+            plan = loop.schedule()
+            if number == step and when == "after" and victim < len(running):
+                loop.scheduler.preempt(running[victim])
+                loop.check()
+            loop.update(plan)
+            number += 1
+        assert loop.all_blocks_are_free()
+        assert loop.scheduler.num_preemptions == sum(seq.num_preemptions for seq in seqs)
+        return number, [seq.token_ids for seq in seqs], loop.scheduler.num_preemptions
+
+    steps, undisturbed, none = run()
+    assert none == 0
+    preemptions = 0
+    for step in range(steps):
+        for victim in (0, 1, 2):
+            for when in ("before", "after"):
+                _, token_ids, num_preemptions = run(step, victim, when)
+                assert token_ids == undisturbed, (step, victim, when)
+                preemptions += num_preemptions
+    assert preemptions > 2 * steps
+
+
+# ---- how a sequence ends -------------------------------------------------------------------------
+def ended_by(continuations, num_prompt_tokens=3, max_tokens=5, max_seq_len=64, **fields):
+    """Feed a sequence one list of tokens a step; returns what it wrote, and why it ended."""
+    loop = Loop(max_seq_len=max_seq_len)
+    seq = loop.add("A", num_prompt_tokens, max_tokens, **fields)
+    for token_ids in continuations:
+        loop.update(loop.schedule(), [Continuation(seq, token_ids)])
+        if seq.status == "finished":
+            break
+    assert loop.all_blocks_are_free() == (seq.status == "finished")
+    return seq.token_ids[num_prompt_tokens:], seq.finish_reason
+
+
+EOS = frozenset({50})
+
+
+@pytest.mark.parametrize(
+    "continuations, fields, end",
+    [
+        pytest.param([[7], [8]], {}, ([7, 8], None), id="not yet"),
+        pytest.param([[7], [8], [9]], {"max_tokens": 3}, ([7, 8, 9], "length"), id="max_tokens"),
+        pytest.param([[7]], {"max_tokens": 1}, ([7], "length"), id="one token"),
+        pytest.param([[7], [8]], {"max_seq_len": 5}, ([7, 8], "length"), id="max_seq_len"),
+        pytest.param([[7], [50]], {"stop_token_ids": EOS}, ([7, 50], "stop"), id="a stop token"),
+        pytest.param([[50]], {"stop_token_ids": EOS}, ([50], "stop"), id="at once"),
+        pytest.param([[50]], {}, ([50], None), id="a stop token of others"),
+        pytest.param(
+            [[7], [9]],
+            {"stop_token_ids": {8, 9}},
+            ([7, 9], "stop"),
+            id="one of several stop tokens",
+        ),
+        pytest.param(
+            [[50], [50], [50]],
+            {"stop_token_ids": EOS, "min_tokens": 3},
+            ([50, 50, 50], "stop"),
+            id="not before min_tokens",
+        ),
+        pytest.param(
+            [[7], [50]],
+            {"stop_token_ids": EOS, "max_tokens": 2},
+            ([7, 50], "stop"),
+            id="a stop token as the last that is allowed",
+        ),
+        pytest.param(
+            [[7], [50]],
+            {"stop_token_ids": EOS, "max_seq_len": 5},
+            ([7, 50], "stop"),
+            id="a stop token in the last place of the context",
+        ),
+        pytest.param(
+            [[7, 50, 8]], {"stop_token_ids": EOS}, ([7, 50], "stop"), id="in the middle of several"
+        ),
+        pytest.param(
+            [[7, 8, 9]], {"max_tokens": 2}, ([7, 8], "length"), id="several beyond max_tokens"
+        ),
+        pytest.param(
+            [[7, 8, 9]], {"max_seq_len": 5}, ([7, 8], "length"), id="several beyond max_seq_len"
+        ),
+        pytest.param(
+            [[50, 50, 7]],
+            {"stop_token_ids": EOS, "min_tokens": 2},
+            ([50, 50], "stop"),
+            id="several, min_tokens among them",
+        ),
+    ],
+)
+def test_a_sequence_ends_with_a_reason(continuations, fields, end):
+    assert ended_by(continuations, **fields) == end
+
+
+def test_a_stop_token_in_the_prompt_ends_nothing():
+    loop = Loop()
+    seq = loop.add("A", 3, 2, stop_token_ids=frozenset({1000, 1001, 1002}))
+    loop.run_to_the_end()
+    assert (seq.num_generated, seq.finish_reason) == (2, "length")
+
+
+def test_several_tokens_in_one_continuation_are_several_behind():
+    loop = Loop()
+    seq = loop.add("A", 6, 8)
+    loop.update(loop.schedule(), [Continuation(seq, [7, 8, 9])])  # a draft that was accepted
+    assert len(seq.token_ids) == 9
+    plan = loop.schedule()
+    assert rows(plan) == [("A", 6, 3)] and names(plan.sampled) == ["A"]
+    assert len(seq.block_table) == 3
+
+
+def test_the_log_probabilities_end_where_the_tokens_end():
+    loop = Loop()
+    seq = loop.add("A", 3, 8, stop_token_ids=EOS)
+    loop.update(loop.schedule(), [Continuation(seq, [7], [-0.5])])
+    loop.update(loop.schedule(), [Continuation(seq, [8, 50, 9], [-0.1, -0.2, -0.3])])
+    assert seq.logprobs == [-0.5, -0.1, -0.2]
+
+
+# ---- abort in every state ------------------------------------------------------------------------
+def aborted(loop, seq):
+    before = loop.scheduler.num_waiting + len(loop.scheduler.running)
+    loop.scheduler.finish(seq, "abort")
+    loop.check()
+    assert (seq.status, seq.finish_reason, seq.block_table) == ("finished", "abort", [])
+    assert loop.scheduler.num_waiting + len(loop.scheduler.running) == before - 1
+
+
+def test_abort_while_it_waits():
+    loop = Loop(max_num_seqs=1)
+    for request_id in "ABC":
+        loop.add(request_id, 3, 2)
+    loop.step()
+    aborted(loop, loop.requests[1].sequences[0])
+    loop.step()
+    assert rows(loop.step()) == [("C", 0, 3)]
+
+
+def test_abort_before_anything_ran():
+    loop = Loop()
+    aborted(loop, loop.add("A", 3, 2))
+    assert not loop.scheduler.has_unfinished()
+    assert rows(loop.step()) == []
+
+
+def test_abort_in_the_middle_of_its_prompt():
+    loop = Loop(budget=5)
+    seq = loop.add("A", 12, 2)
+    loop.step()
+    aborted(loop, seq)
+    assert loop.all_blocks_are_free() and rows(loop.step()) == []
+
+
+def test_abort_while_it_writes():
+    loop = Loop()
+    one, two = loop.add("A", 3, 9), loop.add("B", 3, 9)
+    loop.step()
+    aborted(loop, one)
+    assert rows(loop.step()) == [("B", 3, 1)]
+    assert len(two.block_table) == 8 - loop.allocator.num_free
+
+
+def test_abort_between_a_plan_and_its_results():
+    loop = Loop()
+    one, two = loop.add("A", 3, 9), loop.add("B", 3, 9)
+    plan = loop.schedule()
+    aborted(loop, one)
+    loop.update(plan)  # the forward had it in its batch: what it wrote is dropped
+    assert len(one.token_ids) == 3 and len(two.token_ids) == 4
+    assert rows(loop.step()) == [("B", 3, 1)]
+
+
+def test_abort_after_it_was_preempted():
+    loop = Loop(num_blocks=4, block_size=4)
+    loop.add("A", 7, 4)
+    two = loop.add("B", 7, 3)
+    for _ in range(3):
+        loop.step()
+    assert (two.status, two.num_preemptions) == ("waiting", 1)
+    aborted(loop, two)
+    loop.run_to_the_end()
+    assert loop.all_blocks_are_free()
+
+
+def test_abort_after_the_end_does_nothing():
+    loop = Loop()
+    seq = loop.add("A", 3, 1)
+    loop.run_to_the_end()
+    loop.scheduler.finish(seq, "abort")
+    assert seq.finish_reason == "length" and loop.all_blocks_are_free()
+
+
+def test_abort_twice_does_nothing_more():
+    loop = Loop()
+    seq = loop.add("A", 3, 9)
+    loop.add("B", 3, 9)
+    loop.step()
+    aborted(loop, seq)
+    loop.scheduler.finish(seq, "stop")
+    loop.check()
+    assert seq.finish_reason == "abort" and loop.scheduler.has_unfinished()
+
+
+def test_a_waiting_sequence_that_was_aborted_does_not_start_later():
+    loop = Loop(max_num_seqs=1)
+    seqs = [loop.add(request_id, 3, 2) for request_id in "ABCD"]
+    loop.step()
+    for seq in seqs[1:3]:
+        aborted(loop, seq)
+    assert loop.scheduler.num_waiting == 1
+    loop.run_to_the_end()
+    assert [seq.num_generated for seq in seqs] == [2, 0, 0, 2]
+
+
+# ---- forks ---------------------------------------------------------------------------------------
+def fork(loop, seq, *token_lists):
+    """One step in which a sequence has several futures; returns the children."""
+    plan = loop.schedule()
+    futures = [Continuation(seq, token_ids) for token_ids in token_lists]
+    others = [Continuation(s, [next_token(s.token_ids)]) for s in plan.sampled if s is not seq]
+    known = len(seq.request.sequences)
+    loop.update(plan, futures + others)
+    return seq.request.sequences[known:]
+
+
+def test_two_continuations_of_one_parent_fork_it():
+    loop = Loop()
+    seq = loop.add("A", 6, 4, min_tokens=1, stop_token_ids=EOS)
+    (child,) = fork(loop, seq, [11], [12])
+    assert seq.token_ids[6:] == [11] and child.token_ids[6:] == [12]
+    assert child.token_ids[:6] == seq.token_ids[:6]
+    assert seq.block_table == child.block_table == [0, 1]
+    assert [loop.allocator.ref_count(i) for i in (0, 1)] == [2, 2]
+    assert seq.request.sequences == [seq, child] and names([seq, child]) == ["A", "A1"]
+    assert (child.num_prompt_tokens, child.num_computed_tokens) == (6, 6)
+    assert (child.max_tokens, child.min_tokens, child.stop_token_ids) == (4, 1, EOS)
+    assert names(loop.scheduler.running) == ["A", "A1"]
+
+
+def test_a_fork_shares_no_list_with_its_parent():
+    loop = Loop()
+    seq = loop.add("A", 6, 4)
+    loop.update(loop.schedule(), [Continuation(seq, [7], [-0.1])])
+    plan = loop.schedule()
+    loop.update(plan, [Continuation(seq, [8], [-0.2]), Continuation(seq, [9], [-0.3])])
+    child = seq.request.sequences[1]
+    assert (seq.token_ids[6:], child.token_ids[6:]) == ([7, 8], [7, 9])
+    assert (seq.logprobs, child.logprobs) == ([-0.1, -0.2], [-0.1, -0.3])
+    assert seq.block_table is not child.block_table
+
+
+def test_a_child_has_the_seed_it_is_given_or_its_parents():
+    loop = Loop()
+    seq = loop.add("A", 6, 4, seed=5)
+    futures = [Continuation(seq, [1]), Continuation(seq, [2], seed=77), Continuation(seq, [3])]
+    loop.update(loop.schedule(), futures)
+    assert [s.seed for s in seq.request.sequences] == [5, 77, 5]
+
+
+def test_a_partly_filled_tail_is_copied_once_for_two_holders():
+    loop = Loop()
+    seq = loop.add("A", 6, 4)
+    (child,) = fork(loop, seq, [11], [12])
+    plan = loop.schedule()
+    assert plan.copies == [(1, 2)]  # A moves out of block 1; A1, alone in it now, writes in place
+    assert (seq.block_table, child.block_table) == ([0, 2], [0, 1])
+    assert rows(plan) == [("A", 6, 1), ("A1", 6, 1)]
+    loop.update(plan)
+    assert loop.schedule().copies == []
+
+
+def test_a_partly_filled_tail_is_copied_twice_for_three_holders():
+    loop = Loop()
+    seq = loop.add("A", 5, 4)
+    children = fork(loop, seq, [11], [12], [13])
+    plan = loop.schedule()
+    assert plan.copies == [(1, 2), (1, 3)]
+    assert [s.block_table for s in (seq, *children)] == [[0, 2], [0, 3], [0, 1]]
+    assert [loop.allocator.ref_count(i) for i in range(4)] == [3, 1, 1, 1]
+
+
+def test_a_full_tail_is_shared_for_ever_and_never_copied():
+    loop = Loop()
+    seq = loop.add("A", 8, 4)
+    (child,) = fork(loop, seq, [11], [12])
+    plan = loop.schedule()
+    assert plan.copies == []
+    assert (seq.block_table, child.block_table) == ([0, 1, 2], [0, 1, 3])
+    loop.update(plan)
+    loop.run_to_the_end()
+    assert loop.all_blocks_are_free()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
+def test_a_fork_at_every_length_reads_only_its_own_past(block_size):
+    for length in range(1, 3 * block_size + 2):
+        loop = Loop(num_blocks=40, block_size=block_size)
+        seq = loop.add("A", length, 2 * block_size + 2)
+        (child,) = fork(loop, seq, [11], [12])
+        plan = loop.step()
+        assert len(plan.copies) == (length % block_size > 0)
+        loop.run_to_the_end()  # the stand-in looks at every slot that is read
+        for s, first in ((seq, 11), (child, 12)):
+            prompt = [*range(1000, 1000 + length), first]
+            assert s.token_ids == written_alone(prompt, 2 * block_size + 1)
+
+
+def test_forks_of_forks():
+    loop = Loop(num_blocks=30)
+    seq = loop.add("A", 5, 9)
+    (child,) = fork(loop, seq, [11], [12])
+    (grandchild,) = fork(loop, child, [21], [22])
+    assert names(seq.request.sequences) == ["A", "A1", "A2"]
+    assert grandchild.token_ids[5:] == [12, 22]
+    assert child.token_ids[5:] == [12, 21]
+    loop.run_to_the_end()
+    assert [s.num_generated for s in (seq, child, grandchild)] == [9, 9, 9]
+    assert loop.all_blocks_are_free()
+
+
+def test_a_parent_without_a_continuation_is_dropped():
+    loop = Loop()
+    one, two = loop.add("A", 6, 4), loop.add("B", 6, 4)
+    loop.update(loop.schedule(), [Continuation(two, [7])])
+    assert (one.status, one.finish_reason, one.block_table) == ("finished", None, [])
+    assert names(loop.scheduler.running) == ["B"]
+    assert loop.allocator.num_free == 6
+
+
+def test_one_beam_forks_while_another_ends():
+    loop = Loop()
+    seq = loop.add("A", 6, 9)
+    (child,) = fork(loop, seq, [11], [12])
+    plan = loop.schedule()
+    loop.update(plan, [Continuation(child, [21]), Continuation(child, [22])])
+    best = seq.request.sequences[2]
+    assert seq.status == "finished"
+    assert child.token_ids[6:] == [12, 21] and best.token_ids[6:] == [12, 22]
+    assert child.block_table == best.block_table == [0, 1]
+    assert loop.allocator.num_free == 6, "the block that A had copied for itself came back"
+
+
+def test_a_sequence_in_the_middle_of_its_prompt_is_not_dropped():
+    loop = Loop(budget=5)
+    seq = loop.add("A", 12, 2)
+    loop.update(loop.schedule(), [])
+    assert seq.status == "running"
+
+
+def test_a_child_that_ends_at_once_gives_back_only_its_share():
+    loop = Loop()
+    seq = loop.add("A", 6, 4, stop_token_ids=EOS)
+    (child,) = fork(loop, seq, [11], [50])
+    assert (child.status, child.finish_reason, child.token_ids[6:]) == ("finished", "stop", [50])
+    assert seq.status == "running" and loop.allocator.num_free == 6
+    assert loop.schedule().copies == [], "nobody shares its blocks any more"
+
+
+def test_a_parent_that_ends_leaves_its_blocks_to_its_child():
+    loop = Loop()
+    seq = loop.add("A", 6, 4, stop_token_ids=EOS)
+    (child,) = fork(loop, seq, [50], [12])
+    assert seq.finish_reason == "stop" and child.block_table == [0, 1]
+    loop.run_to_the_end()
+    assert child.token_ids == written_alone([*range(1000, 1006), 12], 3)
+
+
+def test_a_block_that_a_fork_holds_too_is_not_counted_as_freed():
+    loop = Loop()
+    seq = loop.add("A", 8, 4)
+    (child,) = fork(loop, seq, [11], [12])
+    loop.scheduler.finish(child, "abort")
+    assert (loop.scheduler.num_blocks_taken, loop.scheduler.num_blocks_freed) == (2, 0)
+    loop.scheduler.finish(seq, "abort")
+    assert (loop.scheduler.num_blocks_taken, loop.scheduler.num_blocks_freed) == (2, 2)
+
+
+def test_the_first_in_line_is_not_preempted_for_a_copy_that_nobody_needs_any_more():
+    """No block is free for the copy; the fork that shares the tail is preempted, and with it goes
+    the sharing. Whoever insists on the copy preempts itself next, although it is the first."""
+    loop = Loop(num_blocks=2)
+    seq = loop.add("A", 6, 2)
+    (child,) = fork(loop, seq, [11], [12])
+    plan = loop.schedule()
+    assert names(plan.preempted) == ["A1"] and plan.copies == []
+    assert rows(plan) == [("A", 6, 1)] and seq.block_table == [0, 1]
+    loop.update(plan)
+    loop.run_to_the_end()
+    assert (seq.num_generated, child.num_generated, child.num_preemptions) == (2, 2, 1)
+
+
+def test_reserved_blocks_that_a_fork_shares_are_copied_too_before_several_tokens_are_written():
+    loop = Loop(num_blocks=12, reserve=lambda seq: 16)
+    seq = loop.add("A", 6, 9)
+    (child,) = fork(loop, seq, [11, 12, 13], [21, 22, 23])  # positions 6, 7 and 8
+    assert seq.block_table == child.block_table == [0, 1, 2, 3]
+    plan = loop.schedule()
+    assert rows(plan) == [("A", 6, 3), ("A1", 6, 3)]
+    assert sorted(source for source, _ in plan.copies) == [1, 2]
+    assert seq.block_table[0] == 0 and not {1, 2} & set(seq.block_table)
+    assert child.block_table == [0, 1, 2, 3]
+
+
+def test_a_preempted_parent_is_not_forked():
+    loop = Loop()
+    seq = loop.add("A", 6, 4)
+    plan = loop.schedule()
+    loop.scheduler.preempt(seq)
+    loop.update(plan, [Continuation(seq, [11]), Continuation(seq, [12])])
+    assert seq.request.sequences == [seq] and len(seq.token_ids) == 6
+    assert rows(loop.step()) == [("A", 0, 6)]  # it is computed again, and asked again
+
+
+def test_forks_beyond_max_num_seqs_take_their_turns():
+    loop = Loop(num_blocks=30, max_num_seqs=2)
+    seq = loop.add("A", 5, 3)
+    children = fork(loop, seq, [11], [12], [13], [14])
+    plan = loop.step()
+    assert rows(plan) == [("A", 5, 1), ("A1", 5, 1)]
+    loop.run_to_the_end()
+    assert [s.num_generated for s in (seq, *children)] == [3, 3, 3, 3]
+
+
+def test_the_sequences_of_one_request_run_side_by_side():
+    loop = Loop()
+    seqs = loop.add("A", 3, 4, n=3)
+    loop.add("B", 3, 4)
+    assert rows(loop.step()) == [("A", 0, 3), ("A1", 0, 3), ("A2", 0, 3), ("B", 0, 3)]
+    loop.run_to_the_end()
+    assert {tuple(s.token_ids) for s in seqs} == {tuple(written_alone(range(1000, 1003), 4))}
+
+
+# ---- a plan that is not carried out --------------------------------------------------------------
+def test_undo_puts_everything_back_to_waiting():
+    loop = Loop(budget=9)
+    one, two = loop.add("A", 3, 5), loop.add("B", 12, 2)
+    loop.step()
+    plan = loop.schedule()
+    assert rows(plan) == [("A", 3, 1), ("B", 6, 6)]
+    loop.scheduler.undo(plan)
+    assert [s.status for s in (one, two)] == ["waiting", "waiting"]
+    assert loop.scheduler.running == [] and loop.all_blocks_are_free()
+    assert loop.scheduler.num_recomputed_tokens == 3 + 6, "what was planned was never computed"
+    loop.slots.clear()
+    assert rows(loop.step()) == [("A", 0, 4), ("B", 0, 5)]
+    loop.run_to_the_end()
+    assert one.token_ids == written_alone(range(1000, 1003), 5)
+    assert two.token_ids == written_alone(range(2000, 2012), 2)
+
+
+def test_undo_leaves_alone_whoever_ended_meanwhile():
+    loop = Loop()
+    one, two = loop.add("A", 3, 5), loop.add("B", 3, 2)
+    plan = loop.schedule()
+    loop.scheduler.finish(one, "abort")
+    loop.scheduler.undo(plan)
+    assert (one.status, two.status) == ("finished", "waiting")
+    loop.run_to_the_end()
+    assert two.num_generated == 2 and loop.all_blocks_are_free()
+
+
+def test_undo_of_a_plan_with_copies():
+    loop = Loop()
+    seq = loop.add("A", 6, 4)
+    (child,) = fork(loop, seq, [11], [12])
+    plan = loop.scheduler.schedule()  # planned, and interrupted before anything was copied
+    assert plan.copies == [(1, 2)]
+    loop.scheduler.undo(plan)
+    assert loop.all_blocks_are_free()
+    loop.slots.clear()
+    loop.run_to_the_end()
+    assert seq.token_ids == written_alone([*range(1000, 1006), 11], 3)
+    assert child.token_ids == written_alone([*range(1000, 1006), 12], 3)
+
+
+# ---- an allocator with a memory ------------------------------------------------------------------
+class RememberingAllocator(BlockAllocator):
+    """Keeps every full block that was ever published, and throws none out."""
+
+    def __init__(self, num_blocks, block_size):
+        super().__init__(num_blocks, block_size)
+        self.known = {}  # the text up to the end of a block -> the block
+        self.asked = []
+        self.published = []
+
+    def match_prefix(self, token_ids, salt=None):
+        self.asked.append(list(token_ids))
+        hit = []
+        for end in range(self.block_size, len(token_ids) + 1, self.block_size):
+            if tuple(token_ids[:end]) not in self.known:
+                break
+            hit.append(self.known[tuple(token_ids[:end])])
+        self.fork(hit)
+        return hit
+
+    def publish(self, block_table, token_ids, num_computed_tokens):
+        self.published.append((list(block_table), num_computed_tokens))
+        for i in range(num_computed_tokens // self.block_size):
+            text = tuple(token_ids[: (i + 1) * self.block_size])
+            if text not in self.known:
+                self.fork([block_table[i]])
+                self.known[text] = block_table[i]
+
+    def check_integrity(self, block_tables):
+        super().check_integrity([*block_tables, list(self.known.values())])
+
+
+def test_what_is_published_is_what_was_computed():
+    loop = Loop(budget=5, allocator=RememberingAllocator)
+    loop.add("A", 7, 2)
+    plan = loop.schedule()
+    assert loop.allocator.published == [], "a plan has written nothing yet"
+    loop.update(plan, [])
+    loop.step()
+    loop.step()
+    assert loop.allocator.published == [([0, 1], 5), ([0, 1], 7), ([0, 1], 8)]
+
+
+def test_what_a_later_plan_will_compute_is_not_published_yet():
+    loop = Loop(budget=5, allocator=RememberingAllocator)
+    seq = loop.add("A", 12, 2)
+    first, second = loop.schedule(), loop.schedule()
+    assert seq.num_computed_tokens == 10
+    loop.update(first, [])
+    assert loop.allocator.published == [([0, 1, 2], 5)]
+    loop.update(second, [])
+    assert loop.allocator.published[1:] == [([0, 1, 2], 10)]
+
+
+def test_a_sequence_starts_behind_the_blocks_that_are_found():
+    loop = Loop(allocator=RememberingAllocator)
+    loop.add("A", 10, 1)
+    loop.run_to_the_end()
+    seq = loop.add("B", 3, 1)
+    seq.token_ids[:] = [*range(1000, 1010), 5, 6, 7]  # A's prompt, and three tokens more
+    seq.num_prompt_tokens = 13
+    plan = loop.schedule()
+    assert rows(plan) == [("B", 8, 5)]
+    assert seq.block_table[:2] == [0, 1] and len(seq.block_table) == 4
+    assert loop.scheduler.num_blocks_hit == 2
+    assert [loop.allocator.ref_count(i) for i in (0, 1)] == [2, 2]
+
+
+@pytest.mark.parametrize("length, start", [(8, 4), (9, 8), (4, 0), (5, 4), (12, 8)])
+def test_a_prompt_that_is_wholly_found_still_computes_its_last_token(length, start):
+    loop = Loop(allocator=RememberingAllocator)
+    for request_id in "AB":
+        seq = loop.add(request_id, length, 3)
+        seq.token_ids[:] = range(length)
+    assert rows(loop.step()) == [("A", 0, length), ("B", 0, length)]
+    loop.run_to_the_end()
+    third = loop.add("C", length, 3)
+    third.token_ids[:] = range(length)
+    plan = loop.schedule()
+    assert rows(plan) == [("C", start, length - start)] and names(plan.sampled) == ["C"]
+    assert loop.allocator.asked[-1] == list(range(length - 1)), "the last is never asked for"
+    loop.update(plan)
+    loop.run_to_the_end()
+    assert third.token_ids == written_alone(range(length), 3)
+
+
+def test_blocks_that_were_found_are_given_back_if_the_rest_does_not_fit():
+    loop = Loop(num_blocks=6, allocator=RememberingAllocator)
+    loop.add("A", 8, 1)
+    loop.run_to_the_end()  # its two full blocks stay known: 4 of 6 are free
+    loop.add("B", 9, 4)  # takes three of them
+    other = loop.add("C", 12, 4)
+    other.token_ids[:] = [*range(1000, 1008), 1, 2, 3, 4, 5, 6, 7, 8]  # finds 2, needs 2 more
+    assert rows(loop.step()) == [("B", 0, 9)]
+    assert (other.status, other.block_table) == ("waiting", [])
+    assert [loop.allocator.ref_count(i) for i in (0, 1)] == [1, 1]
+    assert loop.scheduler.num_blocks_hit == 0
+
+
+def test_a_preempted_sequence_finds_what_it_has_computed():
+    loop = Loop(num_blocks=20, allocator=RememberingAllocator)
+    seq = loop.add("A", 10, 4)
+    loop.step()
+    loop.scheduler.preempt(seq)
+    loop.check()
+    assert rows(loop.step()) == [("A", 8, 3)]
+    loop.run_to_the_end()
+    assert seq.token_ids == written_alone(range(1000, 1010), 4)
+
+
+# ---- long and random games -----------------------------------------------------------------------
+def random_futures(rng, plan, tally, limit=12):
+    """One token for most sequences; sometimes two futures, several tokens, or none at all."""
+    futures = []
+    for seq in plan.sampled:
+        token = next_token(seq.token_ids)
+        luck = rng.random()
+        if luck < 0.03:
+            tally["dropped"] += 1
+            continue
+        futures.append(Continuation(seq, [token, 5, 6] if luck > 0.95 else [token]))
+        if luck > 0.85 and len(seq.request.sequences) < limit:
+            tally["forked"] += 1
+            futures.append(Continuation(seq, [token + 1]))
+    return futures
+
+
+def state_of(seq):
+    """The four states in which an abort may find a sequence."""
+    return "preempted" if seq.status == "waiting" and seq.num_preemptions else seq.status
+
+
+def test_a_thousand_random_requests_with_forks_and_aborts_in_every_state():
+    rng = random.Random(0)
+    loop = Loop(num_blocks=24, block_size=4, budget=24, max_num_seqs=10, max_seq_len=40)
+    tally = Counter()
+    for i in range(1000):
+        loop.add(str(i), rng.randint(1, 20), rng.randint(1, 16), stop_token_ids=frozenset({7}))
+        recent = [seq for request in loop.requests[-30:] for seq in request.sequences]
+        if rng.random() < 0.3:
+            preempted = [seq for seq in recent if state_of(seq) == "preempted"]
+            victim = rng.choice(preempted if preempted and rng.random() < 0.5 else recent)
+            tally["aborted " + state_of(victim)] += 1
+            loop.scheduler.finish(victim, "abort")
+        while loop.scheduler.num_waiting > rng.randint(2, 8):
+            plan = loop.schedule()
+            tally["preempted"] += len(plan.preempted)
+            tally["copied"] += len(plan.copies)
+            if rng.random() < 0.05 and loop.scheduler.running:
+                loop.scheduler.preempt(rng.choice(loop.scheduler.running))
+                tally["preempted from outside"] += 1
+            if rng.random() < 0.02:
+                loop.scheduler.undo(plan)
+                loop.forget()
+                tally["undone"] += 1
+            else:
+                loop.update(plan, random_futures(rng, plan, tally))
+    loop.run_to_the_end()
+    assert loop.all_blocks_are_free()
+    sequences = [seq for request in loop.requests for seq in request.sequences]
+    assert {seq.status for seq in sequences} == {"finished"}
+    assert {seq.finish_reason for seq in sequences} == {"length", "stop", "abort", None}
+    happened = ["preempted", "preempted from outside", "undone", "forked", "copied", "dropped"]
+    states = ["waiting", "running", "preempted", "finished"]
+    for what in happened + [f"aborted {state}" for state in states]:
+        assert tally[what] >= 10, (what, tally)
+
+
+class ForgetfulAllocator(RememberingAllocator):
+    """Remembers until the pool is dry, and then forgets everything at once."""
+
+    def allocate(self, n):
+        if n > self.num_free:
+            self.free(list(self.known.values()))  # whoever shares one of them holds it on
+            self.known.clear()
+        return super().allocate(n)
+
+
+class SchedulerGame(RuleBasedStateMachine):
+    """Random add, step, fork, abort, preempt and undo; the loop checks what each step reads."""
+
+    @initialize(
+        num_blocks=st.integers(2, 10),
+        block_size=st.sampled_from([1, 2, 3, 4]),
+        budget=st.sampled_from([1, 3, 8, 64]),
+        max_num_seqs=st.integers(1, 5),
+        allocator=st.sampled_from([BlockAllocator, ForgetfulAllocator]),
+    )
+    def start(self, num_blocks, block_size, budget, max_num_seqs, allocator):
+        self.room = num_blocks * block_size
+        limits = {"budget": budget, "max_num_seqs": max_num_seqs}
+        self.loop = Loop(num_blocks, block_size, allocator=allocator, **limits)
+
+    def sequences(self):
+        return [seq for request in self.loop.requests for seq in request.sequences]
+
+    @rule(data=st.data())
+    def add(self, data):
+        prompt = data.draw(st.integers(1, self.room))
+        max_tokens = data.draw(st.integers(1, 9))
+        needed = self.loop.allocator.blocks_needed(prompt + max_tokens)
+        if needed > self.loop.allocator.num_blocks:
+            with pytest.raises(ValueError, match=f"need {needed} blocks"):
+                self.loop.add("X", prompt, max_tokens)
+        else:
+            stop_token_ids = frozenset(data.draw(st.sets(st.integers(0, 9), max_size=2)))
+            name = str(len(self.loop.requests))
+            self.loop.add(name, prompt, max_tokens, stop_token_ids=stop_token_ids)
+
+    @rule(
+        data=st.data(), interruption=st.sampled_from(["none", "none", "preempt", "abort", "undo"])
+    )
+    def step(self, data, interruption):
+        loop = self.loop
+        plan = loop.schedule()
+        assert plan.num_tokens <= loop.scheduler.max_num_batched_tokens
+        assert len(plan.scheduled) <= loop.scheduler.max_num_seqs
+        assert not set(plan.preempted) & {seq for seq, _, _ in plan.scheduled}
+        futures = []
+        for seq in plan.sampled:
+            for i in range(data.draw(st.sampled_from([1, 1, 1, 2, 3, 0]))):
+                length = data.draw(st.sampled_from([1, 1, 3]))
+                if i == 0 or len(seq.request.sequences) < 6:
+                    futures.append(Continuation(seq, [next_token(seq.token_ids) % 20 + i] * length))
+        if interruption == "undo":
+            loop.scheduler.undo(plan)
+            loop.check()
+            return loop.forget()
+        running = list(loop.scheduler.running)
+        if running and interruption == "preempt":
+            loop.scheduler.preempt(data.draw(st.sampled_from(running)))
+        if running and interruption == "abort":
+            loop.scheduler.finish(data.draw(st.sampled_from(running)), "abort")
+        loop.update(plan, futures)
+
+    @precondition(lambda self: self.sequences())
+    @rule(data=st.data())
+    def abort(self, data):
+        seq = data.draw(st.sampled_from(self.sequences()))
+        over, reason = seq.status == "finished", seq.finish_reason
+        self.loop.scheduler.finish(seq, "abort")
+        assert (seq.status, seq.finish_reason) == ("finished", reason if over else "abort")
+
+    @precondition(lambda self: self.loop.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data):
+        self.loop.scheduler.preempt(data.draw(st.sampled_from(self.loop.scheduler.running)))
+
+    @invariant()
+    def everybody_is_somewhere(self):
+        if not hasattr(self, "loop"):
+            return
+        self.loop.check()
+        counts = Counter(seq.status for seq in self.sequences())
+        assert counts["running"] == len(self.loop.scheduler.running)
+        assert counts["waiting"] == self.loop.scheduler.num_waiting
+        for seq in self.sequences():
+            assert seq.num_generated <= seq.max_tokens
+            assert seq.status == "running" or not seq.block_table
+
+    def teardown(self):
+        if hasattr(self, "loop"):
+            self.loop.run_to_the_end()
+            held = len(getattr(self.loop.allocator, "known", ()))
+            assert self.loop.allocator.num_free == self.loop.allocator.num_blocks - held
+
+
+TestSchedulerGame = SchedulerGame.TestCase
+TestSchedulerGame.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
