@@ -1,7 +1,7 @@
 """schedule, forward, sample, repeat: the loop that every serving engine comes down to.
 
 Ten requests served one after the other read all of the model's weights once for each token of each
-request. Served together they read them once for each token of all ten, and decoding is bound by
+request. Served together, one reading gives a token to each of the ten, and decoding is bound by
 just that reading. So the engine runs whoever the scheduler picks as one flat batch, step after
 step, and requests join and leave between any two steps:
 
@@ -47,7 +47,7 @@ Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine may use; the names are vLLM's."""
+    """What an engine may use, named as in vLLM but for the pool's size and max_seq_len."""
 
     block_size: int = 16  # tokens; larger wastes more of each sequence's last block
     num_blocks: int | None = None  # the pool's size in blocks, or
@@ -66,8 +66,9 @@ class EngineConfig:
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-        if self.kv_cache_mb is not None and not 0 < self.kv_cache_mb < math.inf:
-            raise ValueError(f"kv_cache_mb is {self.kv_cache_mb}: it must be a number above 0")
+        mb = self.kv_cache_mb
+        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
+            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -123,7 +124,8 @@ class InferenceEngine:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
+        known = eos_token_id is not None and 0 <= eos_token_id < vocab_size
+        self.eos_token_id = eos_token_id if known else None  # an id it has not never comes
         self.seed = seed
         self.output_processor = OutputProcessor(scheduler, tokenizer)
         self._num_requests = 0
@@ -142,8 +144,9 @@ class InferenceEngine:
     ) -> str:
         """Queue a prompt, text or token ids; returns the request's id.
 
-        Raises ValueError, and keeps nothing, if the prompt is empty, has unknown ids, leaves no
-        room in the context, or could never fit into the pool.
+        `priority`, `user` and `deadline` are for a policy to read; first come first served
+        reads none of them. Raises ValueError, and keeps nothing, if the prompt is empty,
+        has unknown ids, leaves no room in the context, or could never fit into the pool.
         """
         params = SamplingParams() if params is None else params
         prompt_token_ids = self._check_prompt(prompt, params)

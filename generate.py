@@ -8,9 +8,9 @@ runs dry.
 
     pool |AAAaBBbCCCCc··DDd·EEe···|    41 tokens/step ...
 
-With one prompt the text is streamed as it comes; with many a line shows the progress and the texts
-follow in the order of the prompts. What a production engine does beyond this: it serves them over
-HTTP.
+With one prompt the text is streamed as it comes; with many, a line shows the progress, and the
+texts follow in the order of the prompts. What a production engine does beyond this: it serves them
+over HTTP.
 
 Run: python generate.py
      python generate.py "Once upon a time" --max-tokens 200 --temperature 0.8
@@ -84,9 +84,7 @@ HELP = {
 
 def add_flags(group, cls, skip: str = "") -> None:
     """A flag for each field of a dataclass that HELP knows; its default is the field's."""
-    for field in fields(cls):
-        if field.name not in HELP or field.name == skip:
-            continue
+    for field in (f for f in fields(cls) if f.name in HELP and f.name != skip):
         default, flag, text = field.default, "--" + field.name.replace("_", "-"), HELP[field.name]
         if field.name == "stop":
             group.add_argument(flag, action="append", help=text)
@@ -109,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
-    parser.add_argument("--threads", type=int, help="CPU threads (default: 1 for small models)")
+    parser.add_argument("--threads", type=int, help="CPU threads; the shipped model: 1")
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
@@ -320,10 +318,13 @@ def write_all(outputs: list[RequestOutput], llm: LLM, args: Namespace) -> None:
 def run(args: Namespace) -> None:
     """Load the model, serve the prompts, print or write what came out."""
     prompts = read_prompts(args)
-    if args.out is not None and not args.out.parent.is_dir():  # rather now than after the work
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    # Rather now than after the work:
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise ValueError(f"--out {args.out} is a folder, or there is no folder {args.out.parent}")
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
     config |= {name: getattr(args, name) for name in ("device", "dtype", "backend", "threads")}
+    if args.threads is None and args.model == str(SHIPPED_MODEL):
+        config["threads"] = 1  # so small a model that a second thread waits more than it works
     llm = LLM(args.model, **config)
     meter = Meter(llm)
     if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:

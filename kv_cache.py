@@ -208,13 +208,20 @@ def choose_num_blocks(
         if num_blocks < 1:
             mb = block_bytes / 1e6
             raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
+    free = free_memory_bytes(device)
     if num_blocks is None:
-        free = free_memory_bytes(device)
         on_gpu = torch.device(device).type == "cuda"
         budget = free * gpu_memory_utilization if on_gpu else min(2**30, free / 4)
         num_blocks = min(int(budget) // block_bytes, most_useful)
+        if num_blocks < 1:
+            sizes = f"one block takes {block_bytes / 1e6:.0f} MB, {budget / 1e6:.0f} MB may be used"
+            raise ValueError(f"{sizes}: lower block_size")
     if num_blocks < 1:
         raise ValueError(f"num_blocks is {num_blocks}: the pool needs at least 1 block")
+    needed = (num_blocks + 1) * block_bytes
+    if needed > free:
+        sizes = f"the pool needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise ValueError(f"{sizes}: lower num_blocks or kv_cache_mb")
     return num_blocks
 
 

@@ -52,10 +52,6 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# Below so many parameters an operation is too small to share: the shipped model's demonstration ran
-# 1.5 times as fast on one thread as on two of two idle cores, and 3.6 times with one core busy.
-SMALL_MODEL = 20_000_000
-
 # A backend is one function of the common signature; "auto" takes the fastest that runs on the
 # device.
 BACKENDS = {"torch": paged_attention}
@@ -63,6 +59,7 @@ BACKENDS = {"torch": paged_attention}
 
 def resolve_device(device: str) -> torch.device:
     """ "auto" is the GPU where PyTorch sees one. Raises ValueError for one that is not there."""
+    device = str(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda"):
@@ -88,8 +85,9 @@ class LLM:
 
     `model` is a folder in Hugging Face's GPT-2 layout, `random:gpt2` (-medium, -large, -xl), or
     a `GPT`, which brings no tokenizer and is served in its own dtype and on its own device.
-    `threads` is what PyTorch may use on a CPU, in the whole process; None leaves it alone, but
-    a small model gets 1. Keyword arguments after `policy` are `EngineConfig`'s fields.
+    `threads` is what PyTorch may use on a CPU, in the whole process; None leaves it alone (for
+    a model as small as the shipped one, 1 is fastest). The keyword arguments after `policy` are
+    `EngineConfig`'s fields.
     """
 
     def __init__(
@@ -122,8 +120,8 @@ class LLM:
             where = resolve_device(device)
             self.model = load_model(model, resolve_dtype(dtype, where), where)
             self.tokenizer = load_tokenizer(model) if Path(model).is_dir() else None
-        if threads is not None or self.model.num_parameters() < SMALL_MODEL:
-            torch.set_num_threads(1 if threads is None else threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.engine = self._build_engine(reserve, policy)
 
     def _build_engine(self, reserve, policy) -> InferenceEngine:
@@ -185,6 +183,9 @@ class LLM:
             raise ValueError(
                 "the engine still has requests: finish them with llm.engine.step() first"
             )
+        if not isinstance(prompts, str | list | tuple) or isinstance(sampling_params, dict):
+            kinds = f"{type(prompts).__name__} and {type(sampling_params).__name__}"
+            raise ValueError(f"{kinds} given: prompts are text or lists, params SamplingParams")
         if isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts)):
             prompts = [prompts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -214,7 +215,7 @@ def demo():
     """The shipped model writes three beginnings on, together and alone: the same texts."""
     prompts = ["Once upon a time there was a", "The wolf said to the", '"Dear child," said']
     params = SamplingParams(temperature=0.7, seed=5, max_tokens=24)
-    llm = LLM(num_blocks=64, max_num_batched_tokens=64)
+    llm = LLM(num_blocks=64, max_num_batched_tokens=64, threads=1)
     together = llm.generate(prompts, params)
     allocator = llm.engine.scheduler.allocator
     print(

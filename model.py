@@ -188,7 +188,7 @@ class GPT(nn.Module):
         """Scores of the next token for M chosen rows: (M, C) -> (M, V).
 
         The caller picks the rows: of a 300-token prompt only the last one predicts something new,
-        and for the 124M shape this product is 30% of all weights.
+        and for the 124M shape this product is 31% of all weights.
         """
         return self.lm_head(hidden_rows)
 

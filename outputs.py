@@ -191,7 +191,8 @@ class OutputProcessor:
             decoder = StreamDecoder(self.tokenizer, params.stop, params.min_tokens)
             live.decoders[seq.index] = decoder
         decoder = live.decoders[seq.index]
-        for token_id in new_ids:
+        # What ended the sequence is no text. Only the scheduler can have said "stop" by now.
+        for token_id in new_ids[:-1] if seq.finish_reason == "stop" else new_ids:
             decoder.push(token_id)
         if decoder.stopped is not None:
             self.scheduler.finish(seq, "stop")

@@ -132,6 +132,9 @@ class SamplingParams:
         """Raise ValueError for a token id that the model does not have; before the first step."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             self._require(name, all(t < vocab_size for t in ids), f"ids below {vocab_size}")
+        # Under min_tokens they may not come, nor may EOS: something else has to be left to draw.
+        is_left = not self.min_tokens or len(set(self.stop_token_ids)) < vocab_size - 1
+        self._require("stop_token_ids", is_left, "fewer than all ids while min_tokens is set")
 
 
 # ---- Random numbers without a state --------------------------------------------------------------

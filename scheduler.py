@@ -10,7 +10,7 @@ the cache, and every step it may catch up within the step's token budget:
     preempted after 120 tokens   120 behind  ->  later all of them again           (recompute)
 
     A 5+8  Pddddddd                P  new tokens of a prompt in this step
-    B 6+6  Pdddx..Pdd              d  one token   .  waits   x  preempted (its blocks went to A)
+    B 6+6  Pdddx...Pd              d  one token   .  waits   x  preempted (its blocks went to A)
 
 When the pool is dry the last in the order of precedence gives up all its blocks, waits in front of
 all who came later, and computes its tokens again: the first in line never waits, so there is no
@@ -113,7 +113,8 @@ class Scheduler:
         for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
             if not budget or seq.status != RUNNING:
                 break  # preempted by one before it: so are all behind it
-            num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            behind = len(seq.token_ids) - seq.num_computed_tokens
+            num_new_tokens = behind if behind < budget else budget
             if num_new_tokens:
                 if not self._make_room(seq, num_new_tokens, plan):
                     break  # it was the last in line itself, and gave up its own blocks
@@ -219,11 +220,10 @@ class Scheduler:
 
         A sampled sequence without a continuation is dropped: its strategy saw no future in it.
         """
-        publish = self.allocator.publish
         for seq, start, num_new_tokens in plan.scheduled:
             if seq.status == RUNNING:
                 # What this plan computed: a later plan may have advanced the sequence since.
-                publish(seq.block_table, seq.token_ids, start + num_new_tokens)
+                self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
         first: dict[Sequence, Continuation] = {}
         for future in continuations:
             if first.setdefault(future.parent, future) is not future:

@@ -129,7 +129,9 @@ class StreamDecoder:
     @property
     def text(self) -> str:
         """All text sent so far; after `finish` the whole text, or what stands before the stop."""
-        return "".join(self._sent)
+        if len(self._sent) > 1:
+            self._sent = ["".join(self._sent)]  # asked for after every token: join only once
+        return self._sent[0] if self._sent else ""
 
     @property
     def stopped(self) -> str | None:

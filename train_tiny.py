@@ -262,7 +262,7 @@ def write_model_card(folder: Path, settings: dict, report: dict, held_out: list[
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; every default is what the shipped model was trained with."""
+    """The command line; the defaults are the shipped model's, but for what its card notes."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--text", type=Path, required=True, help="a folder of .txt files, or one file")
@@ -309,11 +309,11 @@ def main(argv: list[str] | None = None):
     encoded = tokenizer.encode_batch(seen)
     stream = torch.tensor([end] + [i for tale in encoded for i in (*tale.ids, end)])
     characters = sum(map(len, seen))
-    print(f"{len(seen)} tales, {characters:,} characters, {len(stream):,} tokens", end="")
-    print(f"; {len(held_out)} held out")
-    longest = args.short_length if args.no_long else args.max_seq_len
-    if longest > min(args.tokens_per_step, len(stream) - 1):
-        have = f"--tokens-per-step is {args.tokens_per_step}, the text has {len(stream)} tokens"
+    print(f"{len(seen)} tales, {characters:,} characters, {len(stream):,} tokens to learn from")
+    longest = max(args.short_length, 0 if args.no_long else args.max_seq_len)
+    limits = args.tokens_per_step, args.max_seq_len, len(stream) - 1
+    if longest > min(limits):
+        have = f"--tokens-per-step, --max-seq-len and the text's tokens are {limits}"
         raise SystemExit(f"{have}: too few for a window of {longest}, make it shorter")
 
     config = GPTConfig(

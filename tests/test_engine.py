@@ -764,6 +764,16 @@ def test_a_stop_token_ends_a_text_and_is_its_stop_reason(says_ab_and_ends, byte_
     a, b = byte_tokenizer.encode("ab")
     output = completion(says_ab_and_ends, stop_token_ids=[b])
     assert (output.token_ids, output.finish_reason, output.stop_reason) == ([a, b], "stop", b)
+    assert output.text == "a", "as of EOS: token_ids has what ended it, text has not"
+
+
+@pytest.mark.parametrize("eos_token_id", [-1, 257, 50256])
+def test_an_eos_that_the_vocabulary_has_not_never_comes(eos_token_id):
+    """min_tokens bans EOS by its id: one outside would ban another token, or crash the step."""
+    engine = build_stub(scripted([5, 256, 5, 5]), 257, eos_token_id=eos_token_id)
+    engine.add_request([1], SamplingParams(temperature=0, max_tokens=3, min_tokens=2))
+    (output,) = run(engine).values()
+    assert output.outputs[0].finish_reason == "length"
 
 
 def test_the_stop_token_0_is_a_stop_reason_too(byte_tokenizer):

@@ -380,7 +380,8 @@ REFUSED = {
     "a pool without end": (["x", "--kv-cache-mb", "inf"], "kv_cache_mb is inf: it must be"),
     "no block size": (["--block-size", "0"], "block_size is 0: it must be"),
     "nowhere to write": (["x", "--out", "no/such/folder/x.txt"], "there is no folder no/such"),
-    "a folder to write into": (["x", "--out", "."], "Is a directory"),
+    "a folder to write into": (["x", "--out", "."], "--out . is a folder"),
+    "a pool beyond the memory": (["x", "--num-blocks", "1000000000000"], "lower num_blocks"),
     "a folder to read from": (["--file", "."], "cannot be read"),
 }
 

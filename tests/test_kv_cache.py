@@ -378,8 +378,10 @@ def test_on_a_gpu_the_pool_takes_the_share_it_is_given(monkeypatch):
 
 def test_a_machine_without_room_for_a_block_is_refused(monkeypatch):
     monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 589_824)
-    with pytest.raises(ValueError, match="num_blocks is 0: the pool needs at least 1 block"):
+    with pytest.raises(ValueError, match="one block takes 1 MB, 0 MB may be used: lower block"):
         choose_num_blocks(589_824, 64)
+    with pytest.raises(ValueError, match="the pool needs 2 MB, 1 MB are free: lower num_blocks"):
+        choose_num_blocks(589_824, 64, num_blocks=2)
 
 
 def test_this_machine_has_memory():

@@ -472,3 +472,24 @@ def test_a_config_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_
     (output,) = llm.generate("abc", always_256)
     assert output.outputs[0].token_ids == [256] * 5
     assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "prompts, params", [(None, None), (7, None), ({"prompt": "a"}, None), ("a", {"n": 2})]
+)
+def test_what_is_neither_text_nor_a_list_is_refused_by_its_type(folder, prompts, params):
+    with pytest.raises(ValueError, match="given: prompts are text or lists, params SamplingParams"):
+        LLM(folder, num_blocks=8).generate(prompts, params)
+
+
+def test_threads_are_left_alone_unless_they_are_given(folder):
+    before = torch.get_num_threads()
+    try:
+        LLM(folder, num_blocks=8, threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+        LLM(folder, num_blocks=8)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="threads is 0: it must be an integer of at least 1"):
+        LLM(folder, num_blocks=8, threads=0)

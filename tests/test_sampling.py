@@ -1029,3 +1029,12 @@ def test_the_demo_ends_with_ok(capsys):
     sampling.demo()
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("ok:") and len(lines) <= 25
+
+
+def test_under_min_tokens_something_has_to_be_left_to_draw():
+    """All ids as stop tokens, held back by min_tokens, would leave a row of -inf: a request that
+    every step fails on, and everybody else's with it."""
+    with pytest.raises(ValueError, match="fewer than all ids while min_tokens is set"):
+        SamplingParams(min_tokens=1, stop_token_ids=list(range(7))).check_vocabulary(8)
+    SamplingParams(min_tokens=1, stop_token_ids=list(range(6))).check_vocabulary(8)
+    SamplingParams(stop_token_ids=list(range(8))).check_vocabulary(8)

@@ -482,7 +482,9 @@ def test_too_few_tales_are_refused_before_the_training_not_after_it(tmp_path):
 
 def test_a_window_that_will_not_fit_is_refused_before_the_training_not_after_two_thirds(tmp_path):
     write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
-    with pytest.raises(SystemExit, match="--tokens-per-step is 32, .* for a window of 64"):
+    with pytest.raises(
+        SystemExit, match=r"--tokens-per-step, .* are \(32, 64, .* for a window of 64"
+    ):
         run(tmp_path, "model", tokens_per_step=32)
     run(tmp_path, "model", "--no-long", tokens_per_step=32)  # every window has 16 tokens
 
