@@ -1,124 +1,18 @@
 """Paged attention against dense attention in float64, one sequence at a time.
 
-Every test runs in a pool that is NaN wherever no sequence may read: the slots of other blocks, the
-unfilled tails, the scratch block that padded table entries name, the positions before a context's
-start. Zeros would hide a read past the tail; NaN, even times zero, does not.
+Every test runs in a pool that is NaN wherever no sequence may read: see `worlds.py`.
 """
 
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import worlds
+from worlds import World
 
 from paged_attention import paged_attention
-
-
-def dense_attention(q, k, v, context_len, scale, start=0):
-    """The oracle: q (T, H, D) of one sequence, its k, v (context_len, H_kv, D); in float64."""
-    T, H, _ = q.shape
-    q, k, v = q.double(), k.double(), v.double()
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    position = torch.arange(context_len)
-    last = context_len - T + torch.arange(T)[:, None]  # each query's own position
-    hidden = (position < start) | (position > last)  # (T, context_len)
-    scores = (torch.einsum("thd,phd->htp", q, k) * scale).masked_fill(hidden, -math.inf)
-    weights = scores.softmax(-1).masked_fill(hidden, 0)  # rows that read nothing: NaN, so 0
-    return torch.einsum("htp,phd->thd", weights, v)
-
-
-@dataclass
-class World:
-    """Random sequences in the shuffled blocks of a poisoned pool, and what attention must give."""
-
-    query_lens: list[int]
-    context_lens: list[int]
-    context_starts: list[int] | None = None
-    block_size: int = 4
-    num_kv_heads: int = 2
-    group: int = 1  # query heads for each head of K and V
-    head_dim: int = 8
-    dtype: torch.dtype = torch.float64
-    num_padded_rows: int = 0  # rows of q that belong to no sequence
-    num_padded_columns: int = 0  # of the tables
-    seed: int = 0
-    size: float = 1.0  # standard deviation of q, k and v
-    tables: list[list[int]] = field(init=False)
-
-    def __post_init__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape):
-            values = torch.randn(*shape, generator=generator, dtype=torch.float64) * self.size
-            return values.to(self.dtype)
-
-        H_kv, D, bs = self.num_kv_heads, self.head_dim, self.block_size
-        H = H_kv * self.group
-        needed = [-(-n // bs) for n in self.context_lens]
-        num_blocks = sum(needed) + 3
-        self.scratch = num_blocks
-        blocks = iter(torch.randperm(num_blocks, generator=generator).tolist())
-        self.tables = [[next(blocks) for _ in range(n)] for n in needed]
-        shape = (2, num_blocks + 1, 2, H_kv, bs, D)
-        self.pool = torch.full(shape, math.nan, dtype=self.dtype)
-        self.k_cache, self.v_cache = self.pool[1, :, 0], self.pool[1, :, 1]
-        starts = self.context_starts or [0] * len(self.context_lens)
-        self.kv = [normal(2, n, H_kv, D) for n in self.context_lens]
-        for (k, v), table, begin in zip(self.kv, self.tables, starts, strict=True):
-            for i, block_id in enumerate(table):
-                tokens = slice(i * bs, min((i + 1) * bs, len(k)))
-                places = slice(0, tokens.stop - tokens.start)
-                self.k_cache[block_id, :, places] = k[tokens].transpose(0, 1)
-                self.v_cache[block_id, :, places] = v[tokens].transpose(0, 1)
-            for p in range(min(begin, len(k))):
-                self.pool[1, table[p // bs], :, :, p % bs] = math.nan
-        # q is a slice of a QKV product, as the model hands it over: rows are not adjacent.
-        num_rows = sum(self.query_lens) + self.num_padded_rows
-        self.qkv = normal(num_rows, (H + 2 * H_kv) * D)
-        self.q = self.qkv[:, : H * D].unflatten(1, (H, D))
-        self.scale = D**-0.5
-
-    def expected(self):
-        starts = self.context_starts or [0] * len(self.context_lens)
-        parts, row = [], 0
-        for n, length, (k, v), start in zip(
-            self.query_lens, self.context_lens, self.kv, starts, strict=True
-        ):
-            q = self.q[row : row + n]
-            parts.append(dense_attention(q, k, v, length, self.scale, start))
-            row += n
-        parts.append(torch.zeros(self.num_padded_rows, *self.q.shape[1:], dtype=torch.float64))
-        return torch.cat(parts)
-
-    def run(self, **changes):
-        """Call the function under test; `changes` are arguments that the test wants otherwise."""
-        max_blocks = max(map(len, self.tables), default=0) + self.num_padded_columns
-        tables = torch.full((len(self.tables), max_blocks), self.scratch, dtype=torch.int32)
-        for row, table in zip(tables, self.tables, strict=True):
-            row[: len(table)] = torch.tensor(table, dtype=torch.int32)
-        locs = torch.tensor([0, *self.query_lens]).cumsum(0).int()
-        arguments = {
-            "q": self.q,
-            "k_cache": self.k_cache,
-            "v_cache": self.v_cache,
-            "block_tables": tables,
-            "query_start_locs": locs,
-            "context_lens": torch.tensor(self.context_lens, dtype=torch.int32),
-            "scale": self.scale,
-            "max_query_len": max(self.query_lens, default=0),
-            "max_context_len": max(self.context_lens, default=0),
-        }
-        if self.context_starts is not None:
-            arguments["context_starts"] = torch.tensor(self.context_starts, dtype=torch.int32)
-        return paged_attention(**(arguments | changes))
-
-    def check(self, bound=1e-12, **changes):
-        result = self.run(**changes)
-        assert result.shape == self.q.shape and result.dtype == self.q.dtype
-        torch.testing.assert_close(result.double(), self.expected(), atol=bound, rtol=0)
-        return result
 
 
 # ---- it is attention -----------------------------------------------------------------------------
@@ -164,47 +58,49 @@ def test_each_query_of_a_prompt_reads_its_own_past_and_itself():
 def test_it_equals_dense_attention_whatever_the_block_size(block_size, query_len):
     edges = {1, block_size, block_size + 1, 3 * block_size + 1, 511}
     contexts = sorted({query_len + n - 1 for n in edges})
-    World([query_len] * len(contexts), contexts, block_size=block_size, head_dim=4).check()
+    World([query_len] * len(contexts), contexts, block_size=block_size, head_dim=4).check(
+        paged_attention
+    )
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 32, 256])
 def test_contexts_reach_the_1024_tokens_of_gpt2(block_size):
-    World([1, 2, 3, 17], [1024, 1023, 1024, 1008], block_size=block_size).check()
+    World([1, 2, 3, 17], [1024, 1023, 1024, 1008], block_size=block_size).check(paged_attention)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7, 16])
 def test_every_length_up_to_three_blocks_and_one(block_size):
     lengths = list(range(1, 3 * block_size + 2))
-    World([1] * len(lengths), lengths, block_size=block_size, num_kv_heads=1).check()
-    World(lengths, lengths, block_size=block_size, num_kv_heads=1).check()
+    World([1] * len(lengths), lengths, block_size=block_size, num_kv_heads=1).check(paged_attention)
+    World(lengths, lengths, block_size=block_size, num_kv_heads=1).check(paged_attention)
 
 
 def test_prompts_chunks_and_decodes_are_one_call():
-    World([6, 4, 1, 3, 1, 1], [6, 9, 33, 3, 1, 16]).check()
+    World([6, 4, 1, 3, 1, 1], [6, 9, 33, 3, 1, 16]).check(paged_attention)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 def test_a_group_of_query_heads_shares_one_head_of_k_and_v(group, num_kv_heads):
-    World([5, 1, 2], [9, 7, 2], group=group, num_kv_heads=num_kv_heads).check()
+    World([5, 1, 2], [9, 7, 2], group=group, num_kv_heads=num_kv_heads).check(paged_attention)
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 64, 96])
 def test_any_head_size(head_dim):
-    World([5, 1, 2], [9, 7, 2], head_dim=head_dim).check()
+    World([5, 1, 2], [9, 7, 2], head_dim=head_dim).check(paged_attention)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])
 def test_32_bits(block_size):
     world = World([1, 30, 17], [400, 77, 17], block_size=block_size, dtype=torch.float32)
-    world.check(bound=1e-5)
+    world.check(paged_attention, bound=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_size", [3, 16])
 def test_16_bits_lose_no_more_than_the_rounding_of_the_result(dtype, block_size):
     world = World([1, 30, 17], [400, 77, 17], block_size=block_size, dtype=dtype)
-    result = world.run()
+    result = world.run(paged_attention)
     assert result.dtype == dtype
     half_a_bit = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(result.double(), world.expected(), rtol=half_a_bit, atol=1e-5)
@@ -215,7 +111,9 @@ def test_scores_beyond_the_range_of_16_bits_are_summed_in_32():
     q, k = world.q[0, 0].double(), world.kv[0][0][:, 0].double()
     assert (k @ q).abs().max() > 65504, "or the test says nothing"
     half_a_bit = torch.finfo(torch.float16).eps / 2
-    torch.testing.assert_close(world.run().double(), world.expected(), rtol=half_a_bit, atol=1e-3)
+    torch.testing.assert_close(
+        world.run(paged_attention).double(), world.expected(), rtol=half_a_bit, atol=1e-3
+    )
 
 
 def test_very_negative_scores_do_not_divide_by_zero():
@@ -225,22 +123,24 @@ def test_very_negative_scores_do_not_divide_by_zero():
     k[:] = -(10.0**6) - torch.arange(9.0).double()[:, None, None]
     for p in range(9):
         world.k_cache[world.tables[0][p // 4], :, p % 4] = k[p]
-    result = world.check()
+    result = world.check(paged_attention)
     assert result.abs().max() > 0
 
 
 # ---- what may be read ----------------------------------------------------------------------------
 def test_a_context_may_start_later():
-    World([1, 3, 2], [9, 12, 7], context_starts=[5, 2, 0]).check()
+    World([1, 3, 2], [9, 12, 7], context_starts=[5, 2, 0]).check(paged_attention)
 
 
 def test_starts_of_zero_are_no_starts():
-    assert torch.equal(World([2], [9], [0]).run(), World([2], [9]).run())
+    assert torch.equal(
+        World([2], [9], [0]).run(paged_attention), World([2], [9]).run(paged_attention)
+    )
 
 
 def test_queries_before_the_start_are_zero():
     world = World([6], [6], context_starts=[4])  # two tokens behind four of padding
-    result = world.check()
+    result = world.check(paged_attention)
     assert result[:4].abs().max() == 0
     assert (result[4:].abs().amax((1, 2)) > 0).all()
 
@@ -248,72 +148,76 @@ def test_queries_before_the_start_are_zero():
 @pytest.mark.parametrize("start", [9, 10, 50])
 def test_a_start_at_or_behind_the_end_gives_zeros(start):
     world = World([2, 1], [9, 5], context_starts=[start, 0])
-    result = world.check()
+    result = world.check(paged_attention)
     assert result[:2].abs().max() == 0
     assert result[2].abs().max() > 0
 
 
 def test_a_sequence_without_queries_disturbs_nobody():
-    World([0, 3, 0, 0, 1, 0], [5, 7, 0, 9, 2, 3]).check()
+    World([0, 3, 0, 0, 1, 0], [5, 7, 0, 9, 2, 3]).check(paged_attention)
 
 
 def test_a_query_over_an_empty_context_is_zero():
     world = World([1, 2, 1], [0, 6, 0])  # as a padded row of a recorded graph
-    result = world.check()
+    result = world.check(paged_attention)
     assert result[[0, 3]].abs().max() == 0
 
 
 def test_more_queries_than_context_leave_the_first_ones_zero():
-    result = World([5], [3]).check()
+    result = World([5], [3]).check(paged_attention)
     assert result[:2].abs().max() == 0
 
 
 def test_rows_behind_the_last_sequence_are_zero():
     world = World([2, 1], [4, 9], num_padded_rows=5)
     world.qkv[3:] = math.nan
-    result = world.check()
+    result = world.check(paged_attention)
     assert result[3:].abs().max() == 0
 
 
 def test_rows_without_any_query_are_zero():
     world = World([0, 0], [4, 9], num_padded_rows=3)
     for max_query_len in (0, 1, 4):
-        world.check(max_query_len=max_query_len)
+        world.check(paged_attention, max_query_len=max_query_len)
 
 
 def test_no_sequences_and_no_rows():
-    assert World([], []).run().shape == (0, 2, 8)
-    assert World([0, 0], [3, 4]).run().shape == (0, 2, 8)
-    rows_of_nobody = World([], [], num_padded_rows=3).run(max_query_len=1, max_context_len=4)
+    assert World([], []).run(paged_attention).shape == (0, 2, 8)
+    assert World([0, 0], [3, 4]).run(paged_attention).shape == (0, 2, 8)
+    rows_of_nobody = World([], [], num_padded_rows=3).run(
+        paged_attention, max_query_len=1, max_context_len=4
+    )
     assert rows_of_nobody.shape == (3, 2, 8) and rows_of_nobody.abs().max() == 0
 
 
 # ---- the arguments -------------------------------------------------------------------------------
 def test_upper_bounds_larger_than_needed_change_nothing():
     world = World([2, 1, 5], [9, 4, 5])
-    want = world.check()
+    want = world.check(paged_attention)
     for max_query_len, max_context_len in ((6, 9), (5, 10), (64, 12), (5, 1000), (1024, 1024)):
-        result = world.check(max_query_len=max_query_len, max_context_len=max_context_len)
+        result = world.check(
+            paged_attention, max_query_len=max_query_len, max_context_len=max_context_len
+        )
         torch.testing.assert_close(result, want, atol=1e-14, rtol=0)
 
 
 def test_padded_table_columns_hold_the_scratch_block_and_are_not_read():
     world = World([2, 1, 5], [9, 4, 5], num_padded_columns=3)
-    world.check()
-    world.check(max_context_len=24)
+    world.check(paged_attention)
+    world.check(paged_attention, max_context_len=24)
 
 
 def test_the_result_goes_into_out_where_it_is_given():
     world = World([2, 0, 1], [9, 3, 4], num_padded_rows=2)
     out = torch.full_like(world.q, math.nan, memory_format=torch.contiguous_format)
-    result = world.check(out=out)
+    result = world.check(paged_attention, out=out)
     assert result is out
 
 
 def test_out_is_zeroed_where_there_is_nothing_to_attend():
     for world in (World([], [], num_padded_rows=2), World([0], [3], num_padded_rows=2)):
         out = torch.full(world.q.shape, math.nan, dtype=torch.float64)
-        assert world.run(out=out) is out
+        assert world.run(paged_attention, out=out) is out
         assert out.tolist() == torch.zeros(2, 2, 8).tolist()
 
 
@@ -321,8 +225,9 @@ def test_q_may_be_a_slice_of_the_qkv_product_and_the_caches_views_of_the_pool():
     world = World([3, 1], [7, 9])
     assert not world.q.is_contiguous() and not world.k_cache.is_contiguous()
     assert world.k_cache.stride(0) == 2 * 2 * 4 * 8  # a block's K and V, real strides
-    views = world.check()
+    views = world.check(paged_attention)
     copies = world.run(
+        paged_attention,
         q=world.q.contiguous(),
         k_cache=world.k_cache.contiguous(),
         v_cache=world.v_cache.contiguous(),
@@ -333,25 +238,25 @@ def test_q_may_be_a_slice_of_the_qkv_product_and_the_caches_views_of_the_pool():
 def test_the_pool_and_the_queries_are_only_read():
     world = World([3, 1], [7, 9], context_starts=[0, 2])
     pool, qkv = world.pool.clone(), world.qkv.clone()
-    world.run()
+    world.run(paged_attention)
     assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
     assert torch.equal(world.qkv, qkv)
 
 
 def test_the_scale_is_an_argument():
     world = World([3, 1], [7, 9])
-    default = world.run()
+    default = world.run(paged_attention)
     world.scale = 1.0  # a layer's own scale is in q already
-    assert (world.check() - default).abs().max() > 1e-3
+    assert (world.check(paged_attention) - default).abs().max() > 1e-3
 
 
 # ---- it does depend on the blocks ----------------------------------------------------------------
 def test_swapping_two_table_entries_changes_a_prompt():
     world = World([12], [12])
-    right = world.run()
+    right = world.run(paged_attention)
     table = world.tables[0]
     table[0], table[2] = table[2], table[0]
-    assert (world.run() - right).abs().max() > 1e-3
+    assert (world.run(paged_attention) - right).abs().max() > 1e-3
 
 
 def test_swapping_whole_blocks_does_not_change_one_decoded_token():
@@ -361,70 +266,48 @@ def test_swapping_whole_blocks_does_not_change_one_decoded_token():
     such a test needs several queries at once, or a tail that is partly filled.
     """
     world = World([1], [12])
-    right = world.run()
+    right = world.run(paged_attention)
     table = world.tables[0]
     table[0], table[2] = table[2], table[0]
-    torch.testing.assert_close(world.run(), right, atol=1e-12, rtol=0)
+    torch.testing.assert_close(world.run(paged_attention), right, atol=1e-12, rtol=0)
 
 
 def test_swapping_a_partly_filled_tail_reads_what_was_never_written():
     world = World([1], [11])
     table = world.tables[0]
     table[0], table[2] = table[2], table[0]
-    assert world.run().isnan().all()
+    assert world.run(paged_attention).isnan().all()
 
 
 @pytest.mark.parametrize("query_len", [1, 12])
 def test_one_wrong_value_in_a_block_changes_the_result(query_len):
     for cache in ("k_cache", "v_cache"):
         world = World([query_len], [12])
-        right = world.run()
+        right = world.run(paged_attention)
         getattr(world, cache)[world.tables[0][1], 0, 2, 3] += 1.0
-        changed = (world.run() - right).abs().amax((1, 2)) > 1e-6
+        changed = (world.run(paged_attention) - right).abs().amax((1, 2)) > 1e-6
         # Position 6 was changed: whoever came before it did not read it.
         assert changed.tolist() == [p >= 6 for p in range(12 - query_len, 12)]
 
 
 def test_the_poison_works():
     world = World([1], [10])
-    world.check()
+    world.check(paged_attention)
     assert (
-        world.run(context_lens=torch.tensor([11], dtype=torch.int32), max_context_len=11)
+        world.run(
+            paged_attention, context_lens=torch.tensor([11], dtype=torch.int32), max_context_len=11
+        )
         .isnan()
         .all()
     )
 
 
 # ---- random worlds -------------------------------------------------------------------------------
-@st.composite
-def worlds(draw):
-    n = draw(st.integers(0, 5))
-
-    def several(most):
-        return draw(st.lists(st.integers(0, most), min_size=n, max_size=n))
-
-    query_lens = several(6)
-    # Mostly a context at least as long as its queries; sometimes any, as in padded rows.
-    longer = draw(st.booleans())
-    context_lens = [a + longer * b for a, b in zip(several(14), query_lens, strict=True)]
-    return World(
-        query_lens,
-        context_lens,
-        context_starts=draw(st.none() | st.just(several(16))),
-        block_size=draw(st.integers(1, 6)),
-        num_kv_heads=draw(st.integers(1, 2)),
-        group=draw(st.sampled_from([1, 2, 4])),
-        head_dim=draw(st.sampled_from([1, 2, 5])),
-        num_padded_rows=draw(st.integers(0, 3)),
-        num_padded_columns=draw(st.integers(0, 2)),
-        seed=draw(st.integers(0, 99)),
-    )
-
-
 @settings(max_examples=300, deadline=None)
 @given(world=worlds(), more_queries=st.integers(0, 9), more_context=st.integers(0, 20))
 def test_any_ragged_batch_equals_dense_attention(world, more_queries, more_context):
     world.check(
+        paged_attention,
         max_query_len=max(world.query_lens, default=0) + more_queries,
         max_context_len=max(world.context_lens, default=0) + more_context,
     )

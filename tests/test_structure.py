@@ -24,6 +24,9 @@ LADDER = [
     "block_allocator",
     "kv_cache",
     "paged_attention",
+    "compiled_cpu",
+    "paged_prefill_cpu",
+    "paged_attention_cpu",
     "baselines",
     "sampling",
     "policies",
@@ -34,11 +37,13 @@ LADDER = [
     "llm",
     "generate",
 ]
-# Beside the ladder stands where the shipped model comes from: nobody imports it, it trains a model,
-# saves it, and lets it write.
-BESIDE = {"train_tiny": ["model", "checkpoint", "llm"]}
+# Beside the ladder stand programs that nobody imports: one trains the shipped model, saves it and
+# lets it write; two measure, through the files of experiments/.
+BESIDE = {
+    "train_tiny": ["model", "checkpoint", "llm"],
+}
 FILES = [*LADDER, *BESIDE]
-PROGRAMS = ["generate", "train_tiny"]  # they have arguments and a main() instead of a demo()
+PROGRAMS = ["generate", *BESIDE]  # they have arguments and a main() instead of a demo()
 DEMOS = [name for name in FILES if name not in PROGRAMS]
 
 MOST_CODE_LINES = 250

@@ -1,0 +1,184 @@
+"""Plain Python loops at the speed of the memory: Numba, and the three words that it lacks.
+
+A loop over tokens, heads and dimensions in Python runs at a few million numbers a second; memory
+delivers billions. Numba translates such a loop to machine code at its first call and keeps the
+result on disk. What is left is to say things that NumPy has no word for:
+
+    widen(x)          a bfloat16 is a float32 without its lower half:  0x3fc0 -> 0x3fc00000 = 1.5
+    power_of_two(x)   2^x for many numbers at a time, where libm takes one after the other
+    prefetch(a, i)    fetch 256 numbers early: a jump to the next block costs 100 ns if one waits
+
+and to hand it a view of the pool as a flat array, because only elements known to be adjacent are
+loaded 8 or 16 at a time. Without Numba this file is imported all the same, and nothing is compiled.
+What a production engine does beyond this: the same in C++ with intrinsics, a version for each kind
+of processor.
+
+Lam, Pitrou and Seibert 2015, "Numba: a LLVM-based Python JIT compiler", LLVM-HPC.
+Run: python compiled_cpu.py
+Try: take "reassoc" out of FASTMATH (a sum must keep its order, and vector registers stay empty), or
+give power_of_two one term less and watch its error.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, overload
+
+    HAS_NUMBA = True
+except ImportError:
+    HAS_NUMBA = False
+
+# Sums may be reordered and products fused, which vector registers need; infinity stays infinity.
+FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+CACHE_LINE = 64  # bytes that the memory delivers at a time
+PREFETCHED = 256  # numbers at a time, four tokens of a head of 64: a loop around each line is slow
+
+
+def compiled(function: Callable) -> Callable:
+    """Numba's compiler, its result kept on disk; without Numba the function stays as it is.
+
+    The interpreter's lock is released while it runs, so that threads run side by side.
+    """
+    return njit(cache=True, nogil=True, fastmath=FASTMATH)(function) if HAS_NUMBA else function
+
+
+def inlined(function: Callable) -> Callable:
+    """The same for a function that is worth pasting into its caller."""
+    return njit(inline="always", fastmath=FASTMATH)(function) if HAS_NUMBA else function
+
+
+# ---- three small things that Numba has no word for -----------------------------------------------
+def widen(x):
+    """A pool's number as one that can be computed with: bfloat16 is the upper half of a float32."""
+
+
+def power_of_two(x):
+    """2 ** x for x <= 0, in vector registers where it is float32; -inf gives 1e-38, not 0."""
+
+
+def prefetch(array, index):
+    """Ask for PREFETCHED numbers from array[index] on and do not wait; any index is harmless."""
+
+
+if HAS_NUMBA:
+
+    @overload(widen)
+    def _widen(x):
+        if x == types.uint16:  # NumPy has no bfloat16: its bits come as integers
+            return lambda x: np.uint32(np.uint32(x) << 16).view(np.float32)
+        return lambda x: x
+
+    # 2^x = 2^n 2^f with n whole and f in [-1/2, 1/2]: the first is the exponent's bits, the second
+    # seven terms of e^(f ln 2). libm's exp takes one number at a time, and half of a step's time.
+    TERMS = tuple(np.float32(math.log(2) ** i / math.factorial(i)) for i in range(8))
+    HALF, SMALLEST, BIAS = np.float32(0.5), np.float32(-126), np.float32(127)
+
+    @overload(power_of_two)
+    def _power_of_two(x):
+        if x != types.float32:
+            return lambda x: np.exp2(x)
+        c0, c1, c2, c3, c4, c5, c6, c7 = TERMS
+
+        def exp2(x):
+            x = SMALLEST if x < SMALLEST else x  # and not max: a NaN stays one
+            n = np.floor(x + HALF)
+            f = x - n
+            y = c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * (c6 + f * c7))))))
+            return y * np.int32(np.int32(n + BIAS) << 23).view(np.float32)
+
+        return exp2
+
+    @intrinsic
+    def prefetch(typingctx, array, index):  # noqa: F811
+        def generate(context, builder, signature, args):
+            pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            first = builder.bitcast(builder.gep(data, [args[1]]), pointer)
+            num_bytes = PREFETCHED * signature.args[0].dtype.bitwidth // 8
+            for offset in range(0, num_bytes, CACHE_LINE):
+                address = builder.gep(first, [i32(offset)])
+                builder.call(function, [address, i32(0), i32(3), i32(1)])  # read, keep close, data
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64), generate
+
+
+# ---- a tensor as Numba likes it ------------------------------------------------------------------
+def flat(tensor: Tensor) -> np.ndarray:
+    """All that lies between a tensor's first and last element as a flat array, without a copy.
+
+    Numba's loops are fast on an array whose elements are known to be adjacent; a view of the pool
+    is not, so the strides are passed beside it. bfloat16 comes as its bits.
+    """
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    line = torch.as_strided(tensor.detach(), (span if tensor.numel() else 0,), (1,))
+    if tensor.dtype != torch.bfloat16:
+        return line.numpy()
+    return line.view(torch.int16).numpy().view(np.uint16)
+
+
+# --------------------------------------------------------------------------------------------------
+@compiled
+def sum_blocks(flat_pool, block_ids, block_len, fetch_early):
+    """The sum of some blocks of a flat pool, asking for the next block's lines or not."""
+    total = np.float32(0)
+    for i in range(len(block_ids)):
+        begin = block_ids[i] * block_len
+        ahead = block_ids[min(i + 1, len(block_ids) - 1)] * block_len
+        for j in range(0, block_len, PREFETCHED):
+            if fetch_early:
+                prefetch(flat_pool, ahead + j)
+            for x in range(np.uint64(begin + j), np.uint64(begin + j + PREFETCHED)):
+                total += widen(flat_pool[x])
+    return total
+
+
+@compiled
+def powers(exponents, out):
+    """2 ** exponents, one by one."""
+    for i in range(len(exponents)):
+        out[i] = power_of_two(exponents[i])
+
+
+def demo():
+    """The three words: a bfloat16 widened, an error in units of the last place, a jump hidden."""
+    if not HAS_NUMBA:
+        print("ok: nothing to compile without numba")
+        return
+    exponents = np.linspace(-20, 0, 10_001, dtype=np.float32)
+    got = np.empty_like(exponents)
+    powers(exponents, got)
+    error = np.abs(got / np.exp2(exponents.astype(np.float64)) - 1).max() / np.finfo(np.float32).eps
+    print(f"power_of_two, 10,001 numbers from -20 to 0: at most {error:.2f} eps off")
+
+    bits = flat(torch.full((512,), 1.5).bfloat16())
+    print(f"1.5 in bfloat16 is {bits[0]:#06x}, in float32 {int(bits[0]) << 16:#010x}")
+    assert sum_blocks(bits, np.arange(2), 256, False) == 768.0 and error < 2
+
+    pool = torch.ones(8192, 1536)  # 50 MB in blocks of 6 KB, read in a shuffled order
+    shuffled = torch.randperm(8192, generator=torch.Generator().manual_seed(0)).numpy()
+    for fetch_early in (False, True):
+        seconds = []
+        for _ in range(7):
+            begun = time.perf_counter()
+            total = sum_blocks(flat(pool), shuffled, 1536, fetch_early)
+            seconds.append(time.perf_counter() - begun)
+        speed = pool.nbytes / min(seconds) / 1e9
+        print(f"shuffled blocks {'with' if fetch_early else 'without'} prefetch: {speed:.1f} GB/s")
+        assert total == pool.numel()
+    print("ok: bits widened, powers exact to the last place or two, every block summed")
+
+
+if __name__ == "__main__":
+    demo()

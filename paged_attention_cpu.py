@@ -1,0 +1,324 @@
+"""The same attention, compiled for the CPU: every block is read once, in place, all heads in turn.
+
+Decoding is bound by memory: a step of 32 sequences at 1,000 tokens reads 2.4 GB of keys and values
+in float32 and does little with each number. Gathering the blocks into one piece first would move
+those bytes three times. In the pool a block's K and V, all heads of both, lie side by side, so a
+compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB, and a
+prefetch one head ahead hides the jump:
+
+    table [ 5, 0, 7 ]    block 5: K head 0 1 2 .. 11 | V head 0 1 2 .. 11     then block 0, block 7
+                                  └─ scores ─┐            └─ weighted sum
+                                             └─ 2^(score - m) ─┘       m, l, acc: a few KB in cache
+
+The contexts are cut into chunks of 256 tokens, and a chunk is the unit of work for a thread. Each
+chunk yields its own m, l and acc, and these merge by the same three equations: one long sequence
+feeds all threads, and a result depends neither on their number nor on the rest of the batch. A
+prompt has the arithmetic to pay for a copy: its blocks are laid out once and a BLAS does the rest.
+
+Numba compiles this at the first call, in seconds, and keeps it on disk. What a production engine
+does beyond this: hand-written vector code for each kind of processor, and one thread team a socket.
+
+Dao et al. 2023, "Flash-Decoding for long-context inference" (chunks and merge).
+Run: python paged_attention_cpu.py
+Try: PREFETCH = False, or CHUNK_LEN = 16, and time experiments/kernels.py again.
+"""
+
+import functools
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compiled_cpu import (
+    HAS_NUMBA,
+    compiled,
+    flat,
+    inlined,
+    power_of_two,
+    prefetch,
+    widen,
+)
+from paged_attention import paged_attention
+from paged_prefill_cpu import attend_prompt, check, write_kv_cpu
+
+__all__ = ["paged_attention_cpu", "write_kv_cpu"]
+
+CHUNK_LEN = 256  # tokens of context that one thread walks: 1.6 MB of GPT-2's K and V in float32
+MANY_QUERIES = 10  # from here on a sequence's new tokens are a prompt: worth one copy and a BLAS
+PREFETCH = True  # one head ahead of what is read now
+LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
+
+
+# ---- the walk ------------------------------------------------------------------------------------
+@inlined
+def fold_block(q, k, v, row, num_tokens, stride, ahead, m, l, acc, scores):
+    """`paged_attention.fold_block` for one query and one head of a block; returns the new m, l.
+
+    q and acc are (D,), k and v the whole pool as flat arrays, `row` the element where the head's
+    first readable token begins, `stride` from token to token. Tokens go four at a time: q is loaded
+    once for four products, acc once for four sums. Unsigned indices, because Numba gives a signed
+    one the meaning of Python's (counting from the end), and that stops the compiler.
+    """
+    U, D = np.uint64, np.uint64(q.size)
+    step = np.uint64(stride)
+    zero = acc.dtype.type(0)
+    fours = num_tokens // 4 * 4
+    top = m
+    for t in range(0, fours, 4):
+        if ahead >= 0:
+            prefetch(k, ahead + t * stride)
+        r0 = U(row + t * stride)
+        r1, r2, r3 = r0 + step, r0 + step + step, r0 + step + step + step
+        s0 = s1 = s2 = s3 = zero
+        for d in range(D):
+            s0 += q[d] * widen(k[r0 + d])
+            s1 += q[d] * widen(k[r1 + d])
+            s2 += q[d] * widen(k[r2 + d])
+            s3 += q[d] * widen(k[r3 + d])
+        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0, s1, s2, s3
+        top = max(top, s0, s1, s2, s3)
+    for t in range(fours, num_tokens):
+        r0, s0 = U(row + t * stride), zero
+        for d in range(D):
+            s0 += q[d] * widen(k[r0 + d])
+        scores[t] = s0
+        top = max(top, s0)
+
+    shrink, total = power_of_two(m - top), zero
+    for d in range(D):
+        acc[d] *= shrink
+    for t in range(num_tokens):
+        scores[t] = power_of_two(scores[t] - top)
+        total += scores[t]
+
+    for t in range(0, fours, 4):
+        if ahead >= 0:
+            prefetch(v, ahead + t * stride)
+        r0 = U(row + t * stride)
+        r1, r2, r3 = r0 + step, r0 + step + step, r0 + step + step + step
+        p0, p1, p2, p3 = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
+        for d in range(D):
+            acc[d] += (p0 * widen(v[r0 + d]) + p1 * widen(v[r1 + d])) + (
+                p2 * widen(v[r2 + d]) + p3 * widen(v[r3 + d])
+            )
+    for t in range(fours, num_tokens):
+        r0, p0 = U(row + t * stride), scores[t]
+        for d in range(D):
+            acc[d] += p0 * widen(v[r0 + d])
+    return top, l * shrink + total
+
+
+@compiled
+def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
+    """Fold the tokens [start, stop) of one sequence into m, l (T * H,) and acc (T * H, D).
+
+    q is (T * H, D); its query t sits at position `last` + t, the last one that it may read. A
+    block's heads are read in the order in which they lie, and all queries that read a head do so
+    while it is in the cache.
+    """
+    H_kv, block_size, block_stride, head_stride, token_stride = shape
+    T, G = len(q) // H, H // H_kv
+    final = (stop - 1) // block_size
+    for i in range(start // block_size, final + 1):
+        begin = max(start - i * block_size, 0)
+        end = min(stop - i * block_size, block_size)
+        block = np.int64(table[i]) * block_stride  # int64: a pool has more than 2^31 elements
+        next_block = np.int64(table[min(i + 1, final)]) * block_stride
+        for h_kv in range(H_kv):
+            tile = block + h_kv * head_stride
+            ahead = tile + head_stride if h_kv + 1 < H_kv else next_block
+            for t in range(T):
+                readable = min(end, last + t + 1 - i * block_size) - begin
+                if readable <= 0:
+                    continue
+                first = t * H + h_kv * G
+                for h in range(first, first + G):
+                    m[h], l[h] = fold_block(
+                        q[h],
+                        k,
+                        v,
+                        tile + begin * token_stride,
+                        readable,
+                        token_stride,
+                        ahead if PREFETCH and h == h_kv * G else -1,
+                        m[h],
+                        l[h],
+                        acc[h],
+                        scores,
+                    )
+
+
+@compiled
+def cut_into_chunks(query_start_locs, context_lens, context_starts, few):
+    """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row.
+
+    Also returns the number of partial rows: each chunk has one for each query of its sequence.
+    Sequences of no queries, or of `few` and more, are left out. Chunks are cut at multiples of
+    CHUNK_LEN whatever else runs, so a result does not depend on the batch.
+    """
+    num_chunks = 0
+    for context_len in context_lens:
+        num_chunks += (context_len + CHUNK_LEN - 1) // CHUNK_LEN
+    chunks, n, row = np.empty((num_chunks, 4), np.int64), 0, 0
+    for i in range(len(context_lens)):
+        num_queries = query_start_locs[i + 1] - query_start_locs[i]
+        if 0 < num_queries < few:
+            for begin in range(0, context_lens[i], CHUNK_LEN):
+                start = max(begin, context_starts[i])
+                stop = min(begin + CHUNK_LEN, context_lens[i])
+                if start < stop:
+                    chunks[n] = i, start, stop, row
+                    n, row = n + 1, row + num_queries
+    return chunks[:n], row
+
+
+@compiled
+def walk_chunks(chunks, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc):
+    """One thread's share of the work list; m, l (rows, H) and acc (rows, H, D) are its results."""
+    scores, (_, H, D) = np.empty(shape[1], q.dtype), q.shape
+    for i, start, stop, row in chunks:
+        begin, T = query_start_locs[i], query_start_locs[i + 1] - query_start_locs[i]
+        sizes = shape, tables[i], start, stop, context_lens[i] - T
+        queries, sums = q[begin : begin + T].reshape(-1, D), acc[row : row + T].reshape(-1, D)
+        m_rows, l_rows = m[row : row + T].reshape(-1), l[row : row + T].reshape(-1)
+        walk_chunk(queries, H, k, v, *sizes, m_rows, l_rows, sums, scores)
+
+
+@compiled
+def merge_chunks(chunks, query_start_locs, m, l, acc, out):
+    """Put the chunks' partial results together in out (N, H, D): the same equations, a last time.
+
+    A partial result summed under its own maximum m counts 2^(m - the largest m).
+    """
+    a = 0
+    while a < len(chunks):  # the chunks of one sequence are [a, b)
+        b, begin = a, query_start_locs[chunks[a, 0]]
+        while b < len(chunks) and chunks[b, 0] == chunks[a, 0]:
+            b += 1
+        for t in range(query_start_locs[chunks[a, 0] + 1] - begin):
+            for h in range(m.shape[1]):
+                top, total = m[chunks[a, 3] + t, h], out.dtype.type(0)
+                for c in range(a, b):
+                    top = max(top, m[chunks[c, 3] + t, h])
+                for c in range(a, b):
+                    row = chunks[c, 3] + t
+                    if l[row, h] != 0:  # else this query sits before the chunk and read nothing
+                        weight = power_of_two(m[row, h] - top)
+                        total += weight * l[row, h]
+                        for d in range(out.shape[2]):
+                            out[begin + t, h, d] += weight * acc[row, h, d]
+                if total != 0:
+                    for d in range(out.shape[2]):
+                        out[begin + t, h, d] /= total
+        a = b
+
+
+# ---- the common signature ------------------------------------------------------------------------
+@functools.cache
+def workers(process: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep between calls: one team a process, because a fork does not copy it."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
+
+
+def paged_attention_cpu(
+    q: Tensor,  # (N, H, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D), one layer's view of the pool
+    v_cache: Tensor,  # the same
+    block_tables: Tensor,  # (B, max_blocks) int32
+    query_start_locs: Tensor,  # (B + 1,) int32
+    context_lens: Tensor,  # (B,) int32
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    context_starts: Tensor | None = None,  # (B,) int32
+    out: Tensor | None = None,  # (N, H, D)
+) -> Tensor:
+    """`paged_attention.paged_attention` for float64, float32 and bfloat16 pools in host memory.
+
+    Runs on as many threads as PyTorch does (`torch.set_num_threads`), and may be called from
+    several threads at once. Raises TypeError for another dtype, ValueError where the last
+    dimension is not contiguous or K and V are laid out differently.
+    """
+    check("paged_attention_cpu", q, k_cache, v_cache)
+    if k_cache.stride() != v_cache.stride():
+        strides = f"{k_cache.stride()} and {v_cache.stride()}"
+        raise ValueError(f"paged_attention_cpu: strides of k and v are {strides}: make them equal")
+    out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+    dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
+    queries = q.detach().to(dtype).contiguous() * (scale * LOG2_E)
+    shape = (*k_cache.shape[1:3], *k_cache.stride()[:3])
+    k, v, tables = flat(k_cache), flat(v_cache), block_tables.numpy()
+    locs, lens = query_start_locs.numpy(), context_lens.numpy()
+    starts = np.zeros_like(lens) if context_starts is None else context_starts.numpy()
+
+    result = torch.zeros(q.shape, dtype=dtype)
+    chunks, num_rows = cut_into_chunks(locs, lens, starts, MANY_QUERIES)
+    m = np.full((num_rows, q.shape[1]), -np.inf, queries.numpy().dtype)
+    l, acc = np.zeros_like(m), np.zeros((*m.shape, q.shape[2]), m.dtype)
+    num_threads = max(1, min(torch.get_num_threads(), len(chunks)))
+    cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
+    arguments = queries.numpy(), k, v, shape, tables, locs, lens, m, l, acc
+    team = workers(os.getpid(), num_threads) if num_threads > 1 else None
+    shares = [chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    others = [team.submit(walk_chunks, share, *arguments) for share in shares[1:]]
+    walk_chunks(shares[0], *arguments)
+    for other in others:
+        other.result()
+    merge_chunks(chunks, locs, m, l, acc, result.numpy())
+
+    if max_query_len >= MANY_QUERIES:
+        for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
+            rows = slice(locs[i], locs[i + 1])
+            q_i = queries[rows] * (1 / LOG2_E)
+            result[rows] = attend_prompt(q_i, k, v, shape, tables[i], int(lens[i]), int(starts[i]))
+    return out.copy_(result)
+
+
+# --------------------------------------------------------------------------------------------------
+def demo():
+    """GPT-2's heads, 8 sequences of 256 tokens: the oracle, gather then dense, blocks in place."""
+    if not HAS_NUMBA:
+        print("ok: nothing to run without numba")
+        return
+    generator = torch.Generator().manual_seed(0)
+    B, length, block_size, H, D = 8, 256, 16, 12, 64
+    num_blocks = B * length // block_size
+    pool = torch.randn(4, num_blocks + 1, 2, H, block_size, D, generator=generator)
+    tables = torch.randperm(num_blocks, generator=generator).view(B, -1).int()
+    q = torch.randn(B, H, D, generator=generator)
+    where = tables, torch.arange(B + 1).int(), torch.full((B,), length).int()
+
+    def gather_then_dense(q, k_cache, v_cache, tables, *_, **__):
+        k, v = (cache[tables.long()].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+        return F.scaled_dot_product_attention(q[:, :, None], k, v)[:, :, 0]
+
+    kernels = {
+        "the oracle, block by block in PyTorch": paged_attention,
+        "gather, then the library's kernel": gather_then_dense,
+        "blocks in place": paged_attention_cpu,
+    }
+    print(f"one decode step of {B} sequences of {length} tokens, {num_blocks} shuffled blocks")
+    results, megabytes = [], 2 * B * length * H * D * 4 / 1e6
+    for name, kernel in kernels.items():
+        seconds = []
+        for i in range(12):  # layer after layer, as in a model
+            layer = pool[i % 4]
+            begun = time.perf_counter()
+            result = kernel(q, layer[:, 0], layer[:, 1], *where, D**-0.5, 1, length)
+            seconds.append(time.perf_counter() - begun)
+        results.append(result)
+        ms = sorted(seconds)[6] * 1e3
+        print(f"{name:38} {ms:7.2f} ms, {megabytes / ms:5.1f} GB/s of K and V")
+    error = max((result - results[0]).abs().max().item() for result in results)
+    print(f"largest difference between the three: {error:.1e}")
+    assert error < 1e-5
+    print("ok: the same attention, from the blocks where they lie")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,742 @@
+"""The compiled kernel of the CPU against dense attention in float64, in pools that are poisoned.
+
+The signature's specification is `test_paged_attention.py`; here stands the same for a kernel that
+is compiled, has three types of values and runs in several threads.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import worlds
+from worlds import SEED, World, random_world
+
+from baselines import generate_no_cache
+from block_allocator import BlockAllocator
+from engine import InferenceEngine, eager_forward
+from kv_cache import KVCache, free_memory_bytes, write_kv
+from paged_attention import paged_attention
+from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from sampling import SamplingParams
+from scheduler import Scheduler
+
+pytestmark = pytest.mark.skipif(not HAS_NUMBA, reason="the kernel of the CPU needs numba")
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16"])
+
+
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check(query_lens, context_lens, **kwargs):
+    """A world of these sequences, checked; returns its (N, H, D)."""
+    return World(query_lens, context_lens, **kwargs).check(paged_attention_cpu)
+
+
+# ---- it is attention -----------------------------------------------------------------------------
+@EACH_DTYPE
+def test_one_query_reads_its_context_through_the_table(dtype):
+    # Two positions in two blocks of one token; q . k = 0 for both, so it is the mean of the values.
+    k_cache = torch.zeros(4, 1, 1, 2, dtype=dtype)
+    v_cache = torch.full((4, 1, 1, 2), math.nan, dtype=dtype)
+    v_cache[2, 0, 0] = torch.tensor([1.0, 10.0])
+    v_cache[0, 0, 0] = torch.tensor([3.0, 30.0])
+    out = paged_attention_cpu(
+        torch.tensor([[[5.0, 7.0]]], dtype=dtype),
+        k_cache,
+        v_cache,
+        block_tables=torch.tensor([[2, 0]], dtype=torch.int32),
+        query_start_locs=torch.tensor([0, 1], dtype=torch.int32),
+        context_lens=torch.tensor([2], dtype=torch.int32),
+        scale=1.0,
+        max_query_len=1,
+        max_context_len=2,
+    )
+    assert out.dtype == dtype and out.tolist() == [[[2.0, 20.0]]]
+
+
+def test_each_query_of_a_prompt_reads_its_own_past_and_itself():
+    # All scores are equal, so query t gives the mean of the values 1, 2, .., t + 1.
+    cache = torch.zeros(3, 2, 1, 2, 1)
+    cache[[2, 0], 1, 0] = torch.tensor([[[1.0], [2.0]], [[3.0], [math.nan]]])
+    out = paged_attention_cpu(
+        torch.zeros(3, 1, 1),
+        cache[:, 0],
+        cache[:, 1],
+        block_tables=torch.tensor([[2, 0]], dtype=torch.int32),
+        query_start_locs=torch.tensor([0, 3], dtype=torch.int32),
+        context_lens=torch.tensor([3], dtype=torch.int32),
+        scale=1.0,
+        max_query_len=3,
+        max_context_len=3,
+    )
+    assert out.flatten().tolist() == pytest.approx([1.0, 1.5, 2.0], abs=1e-6)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_len", [1, 2, 17, 300])
+@pytest.mark.parametrize("block_size", [1, 3, 16, 32, 256])
+def test_it_equals_dense_attention_whatever_the_block_size(block_size, query_len, dtype):
+    edges = {1, block_size, block_size + 1, 3 * block_size + 1, 511}
+    contexts = sorted({query_len + n - 1 for n in edges})
+    check([query_len] * len(contexts), contexts, block_size=block_size, head_dim=4, dtype=dtype)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("block_size", [1, 3, 16, 32, 256])
+def test_contexts_reach_the_1024_tokens_of_gpt2(block_size, dtype):
+    contexts = [1024, 1023, 1024, 1008, 1024]
+    check([1, 2, 3, 17, 300], contexts, block_size=block_size, head_dim=64, dtype=dtype)
+
+
+@EACH_DTYPE
+def test_one_token_over_every_context_from_1_to_1024(dtype):
+    lengths = list(range(1, 1025))
+    check([1] * 1024, lengths, block_size=16, num_kv_heads=1, head_dim=2, dtype=dtype)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7, 16])
+def test_every_length_up_to_three_blocks_and_one(block_size, dtype):
+    lengths = list(range(1, 3 * block_size + 2))
+    check([1] * len(lengths), lengths, block_size=block_size, dtype=dtype)
+    check(lengths, lengths, block_size=block_size, dtype=dtype)
+
+
+@EACH_DTYPE
+def test_prompts_chunks_and_decodes_are_one_call(dtype):
+    check([6, 4, 1, 3, 1, 1, 40, 1], [6, 9, 33, 3, 1, 16, 90, 700], dtype=dtype)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_a_group_of_query_heads_shares_one_head_of_k_and_v(group, num_kv_heads, dtype):
+    shape = {"group": group, "num_kv_heads": num_kv_heads, "dtype": dtype}
+    check([5, 1, 2, 70, 1], [9, 7, 2, 100, 333], **shape)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("head_dim", [1, 2, 5, 16, 80, 96, 128, 256])
+def test_any_head_size(head_dim, dtype):
+    check([5, 1, 2, 70, 1], [9, 7, 2, 100, 333], head_dim=head_dim, dtype=dtype)
+
+
+def test_gpt2s_heads_at_the_speed_tests_shape():
+    shape = {"block_size": 16, "num_kv_heads": 12, "head_dim": 64, "dtype": torch.float32}
+    check([1] * 8, [256, 1000] * 4, **shape)
+
+
+# ---- values that a softmax may fall over ---------------------------------------------------------
+@EACH_DTYPE
+def test_scores_far_beyond_what_exp_can_take(dtype):
+    """Scores in the thousands: almost all weight lies on one value, and nothing overflows."""
+    world = World([1, 3, 30], [20, 9, 64], head_dim=16, dtype=dtype, size=40.0)
+    q, k = world.q[0, 0].double(), world.kv[0][0][:, 0].double()
+    assert (k @ q * world.scale).max() > 800, "or the test says nothing"
+    # Scores s of 5,000 carry an error of a few s eps, and so do the weights; V is of size 40.
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    result = world.check(paged_attention_cpu, bound=world.bound() + 16 * 5000 * eps * 160)
+    assert result.isfinite().all()
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_len", [1, 2, 9])
+def test_very_negative_scores_do_not_divide_by_zero(query_len, dtype):
+    world = World([query_len], [9], dtype=dtype)
+    world.q[:] = 1.0
+    world.kv[0][0][:] = -(10.0**6) - torch.arange(9.0)[:, None, None] * 4
+    world.write()
+    # A score is -2,830,000: in 32 bits its neighbours are a quarter apart.
+    result = world.check(paged_attention_cpu, bound=1e-9 if dtype == torch.float64 else 1.0)
+    assert result.abs().max() > 0
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("score", [0.0, 3.0, -3.0, 1000.0, -1000.0])
+def test_equal_scores_give_the_mean_of_the_values(score, dtype):
+    world = World([1, 12], [300, 12], head_dim=4, dtype=dtype)
+    world.q[:] = score
+    for k, _ in world.kv:
+        k[:] = 0.5
+    world.write()
+    result = world.check(paged_attention_cpu)
+    # bf16 rounds the mean, of size 0.06, by at most half an eps of it.
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}[dtype]
+    mean = world.kv[0][1].double().mean(0)
+    torch.testing.assert_close(result[0].double(), mean, atol=bound, rtol=0)
+
+
+def test_a_value_that_overwhelms_the_others_in_the_last_block():
+    """The running maximum jumps at the end: all that was summed before shrinks to nothing."""
+    world = World([1, 5], [33, 37], dtype=torch.float32)
+    for (k, _), rows in zip(world.kv, (slice(0, 1), slice(1, 6)), strict=True):
+        k[-1] = world.q[rows][-1] * 60
+    world.write()
+    result = world.check(paged_attention_cpu)
+    torch.testing.assert_close(result[0], world.kv[0][1][-1], atol=1e-5, rtol=0)
+
+
+# ---- what may be read ----------------------------------------------------------------------------
+@EACH_DTYPE
+def test_a_context_may_start_later(dtype):
+    check([1, 3, 2, 40], [9, 12, 7, 90], context_starts=[5, 2, 0, 33], dtype=dtype)
+
+
+@EACH_DTYPE
+def test_starts_of_zero_are_no_starts(dtype):
+    starts, none = (World([2, 1], [9, 30], s, dtype=dtype) for s in ([0, 0], None))
+    assert torch.equal(starts.run(paged_attention_cpu), none.run(paged_attention_cpu))
+
+
+@EACH_DTYPE
+def test_queries_before_the_start_are_zero(dtype):
+    result = check([6], [6], context_starts=[4], dtype=dtype)  # two tokens behind padding
+    assert result[:4].abs().max() == 0
+    assert (result[4:].abs().amax((1, 2)) > 0).all()
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("start", [9, 10, 50])
+def test_a_start_at_or_behind_the_end_gives_zeros(start, dtype):
+    result = check([2, 1], [9, 5], context_starts=[start, 0], dtype=dtype)
+    assert result[:2].abs().max() == 0
+    assert result[2].abs().max() > 0
+
+
+@EACH_DTYPE
+def test_a_sequence_without_queries_disturbs_nobody(dtype):
+    check([0, 3, 0, 0, 1, 0], [5, 7, 0, 9, 2, 3], dtype=dtype)
+
+
+@EACH_DTYPE
+def test_a_query_over_an_empty_context_is_zero(dtype):
+    result = check([1, 2, 1], [0, 6, 0], dtype=dtype)  # as a padded row of a recorded graph
+    assert result[[0, 3]].abs().max() == 0
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_len", [5, 200])
+def test_more_queries_than_context_leave_the_first_ones_zero(query_len, dtype):
+    result = check([query_len], [3], dtype=dtype)
+    assert result[:-3].abs().max() == 0
+    assert (result[-3:].abs().amax((1, 2)) > 0).all()
+
+
+@EACH_DTYPE
+def test_rows_behind_the_last_sequence_are_zero(dtype):
+    world = World([2, 1], [4, 9], num_padded_rows=5, dtype=dtype)
+    world.qkv[3:] = math.nan
+    result = world.check(paged_attention_cpu)
+    assert result[3:].abs().max() == 0
+
+
+def test_rows_without_any_query_are_zero():
+    world = World([0, 0], [4, 9], num_padded_rows=3)
+    for max_query_len in (0, 1, 4):
+        world.check(paged_attention_cpu, max_query_len=max_query_len)
+
+
+@EACH_DTYPE
+def test_no_sequences_and_no_rows(dtype):
+    assert World([], [], dtype=dtype).run(paged_attention_cpu).shape == (0, 2, 8)
+    assert World([0, 0], [3, 4], dtype=dtype).run(paged_attention_cpu).shape == (0, 2, 8)
+    nobody = World([], [], num_padded_rows=3, dtype=dtype)
+    result = nobody.run(paged_attention_cpu, max_query_len=1, max_context_len=4)
+    assert result.shape == (3, 2, 8) and result.abs().max() == 0
+
+
+# Blocks, heads, block size and head size: a layer of GPT-2's, with K beside V, passes 2**31
+# elements at block 87,381; in the other pool slots pass 2**31, and elements 2**32.
+FAR = [(88_000, 12, 16, 64), (2**23 + 100, 1, 256, 1)]
+
+
+@pytest.mark.parametrize("num_blocks, num_kv_heads, block_size, head_dim", FAR)
+def test_ids_and_slots_beyond_two_to_the_31(num_blocks, num_kv_heads, block_size, head_dim):
+    if free_memory_bytes("cpu") < 4 * num_blocks * num_kv_heads * block_size * head_dim:
+        pytest.skip("the pool is larger than this machine's memory")
+    shape = {"num_kv_heads": num_kv_heads, "block_size": block_size, "head_dim": head_dim}
+    world = World([1, 70], [40, 300], dtype=torch.bfloat16, **shape)
+    world.move_to_the_end_of(num_blocks)
+    assert world.tables[0][0] * world.k_cache.stride(0) > 2**31
+    world.check(paged_attention_cpu)
+
+    slots = torch.tensor([world.tables[0][0] * block_size + 5, num_blocks * block_size])
+    assert block_size < 256 or slots.min() > 2**31
+    k, v = torch.randn(2, 2, num_kv_heads, head_dim).bfloat16()
+    write_kv_cpu(k, v, world.k_cache, world.v_cache, slots)
+    for cache, values in ((world.k_cache, k), (world.v_cache, v)):
+        assert torch.equal(cache[world.tables[0][0], :, 5], values[0])
+        assert torch.equal(cache[num_blocks, :, 0], values[1])
+
+
+# ---- the arguments -------------------------------------------------------------------------------
+@EACH_DTYPE
+def test_upper_bounds_larger_than_needed_change_nothing(dtype):
+    world = World([2, 1, 5], [9, 4, 5], dtype=dtype)
+    world.check(paged_attention_cpu)
+    for max_query_len, max_context_len in ((6, 9), (5, 10), (64, 12), (5, 1000), (1024, 1024)):
+        bounds = {"max_query_len": max_query_len, "max_context_len": max_context_len}
+        world.check(paged_attention_cpu, **bounds)
+
+
+@EACH_DTYPE
+def test_padded_table_columns_hold_the_scratch_block_and_are_not_read(dtype):
+    world = World([2, 1, 5], [9, 4, 5], num_padded_columns=3, dtype=dtype)
+    world.check(paged_attention_cpu)
+    world.check(paged_attention_cpu, max_context_len=24)
+
+
+def test_tables_may_be_a_view_of_wider_ones():
+    world = World([2, 1, 5], [9, 4, 5])
+    wide = torch.full((3, 40), world.scratch, dtype=torch.int32)
+    wide[:, 10:13] = world.arguments()["block_tables"]
+    world.check(paged_attention_cpu, block_tables=wide[:, 10:13])
+
+
+@EACH_DTYPE
+def test_the_result_goes_into_out_where_it_is_given(dtype):
+    world = World([2, 0, 1, 30], [9, 3, 4, 30], num_padded_rows=2, dtype=dtype)
+    out = torch.full(world.q.shape, math.nan, dtype=dtype)
+    assert world.check(paged_attention_cpu, out=out) is out
+
+
+@EACH_DTYPE
+def test_out_may_be_a_view_and_its_neighbours_are_left_alone(dtype):
+    world = World([2, 0, 1, 30], [9, 3, 4, 30], num_padded_rows=2, dtype=dtype)
+    N, H, D = world.q.shape
+    for wide, out in (
+        ((wide := torch.full((N, 3 * H * D), 7.0, dtype=dtype)), wide[:, H * D : 2 * H * D]),
+        ((wide := torch.full((2 * N, H * D), 7.0, dtype=dtype)), wide[::2]),
+    ):
+        out = out.unflatten(1, (H, D))
+        assert world.check(paged_attention_cpu, out=out) is out
+        out.fill_(7.0)
+        assert (wide == 7.0).all()
+
+
+def test_out_is_zeroed_where_there_is_nothing_to_attend():
+    for world in (World([], [], num_padded_rows=2), World([0], [3], num_padded_rows=2)):
+        out = torch.full(world.q.shape, math.nan, dtype=torch.float64)
+        assert world.run(paged_attention_cpu, out=out) is out
+        assert out.tolist() == torch.zeros(2, 2, 8).tolist()
+
+
+@EACH_DTYPE
+def test_q_may_be_a_slice_of_the_qkv_product_and_the_caches_views_of_the_pool(dtype):
+    world = World([3, 1, 40], [7, 9, 50], dtype=dtype)
+    assert not world.q.is_contiguous() and not world.k_cache.is_contiguous()
+    views = world.check(paged_attention_cpu)
+    names = ("q", "k_cache", "v_cache")
+    copies = {name: world.arguments()[name].contiguous() for name in names}
+    assert torch.equal(views, world.run(paged_attention_cpu, **copies))
+
+
+def test_the_caches_may_have_any_strides_but_the_same_ones():
+    world = World([3, 1, 40], [7, 9, 50])
+    names = ("k_cache", "v_cache")
+    caches = {name: world.arguments()[name] for name in names}  # heads outside, tokens inside
+    turned = {name: c.transpose(1, 2).contiguous().transpose(1, 2) for name, c in caches.items()}
+    assert turned["k_cache"].stride() != world.k_cache.stride()
+    world.check(paged_attention_cpu, **turned)
+    with pytest.raises(ValueError, match="strides"):
+        world.run(paged_attention_cpu, v_cache=turned["v_cache"])
+
+
+@EACH_DTYPE
+def test_the_pool_and_the_queries_are_only_read(dtype):
+    world = World([3, 1, 40], [7, 9, 50], context_starts=[0, 2, 3], dtype=dtype)
+    arguments = {k: v for k, v in world.arguments().items() if isinstance(v, torch.Tensor)}
+    before = {name: value.clone() for name, value in arguments.items()}
+    pool, qkv = world.pool.clone(), world.qkv.clone()
+    paged_attention_cpu(**world.arguments() | arguments)
+    assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
+    assert torch.equal(world.qkv, qkv)
+    for name in ("block_tables", "query_start_locs", "context_lens", "context_starts"):
+        assert torch.equal(arguments[name], before[name])
+
+
+def test_the_scale_is_an_argument():
+    world = World([3, 1], [7, 9])
+    default = world.run(paged_attention_cpu)
+    world.scale = 1.0  # a layer's own scale is in q already
+    assert (world.check(paged_attention_cpu) - default).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_other_types_are_refused_by_name(dtype):
+    world = World([3, 1], [7, 9], dtype=torch.float32)
+    names = ("q", "k_cache", "v_cache")
+    others = {name: world.arguments()[name].nan_to_num(0).to(dtype) for name in names}
+    with pytest.raises((TypeError, ValueError), match=str(dtype).removeprefix("torch.")):
+        world.run(paged_attention_cpu, **others)
+
+
+# ---- it does depend on the blocks ----------------------------------------------------------------
+@EACH_DTYPE
+def test_swapping_two_table_entries_changes_a_prompt(dtype):
+    world = World([12], [12], dtype=dtype)
+    right = world.run(paged_attention_cpu)
+    table = world.tables[0]
+    table[0], table[2] = table[2], table[0]
+    assert (world.run(paged_attention_cpu) - right).abs().max() > 1e-2
+
+
+@EACH_DTYPE
+def test_swapping_a_partly_filled_tail_reads_what_was_never_written(dtype):
+    world = World([1], [11], dtype=dtype)
+    table = world.tables[0]
+    table[0], table[2] = table[2], table[0]
+    assert world.run(paged_attention_cpu).isnan().all()
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_len", [1, 12])
+def test_one_wrong_value_in_a_block_changes_the_result(query_len, dtype):
+    for cache in ("k_cache", "v_cache"):
+        world = World([query_len], [12], dtype=dtype)
+        right = world.run(paged_attention_cpu)
+        getattr(world, cache)[world.tables[0][1], 0, 2] += 8.0
+        changed = (world.run(paged_attention_cpu) - right).abs().amax((1, 2)) > 1e-6
+        # Position 6 was changed: whoever came before it did not read it.
+        assert changed.tolist() == [p >= 6 for p in range(12 - query_len, 12)]
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_lens", [[1], [3], [40]])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+def test_a_nan_that_may_be_read_is_not_hidden(cache, query_lens, dtype):
+    """A model that overflows shows it: zeros in its place would look like an answer."""
+    world = World(query_lens, [300], num_kv_heads=1, dtype=dtype)
+    getattr(world, cache)[world.tables[0][1], 0, 2] = math.nan
+    assert world.run(paged_attention_cpu).isnan().all()
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("context_len", [11, 300])
+def test_a_context_that_is_one_too_long_reads_poison(context_len, dtype):
+    world = World([1], [context_len - 1], dtype=dtype)
+    longer = torch.tensor([context_len], dtype=torch.int32)
+    changes = {"context_lens": longer, "max_context_len": context_len}
+    assert world.run(paged_attention_cpu, **changes).isnan().all()
+
+
+# ---- random worlds -------------------------------------------------------------------------------
+@settings(max_examples=300, deadline=None)
+@given(world=worlds(DTYPES), more_queries=st.integers(0, 9), more_context=st.integers(0, 20))
+def test_any_ragged_batch_equals_dense_attention(world, more_queries, more_context):
+    world.check(
+        paged_attention_cpu,
+        max_query_len=max(world.query_lens, default=0) + more_queries,
+        max_context_len=max(world.context_lens, default=0) + more_context,
+    )
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("seed", range(SEED, SEED + 20))
+def test_larger_ragged_batches_equal_dense_attention(seed, dtype):
+    random_world(seed, longest=400, dtype=dtype).check(paged_attention_cpu)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+MIXED = ([1, 1, 90, 1, 3, 1, 40, 1], [700, 3, 90, 64, 65, 300, 400, 1000])
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("query_lens", [[1] * 8, MIXED[0]], ids=["decode", "mixed"])
+def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_threads):
+    world = World(query_lens, MIXED[1], block_size=16, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3, 64, 1):
+        set_threads(threads)
+        results.append(world.run(paged_attention_cpu))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    world.check(paged_attention_cpu)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_leaves_the_number_of_threads_alone(threads, set_threads):
+    set_threads(threads)
+    check([1, 30], [40, 30])
+    assert torch.get_num_threads() == threads
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(threads, dtype, set_threads):
+    set_threads(threads)
+    world = World(*MIXED, block_size=16, dtype=dtype)
+    together = world.run(paged_attention_cpu)
+    arguments = world.arguments()
+    for i, (n, length) in enumerate(zip(*MIXED, strict=True)):
+        row = sum(MIXED[0][:i])
+        alone = {
+            "q": world.q[row : row + n],
+            "block_tables": arguments["block_tables"][i : i + 1],
+            "query_start_locs": torch.tensor([0, n], dtype=torch.int32),
+            "context_lens": torch.tensor([length], dtype=torch.int32),
+            "max_query_len": n,
+            "max_context_len": length,
+        }
+        assert torch.equal(world.run(paged_attention_cpu, **alone), together[row : row + n]), i
+
+
+def in_threads(*works):
+    """Run each of them in a thread of its own, at the same time; raises what they raise."""
+    barrier, raised = threading.Barrier(len(works)), []
+
+    def start(work):
+        barrier.wait(timeout=60)
+        try:
+            work()
+        except BaseException as error:  # an assertion of a thread would pass unseen
+            raised.append(error)
+
+    threads = [threading.Thread(target=start, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "it hangs"
+    if raised:
+        raise raised[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:]], ids=["same type", "two types"])
+def test_two_threads_may_call_it_at_the_same_time(dtypes, threads, set_threads):
+    """Scratch memory that calls shared, or a pool of workers for one caller, would show here."""
+    set_threads(threads)
+
+    def many_times(dtype, seed):
+        worlds = [World(*MIXED, block_size=16, dtype=dtype, seed=seed)]
+        worlds += [World([1] * 9, [50 * seed] * 9, dtype=dtype, seed=seed)]
+        want = [world.check(paged_attention_cpu) for world in worlds]
+
+        def work():
+            torch.set_num_threads(threads)  # OpenMP keeps this number for each thread
+            for _ in range(100):
+                for world, result in zip(worlds, want, strict=True):
+                    assert torch.equal(world.run(paged_attention_cpu), result)
+
+        return work
+
+    in_threads(many_times(dtypes[0], seed=1), many_times(dtypes[1], seed=2))
+
+
+def test_two_threads_may_write_to_one_pool_at_the_same_time():
+    cache = KVCache(1, 64, 4, num_kv_heads=2, head_dim=8)
+    k, v = torch.randn(2, 256, 2, 8)
+    slots = torch.randperm(256)
+
+    def half(rows):
+        def work():
+            for _ in range(100):
+                write_kv_cpu(k[rows], v[rows], *cache.layer(0), slots[rows])
+
+        return work
+
+    in_threads(half(slice(0, 128)), half(slice(128, 256)))
+    got_k, got_v = cache.gather(0, list(range(64)), 256)
+    assert torch.equal(got_k[slots], k) and torch.equal(got_v[slots], v)
+
+
+def test_two_engines_in_two_threads_write_the_texts_they_write_alone(tiny_gpt):
+    models = [tiny_gpt(seed=seed, dtype=torch.float64) for seed in (0, 9)]
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [7] * 17, [42], [2, 7, 1, 8]]
+    want = [generate_no_cache(model, prompts, 12) for model in models]
+    assert all(len(set(text)) > 4 for texts in want for text in texts), "a text that says nothing"
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(threading.get_ident())
+        return paged_attention_cpu(*args, **kwargs)
+
+    def serve(model, texts):
+        def work():
+            for _ in range(5):
+                cache = KVCache(2, 40, 4, 4, 16, dtype=torch.float64)
+                cache.pool.fill_(math.nan)
+                scheduler = Scheduler(BlockAllocator(40, 4), 16, 9, 64)
+                engine = InferenceEngine(eager_forward(model, cache, counted), cache, scheduler, 97)
+                params = SamplingParams(temperature=0, max_tokens=12)
+                ids = [engine.add_request(prompt, params) for prompt in prompts]
+                done = {}
+                while engine.has_unfinished():
+                    done |= {o.request_id: o for o in engine.step().outputs if o.finished}
+                assert [done[i].outputs[0].token_ids for i in ids] == texts
+
+        return work
+
+    in_threads(*(serve(*pair) for pair in zip(models, want, strict=True)))
+    assert len(set(calls)) == 2 and len(calls) > 100, "the kernel did not run"
+
+
+# ---- writing K and V -----------------------------------------------------------------------------
+def written(write, k, v, dtype, slots, block_size=4):
+    """A poisoned pool of two layers after a write to its second: all of it, NaN as 99."""
+    cache = KVCache(2, 12, block_size, k.shape[1], k.shape[2], dtype=dtype)
+    cache.pool.fill_(math.nan)
+    write(k, v, *cache.layer(1), slots)
+    return cache.pool.nan_to_num(99.0)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("head_dim", [1, 5, 64])
+def test_k_and_v_are_written_where_pytorch_writes_them(head_dim, block_size, dtype):
+    k, v = torch.randn(2, 11, 3, head_dim).to(dtype)
+    slots = torch.randperm(12 * block_size)[:11]
+    want = written(write_kv, k, v, dtype, slots, block_size)
+    assert torch.equal(written(write_kv_cpu, k, v, dtype, slots, block_size), want)
+    assert (want != 99).sum() == 2 * 11 * 3 * head_dim, "only these slots"
+
+
+@EACH_DTYPE
+def test_k_and_v_may_be_slices_of_the_qkv_product(dtype):
+    qkv = torch.randn(9, 3 * 2 * 8).to(dtype)
+    _, k, v = (x.unflatten(1, (2, 8)) for x in qkv.split(16, dim=1))
+    assert not k.is_contiguous()
+    slots = torch.tensor([23, 0, 14, 31, 5, 9, 47, 46, 2])
+    want = written(write_kv, k, v, dtype, slots)
+    assert torch.equal(written(write_kv_cpu, k, v, dtype, slots), want)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("given", DTYPES, ids=["of fp64", "of fp32", "of bf16"])
+def test_values_are_rounded_to_the_type_of_the_pool(given, dtype):
+    values = [1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e-40, 3.3895e38, math.inf, -0.0]
+    k = torch.tensor(values, dtype=given).view(1, 1, 8)
+    slots = torch.tensor([5])
+    want = written(write_kv, k, -k, dtype, slots)
+    assert torch.equal(written(write_kv_cpu, k, -k, dtype, slots), want)
+
+
+@EACH_DTYPE
+def test_a_nan_is_written_as_one(dtype):
+    cache = KVCache(1, 2, 4, 1, 8, dtype=dtype)
+    write_kv_cpu(
+        *torch.full((2, 1, 1, 8), math.nan, dtype=dtype), *cache.layer(0), torch.tensor([5])
+    )
+    assert cache.pool.isnan().sum() == 16 and cache.pool[0, 1, :, :, 1].isnan().all()
+
+
+@EACH_DTYPE
+def test_no_rows_write_nothing(dtype):
+    nothing = torch.empty(0, 2, 8, dtype=dtype)
+    slots = torch.empty(0, dtype=torch.int64)
+    assert (written(write_kv_cpu, nothing, nothing, dtype, slots) == 99).all()
+
+
+def test_padded_rows_may_all_write_to_scratch():
+    k, v = torch.randn(2, 4, 2, 8)
+    pool = written(write_kv_cpu, k, v, torch.float32, torch.tensor([7, 48, 48, 48]))
+    assert torch.equal(pool[1, 1, 0, :, 3], k[0]) and torch.equal(pool[1, 1, 1, :, 3], v[0])
+    assert (pool[:, :12] != 99).sum() == 2 * 2 * 8
+
+
+def test_many_rows_are_written_by_any_number_of_threads(set_threads):
+    k, v = torch.randn(2, 3000, 12, 64)
+    slots = torch.randperm(12 * 256)[:3000]
+    want = written(write_kv, k, v, torch.float32, slots, block_size=256)
+    for threads in (1, 2):
+        set_threads(threads)
+        got = written(write_kv_cpu, k, v, torch.float32, slots, block_size=256)
+        assert torch.equal(got, want)
+
+
+def test_a_pool_of_another_type_is_refused_by_name():
+    k, v = torch.zeros(2, 3, 2, 8).half()
+    with pytest.raises((TypeError, ValueError), match="float16"):
+        written(write_kv_cpu, k, v, torch.float16, torch.tensor([0, 1, 2]))
+
+
+# ---- in processes of their own -------------------------------------------------------------------
+def run_python(code, **variables):
+    """What a fresh process prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+COUNT_COMPILATIONS = """
+import json, sys
+sys.path.insert(0, "tests")
+import torch
+from numba.core import event
+with event.install_recorder("numba:compile") as compiled:
+    from paged_attention_cpu import paged_attention_cpu, write_kv_cpu
+    from worlds import World
+    for query_lens in ([1, 1], [40, 1]):
+        world = World(query_lens, [40, 9], dtype=torch.float32)
+        world.check(paged_attention_cpu)
+    k, v = torch.randn(2, 3, 2, 8)
+    write_kv_cpu(k, v, world.k_cache, world.v_cache, torch.tensor([0, 1, 2]))
+print(json.dumps(len(compiled.buffer)))
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_compiled_the_next_one_loads(tmp_path):
+    folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run_python(COUNT_COMPILATIONS, **folder) > 0
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
+    assert files
+    assert run_python(COUNT_COMPILATIONS, **folder) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
+
+
+WITHOUT_NUMBA = """
+import json, sys
+sys.modules["numba"] = None
+sys.path.insert(0, "tests")
+import torch
+from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from worlds import World
+world, kv, errors = World([1], [3]), torch.zeros(2, 1, 2, 8).double(), []
+for call in (
+    lambda: world.run(paged_attention_cpu),
+    lambda: write_kv_cpu(*kv, world.k_cache, world.v_cache, torch.tensor([0])),
+):
+    try:
+        call()
+    except (RuntimeError, ImportError) as error:
+        errors.append(str(error))
+print(json.dumps([HAS_NUMBA, errors]))
+"""
+
+
+def test_without_numba_the_file_imports_and_a_call_says_what_is_missing():
+    has_numba, errors = run_python(WITHOUT_NUMBA)
+    assert has_numba is False
+    assert len(errors) == 2
+    assert all("numba" in error and "\n" not in error for error in errors)
+
+
+def test_the_plain_kernel_and_this_one_agree():
+    """The oracle of oracles: `paged_attention` in float64, over one more ragged batch."""
+    world = World(*MIXED, context_starts=[5, 0, 40, 63, 64, 0, 399, 1], block_size=3)
+    result, plain = world.check(paged_attention_cpu), world.check(paged_attention)
+    torch.testing.assert_close(result, plain, atol=1e-12, rtol=0)
