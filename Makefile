@@ -12,10 +12,17 @@ demo: $(VENV)/runs  ## a dozen fairy tales at once, from one pool of blocks
 test: $(VENV)/tests  ## what a reader runs: minutes
 	$(RUN) -m pytest -m "not slow"
 
-check: $(VENV)/tests  ## everything, the slow tests and the formatting too
+check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything, the slow tests and the formatting too
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	other=$(abspath $(VENV)/triton-3.6.0); test ! -d $$other/triton || \
+	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest
+
+bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: benchmark_results.csv
+	$(RUN) benchmark.py
+
+gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
+	$(PYTHON) gpu_check.py
 
 train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \
@@ -31,4 +38,11 @@ $(VENV)/tests: $(VENV)/runs requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: help demo test check train
+# An older Triton beside the installed one: the kernels must compile with both. Where it can't be had
+# (it exists for Linux only) the folder stays empty, and the tests that want it are skipped.
+$(VENV)/triton-3.6.0: $(VENV)/tests
+	-$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+	mkdir -p $@
+	touch $@
+
+.PHONY: help demo test check bench gpu-check train

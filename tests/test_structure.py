@@ -27,6 +27,8 @@ LADDER = [
     "compiled_cpu",
     "paged_prefill_cpu",
     "paged_attention_cpu",
+    "paged_prefill_triton",
+    "paged_attention_triton",
     "baselines",
     "sampling",
     "policies",

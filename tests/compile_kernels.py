@@ -1,0 +1,298 @@
+"""Compile the Triton kernels for two GPUs on a machine that has none, and say what they take.
+
+Triton needs a GPU to run a kernel, not to compile it: whoever stands in for its driver and names a
+target gets the binary. So the functions that launch the kernels are called here as an engine calls
+them, with tensors that have shapes, strides and no memory (device "meta"), and every launch is
+turned into a compilation. What the interpreter forgives (a `break`, a shape that is no power of
+two, a type that changes in a loop) fails here, and the binary tells what no result shows: how many
+registers a kernel takes, whether it spills some of them to memory, how much shared memory it wants.
+
+Run: python tests/compile_kernels.py [--all] [--json]
+Try: --kernels prefill --head-sizes 256 --prefill-tiles 64 64 4 3, a tile that is too large
+It prints one line for each kernel and exits with 1 if one of them is over a limit.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# Bytes of shared memory that one program may have: sm_80 is an A100, sm_90 an H100 or H200.
+SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
+# Registers that do not fit are spilled to the stack, in slow memory. A few bytes do no harm.
+STACK_LIMIT_BYTES = 64
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+KERNELS = ("decode", "chunks", "prefill", "mixed", "write")
+
+
+class Case(NamedTuple):
+    """One call to compile: `mixed` is the prefill of a batch whose decode rows go elsewhere."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    block_size: int = 16
+    group: int = 1  # query heads for each head of K and V
+    starts: bool = False  # with context_starts
+
+
+@dataclass
+class Report:
+    """What one compiled kernel takes, and what it is made of."""
+
+    kernel: str
+    call: str  # the kernel of the Case: what was called
+    target: int  # 90 is sm_90
+    dtype: str
+    head_dim: int
+    block_size: int
+    group: int
+    registers: int  # for each thread
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core_products: int  # instructions in the code, not how often they run
+    copies: dict[int, int]  # asynchronous ones to shared memory: bytes each -> how many in the code
+    triton: str
+
+
+QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest to the limits
+    *(Case(kernel, "bfloat16", 64) for kernel in KERNELS),
+    Case("decode", "float16", 64, block_size=3, group=4),
+    Case("chunks", "bfloat16", 128, block_size=1, group=4, starts=True),
+    Case("prefill", "float16", 128, block_size=256, starts=True),
+    Case("prefill", "bfloat16", 256),
+    Case("decode", "float32", 64),
+    Case("prefill", "float32", 64),
+    Case("write", "float32", 80, block_size=3),
+    Case("decode", "float64", 16),
+    Case("prefill", "float64", 16),
+]
+# The head size decides about tiles and registers, so it meets every kernel and every width of type.
+# fp16 and bf16 differ in one instruction, block sizes in a division, the group in a few registers.
+HEAD_SIZES = (5, 16, 64, 80, 96, 128, 256)
+WIDTHS = ("bfloat16", "float32", "float64")
+GPT2, WIDEST = (64,), (64, 128, 256)
+
+
+def every(*values, **rest) -> list[Case]:
+    """All combinations of kernels, dtypes, head sizes and, if given, block sizes."""
+    return [Case(*combination, **rest) for combination in itertools.product(*values)]
+
+
+FULL = [
+    *every(("decode", "prefill", "write"), WIDTHS, HEAD_SIZES),
+    *every(("decode",), WIDTHS, HEAD_SIZES, group=4),
+    *every(("chunks",), WIDTHS, HEAD_SIZES, group=4, starts=True),
+    *every(("mixed",), WIDTHS, GPT2, starts=True),
+    *every(("decode", "chunks", "prefill", "write"), ("float16",), WIDEST, group=3),
+    *every(("decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
+]
+
+
+def problems(report: Report) -> list[str]:
+    """What is wrong with a compiled kernel; an empty list if nothing is."""
+    found = []
+    limit = SHARED_LIMIT_BYTES[report.target]
+    if report.stack_bytes > STACK_LIMIT_BYTES:
+        found.append(f"spills {report.stack_bytes} bytes, at most {STACK_LIMIT_BYTES} are harmless")
+    if report.shared_bytes > limit:
+        found.append(f"wants {report.shared_bytes} bytes of shared memory, there are {limit}")
+    return found
+
+
+def parse_usage(text: str) -> tuple[int, int]:
+    """Registers and stack bytes from what `cuobjdump -res-usage` prints of one kernel."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if not found:
+        raise ValueError(f"cuobjdump printed no line with REG and STACK: {text.strip()!r}")
+    return int(found[1]), int(found[2])
+
+
+# ---- standing in for a GPU -----------------------------------------------------------------------
+class NoGPU:
+    """All that Triton asks of its driver in order to compile."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps compiled kernels by device: one for each target
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+
+def record_launches(compiled: list) -> None:
+    """From now on `kernel[grid](...)` compiles, launches nothing, and adds to the list."""
+    from triton.runtime import JITFunction
+
+    def compile_instead(kernel, grid) -> Callable:
+        return lambda *args, **kwargs: compiled.append(kernel.warmup(*args, grid=grid, **kwargs))
+
+    JITFunction.__getitem__ = compile_instead
+
+
+def call(case: Case) -> None:
+    """One call of the function that an engine calls, with tensors that have no memory."""
+    import paged_attention_triton as decode
+    import paged_prefill_triton as prefill
+
+    D, H_kv, B = case.head_dim, 4, 8
+    H, query_len = H_kv * case.group, 100 if case.kernel in ("prefill", "mixed") else 1
+    N, dtype = B * query_len, getattr(torch, case.dtype)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    pool = empty(90, 2, H_kv, case.block_size, D, dtype=dtype)
+    qkv = empty(N, H + 2 * H_kv, D, dtype=dtype)  # as the model hands over its slices
+    q, k, v = qkv[:, :H], qkv[:, H : H + H_kv], qkv[:, H + H_kv :]
+    caches = pool[:, 0], pool[:, 1]
+    if case.kernel == "write":
+        return prefill.write_kv_triton(k, v, *caches, empty(N, dtype=torch.int64))
+    starts = empty(B) if case.starts else None
+    arguments = (q, *caches, empty(B, 60), empty(B + 1), empty(B), D**-0.5, query_len, 900, starts)
+    match case.kernel:
+        case "decode":
+            decode.paged_decode_triton(*arguments, chunk_len=0)
+        case "chunks":  # and the merge
+            decode.paged_decode_triton(*arguments, chunk_len=decode.CHUNK_LEN)
+        case "prefill":
+            prefill.paged_prefill_triton(*arguments)
+        case "mixed":
+            prefill.paged_prefill_triton(*arguments, skip_decode=True)
+
+
+def cuobjdump() -> Path:
+    """The program beside Triton's compiler that reads binaries."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        raise FileNotFoundError(f"{tool} is missing: without it nobody knows what a kernel takes")
+    return tool
+
+
+def describe(kernel, case: Case, target: int) -> Report:
+    """Read a compiled kernel's binary and its assembly."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump()), "-res-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack_bytes = parse_usage(printed)
+    ptx = kernel.asm["ptx"]
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x\w+|\d+)", ptx)
+    return Report(
+        kernel=kernel.metadata.name,
+        call=case.kernel,
+        target=target,
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        block_size=case.block_size,
+        group=case.group,
+        registers=registers,
+        stack_bytes=stack_bytes,
+        shared_bytes=kernel.metadata.shared,
+        tensor_core_products=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
+        copies=dict(Counter(int(size, 0) for size in sizes)),
+        triton=triton.__version__,
+    )
+
+
+def reports(cases: list[Case], targets: list[int]) -> Iterator[Report]:
+    """Compile every case for every target; a case may be two kernels."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled: list = []
+    record_launches(compiled)
+    for target in targets:
+        triton.runtime.driver.set_active(NoGPU(GPUTarget("cuda", target, 32)))
+        for case in cases:
+            compiled.clear()
+            call(case)
+            for kernel in compiled:
+                yield describe(kernel, case, target)
+
+
+# --------------------------------------------------------------------------------------------------
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--all", action="store_true", help="the whole matrix instead of a quick choice: minutes")
+    add("--json", action="store_true", help="one JSON object a line instead of a table")
+    add("--targets", type=int, nargs="+", default=[80, 90], choices=[80, 90], help="default: both")
+    add("--kernels", nargs="+", default=KERNELS, choices=KERNELS, help="only these")
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="only these")
+    add("--head-sizes", type=int, nargs="+", help="only these")
+    names = ("TILE_K", "num_warps", "num_stages")
+    add("--decode-tiles", type=int, nargs=3, metavar=names, help="instead of those that ship")
+    add("--prefill-tiles", type=int, nargs=4, metavar=("TILE_Q", *names), help="the same")
+    return parser.parse_args()
+
+
+def use_tiles(args: argparse.Namespace) -> None:
+    """Replace the tiles that ship by those of the command line, for all types and head sizes."""
+    import paged_attention_triton as decode
+    import paged_prefill_triton as prefill
+
+    names = ("TILE_Q", "TILE_K", "num_warps", "num_stages")
+    if args.decode_tiles:
+        decode.decode_tiles = lambda *_: dict(zip(names[1:], args.decode_tiles, strict=True))
+    if args.prefill_tiles:
+        prefill.prefill_tiles = lambda *_: dict(zip(names, args.prefill_tiles, strict=True))
+
+
+def main() -> int:
+    args = parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
+    use_tiles(args)
+    chosen = [
+        case
+        for case in dict.fromkeys(FULL + QUICK if args.all else QUICK)
+        if case.kernel in args.kernels
+        and case.dtype in args.dtypes
+        and (args.head_sizes is None or case.head_dim in args.head_sizes)
+    ]
+    if not args.json:
+        columns = (
+            "kernel           call     target dtype      D block  G  registers  stack   shared"
+        )
+        print(columns + "  products  copies x bytes")
+    failures = 0
+    for r in reports(chosen, args.targets):
+        wrong = problems(r)
+        failures += bool(wrong)
+        if args.json:
+            print(json.dumps(asdict(r) | {"problems": wrong}), flush=True)
+            continue
+        shape = f"{r.kernel:17}{r.call:9}sm_{r.target}  {r.dtype:8}{r.head_dim:4}"
+        shape += f"{r.block_size:6}{r.group:3}"
+        takes = f"{r.registers:11}{r.stack_bytes:7}{r.shared_bytes:9}{r.tensor_core_products:10}"
+        copies = ", ".join(f"{n} x {size}" for size, n in sorted(r.copies.items()))
+        print(shape + takes + "  " + "  ".join([copies, *wrong]), flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

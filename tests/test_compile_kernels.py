@@ -1,0 +1,209 @@
+"""The Triton kernels, compiled for an A100 and an H100 on whatever machine this is.
+
+The interpreter runs the kernels' arithmetic, but it takes programs that the compiler rejects, and
+it knows no registers. So `compile_kernels.py` compiles what an engine would launch, and this file
+asserts what may be known without a GPU: everything compiles, nothing spills, everything fits, the
+products run on tensor cores, and keys and values travel 16 bytes at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="there is nothing to compile without triton")
+import compile_kernels
+from compile_kernels import FULL, QUICK, Case, Report, parse_usage, problems
+
+SCRIPT = Path(compile_kernels.__file__)
+TARGETS = (80, 90)
+
+
+def compile_in_a_process_of_its_own(*flags, env=None):
+    """This process interprets, so it cannot compile. Returns exit status, reports and stderr."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--json", *flags]
+    run = subprocess.run(
+        command, env=inherited | (env or {}), capture_output=True, encoding="utf-8"
+    )
+    return run.returncode, [json.loads(line) for line in run.stdout.splitlines()], run.stderr
+
+
+@pytest.fixture(scope="module")
+def quick():
+    status, reports, errors = compile_in_a_process_of_its_own()
+    assert status == 0, errors + "\n".join(str(r) for r in reports if r["problems"])
+    return reports
+
+
+def check(reports, cases):
+    """What holds for every kernel that ships."""
+    # Chunks are two kernels, decode and merge; every other case is one.
+    expected = sum(2 if case.kernel == "chunks" else 1 for case in dict.fromkeys(cases))
+    assert len(reports) == expected * len(TARGETS)
+    over = [r for r in reports if r["problems"] or r["stack_bytes"] > 64]
+    assert over == []
+    assert {r["target"] for r in reports} == set(TARGETS)
+    for r in reports:
+        if r["kernel"] not in ("decode_kernel", "prefill_kernel"):
+            continue
+        assert r["shared_bytes"] <= {80: 166_912, 90: 232_448}[r["target"]]
+        if r["dtype"] in ("float16", "bfloat16"):
+            assert r["tensor_core_products"] >= 8, r
+            if r["head_dim"] == 64:  # rows of 128 bytes, 8 threads each; a table entry has 4
+                assert r["copies"]["16"] >= 16 and r["copies"].keys() <= {"4", "16"}, r
+
+
+# ---- what ships ----------------------------------------------------------------------------------
+def test_the_kernels_compile_for_both_targets_and_stay_within_their_limits(quick):
+    check(quick, QUICK)
+
+
+def test_every_kernel_of_the_two_files_was_compiled(quick):
+    names = {"decode_kernel", "merge_kernel", "prefill_kernel", "write_kv_kernel"}
+    assert {r["kernel"] for r in quick} == names
+    assert {r["dtype"] for r in quick} == {"float16", "bfloat16", "float32", "float64"}
+
+
+def test_an_h100_multiplies_tiles_of_queries_with_the_instructions_made_for_it(quick):
+    """wgmma multiplies 64 rows at a time, so the same tile takes fewer instructions than mma."""
+    products = {
+        r["target"]: r["tensor_core_products"]
+        for r in quick
+        if (r["call"], r["dtype"], r["head_dim"]) == ("prefill", "bfloat16", 64)
+    }
+    assert products[90] < products[80] / 4
+
+
+def test_six_decode_programs_of_gpt2_fit_on_one_processor_of_the_gpu(quick):
+    """65,536 registers for 128 threads a program, and 16 KB or so of shared memory each."""
+    rows = [r for r in quick if r["call"] == "decode" and r["dtype"] == "bfloat16"]
+    assert rows
+    for r in rows:
+        assert 6 * 128 * r["registers"] <= 65_536
+        assert 6 * r["shared_bytes"] <= {80: 166_912, 90: 232_448}[r["target"]]
+
+
+@pytest.mark.slow
+def test_all_head_sizes_types_and_block_sizes_compile_and_fit():
+    status, reports, errors = compile_in_a_process_of_its_own("--all")
+    assert status == 0, errors
+    check(reports, FULL + QUICK)
+
+
+# ---- another Triton ------------------------------------------------------------------------------
+@pytest.fixture
+def other_triton():
+    folder = os.environ.get("PAGEDGPT_OTHER_TRITON")
+    if not folder:
+        pytest.skip("PAGEDGPT_OTHER_TRITON is not set: it names a folder with another triton in it")
+    if not (Path(folder) / "triton").is_dir():
+        pytest.fail(f"PAGEDGPT_OTHER_TRITON is {folder}, which holds no triton")
+    return {"PYTHONPATH": folder}
+
+
+def test_another_triton_compiles_the_same_kernels_within_the_same_limits(other_triton, quick):
+    status, reports, errors = compile_in_a_process_of_its_own(env=other_triton)
+    assert status == 0, errors
+    check(reports, QUICK)
+    assert {r["triton"] for r in reports} != {r["triton"] for r in quick}
+
+
+@pytest.mark.slow
+def test_another_triton_compiles_all_head_sizes_types_and_block_sizes(other_triton):
+    status, reports, errors = compile_in_a_process_of_its_own("--all", env=other_triton)
+    assert status == 0, errors
+    check(reports, FULL + QUICK)
+
+
+# ---- the check can fail --------------------------------------------------------------------------
+def test_a_tile_that_is_too_large_spills_and_is_reported():
+    flags = ("--kernels", "prefill", "--head-sizes", "256", "--targets", "80")
+    status, (report,), _ = compile_in_a_process_of_its_own(
+        *flags, "--prefill-tiles", "64", "64", "4", "3"
+    )
+    assert status == 1
+    assert report["stack_bytes"] > 64
+    assert report["problems"] == [f"spills {report['stack_bytes']} bytes, at most 64 are harmless"]
+
+
+GOOD = Report(
+    kernel="decode_kernel",
+    call="decode",
+    target=90,
+    dtype="bfloat16",
+    head_dim=64,
+    block_size=16,
+    group=1,
+    registers=72,
+    stack_bytes=0,
+    shared_bytes=16_768,
+    tensor_core_products=32,
+    copies={16: 32},
+    triton="3.7.1",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, []),
+        ({"stack_bytes": 64}, []),
+        ({"stack_bytes": 72}, ["spills 72 bytes, at most 64 are harmless"]),
+        ({"shared_bytes": 232_448}, []),
+        (
+            {"shared_bytes": 232_449},
+            ["wants 232449 bytes of shared memory, there are 232448"],
+        ),
+        (
+            {"target": 80, "shared_bytes": 166_913},
+            ["wants 166913 bytes of shared memory, there are 166912"],
+        ),
+    ],
+)
+def test_a_kernel_over_a_limit_is_a_problem(change, found):
+    assert problems(Report(**(asdict(GOOD) | change))) == found
+
+
+def test_registers_and_stack_are_read_from_the_line_of_the_kernel():
+    text = "Fatbin elf code:\n Function decode_kernel:\n  REG:72 STACK:8 SHARED:0 LOCAL:0"
+    assert parse_usage(text) == (72, 8)
+
+
+def test_a_report_without_such_a_line_is_an_error_not_a_zero():
+    with pytest.raises(ValueError, match="no line with REG and STACK: 'nothing here'"):
+        parse_usage("nothing here\n")
+
+
+def test_a_triton_without_cuobjdump_is_an_error_not_silence(monkeypatch, tmp_path):
+    import triton
+
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="cuobjdump is missing"):
+        compile_kernels.cuobjdump()
+
+
+def test_an_interpreting_process_refuses_to_compile():
+    status, reports, errors = compile_in_a_process_of_its_own(env={"TRITON_INTERPRET": "1"})
+    assert status == 1 and reports == []
+    assert "TRITON_INTERPRET is set, so there is nothing to compile" in errors
+
+
+def test_the_full_matrix_meets_every_kernel_type_and_head_size():
+    shapes = {(case.kernel, case.dtype, case.head_dim) for case in FULL}
+    for kernel in ("decode", "chunks", "prefill", "write"):
+        for dtype in ("bfloat16", "float32", "float64"):
+            assert {d for k, t, d in shapes if (k, t) == (kernel, dtype)} >= {
+                16,
+                64,
+                80,
+                96,
+                128,
+                256,
+            }
+    assert {case.block_size for case in FULL} == {1, 3, 16, 256}
+    assert Case("mixed", "bfloat16", 64, starts=True) in FULL
