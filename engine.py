@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from kv_cache import Batch, KVCache, Row, make_batch
+from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
 from outputs import OutputProcessor, StepOutput
 from paged_attention import paged_attention
@@ -76,11 +76,13 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
 
 
-def eager_forward(model: GPT, cache: KVCache, attention: Callable = paged_attention) -> Forward:
+def eager_forward(
+    model: GPT, cache: KVCache, attention: Callable = paged_attention, write: Callable = write_kv
+) -> Forward:
     """The plain forward: every layer in turn, logits of the sample rows only."""
 
     def forward(batch: Batch) -> Tensor:
-        hidden = model(batch.input_ids, batch.positions, cache.attend(batch, attention))
+        hidden = model(batch.input_ids, batch.positions, cache.attend(batch, attention, write))
         return model.logits(hidden[batch.sample_rows])
 
     return forward

@@ -137,10 +137,16 @@ class KVCache:
         """One layer's K and V: two views (num_blocks + 1, H_kv, block_size, D) of the pool."""
         return self.pool[layer, :, 0], self.pool[layer, :, 1]
 
-    def attend(self, batch: Batch, paged_attention: Callable[..., Tensor]) -> Attend:
+    def attend(
+        self,
+        batch: Batch,
+        paged_attention: Callable[..., Tensor],
+        write_kv: Callable[..., None] = write_kv,
+    ) -> Attend:
         """The plug for one step: write new K and V to their slots, read through the tables.
 
-        `paged_attention` is any function of the common signature (see `paged_attention.py`).
+        `paged_attention` is any function of the common signature (see `paged_attention.py`), and
+        `write_kv` any of this file's: a kernel for one kind of device brings both.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,29 +13,35 @@ a script written for vLLM needs little more than another import:
             tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
             EngineConfig      ┘            └─> forward(batch) -> logits ───┘
 
-What is chosen by default: float32 on a CPU; on a GPU bfloat16 where it has it, else float16,
-whatever the file holds. What a production engine does beyond this: several GPUs, and processes
-around them.
+What is chosen by default: float32 and the Numba kernels on a CPU; on a GPU the Triton kernels, and
+bfloat16 where it has it, else float16, whatever the file holds. What a production engine does
+beyond this: several GPUs, and processes around them.
 
 vLLM's class of this name: docs.vllm.ai, "Offline inference".
 Run: python llm.py
 Try: block_size=1 or num_blocks=12 in the demo: the texts stay the same, the blocks do not.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from engine import EngineConfig, InferenceEngine, eager_forward
-from kv_cache import KVCache, choose_num_blocks
+from kv_cache import KVCache, choose_num_blocks, write_kv
 from model import GPT
 from outputs import RequestOutput
 from paged_attention import paged_attention
+from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from paged_attention_triton import INTERPRETED, paged_attention_triton
+from paged_prefill_triton import HAS_TRITON, write_kv_triton
 from policies import first_come_first_served
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
@@ -52,9 +58,62 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-# A backend is one function of the common signature; "auto" takes the fastest that runs on the
-# device.
-BACKENDS = {"torch": paged_attention}
+
+class Backend(NamedTuple):
+    """One way to write and to read the pool, and where it can be used."""
+
+    paged_attention: Callable[..., Tensor]  # of the common signature
+    write_kv: Callable[..., None]
+    device: str | None  # the only kind of device that it runs on
+    dtypes: tuple[torch.dtype, ...]
+    missing: str | None  # what it needs and does not find on this machine
+
+
+# The fastest first: "auto" takes the first that runs.
+BACKENDS = {
+    "triton": Backend(
+        paged_attention_triton,
+        write_kv_triton,
+        "cpu" if INTERPRETED else "cuda",
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        None if HAS_TRITON else "triton",
+    ),
+    "numba": Backend(
+        paged_attention_cpu,
+        write_kv_cpu,
+        "cpu",
+        (torch.bfloat16, torch.float32, torch.float64),
+        None if HAS_NUMBA else "numba",
+    ),
+    "torch": Backend(paged_attention, write_kv, None, tuple(DTYPES.values()), None),
+}
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that was named, or the fastest for the device; the next one if it lacks `dtype`.
+
+    That is said once, in a warning. Kernels that Triton interprets are slow and run only if they
+    are named. Raises ValueError for a backend that this machine or device cannot have.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
+    names, lacking = list(BACKENDS), None
+    for name in names[0 if backend == "auto" else names.index(backend) :]:
+        candidate = BACKENDS[name]
+        usable = candidate.missing is None and candidate.device in (None, device.type)
+        if not usable and name == backend:
+            fault = f"needs {candidate.missing}, which is not installed"
+            if candidate.missing is None:
+                fault = f"runs on {candidate.device}, the model is on {device.type}"
+            raise ValueError(f"backend {name!r} {fault}: choose another, or auto")
+        if not usable or (name == "triton" and INTERPRETED and name != backend):
+            continue
+        if dtype in candidate.dtypes:
+            if lacking:
+                warnings.warn(f"backend {lacking!r} has no {str(dtype)[6:]}: {name!r} is used")
+            return name
+        lacking = lacking or name
+    raise AssertionError("the last backend runs everywhere and has every dtype")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -104,9 +163,6 @@ class LLM:
     ):
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads is {threads!r}: it must be an integer of at least 1")
-        if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
-        self.backend = "torch" if backend == "auto" else backend
         self.config = EngineConfig(**config)
         if isinstance(model, GPT):
             self.model, self.model_name, self.weights = model, "a GPT object", "given weights"
@@ -120,6 +176,8 @@ class LLM:
             where = resolve_device(device)
             self.model = load_model(model, resolve_dtype(dtype, where), where)
             self.tokenizer = load_tokenizer(model) if Path(model).is_dir() else None
+        weight = self.model.wte.weight
+        self.backend = resolve_backend(backend, weight.device, weight.dtype)
         if threads is not None:
             torch.set_num_threads(threads)
         self.engine = self._build_engine(reserve, policy)
@@ -158,8 +216,9 @@ class LLM:
             reserve,
             policy,
         )
+        kernels = BACKENDS[self.backend]
         return InferenceEngine(
-            eager_forward(self.model, cache, BACKENDS[self.backend]),
+            eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv),
             cache,
             scheduler,
             shape.vocab_size,

@@ -20,7 +20,7 @@ from block_allocator import BlockAllocator
 from checkpoint import load_model, save_model
 from engine import EngineConfig, InferenceEngine, eager_forward, sample_next
 from kv_cache import KVCache
-from llm import BACKENDS
+from llm import BACKENDS, resolve_backend
 from model import attend_one_sequence
 from sampling import SamplingParams
 from scheduler import Scheduler
@@ -29,6 +29,16 @@ from tokenizer import load_tokenizer, save_vocabulary
 
 GREEDY = {"temperature": 0}
 UNLIMITED = 10_000  # tokens in a step: more than any test has
+
+# What a user gets on a CPU is what all tests here run through; those of the roads that must agree
+# run through each backend. Triton's kernels are interpreted on a CPU, slowly: they get a test of
+# their own, and all of them where a GPU runs them.
+DEFAULT_BACKEND = resolve_backend("auto", torch.device("cpu"), torch.float64)
+CPU_BACKENDS = [
+    name
+    for name, backend in BACKENDS.items()
+    if name != "triton" and backend.missing is None and backend.device in (None, "cpu")
+]
 
 
 def random_prompts(lengths, vocab_size=97, seed=1):
@@ -43,7 +53,7 @@ def build(
     block_size=4,
     max_num_seqs=16,
     max_num_batched_tokens=UNLIMITED,
-    attention=BACKENDS["torch"],
+    kernels=BACKENDS[DEFAULT_BACKEND],
     **kwargs,
 ):
     """An engine made by hand from its parts, in the model's dtype."""
@@ -53,7 +63,7 @@ def build(
     cache.pool.fill_(math.nan)  # zeros would hide a read of what was never written
     allocator = BlockAllocator(num_blocks, block_size)
     scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, config.max_seq_len)
-    forward = eager_forward(model, cache, attention)
+    forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
     return InferenceEngine(forward, cache, scheduler, config.vocab_size, **kwargs)
 
 
@@ -92,15 +102,19 @@ def dense_logits(model, ids):
     return model.logits(model(torch.tensor(ids), torch.arange(len(ids)), attend_one_sequence))
 
 
-class CountingKernel:
-    """A backend's kernel that counts its calls: one that never ran would pass every test."""
+class CountingKernels:
+    """A backend's kernels that count their calls: one that never ran would pass every test."""
 
     def __init__(self, backend):
-        self.kernel, self.calls = BACKENDS[backend], 0
+        self.kernels, self.calls, self.writes = BACKENDS[backend], 0, 0
 
-    def __call__(self, *args, **kwargs):
+    def paged_attention(self, *args, **kwargs):
         self.calls += 1
-        return self.kernel(*args, **kwargs)
+        return self.kernels.paged_attention(*args, **kwargs)
+
+    def write_kv(self, *args):
+        self.writes += 1
+        return self.kernels.write_kv(*args)
 
 
 class Recorder:
@@ -167,21 +181,39 @@ def test_no_cache_and_contiguous_slabs_write_the_same_tokens(model, expected):
 
 @pytest.mark.parametrize("budget", [1, 5, 64, UNLIMITED])
 @pytest.mark.parametrize("block_size", [1, 2, 7, 16, 64, 256])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_paged_tokens_and_logits_are_those_without_a_cache(
     model, expected, backend, block_size, budget
 ):
-    kernel = CountingKernel(backend)
+    kernels = CountingKernels(backend)
     num_blocks = 6 * -(-(max(LENGTHS) + NUM_TOKENS) // block_size)
-    engine = build(model, num_blocks, block_size, 6, budget, kernel)
+    engine = build(model, num_blocks, block_size, 6, budget, kernels)
     same, error = compare(engine, expected)
     assert same and error < 1e-9
     assert engine.scheduler.num_preemptions == 0
     # One call for each layer and step, and with a budget of 1 a step for each token but the last.
-    assert kernel.calls >= model.config.n_layer * NUM_TOKENS
+    assert kernels.writes == kernels.calls >= model.config.n_layer * NUM_TOKENS
     if budget == 1:
         tokens = sum(LENGTHS) + 6 * (NUM_TOKENS - 1)
-        assert kernel.calls == model.config.n_layer * tokens
+        assert kernels.calls == model.config.n_layer * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_tokens_are_the_same_through_interpreted_triton_kernels(tiny_gpt, dtype):
+    """Prefill, chunks of a prompt, decoding and both in one step: few tokens, for it is slow."""
+    if BACKENDS["triton"].missing:
+        pytest.skip("triton is not installed")
+    if BACKENDS["triton"].device == "cuda":
+        pytest.skip("triton compiles for a GPU here: the tests of its kernels run there")
+    model = tiny_gpt(seed=5, dtype=dtype, n_layer=1, n_head=2, n_embd=32)
+    prompts = random_prompts([3, 14, 1])
+    texts = []
+    for backend in ("torch", "triton"):
+        kernels = CountingKernels(backend)
+        engine = build(model, max_num_batched_tokens=8, kernels=kernels)
+        texts.append(generate(engine, prompts, max_tokens=6))
+        assert kernels.calls == kernels.writes >= 6
+    assert texts[0] == texts[1] and len({token for text in texts[0] for token in text}) > 4
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5])
@@ -212,7 +244,7 @@ def test_a_request_that_joins_in_the_middle_of_others_writes_the_same(model, exp
 
 
 @pytest.mark.parametrize("budget", [5, 64, UNLIMITED])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_preemption_injected_at_every_step_changes_no_token(model, expected, backend, budget):
     """Somebody loses all blocks between any two steps.
 
@@ -220,8 +252,8 @@ def test_preemption_injected_at_every_step_changes_no_token(model, expected, bac
     only the last in line is, as in life, and the first goes on.
     """
     numbers = random.Random(2)
-    kernel = CountingKernel(backend)
-    engine = build(model, max_num_batched_tokens=budget, attention=kernel)
+    kernels = CountingKernels(backend)
+    engine = build(model, max_num_batched_tokens=budget, kernels=kernels)
     steps = []
 
     def preempt_somebody(step):
@@ -236,7 +268,7 @@ def test_preemption_injected_at_every_step_changes_no_token(model, expected, bac
     assert same and error < 1e-9
     assert len(steps) >= NUM_TOKENS and engine.scheduler.num_preemptions > len(steps) // 2
     assert engine.scheduler.num_recomputed_tokens > 100
-    assert kernel.calls == model.config.n_layer * len(steps)
+    assert kernels.calls == kernels.writes == model.config.n_layer * len(steps)
 
 
 @pytest.mark.parametrize("index", range(6))

@@ -15,7 +15,15 @@ import kv_cache
 import llm as llm_module
 from baselines import generate_no_cache
 from checkpoint import load_model, save_model
-from llm import BACKENDS, LLM, RequestOutput, SamplingParams, resolve_device, resolve_dtype
+from llm import (
+    BACKENDS,
+    LLM,
+    RequestOutput,
+    SamplingParams,
+    resolve_backend,
+    resolve_device,
+    resolve_dtype,
+)
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
 from tokenizer import save_vocabulary
@@ -324,7 +332,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
         ({"device": ""}, "device is '': choose"),
         ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, float64, bfloat16, float16"),
         ({"dtype": "half"}, "dtype is 'half': choose"),
-        ({"backend": "cublas"}, "backend is 'cublas': choose auto, torch"),
+        ({"backend": "cublas"}, "backend is 'cublas': choose auto, triton, numba, torch"),
         ({"block_size": 0}, "block_size is 0: it must be an integer of at least 1"),
         ({"max_seq_len": 65}, "max_seq_len is 65, the model has 64 positions"),
         ({"max_seq_len": 0}, "max_seq_len is 0: it must be"),
@@ -352,23 +360,97 @@ def test_a_model_that_does_not_exist_is_refused_in_one_sentence(name):
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_the_backend_that_was_named_is_the_one_that_runs(monkeypatch, folder, backend):
+HERE = torch.device("cpu")
+NUMBA_OR_TORCH = "torch" if BACKENDS["numba"].missing else "numba"
+
+
+def count_calls(monkeypatch):
+    """The names of the backends whose kernels run from now on, a write and a read each."""
     calls = []
 
-    def counting(name, kernel):
-        def attention(*args, **kwargs):
-            calls.append(name)
+    def counting(name, kind, kernel):
+        def counted(*args, **kwargs):
+            calls.append((name, kind))
             return kernel(*args, **kwargs)
 
-        return attention
+        return counted
 
-    for name, kernel in BACKENDS.items():
-        monkeypatch.setitem(llm_module.BACKENDS, name, counting(name, kernel))
-    llm = LLM(folder, backend=backend, num_blocks=8)
+    for name, backend in BACKENDS.items():
+        counted = backend._replace(
+            paged_attention=counting(name, "read", backend.paged_attention),
+            write_kv=counting(name, "write", backend.write_kv),
+        )
+        monkeypatch.setitem(llm_module.BACKENDS, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_the_backend_that_was_named_is_the_one_that_runs(monkeypatch, folder, backend):
+    if backend != "auto" and BACKENDS[backend].missing:
+        pytest.skip(f"{backend} is not installed")
+    if backend != "auto" and BACKENDS[backend].device not in (None, "cpu"):
+        pytest.skip(f"{backend} does not run on a CPU")
+    calls = count_calls(monkeypatch)
+    llm = LLM(folder, backend=backend, device="cpu", num_blocks=8)
     llm.generate("abc", SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
-    assert llm.backend in BACKENDS and backend in ("auto", llm.backend)
-    assert calls == [llm.backend] * (3 * 2)  # three steps of two layers
+    assert llm.backend == (NUMBA_OR_TORCH if backend == "auto" else backend)
+    # Three steps of two layers.
+    assert calls == [(llm.backend, "write"), (llm.backend, "read")] * (3 * 2)
+
+
+def test_a_dtype_that_a_backend_lacks_goes_to_the_next_one_and_says_so_once(monkeypatch, folder):
+    if BACKENDS["numba"].missing:
+        pytest.skip("numba is not installed")
+    calls = count_calls(monkeypatch)
+    with pytest.warns(UserWarning, match="'numba' has no float16: 'torch' is used") as said:
+        llm = LLM(folder, backend="auto", device="cpu", dtype="float16", num_blocks=8)
+        llm.generate("abc", SamplingParams(temperature=0, max_tokens=3))
+    assert llm.backend == "torch" and {name for name, _ in calls} == {"torch"}
+    assert len([one for one in said if "float16" in str(one.message)]) == 1
+
+
+def stand_in(monkeypatch, **changes):
+    """BACKENDS as another machine would have it: `numba={"missing": "numba"}`."""
+    for name, change in changes.items():
+        monkeypatch.setitem(llm_module.BACKENDS, name, BACKENDS[name]._replace(**change))
+    monkeypatch.setattr(llm_module, "INTERPRETED", False)
+
+
+def test_auto_takes_the_fastest_that_the_machine_has(monkeypatch):
+    gpu, everything = torch.device("cuda"), dict.fromkeys(["triton", "numba"], {"missing": None})
+    everything["triton"] = {"missing": None, "device": "cuda"}
+    stand_in(monkeypatch, **everything)
+    assert resolve_backend("auto", gpu, torch.bfloat16) == "triton"
+    assert resolve_backend("auto", HERE, torch.bfloat16) == "numba"
+    assert resolve_backend("torch", gpu, torch.bfloat16) == "torch"
+
+
+def test_without_numba_and_triton_pytorch_does_it_all(monkeypatch):
+    stand_in(monkeypatch, numba={"missing": "numba"}, triton={"missing": "triton"})
+    for device in (HERE, torch.device("cuda")):
+        assert resolve_backend("auto", device, torch.float32) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "device", "message"),
+    [
+        ("numba", {"missing": "numba"}, "cpu", "'numba' needs numba, which is not installed"),
+        ("numba", {"missing": None}, "cuda", "'numba' runs on cpu, the model is on cuda"),
+        ("triton", {"missing": "triton"}, "cuda", "'triton' needs triton, which is not installed"),
+        ("triton", {"missing": None, "device": "cuda"}, "cpu", "runs on cuda, the model is on cpu"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused(monkeypatch, name, change, device, message):
+    stand_in(monkeypatch, **{name: change})
+    with pytest.raises(ValueError, match=message):
+        resolve_backend(name, torch.device(device), torch.float32)
+
+
+def test_interpreted_kernels_run_only_if_they_are_named(monkeypatch):
+    stand_in(monkeypatch, triton={"missing": None, "device": "cpu"})
+    monkeypatch.setattr(llm_module, "INTERPRETED", True)
+    assert resolve_backend("auto", HERE, torch.float32) == NUMBA_OR_TORCH
+    assert resolve_backend("triton", HERE, torch.float32) == "triton"
 
 
 # ---- the pool ------------------------------------------------------------------------------------
