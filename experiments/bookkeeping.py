@@ -7,48 +7,54 @@ hold is that the cost is small beside a forward and does not grow with the numbe
     allocator  500 cycles x 16 sequences x 8 blocks, a block counted once per allocate-and-free
     scheduler  schedule() and update() of one decode step, 256 running, 0 or 100,000 waiting
 
-Best of several repeats, as the machine may be busy with something else; the spread is printed too.
+Several repeats, as the machine may be busy with something else: the best of them, which a goal is
+held against, is the row's max (blocks a second) or its min (milliseconds).
 Run: python experiments/bookkeeping.py
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
 from block_allocator import BlockAllocator  # noqa: E402
+from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment's flags."""
-    parser.add_argument("--repeats", type=int, default=7, help="repeats; the best counts")
+    parser.add_argument("--repeats", type=int, default=7, help="of each measurement")
     parser.add_argument("--running", type=int, default=256, help="sequences in a step")
-    parser.add_argument("--waiting", type=int, nargs="+", default=[0, 100_000])
+    parser.add_argument(
+        "--waiting", type=int, nargs="+", default=[0, 100_000], help="sequences in the queue"
+    )
 
 
-def time_allocator(repeats: int) -> dict:
-    """Millions of blocks a second through allocate and free with reference counts."""
+def time_allocator(repeats: int) -> list[float]:
+    """Blocks a second through allocate and free with reference counts, of each repeat."""
     rates = []
     for _ in range(repeats):
         allocator = BlockAllocator(num_blocks=1024, block_size=16)
         started = time.perf_counter()
         for _ in range(500):
-            tables = [allocator.allocate(8) for _ in range(16)]
-            for table in tables:
+            for table in [allocator.allocate(8) for _ in range(16)]:
                 allocator.free(table)
-        rates.append(500 * 16 * 8 / (time.perf_counter() - started) / 1e6)
+        rates.append(500 * 16 * 8 / (time.perf_counter() - started))
         allocator.check_integrity([])
         assert allocator.num_free == 1024, "a block leaked"
-    worst, best = min(rates), max(rates)
-    return {"what": "allocator", "best": best, "worst": worst, "unit": "M blocks/s"}
+    return rates
 
 
-def time_scheduler(running: int, waiting: int, repeats: int) -> dict:
-    """Milliseconds of schedule() plus update() in a decode step, with a stub for the model."""
+def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
+    """Milliseconds of schedule() plus update() in a decode step, with a stub for the model.
+
+    A value is the mean of 16 steps, in which each sequence takes one new block.
+    """
     scheduler = Scheduler(
         BlockAllocator(num_blocks=running * 64, block_size=16),
         max_num_seqs=running,
@@ -70,23 +76,27 @@ def time_scheduler(running: int, waiting: int, repeats: int) -> dict:
         if step >= 3:  # all prompts are in
             assert len(plan.scheduled) == running
             times_ms.append((planned - started + time.perf_counter() - resumed) * 1e3)
-    means = [sum(times_ms[i : i + 16]) / 16 for i in range(0, len(times_ms), 16)]
-    what = f"schedule() + update(), {running} running, {waiting:,} waiting"
-    return {"what": what, "best": min(means), "worst": max(means), "unit": "ms a step"}
+    return [sum(times_ms[i : i + 16]) / 16 for i in range(0, len(times_ms), 16)]
 
 
-def run(args: argparse.Namespace) -> list[dict]:
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
-    rows = [time_allocator(args.repeats)]
-    return rows + [time_scheduler(args.running, n, args.repeats) for n in args.waiting]
+    common = {"experiment": "bookkeeping", "backend": "none", "dtype": "none", "threads": 1}
+    common |= {"device": device_name()}
+    rates = time_allocator(args.repeats)
+    allocator = {"contender": "allocator", "workload": "500 cycles x 16 sequences x 8 blocks"}
+    metric = {"metric": "allocated and freed", "unit": "blocks/s"}
+    yield Measurement.of(rates, **allocator, **metric, **common)
+    for waiting in args.waiting:
+        times_ms = time_scheduler(args.running, waiting, args.repeats)
+        scheduler = {"contender": "schedule() + update()", "metric": "time a step", "unit": "ms"}
+        workload = f"running={args.running} waiting={waiting}"
+        yield Measurement.of(times_ms, workload=workload, **scheduler, **common)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    for row in run(parser.parse_args(argv)):
-        print(f"{row['what']:52} {row['best']:8.3f} {row['unit']:11} (worst {row['worst']:.3f})")
+    run_alone(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ Run: python experiments/roads.py
 """
 
 import argparse
-import statistics
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +21,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 
 from baselines import generate_contiguous, generate_no_cache  # noqa: E402
-from llm import LLM, SHIPPED_MODEL, SamplingParams  # noqa: E402
+from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams  # noqa: E402
+from results import Measurement, device_name, run_alone  # noqa: E402
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment's flags."""
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="a folder, or random:gpt2")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="sequences")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--no-cache-up-to", type=int, default=8, help="sequences")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--model", default=str(SHIPPED_MODEL), help="a folder, or random:gpt2")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights, K and V")
+    add("--backend", default="auto", choices=["auto", *BACKENDS], help="the paged road's kernel")
+    add("--threads", type=int, help="of the CPU; default: all, for the shipped model 1")
+    add("--batches", type=int, nargs="+", default=[1, 8, 32], help="numbers of sequences to try")
+    add("--prompt-tokens", type=int, default=64, help="tokens of each prompt, at random")
+    add("--new-tokens", type=int, default=64, help="tokens that each sequence gets")
+    add("--block-size", type=int, default=16, help="tokens in a block of the paged road")
+    add("--no-cache-up-to", type=int, default=8, help="largest batch that runs without a cache")
+    add("--repeats", type=int, default=5, help="rounds; each times every road once")
+    add("--seed", type=int, default=0, help="of the prompts")
 
 
 def generate_paged(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -41,8 +48,8 @@ def generate_paged(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
-def run_batch(llm: LLM, batch: int, args: argparse.Namespace) -> list[dict]:
-    """All roads for one number of sequences: seconds of each repeat."""
+def time_batch(llm: LLM, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each repeat on all roads, for one number of sequences."""
     generator = torch.Generator().manual_seed(args.seed)
     shape = batch, args.prompt_tokens
     prompts = torch.randint(llm.model.config.vocab_size, shape, generator=generator).tolist()
@@ -56,41 +63,51 @@ def run_batch(llm: LLM, batch: int, args: argparse.Namespace) -> list[dict]:
     for repeat in range(args.repeats + 1):
         for road, generate in roads.items():
             started = time.perf_counter()
-            tokens = generate(prompts, args.new_tokens)
+            tokens = generate(prompts, args.new_tokens)  # its ids are on the host: all is done
             if repeat:  # the first round warms up and is checked
                 seconds[road].append(time.perf_counter() - started)
             elif road == "contiguous":
                 first = tokens
             else:
                 same = sum(a == b for a, b in zip(tokens, first, strict=True))
-                assert same >= 0.9 * batch, f"{road} wrote {batch - same} of {batch} differently"
-    return [{"batch": batch, "road": road, "seconds": times} for road, times in seconds.items()]
+                if same < 0.9 * batch:
+                    raise ValueError(f"{road} wrote {batch - same} of {batch} differently")
+    return seconds
 
 
-def run(args: argparse.Namespace) -> list[dict]:
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
-    blocks = -(-(args.prompt_tokens + args.new_tokens) // 16) * max(args.batches)
-    llm = LLM(args.model, num_blocks=blocks)
-    dtype = str(llm.model.wte.weight.dtype)[6:]
-    print(f"{llm.model_name}, {llm.weights}, {dtype}, {torch.get_num_threads()} threads")
-    return [row for batch in args.batches for row in run_batch(llm, batch, args)]
+    blocks = -(-(args.prompt_tokens + args.new_tokens) // args.block_size) * max(args.batches)
+    chosen = {name: getattr(args, name) for name in ("device", "dtype", "backend", "block_size")}
+    is_shipped = args.model == str(SHIPPED_MODEL)
+    before = torch.get_num_threads()
+    # So small a model that a second thread waits more than it works.
+    threads = args.threads or (1 if is_shipped else None)
+    llm = LLM(args.model, num_blocks=blocks, threads=threads, **chosen)
+    weight = llm.model.wte.weight
+    common = {"experiment": "roads", "dtype": str(weight.dtype)[6:], "seed": args.seed}
+    common |= {"threads": torch.get_num_threads(), "device": device_name(weight.device)}
+    model = Path(args.model).name if is_shipped else args.model
+    common |= {"model": model, "weights": llm.weights}
+    try:
+        for batch in args.batches:
+            seconds = time_batch(llm, batch, args)
+            sizes = f"prompt={args.prompt_tokens} new={args.new_tokens}"
+            what = {"workload": f"batch={batch} {sizes} block_size={args.block_size}"} | common
+            for road, times in seconds.items():
+                what |= {"contender": road, "backend": llm.backend if road == "paged" else "torch"}
+                rates = [batch * args.new_tokens / t for t in times]
+                yield Measurement.of(rates, metric="generated tokens", unit="tokens/s", **what)
+                if road != "contiguous":
+                    against = {"metric": "speed against contiguous", "unit": "x"}
+                    yield Measurement.ratio_of(seconds["contiguous"], times, **against, **what)
+    finally:
+        torch.set_num_threads(before)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    base = 0.0
-    for row in run(args):
-        tokens = row["batch"] * args.new_tokens
-        rates = sorted(tokens / seconds for seconds in row["seconds"])
-        rate = statistics.median(rates)
-        base = rate if row["road"] == "contiguous" else base
-        print(
-            f"batch {row['batch']:3}  {row['road']:10} {rate:8.1f} tokens/s "
-            f"({rates[0]:.1f} to {rates[-1]:.1f})  {rate / base:5.2f} x contiguous"
-        )
+    run_alone(__doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,13 @@ LADDER = [
     "engine",
     "llm",
     "generate",
+    "results",
 ]
 # Beside the ladder stand programs that nobody imports: one trains the shipped model, saves it and
 # lets it write; two measure, through the files of experiments/.
 BESIDE = {
     "train_tiny": ["model", "checkpoint", "llm"],
+    "benchmark": ["results"],
 }
 FILES = [*LADDER, *BESIDE]
 PROGRAMS = ["generate", *BESIDE]  # they have arguments and a main() instead of a demo()

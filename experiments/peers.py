@@ -1,0 +1,299 @@
+"""The engine against transformers' DynamicCache: same weights, same prompts, same process, in turn.
+
+Two workloads, both greedy and of a fixed length, so that the work is equal:
+
+    decode   B prompts of 256 tokens are computed, then 64 tokens written: the median of those steps
+    prefill  8 prompts of 256 tokens and the first token of each: one step of 2,048 tokens
+
+Ours is counted as a user meets it, `InferenceEngine.step()`: schedule, lay out the batch, forward,
+sample, update, detokenise. Theirs is a bare loop around the model, its fastest honest form: no
+`generate()` around it, logits of the last position only (`logits_to_keep=1`, as `generate()` asks
+for), an arg max. Before anything is timed both must give the same logits, for a prompt and for a
+step behind it: fp32 to 1e-3, 16 bits to 2% of the largest.
+
+Contenders run in rounds, A B A B, so a busy minute hits both; a ratio is of the medians of the
+rounds, and its spread that of single rounds. Needs transformers.
+Run: python experiments/peers.py --batches 8 --steps 16
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from checkpoint import CONV1D, load_model, weights_kind  # noqa: E402
+from experiments.ceilings import resolve, set_threads  # noqa: E402
+from kv_cache import Row, make_batch  # noqa: E402
+from llm import BACKENDS, DTYPES, LLM, SamplingParams  # noqa: E402
+from model import GPT  # noqa: E402
+from results import Measurement, device_name, run_alone  # noqa: E402
+
+OURS, THEIRS = "paged engine", "transformers DynamicCache"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The experiment's flags."""
+    add = parser.add_argument
+    add("--model", default="random:gpt2", help="a folder, or random:gpt2 (its speed is GPT-2's)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=[*DTYPES], help="in turn")
+    add("--backend", default="auto", choices=["auto", *BACKENDS], help="our kernel")
+    add("--threads", type=int, nargs="+", help="of the CPU, one run each; default: all")
+    add("--batches", type=int, nargs="*", default=[32], help="decode: sequences; none: skip")
+    add("--prompt-tokens", type=int, default=256, help="tokens of each prompt, at random")
+    add("--steps", type=int, default=64, help="decode: steps timed in a round")
+    add("--rounds", type=int, default=3, help="decode: rounds, each times both contenders")
+    add("--prefill", type=int, default=8, help="prefill: prompts in one step; 0: skip")
+    add("--repeats", type=int, default=5, help="prefill: rounds")
+    add("--block-size", type=int, default=16, help="tokens in a block of our pool")
+    add("--seed", type=int, default=0, help="of the prompts")
+
+
+# ---- the two contenders --------------------------------------------------------------------------
+def as_transformers(model: GPT) -> torch.nn.Module:
+    """The same weights in transformers' GPT-2, on the same device, in the same dtype."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner}
+    sizes |= {"vocab_size": c.vocab_size, "n_positions": c.max_seq_len}
+    options = {"activation_function": c.activation_function, "attn_implementation": "sdpa"}
+    options |= {"layer_norm_epsilon": c.layer_norm_epsilon, "bos_token_id": 0, "eos_token_id": 0}
+    options |= {"scale_attn_weights": c.scale_attn_weights}
+    options |= {"scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx}
+    options |= {"tie_word_embeddings": c.tie_word_embeddings}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **options)).to(model.wte.weight)
+    for name, weight in model.state_dict().items():
+        target = theirs.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}")
+        target.data.copy_(
+            weight.t() if name.endswith(CONV1D) else weight
+        )  # their Conv1D: (in, out)
+    return theirs.requires_grad_(False).eval()
+
+
+class Theirs:
+    """A bare loop: prompts in, then a token a sequence and step."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def begin(self) -> None:
+        """An empty cache."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Scores (B, V) of each sequence's next token; what K and V they have is kept."""
+        output = self.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    def start(self, prompts: Tensor) -> None:
+        """Compute the prompts (B, T) and the first token of each."""
+        self.begin()
+        self.next_ids = self.logits(prompts).argmax(-1, keepdim=True)
+
+    def step(self) -> None:
+        """One more token for each. The ids stay on the device, as in `generate()`."""
+        self.next_ids = self.logits(self.next_ids).argmax(-1, keepdim=True)
+
+    def finish(self) -> None:
+        """Forget the sequences."""
+        del self.cache, self.next_ids
+
+
+class Ours:
+    """The engine, driven step by step."""
+
+    def __init__(self, llm: LLM, new_tokens: int):
+        self.llm, self.num_new = llm, new_tokens
+
+    def start(self, prompts: Tensor) -> None:
+        """Queue the prompts (B, T) and run the one step that computes them all."""
+        params = SamplingParams(temperature=0, max_tokens=self.num_new, ignore_eos=True)
+        for prompt in prompts.tolist():
+            self.llm.engine.add_request(prompt, params)
+        output = self.llm.engine.step()
+        assert output.plan.num_tokens == prompts.numel(), "the prompts were not one step"
+        self.batch = len(prompts)
+
+    def step(self) -> None:
+        """One more token for each."""
+        output = self.llm.engine.step()
+        assert output.plan.num_tokens == self.batch, "a step of another number of sequences"
+
+    def finish(self) -> None:
+        """All have their number of tokens, and the blocks are free again."""
+        assert not self.llm.engine.has_unfinished()
+
+
+def build(model: GPT, batch: int, new_tokens: int, args: argparse.Namespace) -> Ours:
+    """An engine with room for `batch` prompts in one step, and for all that they write."""
+    length = args.prompt_tokens + new_tokens
+    llm = LLM(
+        model,
+        backend=args.backend,
+        block_size=args.block_size,
+        num_blocks=batch * -(-length // args.block_size),
+        max_num_seqs=batch,
+        max_num_batched_tokens=batch * args.prompt_tokens,
+    )
+    return Ours(llm, new_tokens)
+
+
+@torch.inference_mode()
+def check_equal_work(ours: Ours, theirs: Theirs, prompts: Tensor) -> None:
+    """Raise ValueError unless both give the same logits, for two prompts and for a step more.
+
+    Ours come from the engine's own forward over its pool, which is idle now.
+    """
+    theirs.begin()
+    first = theirs.logits(prompts[:2])
+    chosen = first.argmax(-1, keepdim=True)  # both go on with these, or a tie would part them
+    second = theirs.logits(chosen)
+    cache, B, T = ours.llm.engine.cache, len(first), prompts.shape[1]
+    per_sequence = -(-(T + 1) // cache.block_size)
+    all_ids = torch.cat((prompts[:2], chosen), 1).tolist()
+    tables = torch.arange(B * per_sequence).view(B, per_sequence).tolist()
+    for want, start, num_new_tokens in ((first, 0, T), (second, T, 1)):
+        rows = [
+            Row(token_ids, start, num_new_tokens, block_table, 1)
+            for token_ids, block_table in zip(all_ids, tables, strict=True)
+        ]
+        batch = make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+        error = (ours.llm.engine.forward(batch).double() - want.double()).abs().max()
+        in_16_bits = cache.pool.dtype.itemsize == 2
+        bound = 0.02 * want.abs().max() if in_16_bits else 1e-3
+        if not error <= bound:  # NaN fails too
+            raise ValueError(f"the logits differ by {error:.1e}, {bound:.1e} is allowed")
+    del theirs.cache
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+@torch.inference_mode()
+def time_ms(work: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds until the work is done, on the device too."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1e3
+
+
+def time_decode(contenders: dict, prompts: Tensor, args: argparse.Namespace) -> dict:
+    """Milliseconds of each step, a list a round: {contender: [[step, ..], ..]}."""
+    rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    for number in range(args.rounds + 1):
+        for name, contender in contenders.items():
+            time_ms(lambda c=contender: c.start(prompts), prompts.device)
+            steps = [time_ms(contender.step, prompts.device) for _ in range(args.steps)]
+            contender.finish()
+            if number:
+                rounds[name].append(steps)
+    return rounds
+
+
+def decode(
+    model: GPT, theirs: Theirs, batch: int, args: argparse.Namespace, common: dict
+) -> Iterator[Measurement]:
+    """Rows of the decode steps of one batch size."""
+    prompts = random_prompts(model, batch, args)
+    ours = build(model, batch, 1 + args.steps, args)
+    check_equal_work(ours, theirs, prompts)
+    rounds = time_decode({OURS: ours, THEIRS: theirs}, prompts, args)
+    context = f"context={args.prompt_tokens}..{args.prompt_tokens + args.steps}"
+    what = {"workload": f"decode batch={batch} {context} block_size={args.block_size}"} | common
+    for name in (OURS, THEIRS):
+        what |= {"contender": name, "backend": ours.llm.backend if name == OURS else "torch"}
+        steps = [step for steps in rounds[name] for step in steps]
+        yield Measurement.of(steps, metric="time a step", unit="ms", **what)
+        rates = [batch * 1e3 / statistics.median(steps) for steps in rounds[name]]
+        yield Measurement.of(rates, metric="generated tokens", unit="tokens/s", **what)
+    yield faster(ours, rounds, what)
+
+
+def prefill(
+    model: GPT, theirs: Theirs, args: argparse.Namespace, common: dict
+) -> Iterator[Measurement]:
+    """Rows of a step that computes prompts."""
+    prompts = random_prompts(model, args.prefill, args)
+    ours = build(model, args.prefill, 1, args)  # one token each, so they end with this step
+    check_equal_work(ours, theirs, prompts)
+    contenders = {OURS: ours, THEIRS: theirs}
+    rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    for number in range(args.repeats + 1):
+        for name, contender in contenders.items():
+            taken_ms = time_ms(lambda c=contender: c.start(prompts), prompts.device)
+            contender.finish()
+            if number:
+                rounds[name].append([taken_ms])
+    sizes = f"batch={args.prefill} prompt={args.prompt_tokens} block_size={args.block_size}"
+    what = {"workload": f"prefill {sizes}"} | common
+    for name in (OURS, THEIRS):
+        what |= {"contender": name, "backend": ours.llm.backend if name == OURS else "torch"}
+        times = [taken_ms for (taken_ms,) in rounds[name]]
+        yield Measurement.of(times, metric="time a step", unit="ms", **what)
+        rates = [prompts.numel() * 1e3 / t for t in times]
+        yield Measurement.of(rates, metric="prompt tokens", unit="tokens/s", **what)
+    yield faster(ours, rounds, what)
+
+
+def faster(ours: Ours, rounds: dict[str, list[list[float]]], what: dict) -> Measurement:
+    """The row of the ratio: of the medians of the rounds."""
+    medians = {name: list(map(statistics.median, times)) for name, times in rounds.items()}
+    what = what | {"contender": OURS, "backend": ours.llm.backend}
+    against = {"metric": f"speed against {THEIRS}", "unit": "x"}
+    return Measurement.ratio_of(medians[THEIRS], medians[OURS], **against, **what)
+
+
+def random_prompts(model: GPT, batch: int, args: argparse.Namespace) -> Tensor:
+    """Token ids (batch, prompt_tokens), on the model's device."""
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = batch, args.prompt_tokens
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    return ids.to(model.wte.weight.device)
+
+
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
+    """All rows of the experiment."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install transformers") from None
+    device = resolve(args.device)
+    before = torch.get_num_threads()
+    common = {"experiment": "peers", "device": device_name(device), "seed": args.seed}
+    common |= {"model": args.model, "weights": weights_kind(args.model)}
+    try:
+        for dtype in args.dtypes:
+            model = load_model(args.model, DTYPES[dtype], device)
+            if args.prompt_tokens + args.steps + 1 > model.config.max_seq_len:
+                limit = model.config.max_seq_len
+                sizes = f"{args.prompt_tokens} prompt tokens and {args.steps} steps"
+                raise ValueError(f"{sizes}: the model has {limit} positions")
+            theirs = Theirs(as_transformers(model))
+            for threads in args.threads or [before]:
+                set_threads(threads)
+                common |= {"dtype": dtype, "threads": threads}
+                for batch in args.batches:
+                    yield from decode(model, theirs, batch, args, common)
+                if args.prefill:
+                    yield from prefill(model, theirs, args, common)
+    finally:
+        set_threads(before)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    run_alone(__doc__, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    main()
