@@ -45,6 +45,7 @@ LADDER = [
 BESIDE = {
     "train_tiny": ["model", "checkpoint", "llm"],
     "benchmark": ["results"],
+    "gpu_check": ["results"],
 }
 FILES = [*LADDER, *BESIDE]
 PROGRAMS = ["generate", *BESIDE]  # they have arguments and a main() instead of a demo()
