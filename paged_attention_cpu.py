@@ -56,16 +56,18 @@ LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
 
 # ---- the walk ------------------------------------------------------------------------------------
 @inlined
-def fold_block(q, k, v, row, num_tokens, stride, ahead, m, l, acc, scores):
+def fold_block(D, q, k, v, where, so_far, acc, scores):
     """`paged_attention.fold_block` for one query and one head of a block; returns the new m, l.
 
-    q and acc are (D,), k and v the whole pool as flat arrays, `row` the element where the head's
-    first readable token begins, `stride` from token to token. Tokens go four at a time: q is loaded
+    q and acc are (D,), k and v the whole pool as flat arrays. `where` says which element of them
+    begins the head's first readable token, how many tokens there are, the stride from one to the
+    next, and where to fetch ahead (negative: nowhere). Tokens go four at a time: q is loaded
     once for four products, acc once for four sums. Unsigned indices, because Numba gives a signed
     one the meaning of Python's (counting from the end), and that stops the compiler.
     """
-    U, D = np.uint64, np.uint64(q.size)
-    step = np.uint64(stride)
+    row, num_tokens, stride, ahead = where
+    m, l = so_far
+    U, D, step = np.uint64, np.uint64(D), np.uint64(stride)
     zero = acc.dtype.type(0)
     fours = num_tokens // 4 * 4
     top = m
@@ -122,7 +124,7 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
     while it is in the cache.
     """
     H_kv, block_size, block_stride, head_stride, token_stride = shape
-    T, G = len(q) // H, H // H_kv
+    T, G, D = len(q) // H, H // H_kv, q.shape[1]
     final = (stop - 1) // block_size
     for i in range(start // block_size, final + 1):
         begin = max(start - i * block_size, 0)
@@ -138,28 +140,23 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
                     continue
                 first = t * H + h_kv * G
                 for h in range(first, first + G):
-                    m[h], l[h] = fold_block(
-                        q[h],
-                        k,
-                        v,
-                        tile + begin * token_stride,
-                        readable,
-                        token_stride,
-                        ahead if PREFETCH and h == h_kv * G else -1,
-                        m[h],
-                        l[h],
-                        acc[h],
-                        scores,
-                    )
+                    fetch = ahead if PREFETCH and h == h_kv * G else -1
+                    where = tile + begin * token_stride, readable, token_stride, fetch
+                    so_far = m[h], l[h]
+                    if D == 64:  # GPT-2 in all its sizes: loops of a known length have no ends
+                        m[h], l[h] = fold_block(64, q[h], k, v, where, so_far, acc[h], scores)
+                    else:
+                        m[h], l[h] = fold_block(D, q[h], k, v, where, so_far, acc[h], scores)
 
 
 @compiled
-def cut_into_chunks(query_start_locs, context_lens, context_starts, few):
+def cut_into_chunks(query_start_locs, context_lens, context_starts, few, q):
     """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row.
 
-    Also returns the number of partial rows: each chunk has one for each query of its sequence.
-    Sequences of no queries, or of `few` and more, are left out. Chunks are cut at multiples of
-    CHUNK_LEN whatever else runs, so a result does not depend on the batch.
+    Also returns room for the partial results, m, l (rows, H) and acc (rows, H, D): each chunk has
+    one row for each query of its sequence. Sequences of no queries, or of `few` and more, are left
+    out. Chunks are cut at multiples of CHUNK_LEN whatever else runs, so a result does not depend on
+    the batch.
     """
     num_chunks = 0
     for context_len in context_lens:
@@ -174,7 +171,9 @@ def cut_into_chunks(query_start_locs, context_lens, context_starts, few):
                 if start < stop:
                     chunks[n] = i, start, stop, row
                     n, row = n + 1, row + num_queries
-    return chunks[:n], row
+    shape, dtype = (row, q.shape[1]), q.dtype
+    acc = np.zeros((row, q.shape[1], q.shape[2]), dtype)
+    return chunks[:n], np.full(shape, -np.inf, dtype), np.zeros(shape, dtype), acc
 
 
 @compiled
@@ -250,16 +249,16 @@ def paged_attention_cpu(
         raise ValueError(f"paged_attention_cpu: strides of k and v are {strides}: make them equal")
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
-    queries = q.detach().to(dtype).contiguous() * (scale * LOG2_E)
+    in_place = out.dtype == dtype and out.is_contiguous()
+    result = out.zero_() if in_place else torch.zeros(q.shape, dtype=dtype)
+    queries = torch.empty(q.shape, dtype=dtype)
+    torch.mul(q.detach().to(dtype), scale * LOG2_E, out=queries)
     shape = (*k_cache.shape[1:3], *k_cache.stride()[:3])
     k, v, tables = flat(k_cache), flat(v_cache), block_tables.numpy()
     locs, lens = query_start_locs.numpy(), context_lens.numpy()
-    starts = np.zeros_like(lens) if context_starts is None else context_starts.numpy()
+    starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
 
-    result = torch.zeros(q.shape, dtype=dtype)
-    chunks, num_rows = cut_into_chunks(locs, lens, starts, MANY_QUERIES)
-    m = np.full((num_rows, q.shape[1]), -np.inf, queries.numpy().dtype)
-    l, acc = np.zeros_like(m), np.zeros((*m.shape, q.shape[2]), m.dtype)
+    chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, queries.numpy())
     num_threads = max(1, min(torch.get_num_threads(), len(chunks)))
     cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
     arguments = queries.numpy(), k, v, shape, tables, locs, lens, m, l, acc
@@ -276,7 +275,7 @@ def paged_attention_cpu(
             rows = slice(locs[i], locs[i + 1])
             q_i = queries[rows] * (1 / LOG2_E)
             result[rows] = attend_prompt(q_i, k, v, shape, tables[i], int(lens[i]), int(starts[i]))
-    return out.copy_(result)
+    return out if in_place else out.copy_(result)
 
 
 # --------------------------------------------------------------------------------------------------
