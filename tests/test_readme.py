@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from results import read
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = json.loads((ROOT / "assets/tiny-gpt2/training.json").read_text(encoding="utf-8"))
 CARD = (ROOT / "assets/tiny-gpt2/README.md").read_text(encoding="utf-8")
@@ -46,7 +48,7 @@ def test_the_demo_that_is_printed_in_full_is_what_the_file_prints():
 
 def test_the_make_targets_that_are_named_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"(?:^|`)make (\w+)", README, flags=re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
@@ -68,3 +70,63 @@ def test_the_shipped_model_reaches_what_it_was_trained_for():
     assert TRAINING["nats_per_token_at_512_to_1023"] <= TRAINING["nats_per_token_at_0_to_255"]
     files = [path for path in (ROOT / "assets/tiny-gpt2").iterdir()]
     assert sum(path.stat().st_size for path in files) <= 12e6
+
+
+# ---- figures -------------------------------------------------------------------------------------
+SETTINGS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]
+LADDER = {  # as the README calls it: as the CSV does
+    "gather the blocks, then the library's kernel": "gather, then dense",
+    "block by block in PyTorch": "block by block in PyTorch",
+    "one program per (sequence, head)": "one program per (sequence, head)",
+    "whole blocks, all heads (`paged_attention_cpu.py`)": "whole blocks, all heads",
+    "a contiguous slab, the library's kernel": "contiguous library kernel",
+    "nothing but reading": "read",
+}
+WORK = {
+    "decode, batch 1": "decode batch=1 ",
+    "decode, batch 32": "decode batch=32 ",
+    "prefill, 8 x 256 tokens": "prefill batch=8 ",
+}
+
+
+def last_row(rows, contender, metric, workload, dtype, threads):
+    """The newest row of a figure; contender and workload by their beginning."""
+    found = [
+        row
+        for row in rows
+        if row["contender"].startswith(contender)
+        and row["metric"].endswith(metric)
+        and row["workload"].startswith(workload)
+        and (row["dtype"], row["threads"]) == (dtype, threads)
+    ]
+    return found[-1]
+
+
+def ladder_line(name, contender):
+    rows = read(ROOT / "results/cpu/kernels.csv")
+    what = contender, "bandwidth", "batch=32 context=256 "
+    cells = [f"{last_row(rows, *what, *setting)['median']:.1f}" for setting in SETTINGS]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def peers_line(name, workload):
+    rows = read(ROOT / "results/cpu/peers.csv")
+    what = "paged engine", "speed against transformers DynamicCache", workload
+    cells = [f"{last_row(rows, *what, *setting)['median']:.1f}" for setting in SETTINGS]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_kernel_ladder_in_the_readme_is_the_newest_in_its_csv(name):
+    assert ladder_line(name, LADDER[name]) in README
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_the_comparison_with_transformers_is_the_newest_in_its_csv(name):
+    assert peers_line(name, WORK[name]) in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.csv")), ids=lambda p: p.name)
+def test_the_committed_rows_are_whole_and_of_a_commit_that_is_known(path):
+    for row in read(path):
+        assert row["commit"] not in ("unknown", "none") and not row["commit"].endswith("-dirty")
