@@ -70,6 +70,7 @@ def fold_block(D, q, k, v, where, so_far, acc, scores):
     U, D, step = np.uint64, np.uint64(D), np.uint64(stride)
     zero = acc.dtype.type(0)
     fours = num_tokens // 4 * 4
+    # q . k for each token, and the new maximum m'. (A sum over D is reordered to fill registers.)
     top = m
     for t in range(0, fours, 4):
         if ahead >= 0:
@@ -91,6 +92,7 @@ def fold_block(D, q, k, v, where, so_far, acc, scores):
         scores[t] = s0
         top = max(top, s0)
 
+    # l' = l 2^(m - m') + sum(2^(s - m')): before the first token m is -inf, and l and acc are 0.
     shrink, total = power_of_two(m - top), zero
     for d in range(D):
         acc[d] *= shrink
@@ -98,6 +100,7 @@ def fold_block(D, q, k, v, where, so_far, acc, scores):
         scores[t] = power_of_two(scores[t] - top)
         total += scores[t]
 
+    # acc' = acc 2^(m - m') + 2^(s - m') V
     for t in range(0, fours, 4):
         if ahead >= 0:
             prefetch(v, ahead + t * stride)
@@ -127,14 +130,16 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
     T, G, D = len(q) // H, H // H_kv, q.shape[1]
     final = (stop - 1) // block_size
     for i in range(start // block_size, final + 1):
+        # Offsets [begin, end) of block i: a chunk may begin and end inside one.
         begin = max(start - i * block_size, 0)
         end = min(stop - i * block_size, block_size)
         block = np.int64(table[i]) * block_stride  # int64: a pool has more than 2^31 elements
         next_block = np.int64(table[min(i + 1, final)]) * block_stride
         for h_kv in range(H_kv):
             tile = block + h_kv * head_stride
-            ahead = tile + head_stride if h_kv + 1 < H_kv else next_block
+            ahead = tile + head_stride if h_kv + 1 < H_kv else next_block  # what is read after it
             for t in range(T):
+                # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
                 readable = min(end, last + t + 1 - i * block_size) - begin
                 if readable <= 0:
                     continue
@@ -249,6 +254,7 @@ def paged_attention_cpu(
         raise ValueError(f"paged_attention_cpu: strides of k and v are {strides}: make them equal")
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
+    # Sums are 32 bits or 64: a bfloat16 result is rounded once, at the end.
     in_place = out.dtype == dtype and out.is_contiguous()
     result = out.zero_() if in_place else torch.zeros(q.shape, dtype=dtype)
     queries = torch.empty(q.shape, dtype=dtype)
@@ -259,6 +265,8 @@ def paged_attention_cpu(
     starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
 
     chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, queries.numpy())
+    # Equal shares of the work list; this thread takes the first. No chunk's result depends on who
+    # computed it, so any number of threads gives the same bits.
     num_threads = max(1, min(torch.get_num_threads(), len(chunks)))
     cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
     arguments = queries.numpy(), k, v, shape, tables, locs, lens, m, l, acc
@@ -273,7 +281,7 @@ def paged_attention_cpu(
     if max_query_len >= MANY_QUERIES:
         for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
             rows = slice(locs[i], locs[i + 1])
-            q_i = queries[rows] * (1 / LOG2_E)
+            q_i = queries[rows] * (1 / LOG2_E)  # the library's kernel takes e^x itself
             result[rows] = attend_prompt(q_i, k, v, shape, tables[i], int(lens[i]), int(starts[i]))
     return out if in_place else out.copy_(result)
 
