@@ -281,8 +281,8 @@ def paged_attention_cpu(
     if max_query_len >= MANY_QUERIES:
         for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
             rows = slice(locs[i], locs[i + 1])
-            q_i = queries[rows] * (1 / LOG2_E)  # the library's kernel takes e^x itself
-            result[rows] = attend_prompt(q_i, k, v, shape, tables[i], int(lens[i]), int(starts[i]))
+            where = shape, tables[i], int(lens[i]), int(starts[i])
+            attend_prompt(q[rows].detach().to(dtype), k, v, *where, scale, result[rows])
     return out if in_place else out.copy_(result)
 
 
