@@ -46,7 +46,9 @@ PREFETCHED = 256  # numbers at a time, four tokens of a head of 64: a loop aroun
 def compiled(function: Callable) -> Callable:
     """Numba's compiler, its result kept on disk; without Numba the function stays as it is.
 
-    The interpreter's lock is released while it runs, so that threads run side by side.
+    The interpreter's lock is released while it runs, so that threads run side by side. What is on
+    disk is renewed when the function's own file changes, not when one that it imports does: after
+    changing something here, delete __pycache__.
     """
     return njit(cache=True, nogil=True, fastmath=FASTMATH)(function) if HAS_NUMBA else function
 
