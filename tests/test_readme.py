@@ -112,8 +112,15 @@ def ladder_line(name, contender):
 def peers_line(name, workload):
     rows = read(ROOT / "results/cpu/peers.csv")
     what = "paged engine", "speed against transformers DynamicCache", workload
-    cells = [f"{last_row(rows, *what, *setting)['median']:.1f}" for setting in SETTINGS]
+    cells = [f"{last_row(rows, *what, *setting)['median']:.2f}" for setting in SETTINGS]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def against_the_slab(workload):
+    """Our kernel's speed against the library's on a slab, in the order of the tables' columns."""
+    rows = read(ROOT / "results/cpu/kernels.csv")
+    what = "whole blocks, all heads", "speed against contiguous", workload
+    return ", ".join(f"{last_row(rows, *what, *setting)['median']:.2f}" for setting in SETTINGS)
 
 
 @pytest.mark.parametrize("name", LADDER)
@@ -124,6 +131,13 @@ def test_the_kernel_ladder_in_the_readme_is_the_newest_in_its_csv(name):
 @pytest.mark.parametrize("name", WORK)
 def test_the_comparison_with_transformers_is_the_newest_in_its_csv(name):
     assert peers_line(name, WORK[name]) in README
+
+
+@pytest.mark.parametrize("context", ["8x256", "32x256", "32x1000"])
+def test_the_speed_against_a_slab_is_the_newest_in_its_csv(context):
+    batch, length = context.split("x")
+    line = against_the_slab(f"batch={batch} context={length} ")
+    assert f"{batch} x {length}: {line}" in " ".join(README.split())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.csv")), ids=lambda p: p.name)
