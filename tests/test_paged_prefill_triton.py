@@ -9,7 +9,20 @@ import math
 
 import pytest
 import torch
-from worlds import DEVICE, SEED, World, needs_gpu, random_world, some
+from worlds import (
+    ALL_DTYPES,
+    BLOCK_SIZES,
+    DEVICE,
+    DTYPES,
+    EACH_DTYPE,
+    ON_GPU,
+    SEED,
+    check_on_device,
+    needs_gpu,
+    random_world,
+    some,
+    world_of,
+)
 
 import paged_prefill_triton as module
 from kv_cache import KVCache, free_memory_bytes, write_kv
@@ -18,28 +31,9 @@ from paged_prefill_triton import HAS_TRITON, paged_prefill_triton, write_kv_trit
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
 
-ON_GPU = DEVICE == "cuda"
-ALL_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# 64 bits take longest to compile, and nobody decodes in them on a GPU: a few tests there.
-DTYPES = ALL_DTYPES[ON_GPU:]
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-BLOCK_SIZES = [1, 3, 16, 32, 256]
-
-
-def world_of(query_lens, context_lens, context_starts=None, **kwargs):
-    """A world on the device, of one head and head size 16 where the test says nothing else."""
-    kwargs = {"num_kv_heads": 1, "head_dim": 16, "device": DEVICE} | kwargs
-    return World(query_lens, context_lens, context_starts, **kwargs)
-
 
 def check(world, **changes):
-    """Compare with the oracle: 16-bit weights are rounded for the tensor cores, so is the result.
-
-    The interpreter computes bf16 in 32 bits, but truncates what it stores.
-    """
-    interpreted_bf16 = world.dtype == torch.bfloat16 and not ON_GPU
-    halves = {"of_result": 2} if interpreted_bf16 else {"of_weights": 1}
-    return world.check(paged_prefill_triton, bound=world.bound(**halves), **changes)
+    return check_on_device(paged_prefill_triton, world, **changes)
 
 
 def run(world, **changes):

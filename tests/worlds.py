@@ -238,3 +238,28 @@ def random_world(seed: int, longest: int = 40, **fixed) -> World:
         "num_padded_columns": choose.choice([0, 2]),
     }
     return World(query_lens, context_lens, **(fields | fixed), seed=seed)
+
+
+# ---- for Triton's kernels ------------------------------------------------------------------------
+ON_GPU = DEVICE == "cuda"
+ALL_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# 64 bits take longest to compile, and nobody decodes in them on a GPU: a few tests there.
+DTYPES = ALL_DTYPES[ON_GPU:]
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+BLOCK_SIZES = [1, 3, 16, 32, 256]
+
+
+def world_of(query_lens, context_lens, context_starts=None, **kwargs) -> World:
+    """A world on the device, of one head and head size 16 where the test says nothing else."""
+    kwargs = {"num_kv_heads": 1, "head_dim": 16, "device": DEVICE} | kwargs
+    return World(query_lens, context_lens, context_starts, **kwargs)
+
+
+def check_on_device(function: Callable[..., Tensor], world: World, **changes) -> Tensor:
+    """Compare with the oracle: 16-bit weights are rounded for the tensor cores, so is the result.
+
+    The interpreter computes bf16 in 32 bits, but truncates what it stores.
+    """
+    interpreted_bf16 = world.dtype == torch.bfloat16 and not ON_GPU
+    halves = {"of_result": 2} if interpreted_bf16 else {"of_weights": 1}
+    return world.check(function, bound=world.bound(**halves), **changes)
