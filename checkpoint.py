@@ -1,43 +1,48 @@
-"""From a Hugging Face folder to the model: names, transposes, refusals.
+"""From a checkpoint to the model: names, transposes, refusals.
 
-A GPT-2 checkpoint is a `config.json` and a file of named tensors. Our model uses the same names, so
-loading is three small rules instead of a table of 148 entries (the 124M model):
+A GPT-2 checkpoint is a shape and a set of named tensors. Our model uses Hugging Face's names, so
+loading is four small rules instead of a table of 148 entries (the 124M model):
 
     transformer.h.0.attn.c_attn.weight  (768, 2304)     the file: GPT-2's "Conv1D" stores (in, out)
                 h.0.attn.c_attn.weight  (2304, 768)     the model: nn.Linear stores (out, in)
-    └ 1. drop the prefix                └ 2. transpose these four, and only these
+    └ 1. drop the prefixes              └ 2. transpose these four, where the file has (in, out)
     3. skip `h.N.attn.bias`: the causal mask, which old files store as if it were a weight
+    4. skip `lm_head.weight` where the head is the embedding
 
-Whatever does not fit is refused with the file and the tensor named, before anything is returned: a
-model that is half loaded writes plausible nonsense. `random:gpt2` (-medium, -large, -xl) builds the
-real shapes with random weights, to measure speed without a download; whoever prints such a figure
-has to say so (`weights_kind`). What a production engine does beyond this: dozens of architectures,
-sharded and quantised files, loading straight to a GPU.
+The same rules read what transformers writes and wrote, what torch.compile wraps (`_orig_mod.`) and
+nanoGPT's own `ckpt.pt`. Whatever does not fit is refused with the file and the tensor named, before
+anything is returned: a model that is half loaded writes plausible nonsense. `random:gpt2` (-medium,
+-large, -xl) builds the real shapes with random weights, to measure speed without a download;
+whoever prints such a figure has to say so (`weights_kind`). What a production engine does beyond
+this: dozens of architectures, quantised files, loading straight to a GPU.
 
-File format: safetensors, an 8-byte length, a JSON header, the bytes
-(github.com/huggingface/safetensors).
-Run: python checkpoint.py
-Try: delete one name from CONV1D and read the refusal; or `load_model("random:gpt2-xl")` and count
-its gigabytes.
+Radford et al. 2019 (GPT-2); its names and layout: github.com/huggingface/transformers.
+Run: python checkpoint.py [a folder, a ckpt.pt, or a name on the hub: what is in it]
+Try: delete one name from CONV1D and read the refusal; or `python checkpoint.py random:gpt2-xl`.
 """
 
+import importlib.util
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hub import find_folder
 from model import GPT, GPTConfig, attend_one_sequence
+from untrusted import MOST_SHOWN, read_json, shown
+from weight_files import Stored, catalogue, model_args, read
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the leading dot spares `.attn.c_attn.bias`
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # an int8 file has scales
 LARGEST_SIZE = 10_000_000  # far above every GPT-2, and any two of them multiplied fit in 64 bits
-WHOLE = "a checkpoint folder has config.json and model.safetensors"
+LEAST_TENSORS_A_LAYER = 6  # two LayerNorms and four matrices; GPT-2 has biases too, 12 in all
+END_OF_TEXT_ID = 50256  # in GPT-2's vocabulary, which a nanoGPT checkpoint of that size has too
 
 RANDOM_SHAPES = {  # name: (n_layer, n_head, n_embd)
     "gpt2": (12, 12, 768),
@@ -62,6 +67,11 @@ CONFIG_FIELDS = {
     "tie_word_embeddings": ("tie_word_embeddings", bool),
     "eos_token_id": ("eos_token_id", int),
 }
+REFUSED_FIELDS = ("add_cross_attention", "quantization_config")  # what changes inference, not here
+# What nanoGPT calls them in its `model_args`.
+NANOGPT_FIELDS = {"n_positions": "block_size"} | {
+    name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
+}
 
 
 def weights_kind(name: str) -> str:
@@ -72,24 +82,37 @@ def weights_kind(name: str) -> str:
 def load_model(
     name: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> GPT:
-    """Load a folder in Hugging Face's GPT-2 layout, or build `random:gpt2` and its larger sisters.
+    """Load a folder in Hugging Face's GPT-2 layout, a nanoGPT `ckpt.pt`, or a name on the hub.
 
-    The weights are cast to `dtype` whatever the file holds. Raises ValueError, naming the file and
-    the field or tensor, for anything that is missing, left over, of another shape, not finite, or
-    not a GPT-2.
+    `random:gpt2` and its larger sisters are built here. The weights are cast to `dtype` whatever
+    the file holds, tensor by tensor: memory peaks at one copy of the model and its largest tensor.
+    Raises ValueError, naming the file and the field or tensor, for anything that is missing, left
+    over, of another shape, not finite, or not a GPT-2.
     """
     name = str(name)
     if name.startswith("random:"):
         return random_model(name.removeprefix("random:"), dtype, device)
-    folder = Path(name)
-    if not folder.is_dir():
-        known = ", ".join(f"random:{shape}" for shape in RANDOM_SHAPES)
-        raise ValueError(f"no folder {name!r}: {WHOLE}; without one, take one of {known}")
-    config = read_config(folder / "config.json")
+    path = find_folder(name)
+    # First the shape, then what the files claim to hold, and the numbers only if the two agree.
+    config = read_config(path / "config.json") if (path / "config.json").exists() else None
+    stored = catalogue(path)
+    has_biases = True
+    if config is None:
+        config, has_biases = read_nanogpt_config(stored[0].path)
+    if config.n_layer * LEAST_TENSORS_A_LAYER > len(stored):
+        layers = f"n_layer is {config.n_layer}, and the {len(stored)} tensors are too few for that"
+        raise ValueError(f"{stored[0].path}: {layers}")
     with torch.device("meta"):  # shapes without memory: each weight exists once, in its dtype
         model = GPT(config)
-    tensors = read_tensors(folder / "model.safetensors", model, dtype, device)
-    model.load_state_dict(tensors, assign=True)
+    state = read_tensors(place(stored, model), model, dtype, device)
+    wanted = model.state_dict()
+    if not has_biases:  # nanoGPT with bias=False: adding zero is the same
+        biases = [key for key in wanted if key.endswith(".bias") and key not in state]
+        state |= {k: torch.zeros(wanted[k].shape, dtype=dtype, device=device) for k in biases}
+    if missing := [key for key in wanted if key not in state]:
+        first = f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
+        raise ValueError(f"{stored[0].path}: {first}")
+    model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight  # assign=True replaced the one both shared
     return model.requires_grad_(False).eval()
@@ -100,80 +123,109 @@ def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> 
     if shape not in RANDOM_SHAPES:
         known = ", ".join(RANDOM_SHAPES)
         raise ValueError(f"no shape {shape!r} to fill at random: choose one of {known}")
-    n_layer, n_head, n_embd = RANDOM_SHAPES[shape]
-    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, eos_token_id=50256))
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), RANDOM_SHAPES[shape], strict=True))
+    model = GPT(GPTConfig(**sizes, eos_token_id=END_OF_TEXT_ID))
     return model.init_weights().to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
 def read_config(path: Path) -> GPTConfig:
     """`config.json` to GPTConfig. Raises ValueError naming the field that we cannot run."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {WHOLE}") from None
-    except (OSError, ValueError, RecursionError) as error:  # a folder, not UTF-8, nested too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object of fields")
-    if raw.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, only 'gpt2' is served")
-    if raw.get("add_cross_attention"):
-        raise ValueError(f"{path}: add_cross_attention is set, no encoder-decoder is served")
-    fields = {}
+    fields = read_json(path)
+    if (kind := fields.get("model_type")) != "gpt2":
+        raise ValueError(f"{path}: model_type is {shown(kind)}, only 'gpt2' is served")
+    for name in REFUSED_FIELDS:
+        if fields.get(name):
+            raise ValueError(f"{path}: {name} is set, which is not served")
+    return to_config(fields, path)
+
+
+def read_nanogpt_config(path: Path) -> tuple[GPTConfig, bool]:
+    """The shape in a nanoGPT checkpoint, and whether it has biases. Source: its `model.py`."""
+    args = model_args(path)
+    if args is None:
+        raise ValueError(f"{path.parent / 'config.json'} is missing: it says the model's shape")
+    fields = {ours: args.get(theirs) for ours, theirs in NANOGPT_FIELDS.items()}
+    if absent := [NANOGPT_FIELDS[name] for name, value in fields.items() if value is None]:
+        raise ValueError(f"{path}: model_args has no {absent[0]}")
+    fields["activation_function"] = "gelu"  # the exact one, where OpenAI took the tanh
+    fields["eos_token_id"] = END_OF_TEXT_ID  # unless its vocabulary is a smaller one
+    return to_config(fields, path), args.get("bias") is not False
+
+
+def to_config(fields: dict, path: Path) -> GPTConfig:
+    """Hugging Face's fields to ours, each of its type; `path` is for the refusal."""
+    known = {}
     for theirs, (ours, kind) in CONFIG_FIELDS.items():
-        value = raw.get(theirs)
+        value = fields.get(theirs)
         if value is None:
             continue
         # bool is a subclass of int in Python; an integer epsilon is a legitimate float.
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not fits and not (kind is float and type(value) is int):
-            raise ValueError(f"{path}: {theirs} is {value!r}, not of type {kind.__name__}")
-        if kind is int and abs(value) > LARGEST_SIZE:
-            raise ValueError(f"{path}: {theirs} is {value}, at most {LARGEST_SIZE} is accepted")
-        fields[ours] = value
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{path}: {theirs} is {shown(value)}, not of type {kind.__name__}")
+        if kind is not str and abs(value) > LARGEST_SIZE:
+            found = f"{shown(value)}, at most {LARGEST_SIZE} is accepted"
+            raise ValueError(f"{path}: {theirs} is {found}")
+        known[ours] = value
+    # Small test models keep GPT-2's id, beyond their own: what is never drawn ends nothing.
+    if not 0 <= known.get("eos_token_id", 0) < known.get("vocab_size", GPTConfig.vocab_size):
+        del known["eos_token_id"]
     try:
-        return GPTConfig(**fields)
+        return GPTConfig(**known)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {str(error)[:MOST_SHOWN]}") from None
+
+
+def plain_name(stored: str) -> str:
+    """A tensor's name without what was wrapped around the model when it was saved."""
+    name = stored.replace("_orig_mod.", "")  # torch.compile, around the whole or around a part
+    return name.removeprefix("module.").removeprefix("transformer.")  # module.: data parallel
+
+
+def place(stored: list[Stored], model: GPT) -> dict[str, Stored]:
+    """Which stored tensor becomes which of the model's. Masks and a tied head are left out."""
+    wanted = model.state_dict()
+    tied = model.config.tie_word_embeddings
+    placed: dict[str, Stored] = {}
+    for tensor in stored:
+        name = plain_name(tensor.name)
+        if name.endswith(MASK_BUFFERS) or (name == "lm_head.weight" and tied):
+            continue
+        if name not in wanted or name in placed:  # unknown, or there under two of its names
+            raise ValueError(
+                f"{tensor.path}: tensor {shown(tensor.name)} has no place in this model"
+            )
+        placed[name] = tensor
+    return placed
 
 
 def read_tensors(
-    path: Path, model: GPT, dtype: torch.dtype, device: str | torch.device
+    placed: dict[str, Stored], model: GPT, dtype: torch.dtype, device: str | torch.device
 ) -> dict[str, Tensor]:
-    """All of the model's weights from one safetensors file, renamed, transposed, cast, moved."""
+    """The weights by the model's names: transposed, cast, moved, and each of them finite."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.config.tie_word_embeddings
+    # Three times as wide as high or the other way round: it tells how all matrices are stored.
+    fused = "h.0.attn.c_attn.weight"
+    is_linear = fused in placed and placed[fused].shape == wanted[fused]
+    names = {tensor: name for name, tensor in placed.items()}
     state: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():
-                name = stored.removeprefix("transformer.")
-                if name.endswith(MASK_BUFFERS) or (name == "lm_head.weight" and tied):
-                    continue
-                if name not in wanted or name in state:  # unknown, or there under both its names
-                    raise ValueError(f"{path}: tensor {stored!r} has no place in this model")
-                tensor = file.get_tensor(stored)
-                if tensor.dtype not in FLOATS:
-                    raise ValueError(f"{path}: tensor {stored!r} holds {tensor.dtype}, not floats")
-                if name.endswith(CONV1D) and tensor.ndim == 2:
-                    tensor = tensor.t()
-                if tuple(tensor.shape) != wanted[name]:
-                    found = f"{tuple(tensor.shape)}, config.json asks for {wanted[name]}"
-                    raise ValueError(f"{path}: tensor {stored!r} has shape {found}")
-                # A copy: the file is only mapped, and whoever rewrites it would change our weights.
-                tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                if not tensor.isfinite().all():  # after the cast: 1e5 is infinite in float16
-                    raise ValueError(f"{path}: {stored!r} holds NaN or infinity as {dtype}")
-                state[name] = tensor.to(device)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {WHOLE}") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if tied and "wte.weight" in state:
+    for stored, tensor in read(list(names)):
+        name, where = names[stored], f"{stored.path}: tensor {shown(stored.name)}"
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{where} holds {tensor.dtype}, not floats")
+        if name.endswith(CONV1D) and tensor.ndim == 2 and not is_linear:
+            tensor = tensor.t()
+        if tuple(tensor.shape) != wanted[name]:
+            found = tuple(tensor.shape) if tensor.ndim <= 4 else f"{tensor.ndim} dimensions"
+            raise ValueError(f"{where} has shape {found}, its config asks for {wanted[name]}")
+        # A copy: the file is only mapped, and whoever rewrites it would change our weights.
+        tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        low, high = tensor.aminmax()  # NaN passes through both; isfinite() would build a mask
+        if not (low.isfinite() and high.isfinite()):  # after the cast: float16 ends at 65504
+            raise ValueError(f"{where} holds NaN or infinity as {dtype}")
+        state[name] = tensor.to(device)
+    if model.config.tie_word_embeddings and "wte.weight" in state:
         state["lm_head.weight"] = state["wte.weight"]
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     return state
 
 
@@ -190,9 +242,50 @@ def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {theirs: getattr(model.config, ours) for theirs, (ours, _) in CONFIG_FIELDS.items()}
     fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-    fields |= {"bos_token_id": model.config.eos_token_id}
-    fields |= {"dtype": str(dtype).removeprefix("torch.")}
+    fields |= {"bos_token_id": model.config.eos_token_id, "dtype": str(dtype)[len("torch.") :]}
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(name: str) -> None:
+    """Print what a checkpoint holds, and whether transformers computes the same with it."""
+    model = load_model(name)
+    config, count = model.config, model.num_parameters()
+    kv_bytes, longest = config.kv_bytes_per_token(torch.float16), config.max_seq_len
+    print(f"{name}: {weights_kind(name)}")
+    heads = f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}"
+    print(f"shape          {heads}, {config.vocab_size:,} tokens, {longest:,} positions")
+    print(f"parameters     {count:,}: {2 * count:,} bytes in 16 bits, {4 * count:,} in 32")
+    print(f"KV of a token  {kv_bytes:,} bytes in 16 bits, {2 * kv_bytes:,} in 32")
+    fit = 1e9 / kv_bytes / longest
+    print(f"1 GB of KV     {fit:.1f} sequences of {longest:,} tokens, in 16 bits")
+    if weights_kind(name) == "trained weights":
+        stored = catalogue(path := find_folder(name))
+        files = ", ".join(sorted({tensor.path.name for tensor in stored}))
+        print(f"files          {len(stored)} tensors in {files}, in {stored[0].path.parent}")
+        print(f"transformers   {compare(path, model)}")
+
+
+def compare(path: Path, model: GPT) -> str:
+    """One line: how far our logits are from those of transformers' own loader."""
+    if not (path / "config.json").exists():
+        return "not asked: it reads no nanoGPT checkpoints"
+    if importlib.util.find_spec("transformers") is None:
+        return "not installed, so not compared (pip install transformers)"
+    from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    theirs = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
+    length = min(64, model.config.max_seq_len)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+    with torch.inference_mode():
+        want = theirs(ids[None]).logits[0]  # (T, V)
+        got = model.logits(model(ids, torch.arange(length), attend_one_sequence))
+    error, size = (got - want).abs().max().item(), want.abs().max().item()
+    if not error <= 1e-3 * size:  # NaN too
+        raise ValueError(f"{path}: logits differ from transformers' by {error:.1e} of {size:.1f}")
+    return f"the same logits for {length} tokens, to {error:.1e} (the largest is {size:.1f})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,12 +299,10 @@ def demo():
         folder = Path(name)
         save_model(model, folder, torch.float32)
         print(f"{'in the file':34} {'shape':>10}   {'in the model':26} {'shape':>10}")
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            for stored in [key for key in file.keys() if ".h.1" not in key][:14]:
-                ours = stored.removeprefix("transformer.")
-                theirs_shape = tuple(file.get_slice(stored).get_shape())
-                ours_shape = tuple(model.state_dict()[ours].shape)
-                print(f"{stored:34} {theirs_shape!s:>10}   {ours:26} {ours_shape!s:>10}")
+        for stored in [entry for entry in catalogue(folder) if ".h.1" not in entry.name][:14]:
+            ours = plain_name(stored.name)
+            ours_shape = tuple(model.state_dict()[ours].shape)
+            print(f"{stored.name:34} {stored.shape!s:>10}   {ours:26} {ours_shape!s:>10}")
         loaded = load_model(folder)
         with torch.inference_mode():
             want, got = (m.logits(m(ids, positions, attend_one_sequence)) for m in (model, loaded))
@@ -230,4 +321,10 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    if sys.argv[1:]:
+        try:
+            describe(sys.argv[1])
+        except ValueError as error:
+            raise SystemExit(f"checkpoint.py: {error}") from None
+    else:
+        demo()

@@ -1,23 +1,34 @@
 """Every layout of a GPT-2 checkpoint that is found in the wild loads; whatever else is refused.
 
-A folder is `config.json` and `model.safetensors`. The tests write one small model in each layout
-and compare all its tensors bit by bit with the model it came from; then they break the folder, one
-thing at a time, and read the refusal, which names the file and the field or the tensor. A refusal
-is a ValueError whatever was wrong: bytes on a disk are never a reason for another exception.
+The tests write one small model in each layout and compare all its tensors bit by bit with the model
+it came from, and its logits with those of transformers or of a nanoGPT written out below; then they
+break the folder, one thing at a time, and read the refusal, which names the file and the field or
+the tensor. A refusal is a ValueError whatever was wrong: bytes on a disk are never a reason for
+another exception (test_weight_files.py has the files that mean harm).
 """
 
+import copy
 import json
-import random
+import os
+import re
 import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fuzz_checkpoints import write_shards
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import checkpoint
-from checkpoint import load_model, save_model, weights_kind
+from checkpoint import CONV1D, load_model, save_model, weights_kind
 from model import GPT, GPTConfig, attend_one_sequence
+
+ROOT = Path(checkpoint.__file__).parent
 
 SHAPE = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
 CONFIG = GPTConfig(**SHAPE, eos_token_id=60)
@@ -60,6 +71,12 @@ def assert_same_weights(loaded, model):
     want, got = model.state_dict(), loaded.state_dict()
     assert list(want) == list(got)
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
+
+
+@torch.inference_mode()
+def logits_of(model, ids):
+    """(T,) ids -> (T, V)"""
+    return model.logits(model(ids, torch.arange(len(ids)), attend_one_sequence))
 
 
 # ---- what loads ----------------------------------------------------------------------------------
@@ -183,6 +200,527 @@ def test_an_epsilon_written_as_an_integer_is_a_number(folder):
     assert load_model(folder).config.layer_norm_epsilon == 1
 
 
+# ---- every layout --------------------------------------------------------------------------------
+def in_the_file(model):
+    """The tensors under Hugging Face's names, in its (in, out) layout, without the tied head."""
+    named = {name: t.detach() for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    return {
+        "transformer." + name: (t.t() if name.endswith(CONV1D) else t).contiguous()
+        for name, t in named.items()
+    }
+
+
+def renamed(tensors, prefix):
+    return {name.replace("transformer.", prefix, 1): tensor for name, tensor in tensors.items()}
+
+
+def save_legacy(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def with_masks(tensors, dtype):
+    """As transformers wrote it until 2023: the causal mask of each layer among the weights."""
+    mask = torch.ones(32, 32).tril().to(dtype).view(1, 1, 32, 32)
+    masks = {f"transformer.h.{i}.attn.bias": mask.clone() for i in range(2)}
+    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    return tensors | masks
+
+
+def with_the_head(tensors):
+    """The embedding under a second name, one storage: what torch.save writes of a tied model."""
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+
+
+def in_one_storage(tensors):
+    """All tensors as views of one flat vector, each with its own offset."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    pieces = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {n: p.view(t.shape) for (n, t), p in zip(tensors.items(), pieces, strict=True)}
+
+
+def as_views(tensors):
+    """The four matrices as transposed views, which no file needs to hold contiguously."""
+    return {n: t.t().contiguous().t() if n.endswith(CONV1D) else t for n, t in tensors.items()}
+
+
+def as_parameters(tensors):
+    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+def as_linear(tensors):
+    """(out, in), as nn.Linear has it, under Hugging Face's names."""
+    return {n: t.t().contiguous() if n.endswith(CONV1D) else t for n, t in tensors.items()}
+
+
+def zipped(tensors, folder):
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def as_safetensors(tensors, folder):
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+
+
+def legacy(tensors, folder):
+    save_legacy(tensors, folder / "pytorch_model.bin")
+
+
+def by_transformers(tensors, folder):
+    """Its state dict is an OrderedDict that carries a version of each module."""
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_layer=2, n_head=3,
+                                        n_embd=48))  # fmt: skip
+    theirs.load_state_dict(with_the_head(tensors))
+    assert theirs.state_dict()._metadata
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+
+
+def in_shards_by_transformers(tensors, folder):
+    as_safetensors(tensors, folder)
+    theirs = GPT2LMHeadModel.from_pretrained(folder)
+    theirs.save_pretrained(folder, max_shard_size="40KB")  # 245 KB in all
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("model-*.safetensors"))) >= 5
+
+
+def shards(tensors, folder, stem, suffix, save):
+    write_shards(folder, stem, suffix, tensors, save)
+
+
+LAYOUTS = {
+    "safetensors": as_safetensors,
+    "safetensors in shards": in_shards_by_transformers,
+    "safetensors, no prefix": lambda t, f: as_safetensors(renamed(t, ""), f),
+    "safetensors in shards, no prefix": lambda t, f: shards(
+        renamed(t, ""), f, "model", ".safetensors", save_file
+    ),
+    "safetensors, nn.Linear": lambda t, f: as_safetensors(as_linear(t), f),
+    "safetensors, masks and head": lambda t, f: as_safetensors(
+        with_the_head(with_masks(t, torch.uint8)), f
+    ),
+    "zip": zipped,
+    "zip, no prefix": lambda t, f: zipped(renamed(t, ""), f),
+    "zip by transformers": by_transformers,
+    "zip in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", torch.save),
+    "zip, masks": lambda t, f: zipped(with_masks(t, torch.bool), f),
+    "zip, head": lambda t, f: zipped(with_the_head(t), f),
+    "zip, parameters": lambda t, f: zipped(as_parameters(t), f),
+    "zip, views": lambda t, f: zipped(as_views(t), f),
+    "zip, one storage": lambda t, f: zipped(in_one_storage(t), f),
+    "zip, nn.Linear": lambda t, f: zipped(as_linear(t), f),
+    "legacy": legacy,
+    "legacy, no prefix": lambda t, f: legacy(renamed(t, ""), f),
+    "legacy, masks and head": lambda t, f: legacy(with_the_head(with_masks(t, torch.uint8)), f),
+    "legacy, views": lambda t, f: legacy(as_views(t), f),
+    "legacy, one storage": lambda t, f: legacy(in_one_storage(t), f),
+    "legacy in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", save_legacy),
+    **{
+        f"zip, {prefix}": lambda t, f, prefix=prefix: zipped(renamed(with_the_head(t), prefix), f)
+        for prefix in (
+            "_orig_mod.transformer.",
+            "module.transformer.",
+            "module._orig_mod.transformer.",
+            "_orig_mod.module.transformer.",
+            "transformer._orig_mod.",
+            "_orig_mod.",
+            "module.",
+        )
+    },
+    "zip, layers compiled one by one": lambda t, f: zipped(
+        {re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()}, f
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def their_logits(model, tmp_path_factory):
+    """What transformers computes with the small model's weights: (32, 61)."""
+    folder = tmp_path_factory.mktemp("theirs")
+    save_model(model, folder, torch.float32)
+    with torch.inference_mode():
+        return GPT2LMHeadModel.from_pretrained(folder).eval()(torch.arange(32)[None]).logits[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tensors_and_logits(layout, model, their_logits, folder):
+    (folder / "model.safetensors").unlink()
+    LAYOUTS[layout](in_the_file(model), folder)
+    loaded = load_model(folder)
+    assert_same_weights(loaded, model)
+    assert all(parameter.is_contiguous() for parameter in loaded.parameters())
+    torch.testing.assert_close(logits_of(loaded, torch.arange(32)), their_logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "zip in shards"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_half_and_double_precision_in_pickles(stored, layout, model, folder):
+    (folder / "model.safetensors").unlink()
+    LAYOUTS[layout]({n: t.to(stored) for n, t in in_the_file(model).items()}, folder)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_model(folder, dtype=dtype).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded[name], tensor.to(stored).to(dtype)), name
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy", "zip in shards"])
+def test_separate_heads_are_read_from_every_kind_of_file(layout, model, folder):
+    (folder / "model.safetensors").unlink()
+    edit_config(folder, tie_word_embeddings=False)
+    head = torch.randn(61, 48, generator=torch.Generator().manual_seed(1))
+    LAYOUTS[layout](in_the_file(model) | {"lm_head.weight": head}, folder)
+    loaded = load_model(folder)
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert torch.equal(loaded.wte.weight, model.wte.weight)
+
+
+def test_safetensors_is_preferred_to_the_pickle_beside_it(model, folder, tmp_path):
+    other = {name: torch.zeros_like(tensor) for name, tensor in in_the_file(model).items()}
+    torch.save(other, folder / "pytorch_model.bin")
+    assert_same_weights(load_model(folder), model)
+
+
+def test_a_pickle_that_is_not_needed_is_not_opened(model, folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    (folder / "pytorch_model.bin.index.json").write_text("not JSON")
+    (folder / "ckpt.pt").mkdir()
+    assert_same_weights(load_model(folder), model)
+
+
+def test_a_folder_that_mixes_the_two_layouts_is_refused(model, folder):
+    """The first layer's c_attn says nn.Linear, the second's has the other shape."""
+    name = "transformer.h.0.attn.c_attn.weight"
+    edit_tensors(folder, lambda t: t.update({name: t[name].t().contiguous()}))
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: tensor 'transformer.h.")
+    assert " has shape " in message
+
+
+# ---- nanoGPT -------------------------------------------------------------------------------------
+def nanogpt_state(model, bias):
+    """As its model.state_dict() has it: nn.Linear, both heads, and no biases with bias=False."""
+    state = {"transformer." + name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state.pop("transformer.lm_head.weight")
+    return {name: t for name, t in state.items() if bias or not name.endswith(".bias")}
+
+
+def save_nanogpt(state, args, path):
+    """What its train.py saves: the weights, AdamW's two moments of each, and where it was."""
+    weights = [torch.nn.Parameter(tensor.clone()) for tensor in state.values()]
+    optimizer = torch.optim.AdamW(weights, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    whole = {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(3.29),
+        "config": {"out_dir": "out", "dataset": "openwebtext", "compile": True, "init_from": "x"},
+    }
+    torch.save(whole, path)
+
+
+def nanogpt_args(config, bias):
+    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    more = {"block_size": config.max_seq_len, "bias": bias, "vocab_size": config.vocab_size}
+    return shape | more | {"dropout": 0.0}
+
+
+def nanogpt_logits(state, args, ids):
+    """nanoGPT's forward, from its model.py: exact GELU, LayerNorm and Linear with or without bias.
+
+    `state` has its own names, `ids` (T,); computed in float64, returns (T, V).
+    """
+    state = {name: tensor.double() for name, tensor in state.items()}
+
+    def linear(x, name):
+        return F.linear(x, state[name + ".weight"], state.get(name + ".bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[name + ".weight"], state.get(name + ".bias"))
+
+    heads, T = args["n_head"], len(ids)
+    x = state["transformer.wte.weight"][ids] + state["transformer.wpe.weight"][:T]
+    for layer in range(args["n_layer"]):
+        h = f"transformer.h.{layer}"
+        parts = linear(norm(x, h + ".ln_1"), h + ".attn.c_attn").chunk(3, dim=-1)
+        q, k, v = (part.view(T, heads, -1).transpose(0, 1) for part in parts)
+        scores = q @ k.transpose(1, 2) / (q.shape[-1] ** 0.5)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1)
+        x = x + linear(mixed, h + ".attn.c_proj")
+        x = x + linear(F.gelu(linear(norm(x, h + ".ln_2"), h + ".mlp.c_fc")), h + ".mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ state["lm_head.weight"].t()
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
+def test_nanogpts_checkpoint_computes_what_nanogpt_does(bias, prefix, model, tmp_path):
+    state, args = nanogpt_state(model, bias), nanogpt_args(CONFIG, bias)
+    path = tmp_path / "ckpt.pt"
+    save_nanogpt({prefix + name: tensor for name, tensor in state.items()}, args, path)
+    ids = torch.arange(32)
+    for name in (tmp_path, path, str(path)):
+        loaded = load_model(name, dtype=torch.float64)
+        want = nanogpt_logits(state, args, ids)
+        torch.testing.assert_close(logits_of(loaded, ids), want, rtol=0, atol=1e-9)
+        assert loaded.config.activation_function == "gelu"
+        assert loaded.lm_head.weight is loaded.wte.weight
+    biases = {n: t for n, t in loaded.state_dict().items() if n.endswith(".bias")}
+    assert len(biases) == 2 * 6 + 1
+    assert all((tensor == 0).all() for tensor in biases.values()) == (not bias)
+
+
+def test_nanogpts_gelu_is_the_exact_one(model, tmp_path):
+    """With OpenAI's tanh the logits differ, by far more than the test above allows."""
+    save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
+    exact = logits_of(load_model(tmp_path, dtype=torch.float64), torch.arange(32))
+    with_tanh = logits_of(copy.deepcopy(model).double(), torch.arange(32))
+    assert 1e-5 < (exact - with_tanh).abs().max() < 1e-2
+
+
+def test_nanogpts_padded_vocabulary_stays_padded(tmp_path):
+    config = GPTConfig(vocab_size=50304, max_seq_len=16, n_layer=1, n_head=2, n_embd=16)
+    padded = GPT(config).init_weights(std=0.2).requires_grad_(False)
+    save_nanogpt(nanogpt_state(padded, True), nanogpt_args(config, True), tmp_path / "ckpt.pt")
+    loaded = load_model(tmp_path)
+    assert loaded.wte.weight.shape == (50304, 16)
+    assert loaded.config.eos_token_id == 50256  # <|endoftext|>; 50257 to 50303 were never trained
+    assert torch.equal(loaded.lm_head.weight, padded.wte.weight)
+
+
+def test_nanogpts_masks_of_an_old_pytorch_are_skipped(model, tmp_path):
+    """Without flash attention it keeps its causal mask as a buffer, `attn.bias`."""
+    state = nanogpt_state(model, False)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    save_nanogpt(state | masks, nanogpt_args(CONFIG, False), tmp_path / "ckpt.pt")
+    want = nanogpt_logits(state, nanogpt_args(CONFIG, False), torch.arange(32))
+    got = logits_of(load_model(tmp_path, dtype=torch.float64), torch.arange(32))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+def test_a_nanogpt_checkpoint_that_promises_biases_and_has_none_is_refused(model, tmp_path):
+    save_nanogpt(nanogpt_state(model, False), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / 'ckpt.pt'}: 13 tensors are missing")
+
+
+# ---- the config is honoured ----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_inner": 100},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+        {"layer_norm_epsilon": 0.1},
+        {"n_positions": 48, "vocab_size": 50, "n_layer": 3, "n_head": 6},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_a_config_means_what_it_means_in_transformers(changes, tmp_path):
+    shape = {"vocab_size": 61, "n_positions": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
+    theirs = GPT2LMHeadModel(GPT2Config(**shape | changes, attn_implementation="eager"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    # The "upcast" attention of transformers runs in float32 only.
+    upcast = "reorder_and_upcast_attn" in changes
+    dtype, atol = (torch.float32, 1e-3) if upcast else (torch.float64, 1e-9)
+    ids = torch.arange(32)
+    with torch.inference_mode():
+        want = theirs.to(dtype).eval()(ids[None]).logits[0]
+    got = logits_of(load_model(tmp_path, dtype=dtype), ids)
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+    assert want.abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_cross_attention": True},
+        {"activation_function": "gelu_fast"},
+        {"model_type": "gpt_bigcode"},
+        {"quantization_config": {"bits": 4}},
+    ],
+    ids=str,
+)
+def test_a_config_that_asks_for_what_is_not_done_is_refused_by_field(changes, folder):
+    edit_config(folder, **changes)
+    (field,) = changes
+    assert refusal(folder).startswith(f"{folder / 'config.json'}: {field}")
+
+
+# ---- the 124M shape, and the memory it takes -----------------------------------------------------
+def as_nanogpt_at_124m(tensors, folder):
+    (folder / "config.json").unlink()
+    args = nanogpt_args(GPTConfig(), True)
+    save_nanogpt(as_linear(with_the_head(tensors)), args, folder / "ckpt.pt")
+
+
+REAL_LAYOUTS = {
+    "safetensors": as_safetensors,
+    "safetensors in shards": lambda t, f: shards(t, f, "model", ".safetensors", save_file),
+    "zip": lambda t, f: zipped(with_the_head(t), f),
+    "zip in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", torch.save),
+    "nanoGPT": as_nanogpt_at_124m,
+    "legacy": legacy,
+}
+
+
+@pytest.fixture(scope="module")
+def real_shape():
+    """124M parameters, all of them random, biases and gains too."""
+    model = load_model("random:gpt2")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.named_parameters():
+        if tensor.ndim == 1:
+            tensor.normal_(mean=float(name.endswith("weight")), std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module", params=REAL_LAYOUTS)
+def real_folder(request, real_shape):
+    """The 124M shape in one layout after the other, 0.5 GB each (nanoGPT's 1.5), then removed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fields = {"model_type": "gpt2", "eos_token_id": 50256}
+        (folder / "config.json").write_text(json.dumps(fields))
+        REAL_LAYOUTS[request.param](in_the_file(real_shape), folder)
+        yield request.param, folder
+
+
+@pytest.mark.slow
+def test_the_124m_shape_loads_from_every_layout(real_folder, real_shape):
+    layout, folder = real_folder
+    loaded = load_model(folder)
+    assert_same_weights(loaded, real_shape)
+    ids = torch.arange(40, 50_000, 1111)
+    if layout == "nanoGPT":
+        state = nanogpt_state(real_shape, True)
+        want = nanogpt_logits(state, nanogpt_args(GPTConfig(), True), ids).float()
+    else:
+        theirs = GPT2LMHeadModel(GPT2Config()).eval()
+        missing = theirs.load_state_dict(in_the_file(real_shape), strict=False).missing_keys
+        assert missing == ["lm_head.weight"]  # tied: one tensor with wte
+        with torch.inference_mode():
+            want = theirs(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(loaded, ids), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_load_peaks_near_one_copy_of_the_model(dtype, real_folder):
+    """At most 1.3 times the weights in the target dtype, and the largest tensor as the file has it.
+
+    Pages of a mapped file count too. A legacy pickle cannot be mapped but is read whole: there the
+    larger of the file and the weights is what counts.
+    """
+    layout, folder = real_folder
+    weights_mb = 124_439_808 * dtype.itemsize / 2**20
+    largest_mb = 50257 * 768 * 4 / 2**20
+    one_copy_mb = max(weights_mb, 124_439_808 * 4 / 2**20) if layout == "legacy" else weights_mb
+    allowed_mb = 1.3 * one_copy_mb + largest_mb
+    peak_mb = in_a_fresh_process(folder, dtype)
+    print(f"{layout}, {dtype}: {peak_mb:.0f} MB, {allowed_mb:.0f} allowed")
+    assert weights_mb < peak_mb < allowed_mb
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from checkpoint import load_model, save_model
+from model import GPT, GPTConfig
+
+def mb(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+torch.set_num_threads(1)
+small, folder, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
+save_model(GPT(GPTConfig(vocab_size=11, n_layer=1, n_head=1, n_embd=8)), small, torch.float32)
+load_model(small)  # what is imported at the first load is not the model's
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+before = mb("VmRSS")
+model = load_model(folder, dtype)
+print(mb("VmHWM") - before)
+"""
+
+
+def in_a_fresh_process(folder, dtype):
+    """The memory that a load takes at its highest, in MB."""
+    with tempfile.TemporaryDirectory() as small:
+        command = [sys.executable, "-c", PEAK, small, str(folder), str(dtype)[6:]]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout.split()[-1])
+
+
+# ---- python checkpoint.py NAME -------------------------------------------------------------------
+def describe(name, *flags):
+    command = [sys.executable, *flags, str(ROOT / "checkpoint.py"), str(name)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, env=env)
+
+
+def test_the_shipped_model_is_described_and_agrees_with_transformers(shipped_model_folder):
+    run = describe(shipped_model_folder)
+    assert run.returncode == 0, run.stderr
+    model = load_model(shipped_model_folder)
+    assert str(shipped_model_folder) in run.stdout
+    assert f"{model.num_parameters():,}" in run.stdout
+    assert f"{model.config.kv_bytes_per_token(torch.float16):,}" in run.stdout
+    assert f"{model.config.kv_bytes_per_token(torch.float32):,}" in run.stdout
+    assert re.search(r"transformers\s+the same logits", run.stdout)
+
+
+def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, capsys):
+    """61 x 48 + 32 x 48 + 2 x 28,272 + 96 parameters; 2 x 2 x 48 numbers of K and V a token."""
+    checkpoint.describe(str(folder))
+    out = capsys.readouterr().out
+    assert "61,104" in out  # parameters
+    assert "122,208" in out and "244,416" in out  # bytes in 16 and 32 bits
+    assert "384" in out and "768" in out  # of K and V a token
+    assert "81380.2" in out.replace(",", "")  # 10 ** 9 / 384 / 32 sequences
+
+
+def test_without_transformers_the_description_says_so(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    checkpoint.describe(str(folder))
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, capsys):
+    spoiled = copy.deepcopy(load_model(folder))
+    spoiled.h[1].mlp.c_proj.weight.mul_(1.1)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **kwargs: spoiled)
+    with pytest.raises(ValueError, match="differ from transformers"):
+        checkpoint.describe(str(folder))
+
+
+def test_a_nanogpt_checkpoint_is_described_too(model, tmp_path, capsys):
+    save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
+    checkpoint.describe(str(tmp_path / "ckpt.pt"))
+    assert "61,104" in capsys.readouterr().out
+
+
+def test_what_is_refused_is_one_sentence_on_the_command_line_too(tmp_path):
+    run = describe(tmp_path)
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("checkpoint.py: ") and str(tmp_path) in line
+
+
 # ---- dtypes and copies ---------------------------------------------------------------------------
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -295,28 +833,31 @@ def refusal(folder, **options):
     return str(raised.value)
 
 
-def test_a_folder_that_does_not_exist_is_refused_with_what_one_holds(tmp_path):
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     message = refusal(tmp_path / "nowhere")
-    assert message.startswith(f"no folder '{tmp_path / 'nowhere'}': ")
-    assert "config.json and model.safetensors" in message
-    assert "random:gpt2" in message
+    assert message.startswith("no folder") and repr(str(tmp_path / "nowhere")) in message
 
 
 def test_a_file_in_place_of_a_folder_is_refused(folder):
-    assert refusal(folder / "config.json").startswith("no folder ")
+    assert refusal(folder / "config.json").startswith(str(folder / "config.json"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_folder_without_one_of_its_two_files_is_refused(name, folder):
-    (folder / name).unlink()
-    assert refusal(folder).startswith(f"{folder / name} is missing: ")
+def test_a_folder_without_a_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    assert refusal(folder).startswith(f"{folder / 'config.json'} is missing: ")
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder)
+    assert message.startswith(f"{folder} holds no weights") and "model.safetensors" in message
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_in_place_of_one_of_the_files_is_refused(name, folder):
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert refusal(folder).startswith(f"{folder / name} is not ")
+    assert refusal(folder).startswith(f"{folder / name} is no regular file")
 
 
 @pytest.mark.parametrize(
@@ -334,15 +875,16 @@ def test_a_folder_in_place_of_one_of_the_files_is_refused(name, folder):
 )
 def test_a_config_that_is_not_json_is_refused(text, folder):
     (folder / "config.json").write_bytes(text)
-    assert refusal(folder).startswith(f"{folder / 'config.json'} is not JSON: ")
+    what = "cannot be read as UTF-8 text" if text.startswith(b"\xff") else "is not JSON"
+    assert refusal(folder).startswith(f"{folder / 'config.json'} {what}: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("[]", "list"), ('"gpt2"', "str"), ("null", "NoneType")]
+    ("text", "kind"), [("[]", "a list"), ('"gpt2"', "'gpt2'"), ("null", "None")]
 )
 def test_json_that_is_not_an_object_is_refused(text, kind, folder):
     (folder / "config.json").write_text(text)
-    assert f"config.json holds a {kind}, not an object of fields" in refusal(folder)
+    assert f"config.json holds {kind}, not one object" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +894,11 @@ def test_json_that_is_not_an_object_is_refused(text, kind, folder):
         ("model_type", ..., "model_type is None, only 'gpt2' is served"),
         ("add_cross_attention", True, "add_cross_attention is set"),
         ("activation_function", "swish", "activation_function is 'swish': choose one of gelu_new"),
-        ("activation_function", ["gelu"], "activation_function is ['gelu'], not of type str"),
+        ("activation_function", ["gelu"], "activation_function is a list, not of type str"),
         ("n_layer", "2", "n_layer is '2', not of type int"),
         ("n_layer", 2.0, "n_layer is 2.0, not of type int"),
         ("n_layer", True, "n_layer is True, not of type int"),
-        ("n_layer", [2], "n_layer is [2], not of type int"),
+        ("n_layer", [2], "n_layer is a list, not of type int"),
         ("n_layer", 0, "n_layer is 0: it must be at least 1"),
         ("n_layer", 10**9, "n_layer is 1000000000, at most 10000000 is accepted"),
         ("vocab_size", 10**30, f"vocab_size is {10**30}, at most 10000000 is accepted"),
@@ -369,7 +911,7 @@ def test_json_that_is_not_an_object_is_refused(text, kind, folder):
         ("scale_attn_weights", 1, "scale_attn_weights is 1, not of type bool"),
         ("scale_attn_by_inverse_layer_idx", "no", "scale_attn_by_inverse_layer_idx is 'no', not"),
         ("tie_word_embeddings", 0, "tie_word_embeddings is 0, not of type bool"),
-        ("eos_token_id", [60], "eos_token_id is [60], not of type int"),
+        ("eos_token_id", [60], "eos_token_id is a list, not of type int"),
     ],
 )
 def test_a_config_of_another_model_is_refused_with_the_field_named(field, value, reason, folder):
@@ -417,31 +959,31 @@ MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144) in the file
         ),
         (
             put("transformer.wpe.weight", torch.zeros(16, 48)),
-            ": tensor 'transformer.wpe.weight' has shape (16, 48), config.json asks for (32, 48)",
+            ": tensor 'transformer.wpe.weight' has shape (16, 48), its config asks for (32, 48)",
         ),
         (
             put(MATRIX, torch.zeros(144, 48)),  # as nanoGPT stores it
-            f": tensor '{MATRIX}' has shape (48, 144), config.json asks for (144, 48)",
+            f": tensor '{MATRIX}' has shape (48, 144), its config asks for (144, 48)",
         ),
         (
             put(MATRIX, torch.zeros(1, 48, 144)),
-            f": tensor '{MATRIX}' has shape (1, 48, 144), config.json asks for (144, 48)",
+            f": tensor '{MATRIX}' has shape (1, 48, 144), its config asks for (144, 48)",
         ),
         (
             put(MATRIX, torch.tensor(1.0)),
-            f": tensor '{MATRIX}' has shape (), config.json asks for (144, 48)",
+            f": tensor '{MATRIX}' has shape (), its config asks for (144, 48)",
         ),
         (
             put(MATRIX, torch.full((48, 144), torch.nan)),
-            f": '{MATRIX}' holds NaN or infinity as torch.float32",
+            f": tensor '{MATRIX}' holds NaN or infinity as torch.float32",
         ),
         (
             put("transformer.ln_f.bias", torch.full((48,), -torch.inf)),
-            ": 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
+            ": tensor 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
         ),
         (
             put("transformer.ln_f.bias", torch.full((48,), 1e300, dtype=torch.float64)),
-            ": 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
+            ": tensor 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
         ),
         (
             put(MATRIX, torch.zeros(48, 144, dtype=torch.int8)),
@@ -461,9 +1003,10 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(edit, reason, folder):
     assert message.endswith(reason)
 
 
-def test_one_nan_among_all_weights_is_found(folder):
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_one_number_that_is_none_is_found_among_all_weights(number, folder):
     def spoil(tensors):
-        tensors[MATRIX][17, 5] = torch.nan
+        tensors[MATRIX][17, 5] = number
 
     edit_tensors(folder, spoil)
     assert f"'{MATRIX}' holds NaN" in refusal(folder)
@@ -501,51 +1044,6 @@ def test_a_pickle_under_this_name_is_refused_and_not_executed(folder):
     path = folder / "model.safetensors"
     torch.save({"wte.weight": torch.zeros(61, 48)}, path)
     assert refusal(folder).startswith(f"{path} is not a whole safetensors file: ")
-
-
-# ---- refusals: any bytes -------------------------------------------------------------------------
-def corrupt(whole, header_bytes, rng):
-    """One way in which a file goes bad: a changed byte, a cut, a hole, something at the end."""
-    bad = bytearray(whole)
-    at = rng.randrange(len(bad))
-    in_header = rng.randrange(min(header_bytes, len(bad)))
-    match rng.choice(["byte", "bit", "header", "header", "header", "cut", "hole", "tail"]):
-        case "byte":
-            bad[at] = rng.randrange(256)
-        case "bit":
-            bad[at] ^= 1 << rng.randrange(8)
-        case "header":
-            bad[in_header] = rng.choice(b'0123456789"{}[],:FBIU \x00\xff')
-        case "cut":
-            del bad[at:]
-        case "hole":
-            del bad[at : at + rng.randint(1, 64)]
-        case "tail":
-            bad += rng.randbytes(rng.randint(1, 64))
-    return bytes(bad)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_corrupt_file_loads_with_finite_weights_or_is_refused_with_a_value_error(name, tmp_path):
-    small = GPT(GPTConfig(vocab_size=11, max_seq_len=8, n_layer=1, n_head=1, n_embd=8))
-    save_model(small.init_weights(std=0.2), tmp_path, torch.float32)
-    path, rng = tmp_path / name, random.Random(0)
-    whole = path.read_bytes()
-    is_json = name == "config.json"
-    header_bytes = len(whole) if is_json else 8 + struct.unpack("<Q", whole[:8])[0]
-    loaded = refused = 0
-    for _ in range(300):
-        bad = corrupt(whole, header_bytes, rng)
-        path.write_bytes(bad)
-        try:
-            weights = load_model(tmp_path).state_dict().values()
-        except ValueError as error:
-            assert str(path) in str(error) or is_json  # another size is refused at the tensors
-            refused += 1
-        else:
-            assert all(tensor.isfinite().all() for tensor in weights), bad
-            loaded += 1
-    assert loaded > 20 and refused > 100  # both happen, or this test has lost its teeth
 
 
 def test_a_file_whose_header_claims_more_than_it_holds_is_refused(folder):

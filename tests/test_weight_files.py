@@ -1,0 +1,858 @@
+"""Files of weights that strangers wrote: what is in them is read, or refused; nothing of it is run.
+
+Every hostile file stands where a good one is expected, beside a good config.json, and the whole
+folder is loaded: a refusal deep in the reader helps nobody if the caller meets another exception.
+What is said of each refusal: it is a ValueError of one sentence, it names the file and, where there
+is one, the tensor. What may hang, crash or fill the memory is loaded in a child process with a
+clock and a count of its memory. At the end thousands of small checkpoints are damaged at random.
+"""
+
+import json
+import os
+import signal
+import struct
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from fuzz_checkpoints import SECONDS, fuzz, in_a_child, verdict, write_shards, write_zip
+from safetensors.torch import load_file, save, save_file
+
+from checkpoint import CONV1D, load_model, save_model
+from model import GPT, GPTConfig
+from weight_files import catalogue, model_args, read
+
+SHAPE = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
+MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144)
+GAIN = "transformer.ln_f.weight"  # (48,)
+ARGS = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 32, "bias": True, "vocab_size": 61}
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """A small model's tensors under Hugging Face's names, in its layout."""
+    return {name: tensor.clone() for name, tensor in make_tensors().items()}
+
+
+def make_tensors():
+    model = GPT(GPTConfig(**SHAPE)).init_weights(std=0.2).requires_grad_(False)
+    named = {"transformer." + name: t for name, t in model.state_dict().items()}
+    named.pop("transformer.lm_head.weight")
+    return {n: (t.t() if n.endswith(CONV1D) else t).contiguous() for n, t in named.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good config.json, and no weights yet."""
+    save_model(GPT(GPTConfig(**SHAPE)), tmp_path, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    return tmp_path
+
+
+def refusal(folder):
+    """The sentence of the ValueError that loading the folder raises."""
+    with pytest.raises(ValueError) as raised:
+        load_model(folder)
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 1500, message[:3000]
+    return message
+
+
+def refusal_in_a_child(folder, most_mb=300):
+    """The same, where loading may hang, crash or take all the memory: none of it happens."""
+    outcome = in_a_child(lambda say: say(verdict(folder)), SECONDS)
+    assert outcome.end == ""
+    assert outcome.peak_mb < most_mb  # the first load in a process imports 150 MB of PyTorch
+    (said,) = outcome.said
+    assert said.startswith("refused: ") and "\n" not in said and len(said) < 1500, said[:3000]
+    return said.removeprefix("refused: ")
+
+
+# ---- what a folder holds -------------------------------------------------------------------------
+ORDER = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "ckpt.pt",
+]
+
+
+@pytest.mark.parametrize("best", range(5), ids=ORDER)
+def test_of_several_copies_the_most_trusted_is_read(best, tmp_path):
+    """Each copy holds another tensor name, so that the names say which file was read."""
+    for at, kind in list(enumerate(ORDER))[best:]:
+        named = {f"copy_{at}": torch.full((2, 3), float(at))}
+        if kind == "model.safetensors":
+            save_file(named, tmp_path / kind)
+        elif kind == "model.safetensors.index.json":
+            write_shards(tmp_path, "model", ".safetensors", named, save_file)
+        elif kind == "pytorch_model.bin.index.json":
+            write_shards(tmp_path, "pytorch_model", ".bin", named, torch.save)
+        else:
+            torch.save({"model": named, "model_args": {}} if best == 4 else named, tmp_path / kind)
+    stored = catalogue(tmp_path)
+    assert [(s.name, s.shape) for s in stored] == [(f"copy_{best}", (2, 3))]
+    ((_, tensor),) = [(one, tensor.clone()) for one, tensor in read(stored)]
+    assert tensor.tolist() == [[best] * 3] * 2
+
+
+def test_shards_are_read_as_one(tensors, tmp_path):
+    write_shards(tmp_path, "model", ".safetensors", tensors, save_file)
+    stored = catalogue(tmp_path)
+    assert {s.path.name for s in stored} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    found = {one.name: tensor.clone() for one, tensor in read(stored)}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_single_file_is_read_by_its_path(legacy, tensors, tmp_path):
+    path = tmp_path / "anything.pt"
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    stored = catalogue(path)
+    assert {s.name: s.shape for s in stored} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {s.path for s in stored} == {path}
+    found = {one.name: tensor.clone() for one, tensor in read(stored)}
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert model_args(path) is None
+
+
+def test_nanogpts_own_shape_comes_with_its_checkpoint(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    assert model_args(tmp_path / "ckpt.pt") == ARGS
+    assert [(s.name, s.shape) for s in catalogue(tmp_path)] == [("a", (2,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_tensors_come_in_the_dtype_of_the_file(dtype, tmp_path):
+    save_file({"a": torch.ones(3, dtype=dtype)}, tmp_path / "model.safetensors")
+    assert [tensor.dtype for _, tensor in read(catalogue(tmp_path))] == [dtype]
+
+
+def test_only_what_is_asked_for_is_read(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    wanted = [s for s in catalogue(tmp_path) if s.name == GAIN]
+    assert [one.name for one, _ in read(wanted)] == [GAIN]
+
+
+def test_a_folder_without_weights_is_told_what_is_looked_for(folder):
+    message = refusal(folder)
+    assert str(folder) in message and all(name in message for name in ORDER)
+
+
+# ---- code in a pickle ----------------------------------------------------------------------------
+class Call:
+    """Unpickled, it would be what `function(*arguments)` returns."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Wakes:
+    """Unpickled, its __setstate__ would run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __setstate__(self, state):
+        open(state["path"], "w").close()
+
+
+def command(mark):
+    return Call(os.system, f"touch {mark}")
+
+
+def by_global(module, name, argument):
+    """The opcodes of a call, written by hand, since pickle itself won't write some of them."""
+    text = f"c{module}\n{name}\n(X".encode() + struct.pack("<I", len(argument))
+    return text + argument.encode() + b"tR."
+
+
+HOSTILE_VALUES = {
+    "os.system": lambda mark: command(mark),
+    "eval": lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"),
+    "exec": lambda mark: Call(exec, f"open({str(mark)!r}, 'w')"),
+    "open": lambda mark: Call(open, str(mark), "w"),
+    "getattr": lambda mark: Call(getattr, command(mark), "x"),
+    "setstate": lambda mark: Wakes(str(mark)),
+    "in a list": lambda mark: [[command(mark)]],
+    "in a dictionary": lambda mark: {"a": {"b": command(mark)}},
+    "in a tuple key": lambda mark: {(1, command(mark)): 2},
+    "under an ordered dictionary": lambda mark: OrderedDict(a=command(mark)),
+    "torch.hub": lambda mark: Call(torch.hub.load, str(mark), "x"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("value", HOSTILE_VALUES)
+def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(
+    value, legacy, tensors, folder, tmp_path
+):
+    path, mark = folder / "pytorch_model.bin", tmp_path / "mark"
+    hostile = {**tensors, "z": HOSTILE_VALUES[value](mark)}
+    torch.save(hostile, path, _use_new_zipfile_serialization=not legacy)
+    assert refusal(folder).startswith(f"{path} ")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("key", ["model", "optimizer", "model_args", "config", "iter_num", "extra"])
+def test_code_anywhere_in_a_nanogpt_checkpoint_is_refused(key, tensors, tmp_path):
+    mark = tmp_path / "mark"
+    whole = {"model": tensors, "model_args": ARGS, key: command(mark)}
+    torch.save(whole, tmp_path / "ckpt.pt")
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'} ")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("subprocess", "getoutput"),
+        ("builtins", "eval"),
+        ("builtins", "__import__"),
+        ("torch.serialization", "load"),
+        ("torch.utils", "_import_dotted_name"),
+        ("nt", "system\nx"),
+    ],
+)
+def test_a_bare_pickle_with_a_call_is_refused(module, name, folder, tmp_path):
+    """Not what torch.save writes: the opcodes alone, as exploits hand them round."""
+    path, mark = folder / "pytorch_model.bin", tmp_path / "mark"
+    path.write_bytes(by_global(module, name, f"touch {mark}"))
+    assert refusal(folder).startswith(f"{path} ")
+    path.write_bytes(b"\x80\x04\x8c\x02os\x8c\x06system\x93" + by_global("os", "x", str(mark))[6:])
+    assert refusal(folder).startswith(f"{path} ")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pytorch_is_always_asked_for_weights_only(legacy, tensors, folder, monkeypatch):
+    """Whatever else looks at a pickle before: this is the lock that others have tried."""
+    asked, real = [], torch.load
+
+    def load(*args, **options):
+        asked.append(options.get("weights_only"))
+        return real(*args, **options)
+
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    monkeypatch.setattr(torch, "load", load)
+    assert load_model(folder).config.n_layer == 2
+    assert set(asked) <= {True}
+
+
+# ---- pickles that hold something else than plain tensors -----------------------------------------
+def made_of(count, offset, shape, strides):
+    """A tensor that claims more of its storage of `count` numbers than is there."""
+    storage = torch.zeros(count)._typed_storage()
+    rebuild = torch._utils._rebuild_tensor_v2
+    return Call(rebuild, storage, offset, shape, strides, False, OrderedDict())
+
+
+NO_PLAIN_TENSORS = {
+    "one number, a trillion times": lambda: torch.zeros(1).expand(10**6, 10**6),
+    "one number, the right shape": lambda: torch.zeros(1).expand(48, 144),
+    "more than its storage": lambda: made_of(1, 0, (48, 144), (144, 1)),
+    "far more than its storage": lambda: made_of(1, 0, (10**6, 10**6), (10**6, 1)),
+    "negative strides": lambda: made_of(48 * 144, 0, (48, 144), (-144, 1)),
+    "a negative offset": lambda: made_of(48 * 144, -8, (48, 144), (144, 1)),
+    "an offset past the end": lambda: made_of(48 * 144, 48 * 144, (48, 144), (144, 1)),
+    "an offset of 2^63 - 1": lambda: made_of(48 * 144, 2**63 - 1, (48, 144), (144, 1)),
+    "a negative size": lambda: made_of(48 * 144, 0, (-48, 144), (144, 1)),
+    "no numbers in the file": lambda: Call(torch.FloatTensor, 48, 144),
+    "no numbers, another way": lambda: Call(torch.Tensor, 48, 144),
+    "sparse": lambda: torch.eye(48, 144).to_sparse(),
+    "sparse rows": lambda: torch.eye(48, 144).to_sparse_csr(),
+    "meta": lambda: torch.zeros(48, 144, device="meta"),
+    "complex": lambda: torch.zeros(48, 144, dtype=torch.complex64),
+    "integers": lambda: torch.zeros(48, 144, dtype=torch.int64),
+    "booleans": lambda: torch.zeros(48, 144, dtype=torch.bool),
+    "8-bit floats": lambda: torch.zeros(48, 144).to(torch.float8_e4m3fn),
+    "a NumPy array": lambda: torch.zeros(48, 144).numpy(),
+    "a dictionary": lambda: {"weight": torch.zeros(48, 144)},
+    "a list": lambda: [torch.zeros(48, 144)],
+    "a number": lambda: 1.5,
+    "nothing": lambda: None,
+    "text": lambda: "weight",
+    "a type": lambda: torch.float32,
+    "8 GB of zero bytes": lambda: Call(bytearray, 2**33),
+    "a petabyte of zero bytes": lambda: Call(bytearray, 2**50),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse rows and storages
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
+def test_what_is_no_plain_tensor_of_numbers_in_the_file_is_refused(kind, legacy, tensors, folder):
+    path = folder / "pytorch_model.bin"
+    torch.save(
+        {**tensors, MATRIX: NO_PLAIN_TENSORS[kind]()},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    message = refusal_in_a_child(folder)
+    assert message.startswith(f"{path}")
+    if ": tensor " in message or ": entry " in message:
+        assert repr(MATRIX) in message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_tensor_is_refused(tensors, folder):
+    matrix = torch.quantize_per_tensor(torch.zeros(48, 144), 0.1, 0, torch.qint8)
+    torch.save({**tensors, MATRIX: matrix}, folder / "pytorch_model.bin")
+    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_storage_that_many_tensors_share_is_refused_before_it_is_copied_for_each(legacy, folder):
+    """200 layers that are all one matrix: 0.4 MB of file, and 85 MB of memory as weights."""
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 200, "n_head": 3, "n_embd": 96}).replace(
+            "}", ', "vocab_size": 61, "n_positions": 32}'
+        )
+    )
+    small = GPT(GPTConfig(**SHAPE | {"n_layer": 1, "n_embd": 96})).init_weights().state_dict()
+    one = {k.split(".", 2)[2]: v.t() if k.endswith(CONV1D) else v for k, v in small.items()
+           if k.startswith("h.0.")}  # fmt: skip
+    named = {f"h.{layer}.{name}": tensor for layer in range(200) for name, tensor in one.items()}
+    named |= {name: small[name] for name in small if not name.startswith(("h.", "lm_head"))}
+    path = folder / "pytorch_model.bin"
+    torch.save(named, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 2 << 20
+    assert refusal_in_a_child(folder).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "value",
+    [[1, 2], "weights", 3, None, torch.zeros(2), {}, {1: torch.zeros(2)}, {"model": 3}],
+    ids=str,
+)
+def test_a_pickle_of_something_else_is_refused(value, legacy, folder):
+    torch.save(value, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("name", [7, None, 1.5, (MATRIX,), b"wte.weight", True], ids=repr)
+def test_a_name_that_is_no_text_is_refused(name, tensors, folder):
+    torch.save({**tensors, name: torch.zeros(2)}, folder / "pytorch_model.bin")
+    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_name_that_takes_for_ever_to_hash_is_refused(legacy, folder):
+    """A tuple of a tuple twice, 60 times: its hash is that of 2 ** 60 texts."""
+    twice = [b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)]  # (x, x)
+    deep = b"X\x02\x00\x00\x00ha" + b"".join(twice)
+    path = folder / "pytorch_model.bin"
+    torch.save({}, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"\x80\x02}q\x00.", b"\x80\x02}" + deep + b"Ns."))
+        assert path.read_bytes() != whole
+    else:
+        repack(path, {"data.pkl": b"\x80\x02}" + deep + b"Ns."})
+    assert refusal_in_a_child(folder).startswith(str(path))
+
+
+def doubled(times, kind=list):
+    """A value of a few hundred bytes that is 2 ** times as long when it is written out."""
+    value = kind(["ha"])
+    for _ in range(times):
+        value = kind([value, value])
+    return value
+
+
+NANOGPT_FAULTS = {
+    "model is no dictionary": {"model": [1]},
+    "model is missing": {"model": None},
+    "model is empty": {"model": {}},
+    "model_args is a list": {"model_args": [1]},
+    "model_args is empty": {"model_args": {}},
+    "n_layer is text": {"model_args": ARGS | {"n_layer": "2"}},
+    "n_layer is a tensor": {"model_args": ARGS | {"n_layer": torch.tensor(2)}},
+    "n_layer is true": {"model_args": ARGS | {"n_layer": True}},
+    "n_layer is 3": {"model_args": ARGS | {"n_layer": 3}},
+    "n_layer is 1": {"model_args": ARGS | {"n_layer": 1}},
+    "n_layer is ten million": {"model_args": ARGS | {"n_layer": 10_000_000}},
+    "n_layer is 2 ** 200": {"model_args": ARGS | {"n_layer": 2**200}},
+    "n_layer unfolds without end": {"model_args": ARGS | {"n_layer": doubled(60)}},
+    "n_head does not divide": {"model_args": ARGS | {"n_head": 5}},
+    "vocab_size is another": {"model_args": ARGS | {"vocab_size": 62}},
+    "block_size is missing": {"model_args": {k: v for k, v in ARGS.items() if k != "block_size"}},
+}
+
+
+def as_nanogpt(tensors):
+    """Linear layout: nanoGPT transposes what it takes over from Hugging Face."""
+    return {n: (t.t() if n.endswith(CONV1D) else t).contiguous() for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("fault", NANOGPT_FAULTS)
+def test_a_nanogpt_checkpoint_of_another_form_is_refused(fault, tensors, tmp_path):
+    good = {"model": as_nanogpt(tensors), "model_args": ARGS, "iter_num": 5}
+    torch.save(good, tmp_path / "ckpt.pt")
+    assert load_model(tmp_path).config.n_layer == 2
+    torch.save(good | NANOGPT_FAULTS[fault], tmp_path / "ckpt.pt")
+    assert refusal_in_a_child(tmp_path).startswith(str(tmp_path / "ckpt.pt"))
+
+
+# ---- pickles that are damaged --------------------------------------------------------------------
+def every_class_of_length(size):
+    """Cuts near each end of a file, and all over it."""
+    return sorted(
+        {*range(12), 63, 64, 65, *range(0, size, max(1, size // 40)), size - 22, size - 1}
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_pickle_that_was_cut_off_anywhere_is_refused(legacy, tensors, folder):
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for kept in every_class_of_length(len(whole)):
+        path.write_bytes(whole[:kept])
+        assert refusal(folder).startswith(str(path)), kept
+
+
+def repack(path, edits=None, without=(), extra=(), packed=None):
+    """Write a zipped pickle again, by Python's own zip, with some of its entries changed."""
+    with zipfile.ZipFile(path) as archive:
+        held = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    top = held[0][0].split("/")[0]
+    held = [(name, (edits or {}).get(name[len(top) + 1 :], data)) for name, data in held]
+    held = [(name, data) for name, data in held if name[len(top) + 1 :] not in without]
+    held += [(name.replace("TOP", top), data) for name, data in extra]
+    names = [name[len(top) + 1 :] for name, _ in held]
+    path.write_bytes(write_zip(held, names.index(packed) if packed else None))
+
+
+def claims(count):
+    """The pickle of `zipped`, its first storage said to hold another number of numbers."""
+    return lambda data: data.replace(b"M\x00\x1bt", b"J" + struct.pack("<i", count) + b"t", 1)
+
+
+ZIP_FAULTS = {
+    "numbers compressed": {"packed": "data/0"},
+    "pickle compressed": {"packed": "data.pkl"},
+    "a bomb": {"edits": {"data.pkl": b"\x80\x02}" + bytes(1 << 28) + b"."}, "packed": "data.pkl"},
+    "two pickles": {"extra": [("TOP/data.pkl", b"\x80\x02}.")]},
+    "no pickle": {"without": ["data.pkl"]},
+    "no numbers": {"without": ["data/0"]},
+    "numbers cut off": {"edits": {"data/0": bytes(48 * 144 * 4 - 4)}},
+    "numbers of another tensor": {"edits": {"data/0": b""}},
+    "a strange byte order": {"edits": {"byteorder": b"\xff\xfe"}},
+    "an empty pickle": {"edits": {"data.pkl": b""}},
+    "names that climb out": {"extra": [("../../evil", b"x"), ("/tmp/evil", b"x")]},
+}
+
+
+@pytest.mark.parametrize("fault", ZIP_FAULTS)
+def test_a_zip_that_torch_would_not_write_is_refused(fault, tensors, folder):
+    path = folder / "pytorch_model.bin"
+    torch.save({MATRIX: tensors[MATRIX], **tensors}, path)
+    repack(path)
+    assert load_model(folder).config.n_layer == 2  # as such a zip is as good as torch's own
+    repack(path, **ZIP_FAULTS[fault])
+    assert refusal_in_a_child(folder).startswith(str(path))
+    assert not (folder.parent / "evil").exists() and not (folder.parent.parent / "evil").exists()
+
+
+@pytest.mark.parametrize("count", [48 * 144 + 1, 10**9, 2**31 - 1, -1, -(2**31)])
+def test_a_storage_of_another_size_than_its_entry_is_refused(count, tensors, folder):
+    path = folder / "pytorch_model.bin"
+    torch.save({MATRIX: tensors[MATRIX], **tensors}, path)
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(f"{path.stem}/data.pkl")
+    assert claims(count)(data) != data
+    repack(path, {"data.pkl": claims(count)(data)})
+    assert refusal_in_a_child(folder).startswith(str(path))
+
+
+@pytest.mark.parametrize("count", [48 * 144 + 1, 10**9, 2**31 - 1, -1])
+def test_a_storage_of_another_size_is_refused_in_an_old_file_too(count, tensors, folder):
+    path = folder / "pytorch_model.bin"
+    first = {MATRIX: tensors[MATRIX], **tensors}
+    torch.save(first, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"M\x00\x1bN", b"J" + struct.pack("<i", count) + b"N", 1))
+    assert path.read_bytes() != data
+    assert refusal_in_a_child(folder).startswith(str(path))
+
+
+def test_an_encrypted_zip_is_refused(tensors, folder):
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path)
+    data = bytearray(path.read_bytes())
+    for magic, flags_at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := data.find(magic, at + 1)) >= 0:
+            data[at + flags_at] |= 1
+    path.write_bytes(data)
+    assert refusal(folder).startswith(str(path))
+
+
+def write_tar(path):
+    """The format before 2018 was a tar; this one would make a pipe and wait at it for ever."""
+    with tarfile.open(path, "w") as archive:
+        pipe = tarfile.TarInfo("storages")
+        pipe.type = tarfile.FIFOTYPE
+        archive.addfile(pipe)
+
+
+def make_sparse(path, size=3 << 30):
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+ODD_FILES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "one byte": lambda path: path.write_bytes(b"\x80"),
+    "text": lambda path: path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    ),
+    "a page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
+    "a tar": write_tar,
+    "a folder": lambda path: path.mkdir(),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to a folder": lambda path: path.symlink_to("."),
+    "endless zeros": lambda path: path.symlink_to("/dev/zero"),
+    "a pipe": lambda path: os.mkfifo(path),
+    "3 GB of nothing": make_sparse,
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+@pytest.mark.parametrize("name", ["config.json", *ORDER])
+def test_what_is_no_file_of_its_kind_is_refused_at_once(name, odd, tensors, folder):
+    save_file(tensors, folder / "good.safetensors")
+    if name == "config.json":
+        (folder / "good.safetensors").rename(folder / "model.safetensors")
+        (folder / name).unlink()
+    ODD_FILES[odd](folder / name)
+    message = refusal_in_a_child(folder)
+    # A broken link is reported as the missing file that it is.
+    assert message.startswith(str(folder / name)), message
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_refused(name, tensors, folder):
+    save_file(tensors, folder / "model.safetensors")
+    (folder / name).chmod(0)
+    assert refusal(folder).startswith(str(folder / name))
+
+
+# ---- the index of a checkpoint in shards ---------------------------------------------------------
+@pytest.fixture
+def sharded(tensors, folder):
+    write_shards(folder, "model", ".safetensors", tensors, save_file)
+    assert load_model(folder).config.n_layer == 2
+    return folder
+
+
+SHARD = "model-00001-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def edit_index(folder, edit):
+    path = folder / INDEX
+    fields = json.loads(path.read_text())
+    edit(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    "home",
+    ["../x.safetensors", "../" + SHARD, "/etc/passwd", "/etc/x.safetensors", "a/b.safetensors", "",
+     ".", "..", "./" + SHARD, "a\\b.safetensors", "C:\\x.safetensors", "x\0.safetensors", "~/x",
+     "pytorch_model.bin", "config.json", "nul\n.safetensors", 7, None, True, [SHARD], {"a": SHARD},
+     "x" * 5000 + ".safetensors"],
+    ids=repr,
+)  # fmt: skip
+def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(home, sharded):
+    edit_index(sharded, lambda fields: fields["weight_map"].update({MATRIX: home}))
+    message = refusal(sharded)
+    assert message.startswith(str(sharded))
+    # A plain name with a strange letter in it is a file that does not exist.
+    assert message.startswith(f"{sharded / INDEX}: tensor {MATRIX!r}") or "missing" in message
+
+
+def test_an_index_may_not_reach_a_file_outside_even_if_it_is_there(tensors, sharded):
+    """The same tensors one folder up: what would work must not."""
+    outside = sharded.parent / "outside.safetensors"
+    save_file({MATRIX: tensors[MATRIX]}, outside)
+    for home in ("../outside.safetensors", str(outside)):
+        edit_index(sharded, lambda fields: fields["weight_map"].update({MATRIX: home}))
+        assert refusal(sharded).startswith(f"{sharded / INDEX}: tensor {MATRIX!r}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b'"x"', b"null", b"{}", b'{"weight_map": []}',
+     b'{"weight_map": {}}', b'{"weight_map": null}', b'{"weight_map": "model.safetensors"}',
+     b'{"weight_map": [["a", "b"]]}', b'{"metadata": {"total_size": 1}}'],
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused(text, sharded):
+    (sharded / INDEX).write_bytes(text)
+    assert refusal(sharded).startswith(str(sharded / INDEX))
+
+
+def test_a_shard_that_is_not_there_is_named(sharded):
+    (sharded / SHARD).unlink()
+    assert refusal(sharded).startswith(f"{sharded / SHARD} is missing")
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(tensors, sharded):
+    held = load_file(sharded / SHARD)
+    lost = sorted(held)[0]
+    save_file({name: held[name] for name in held if name != lost}, sharded / SHARD)
+    message = refusal(sharded)
+    assert message.startswith(f"{sharded / SHARD}: tensor {lost!r}")
+
+
+def test_a_tensor_in_two_shards_is_refused(tensors, sharded):
+    held = load_file(sharded / SHARD)
+    other = sorted(tensors.keys() - held.keys())[0]
+    save_file({**held, other: tensors[other]}, sharded / SHARD)
+    message = refusal(sharded)
+    assert message.startswith(str(sharded)) and repr(other) in message
+
+
+def test_a_tensor_that_no_shard_should_have_is_refused(tensors, sharded):
+    save_file({**load_file(sharded / SHARD), "extra": torch.zeros(2)}, sharded / SHARD)
+    message = refusal(sharded)
+    assert message.startswith(str(sharded / SHARD)) and "'extra'" in message
+
+
+def test_a_tensor_that_the_index_forgets_is_read_or_named(tensors, sharded):
+    """The shard has it, so nothing is lost; old exporters left the tied head out of the index."""
+    edit_index(sharded, lambda fields: fields["weight_map"].pop(MATRIX))
+    assert torch.equal(load_model(sharded).h[1].attn.c_attn.weight, tensors[MATRIX].t())
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, 0.5, -1])
+def test_a_shard_that_was_cut_off_is_named(kept, sharded):
+    whole = (sharded / SHARD).read_bytes()
+    cut = whole[: int(kept * len(whole)) if isinstance(kept, float) else kept]
+    (sharded / SHARD).write_bytes(cut)
+    assert refusal(sharded).startswith(str(sharded / SHARD))
+
+
+def test_shards_that_are_pickles_are_held_to_the_same(tensors, folder, tmp_path):
+    mark, shard = tmp_path / "mark", "pytorch_model-00002-of-00002.bin"
+    write_shards(folder, "pytorch_model", ".bin", tensors, torch.save)
+    assert load_model(folder).config.n_layer == 2
+    good = (folder / shard).read_bytes()
+    torch.save({**torch.load(folder / shard), "z": command(mark)}, folder / shard)
+    assert refusal(folder).startswith(str(folder / shard)) and not mark.exists()
+    (folder / shard).write_bytes(good[:-30])
+    assert refusal(folder).startswith(str(folder / shard))
+
+
+# ---- safetensors by hand -------------------------------------------------------------------------
+def write_safetensors(folder, header, numbers=b"", length=None):
+    """A file with this header (bytes, or what JSON makes of it) and this length before it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(text) if length is None else length
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + text + numbers)
+
+
+def parts(tensors):
+    """The header of a good file as a dictionary, and its numbers."""
+    data = save(tensors)
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**20, 2**31, 100 << 30, 2**63, 2**64 - 1])
+def test_a_header_that_is_longer_than_the_file_is_refused(length, folder):
+    write_safetensors(folder, b"{}" + b" " * 62, length=length)
+    assert refusal_in_a_child(folder).startswith(str(folder / "model.safetensors"))
+
+
+HEADERS = {
+    "empty": b"{}",
+    "blank": b" " * 64,
+    "a list": b"[]",
+    "deep": b'{"a":' * 10_000,
+    "deep lists": b"[" * 1_000_000,
+    "not UTF-8": b'{"\xff\xfe": 1}',
+    "half a surrogate": b'{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
+    "only metadata": b'{"__metadata__": {"format": "pt"}}',
+    "metadata of numbers": b'{"__metadata__": {"format": 1}}',
+    "a tensor that is a number": b'{"wte.weight": 1}',
+    "no shape": b'{"wte.weight": {"dtype": "F32", "data_offsets": [0, 0]}}',
+    "twice the same name": b'{"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},'
+    b' "wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_describes_no_model_is_refused(header, folder):
+    write_safetensors(folder, HEADERS[header])
+    assert refusal(folder).startswith(str(folder / "model.safetensors"))
+
+
+ENTRIES = {
+    "past the end": {"data_offsets": [0, 10**12]},
+    "backwards": {"data_offsets": [8, 0]},
+    "negative": {"data_offsets": [-4, 0]},
+    "overlapping": {"data_offsets": [4, 196]},
+    "one number": {"data_offsets": [0]},
+    "text": {"data_offsets": "0"},
+    "another shape": {"shape": [49]},
+    "a negative shape": {"shape": [-48]},
+    "a fraction": {"shape": [48.5]},
+    "no list": {"shape": 48},
+    "2^124 numbers": {"shape": [2**62, 2**62]},
+    "2^62 times nothing": {"shape": [2**62, 0]},
+    "100,000 dimensions": {"shape": [1] * 100_000 + [48]},
+    "an unknown type": {"dtype": "F12"},
+    "no type": {"dtype": None},
+    "half the type": {"dtype": "F16"},
+    "integers": {"dtype": "I32"},
+    "long integers": {"dtype": "I64", "shape": [24]},
+    "bytes": {"dtype": "U8", "shape": [192]},
+    "truth values": {"dtype": "BOOL", "shape": [192]},
+    "8-bit floats": {"dtype": "F8_E4M3", "shape": [192]},
+    "8-bit exponents": {"dtype": "F8_E8M0", "shape": [192]},
+    "6-bit floats": {"dtype": "F6_E2M3", "shape": [256]},
+    "4-bit floats": {"dtype": "F4", "shape": [384]},
+    "complex numbers": {"dtype": "C64", "shape": [24]},
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_that_is_not_what_the_model_needs_is_refused(entry, tensors, folder):
+    header, numbers = parts(tensors)
+    write_safetensors(folder, header, numbers)
+    assert load_model(folder).config.n_layer == 2
+    header[GAIN] |= ENTRIES[entry]
+    write_safetensors(folder, header, numbers)
+    message = refusal(folder)
+    path = folder / "model.safetensors"
+    assert message.startswith((f"{path} is not a whole", f"{path}: tensor {GAIN!r}")), message
+
+
+def test_numbers_that_no_tensor_owns_are_refused(tensors, folder):
+    header, numbers = parts(tensors)
+    write_safetensors(folder, header, numbers + b"rest")
+    assert refusal(folder).startswith(str(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 10**6, "a\nb", "\x1b[31m", "h.2.ln_1.bias", "\u202e"])
+def test_a_tensor_too_many_is_named_in_a_message_that_can_be_read(name, tensors, folder):
+    save_file({**tensors, name: torch.zeros(2)}, folder / "model.safetensors")
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: tensor ")
+    assert message.isprintable()
+
+
+# ---- config.json that asks for the impossible ----------------------------------------------------
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layer": 10_000_000},
+        {"vocab_size": 10_000_000},
+        {"n_positions": 10_000_000},
+        {"n_inner": 10_000_000},
+        {"n_embd": 9_999_999, "n_inner": 10_000_000, "vocab_size": 10_000_000},
+        {"n_embd": 10_000_000, "n_head": 10_000_000},
+        {"n_layer": "x" * 10**6},
+        {"activation_function": "x" * 10**6},
+        {"model_type": "x" * 10**6},
+        {"layer_norm_epsilon": 10**400},
+        {"layer_norm_epsilon": float("inf")},
+        {"layer_norm_epsilon": float("nan")},
+        {"layer_norm_epsilon": -1e-5},
+    ],
+    ids=lambda changes: ", ".join(f"{k} {str(v)[:20]}" for k, v in changes.items()),
+)
+def test_a_config_of_absurd_numbers_is_refused_at_once(changes, tensors, folder):
+    save_file(tensors, folder / "model.safetensors")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    message = refusal_in_a_child(folder)
+    assert message.startswith((str(path), str(folder / "model.safetensors")))
+
+
+def test_many_layers_of_nothing_do_not_take_long(folder):
+    """2,500 tensors without a number, of 90 bytes of header each, and 400 layers to hold them."""
+    names = [f"h.{i}.{name}" for i in range(250) for name in ("ln_1.weight", "ln_1.bias") * 5]
+    names = [f"{name}.{at}" for at, name in enumerate(names)]
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    write_safetensors(folder, dict.fromkeys(names, empty))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 400}))
+    assert refusal_in_a_child(folder).startswith(str(folder / "model.safetensors"))
+
+
+# ---- the children themselves ---------------------------------------------------------------------
+def test_a_child_that_crashes_hangs_or_eats_memory_is_seen():
+    """Or every test above would pass whatever happened."""
+
+    def crash(say):
+        say("about to")
+        os.kill(os.getpid(), signal.SIGUSR1)  # as SIGSEGV would, and pytest prints no page
+
+    def hang(say):
+        say("waiting")
+        while True:
+            pass
+
+    def eat(say):
+        say(str(len(bytearray(200 << 20))))
+
+    def stumble(say):
+        raise KeyError("x")
+
+    assert in_a_child(crash, 5)[:2] == (["about to"], "killed by SIGUSR1")
+    assert in_a_child(hang, 0.5)[:2] == (["waiting"], "silent for 0.5 s")
+    assert in_a_child(stumble, 5)[:2] == ([], "status 1")
+    outcome = in_a_child(eat, 5)
+    assert outcome[:2] == ([str(200 << 20)], "")
+    if sys.platform == "linux":
+        assert 190 < outcome.peak_mb < 260
+
+
+def test_another_exception_than_a_value_error_is_seen(monkeypatch, tmp_path):
+    def load(folder):
+        raise KeyError("wte")
+
+    monkeypatch.setitem(verdict.__globals__, "load_model", load)
+    assert verdict(tmp_path) == "raised KeyError: 'wte'"
+
+
+# ---- damaged at random ---------------------------------------------------------------------------
+def check_fuzz(first, count):
+    counts, faults, peak_mb = fuzz(first, count)
+    assert faults == []
+    assert counts.total() == count
+    assert peak_mb < 500
+    for kind in {file for file, _ in counts}:  # both happen, or the damage has lost its teeth
+        assert counts[kind, "refused"] > 0.2 * count / len(counts), kind
+    loaded = sum(counts[file, "loaded"] for file, _ in counts)
+    assert loaded > count / 20
+
+
+def test_a_damaged_checkpoint_loads_with_finite_weights_or_is_refused_with_a_value_error():
+    check_fuzz(0, 300)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_checkpoints_load_with_finite_weights_or_are_refused():
+    check_fuzz(300, 10_000)
