@@ -23,7 +23,10 @@ Try: take the merge of S and T out of the demo's list and see what is held back 
 """
 
 import codecs
+import hashlib
 import json
+import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,37 +34,48 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's rule for cutting a text into words
 
-END_OF_TEXT = "<|endoftext|>"
+from vocabulary import (
+    BYTE_TO_CHAR,
+    END_OF_TEXT,
+    AddedToken,
+    Vocabulary,
+    read_vocab_and_merges,
+    read_vocabulary,
+)
 
-
-def byte_to_char() -> dict[int, str]:
-    """The printable character that stands for each byte in the files: " " is written "Ġ".
-
-    Printable bytes stand for themselves; the other 68, which would be lost or invisible in a text
-    file, take the characters from 256 on. From `bytes_to_unicode` of github.com/openai/gpt-2.
-    """
-    # ! to ~, ¡ to ¬, ® to ÿ: left out are the blanks and U+00AD, a hyphen that is seldom shown.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]  # 32 is others[32] -> chr(288)
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-BYTE_TO_CHAR = byte_to_char()
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+# Where tiktoken fetches GPT-2's files, and the SHA-256 of what it must find there.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 
 
 class Tokenizer:
-    """A GPT-2 vocabulary: bytes that may be merged, and special tokens that are no text."""
+    """A GPT-2 vocabulary: bytes that may be merged, and tokens that are matched whole."""
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
-        """`ranks` maps a token's bytes to its id, where the lower id is merged first."""
+    def __init__(self, vocabulary: Vocabulary):
+        """The merging is tiktoken's; added tokens are cut out of the text before."""
+        ranks, added, eos_token = vocabulary
+        self._num_ordinary = len(ranks)
+        self._added = {token.content: token.token_id for token in added}
         self._encoding = tiktoken.Encoding(
-            "gpt2-from-files", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+            "gpt2-from-files",
+            pat_str=r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens=self._added,
         )
-        self._special = {token_id: name for name, token_id in special.items()}
+        self._rounds = [
+            one_of([token.content for token in added if token.normalized == normalized])
+            for normalized in (False, True)
+        ]
+        self._special = {token.token_id: token.content for token in added if token.special}
         self._bytes = [b""] * self.vocab_size
         for token, token_id in ranks.items():
             self._bytes[token_id] = token
+        for content, token_id, special, _ in added:
+            self._bytes[token_id] = b"" if special else content.encode()
+        self._eos_token_id = self._added.get(eos_token)
 
     @property
     def vocab_size(self) -> int:
@@ -69,9 +83,14 @@ class Tokenizer:
         return self._encoding.max_token_value + 1
 
     @property
+    def num_ordinary(self) -> int:
+        """How many tokens are bytes or merges; the others were added, some perhaps to no model."""
+        return self._num_ordinary
+
+    @property
     def eos_token_id(self) -> int | None:
-        """The id of <|endoftext|>; None for a vocabulary without it."""
-        return next((i for i, name in self._special.items() if name == END_OF_TEXT), None)
+        """The id of the token that ends a text; None for a vocabulary without one."""
+        return self._eos_token_id
 
     def encode(self, text: str) -> list[int]:
         """Text to ids. As in Hugging Face, "<|endoftext|>" in a text is the token, not its letters.
@@ -84,7 +103,20 @@ class Tokenizer:
             half = f"U+{ord(text[error.start]):04X}"
             where = f"character {error.start} of the text is {half}, half of a surrogate pair"
             raise ValueError(f"{where}: send whole characters") from None
-        return self._encoding.encode(text, allowed_special="all")
+        return self._encode(text, self._rounds)
+
+    def _encode(self, text: str, rounds: list[re.Pattern]) -> list[int]:
+        """Cut out the added tokens that these rounds look for, then merge what stands between.
+
+        From left to right, and of those that begin at the same place the longest, where tiktoken's
+        own search takes any of them. A later round sees only what the earlier ones have left over.
+        """
+        if not rounds:
+            return self._encoding.encode_ordinary(text)
+        ids = []
+        for number, part in enumerate(rounds[0].split(text)):  # text, token, text, token, text
+            ids += [self._added[part]] if number % 2 else self._encode(part, rounds[1:])
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text: special and unknown ids leave none, broken UTF-8 becomes U+FFFD."""
@@ -99,6 +131,13 @@ class Tokenizer:
         """How one token looks alone, in a table or beside its log-probability; not for streams."""
         name = self._special.get(token_id)
         return name if name is not None else self.decode([token_id])
+
+
+def one_of(contents: list[str]) -> re.Pattern:
+    """A pattern whose `split` keeps what it finds: any of these texts, the longest first."""
+    longest_first = sorted(contents, key=len, reverse=True)  # `|` takes the first that fits
+    # (?!) fits nowhere: an empty list of alternatives would fit everywhere.
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 class StreamDecoder:
@@ -193,77 +232,34 @@ class StreamDecoder:
 
 # --------------------------------------------------------------------------------------------------
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """Read `vocab.json` and `merges.txt`, as Hugging Face writes them for GPT-2.
+    """The tokenizer of a model's folder, from the files that `vocabulary.py` reads.
 
-    Returns None for a folder with neither (a model can run on ids alone). Raises ValueError, naming
-    the file, when one of them is missing or damaged, or when the two do not belong together.
+    Returns None for a folder without (a model can run on ids alone). Raises ValueError, naming the
+    file, when one of them is missing or damaged, or asks for what would give other ids.
     """
-    vocab_path, merges_path = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-    missing = [path for path in (vocab_path, merges_path) if not path.exists()]
-    if len(missing) == 2:
+    vocabulary = read_vocabulary(folder)
+    return None if vocabulary is None else Tokenizer(vocabulary)
+
+
+def gpt2_tokenizer() -> Tokenizer | None:
+    """GPT-2's own, from the files that tiktoken has fetched before; None where it has not.
+
+    Asked for "gpt2", tiktoken fetches what it does not have, and deletes what is damaged to fetch
+    it again. Here nothing is fetched and nothing deleted. Raises ValueError for a damaged file.
+    """
+    default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", default)
+    paths = [
+        Path(cache) / hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_FILES
+    ]
+    if not cache or not all(path.is_file() for path in paths):  # "" tells tiktoken to keep nothing
         return None
-    if missing:
-        raise ValueError(f"{missing[0]} is missing: a tokenizer is vocab.json and merges.txt")
-    vocab = read_vocab(vocab_path)
-    ranks = read_ranks(merges_path, vocab)
-    made = set(ranks.values()) | {vocab.get(END_OF_TEXT)}
-    strangers = [token for token, token_id in vocab.items() if token_id not in made]
-    if strangers:
-        what = f"{len(strangers)} tokens are neither bytes nor made by {merges_path.name}"
-        raise ValueError(f"{vocab_path}: {what}, the first is {strangers[0]!r}")
-    return Tokenizer(ranks, {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {})
-
-
-def read_text(path: Path) -> str:
-    """A file's text; Windows line ends become plain ones. Raises ValueError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def read_vocab(path: Path) -> dict[str, int]:
-    """`vocab.json`: each token, written in `byte_to_char`'s characters, and its id."""
-    text = read_text(path)
-    try:
-        vocab = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError(f"{path} is not one object of tokens and their ids")
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"{path}: the ids of its {len(vocab)} tokens are not 0, 1, 2 and so on")
-    for byte, char in BYTE_TO_CHAR.items():
-        if char not in vocab:
-            raise ValueError(f"{path}: no token for the byte 0x{byte:02X}, written {char!r}")
-    return vocab
-
-
-def read_ranks(path: Path, vocab: dict[str, int]) -> dict[bytes, int]:
-    """`merges.txt`: one merge of two tokens a line, in the order in which they were learnt.
-
-    Hugging Face merges the listed pair that stands highest in this file; tiktoken merges the two
-    neighbours whose joined bytes have the lowest id. That is the same when each merge joins tokens
-    that exist by then and its own id is higher than all before, as training leaves them.
-    """
-    made = {char: vocab[char] for char in CHAR_TO_BYTE}
-    newest = -1
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line or (number == 1 and line.startswith("#version")):  # "# #" is a merge
-            continue
-        where = f"{path}, line {number}: {line[:40]!r}"
-        pair = line.split(" ")
-        if len(pair) != 2:
-            raise ValueError(f"{where} is not two tokens with one space between them")
-        if not (pair[0] in made and pair[1] in made):
-            raise ValueError(f"{where} joins a token that is neither a byte nor made further up")
-        token_id = vocab.get("".join(pair))
-        if token_id is None:
-            raise ValueError(f"{where} makes a token that vocab.json does not have")
-        if token_id <= newest:
-            raise ValueError(f"{where} makes id {token_id} after id {newest}: ids have to rise")
-        made["".join(pair)] = newest = token_id
-    return {bytes(map(CHAR_TO_BYTE.get, token)): token_id for token, token_id in made.items()}
+    for path, (name, sha256) in zip(paths, GPT2_FILES.items(), strict=True):
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} is not GPT-2's whole {name}: delete it")
+    vocab, ranks = read_vocab_and_merges(*paths)
+    end = AddedToken(END_OF_TEXT, vocab[END_OF_TEXT], special=True, normalized=False)
+    return Tokenizer(Vocabulary(ranks, (end,), END_OF_TEXT))
 
 
 def save_vocabulary(folder: Path, merges: list[tuple[bytes, bytes]]) -> None:

@@ -1,32 +1,41 @@
 """Text to ids and back; then back again token by token, with whole characters and stop strings.
 
 The oracles: Hugging Face's `tokenizers` for the ids, decoding everything at once for the stream,
-and decoding everything again after each token for the stop strings.
+and decoding everything again after each token for the stop strings. Which files make a tokenizer is
+tested in test_vocabulary.py.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
+import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import gpt2
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import tokenizer as tokenizer_file
 from tokenizer import (
-    BYTE_TO_CHAR,
-    END_OF_TEXT,
+    GPT2_FILES,
     StreamDecoder,
     Tokenizer,
+    gpt2_tokenizer,
     load_tokenizer,
     save_vocabulary,
 )
+from vocabulary import END_OF_TEXT, AddedToken, Vocabulary
 
 WITHOUT_DEADLINE = settings(deadline=None)  # a busy machine is no reason to fail
 DATA = Path(os.environ.get("PAGEDGPT_DATA", "no such folder")) / "tokenizer"
+NEEDS_DATA = pytest.mark.skipif(
+    not DATA.is_dir(), reason="PAGEDGPT_DATA names no folder with GPT-2's own tokenizer files"
+)
 
 # Characters are cut as GPT-2 cuts them, and "ab" is a token beside its letters, so that a stop
 # string meets every kind of seam.
@@ -145,9 +154,7 @@ def is_piece(data: bytes) -> bool:
     return False
 
 
-@pytest.mark.skipif(
-    not DATA.is_dir(), reason="PAGEDGPT_DATA names no folder with GPT-2's own tokenizer files"
-)
+@NEEDS_DATA
 def test_the_files_of_gpt2_give_the_published_ids(tmp_path):
     shutil.copy(DATA / "encoder.json", tmp_path / "vocab.json")
     shutil.copy(DATA / "vocab.bpe", tmp_path / "merges.txt")
@@ -201,10 +208,51 @@ def test_half_of_a_surrogate_pair_is_refused_and_not_replaced(tokenizer):
 
 def test_a_vocabulary_without_end_of_text_reads_it_as_letters(tmp_path):
     save_vocabulary(tmp_path, MERGES)
-    edit_vocab(tmp_path, lambda vocab: vocab.pop(END_OF_TEXT))
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    del vocab[END_OF_TEXT]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     tok = load_tokenizer(tmp_path)
     assert tok.eos_token_id is None and tok.vocab_size == 267
     assert tok.decode(tok.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
+def with_added(tokenizer: Tokenizer, *added: AddedToken) -> Tokenizer:
+    """The fixture's 267 bytes and merges, and these tokens after them."""
+    ranks = {tokenizer.token_bytes(i): i for i in range(267)}
+    return Tokenizer(Vocabulary(ranks, added, added[0].content))
+
+
+def test_an_added_word_is_text_and_an_added_special_token_is_none(tokenizer):
+    pad, cat = AddedToken("[PAD]", 267, True, False), AddedToken("猫b", 268, False, True)
+    tok = with_added(tokenizer, pad, cat)
+    assert tok.encode("ab猫bb[PAD]a") == [260, 268, 65, 267, 64]
+    assert tok.decode([260, 268, 65, 267, 64]) == "ab猫bba"
+    assert (tok.token_bytes(267), tok.token_bytes(268)) == (b"", "猫b".encode())
+    assert (tok.token_text(267), tok.token_text(268)) == ("[PAD]", "猫b")
+    assert tok.vocab_size == 269 and tok.eos_token_id == 267
+
+
+def test_an_added_word_may_end_or_begin_a_stop_string(tokenizer):
+    tok = with_added(tokenizer, AddedToken("STOP", 267, False, True))
+    decoder = StreamDecoder(tok, stop=["OPS"])
+    assert stream(decoder, [64, 267, 50, 64]) == ["a", "ST", "", "", ""]
+    assert (decoder.text, decoder.stopped) == ("aST", "OPS")
+
+
+def test_a_text_that_is_itself_an_added_word_is_searched_for_special_tokens_first(tokenizer):
+    """The whole text is a word of the second round, and a token of the first lies within it."""
+    word = AddedToken("a[x]b", 268, special=False, normalized=True)
+    tok = with_added(tokenizer, AddedToken("[x]", 267, special=True, normalized=False), word)
+    assert tok.encode("a[x]b") == [64, 267, 65]
+    tok = with_added(tokenizer, AddedToken("[x]", 267, special=True, normalized=True), word)
+    assert tok.encode("a[x]b") == [268]  # in the same round the one further left
+
+
+def test_characters_that_mean_something_in_a_pattern_are_only_characters(tokenizer):
+    names = ["(.*)", "a|b", "[x]", "\\d+", "$", "^"]
+    tok = with_added(tokenizer, *(AddedToken(n, 267 + i, True, False) for i, n in enumerate(names)))
+    assert tok.encode("".join(names)) == [267, 268, 269, 270, 271, 272]
+    assert tok.encode("ab1") == [260, 16]
 
 
 # ---- One token at a time -------------------------------------------------------------------------
@@ -475,109 +523,124 @@ def test_a_decoder_that_holds_back_too_little_or_too_much_is_caught(tokenizer, b
         check_stops(broken(tokenizer, stop), tokenizer, ids, stop, 0)
 
 
-# ---- The files -----------------------------------------------------------------------------------
-def edit_vocab(folder: Path, change) -> None:
-    """Let `change` alter the dictionary in vocab.json."""
-    path = folder / "vocab.json"
-    vocab = json.loads(path.read_text(encoding="utf-8"))
-    change(vocab)
-    path.write_text(json.dumps(vocab), encoding="utf-8")
-
-
-def test_a_space_is_written_with_another_character_in_the_files():
-    assert BYTE_TO_CHAR[ord(" ")] == "Ġ" and BYTE_TO_CHAR[ord("\n")] == "Ċ"
-    assert BYTE_TO_CHAR[ord("a")] == "a"
-    assert set(BYTE_TO_CHAR.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-
-
+# ---- Where a tokenizer comes from ----------------------------------------------------------------
 def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path) is None
     assert load_tokenizer(str(tmp_path / "absent")) is None
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
-def test_one_file_without_the_other_is_an_error(tmp_path, name):
-    save_vocabulary(tmp_path, MERGES)
-    (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing: a tokenizer is vocab.json and merg"):
-        load_tokenizer(tmp_path)
+def test_the_shipped_model_has_the_same_tokenizer_in_both_layouts(shipped_model_folder, tmp_path):
+    both = load_tokenizer(shipped_model_folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(shipped_model_folder / name, tmp_path)
+    slow = load_tokenizer(tmp_path)
+    assert both.vocab_size == slow.vocab_size and both.eos_token_id == slow.eos_token_id
+    assert [both.encode(text) for text in HARD_TEXTS] == [slow.encode(text) for text in HARD_TEXTS]
 
 
-@pytest.mark.parametrize(
-    "content, complaint",
-    [
-        (b"", "is not JSON"),
-        (b'{"!": 0, "a": ', "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"\xff\xfe\x00\x01", "is not UTF-8 text"),
-        (b'["a", "b"]', "is not one object of tokens and their ids"),
-        (b'{"a": "0"}', "is not one object of tokens and their ids"),
-        (b'{"a": true}', "is not one object of tokens and their ids"),
-        (b'{"a": 0, "b": 0}', "the ids of its 2 tokens are not 0, 1, 2 and so on"),
-        (b'{"a": 999999999999}', "the ids of its 1 tokens are not 0, 1, 2 and so on"),
-        (b'{"!": 0}', "no token for the byte 0x22"),
-    ],
-)
-def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, content, complaint):
-    save_vocabulary(tmp_path, MERGES)
-    (tmp_path / "vocab.json").write_bytes(content)
+# The names of GPT-2's two files in tiktoken's cache: the SHA-1 of where they were fetched.
+CACHED = {
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever asks for an address or a connection meets an error that nobody catches."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a network was asked for")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, no_network) -> Path:
+    """An empty cache of tiktoken's."""
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    return folder
+
+
+def test_gpt2_is_none_where_tiktoken_has_not_fetched_it(cache, monkeypatch, tmp_path):
+    assert gpt2_tokenizer() is None
+    (cache / CACHED["vocab.bpe"]).write_bytes(b"one of the two")
+    assert gpt2_tokenizer() is None
+    (cache / CACHED["encoder.json"]).mkdir()
+    assert gpt2_tokenizer() is None
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "other"))  # the third place it looks in
+    assert gpt2_tokenizer() is None
+
+
+def test_gpt2_is_none_where_tiktoken_is_told_to_keep_nothing(cache, monkeypatch):
+    """An empty name is that order, and not the folder that happens to be the current one."""
+    for name in CACHED.values():
+        (cache / name).write_bytes(b"not looked at")
+    monkeypatch.chdir(cache)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    assert gpt2_tokenizer() is None
+
+
+def test_a_damaged_file_in_the_cache_is_refused_and_left_alone(cache):
+    for name in CACHED:
+        (cache / CACHED[name]).write_bytes(b"{}")
     with pytest.raises(ValueError) as error:
-        load_tokenizer(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / "vocab.json"))
-    assert complaint in str(error.value)
+        gpt2_tokenizer()
+    path = cache / CACHED["encoder.json"]
+    assert str(error.value) == f"{path} is not GPT-2's whole encoder.json: delete it"
+    assert path.read_bytes() == b"{}"
 
 
-@pytest.mark.parametrize(
-    "content, complaint",
-    [
-        (b"\xff\xfe\x00\x01", " is not UTF-8 text"),
-        (b"#version: 0.2\nS T\nO P\nE", ", line 4: 'E' is not two tokens with one space"),
-        (b"S T\nO P E", ", line 2: 'O P E' is not two tokens with one space between them"),
-        (b"S T\nST OP", ", line 2: 'ST OP' joins a token that is neither a byte nor made furth"),
-        (b"S T\nX Y", ", line 2: 'X Y' makes a token that vocab.json does not have"),
-        (b"O P\nS T", ", line 2: 'S T' makes id 264 after id 265: ids have to rise"),
-        (b"S T\nS T", ", line 2: 'S T' makes id 264 after id 264: ids have to rise"),
-    ],
-)
-def test_damaged_merges_are_refused_with_file_and_line(tmp_path, content, complaint):
-    save_vocabulary(tmp_path, MERGES)
-    (tmp_path / "merges.txt").write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        load_tokenizer(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / "merges.txt") + complaint)
+@NEEDS_DATA
+@pytest.mark.parametrize("place", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "the default"])
+def test_gpt2_from_tiktokens_cache_is_the_gpt2_of_its_files(cache, monkeypatch, tmp_path, place):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    folder = cache
+    if place == "the default":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        folder = tmp_path / "data-gym-cache"
+        folder.mkdir()
+    else:
+        monkeypatch.setenv(place, str(cache))
+    for name in CACHED:
+        shutil.copy(DATA / name, folder / CACHED[name])
+    shutil.copy(DATA / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(DATA / "vocab.bpe", tmp_path / "merges.txt")
+    ours, from_files = gpt2_tokenizer(), load_tokenizer(tmp_path)
+    assert (ours.vocab_size, ours.eos_token_id) == (50257, 50256)
+    vectors = json.loads((DATA / "gpt2_token_vectors.json").read_text(encoding="utf-8"))
+    texts = [vector["text"] + END_OF_TEXT for vector in vectors]
+    assert [ours.encode(text) for text in texts] == [from_files.encode(text) for text in texts]
+    assert ours.encode(texts[0]) == [*vectors[0]["ids"], 50256]
 
 
-def test_merges_that_were_cut_off_leave_tokens_that_nothing_makes(tmp_path):
-    save_vocabulary(tmp_path, MERGES)
-    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "merges.txt").write_text("\n".join(lines[:-2]), encoding="utf-8")
-    with pytest.raises(ValueError, match="2 tokens are neither bytes nor made by merges.txt, .*OP"):
-        load_tokenizer(tmp_path)
+@NEEDS_DATA
+@pytest.mark.parametrize("name", CACHED)
+def test_one_byte_of_difference_in_the_cache_is_seen(cache, name):
+    """Some such files are whole vocabularies, with two ids exchanged."""
+    for other in CACHED:
+        data = (DATA / other).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == GPT2_FILES[other]
+        (cache / CACHED[other]).write_bytes(data + b"\n" * (other == name))
+    with pytest.raises(ValueError, match=f"is not GPT-2's whole {name}: delete it"):
+        gpt2_tokenizer()
 
 
-def test_a_special_token_that_we_do_not_know_is_refused(tmp_path):
-    save_vocabulary(tmp_path, MERGES)
-    edit_vocab(tmp_path, lambda vocab: vocab.update({"<|im_start|>": 268}))
-    with pytest.raises(ValueError, match=r"vocab.json: 1 tokens .* the first is '<\|im_start\|>'"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_merge_of_number_signs_is_no_comment_and_windows_line_ends_do_no_harm(tmp_path):
-    save_vocabulary(tmp_path, [(b"#", b"#"), (b"##", b"#")])
-    assert load_tokenizer(tmp_path).encode("###") == [257]
-    path = tmp_path / "merges.txt"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert load_tokenizer(tmp_path).encode("###") == [257]
-    path.write_bytes(b"# #\n## #\n")  # without the line that names the version
-    assert load_tokenizer(tmp_path).encode("###") == [257]
-
-
-def test_end_of_text_may_be_the_first_id(tmp_path):
-    """Where Hugging Face's trainer puts it when it is told of it."""
-    save_vocabulary(tmp_path, MERGES)
-    edit_vocab(tmp_path, lambda vocab: vocab.update({t: (i + 1) % 268 for t, i in vocab.items()}))
-    tok = load_tokenizer(tmp_path)
-    assert tok.eos_token_id == 0 and tok.encode("abab<|endoftext|>") == [262, 0]
+@NEEDS_DATA
+def test_tiktoken_itself_finds_gpt2_under_these_names(cache):
+    """So the names are right: without a network it reads the files that were put there."""
+    for name in CACHED:
+        shutil.copy(DATA / name, cache / CACHED[name])
+    facts = gpt2()
+    assert len(facts["mergeable_ranks"]) == 50256
+    text = "hello 👋 world 🌍"
+    assert gpt2_tokenizer().encode(text) == tiktoken.Encoding(**facts).encode(text)
 
 
 def test_the_demo_ends_with_ok(capsys):
