@@ -35,6 +35,7 @@ from tqdm import tqdm
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from engine import EngineConfig, InferenceEngine, eager_forward
+from hub import find_folder
 from kv_cache import KVCache, choose_num_blocks, write_kv
 from model import GPT
 from outputs import RequestOutput
@@ -45,11 +46,13 @@ from paged_prefill_triton import HAS_TRITON, write_kv_triton
 from policies import first_come_first_served
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 __all__ = ["LLM", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-gpt2"
+
+GPT2_VOCAB_SIZES = (50257, 50304)  # as it is, and padded to a multiple of 64 by nanoGPT
 
 DTYPES = {
     "float32": torch.float32,
@@ -139,11 +142,31 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def find_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that lies beside the weights; for a vocabulary like GPT-2's, tiktoken's own.
+
+    None where there is neither: such a model is served with token ids. Raises ValueError for files
+    that are damaged, or that belong to a larger vocabulary.
+    """
+    if path is not None:
+        folder = path if path.is_dir() else path.parent
+        if tokenizer := load_tokenizer(folder):
+            # A token that was added, [PAD] say, may have no row: a prompt that has it is refused.
+            if tokenizer.num_ordinary > vocab_size:
+                sizes = f"{tokenizer.num_ordinary} tokens, and the model has {vocab_size} rows"
+                raise ValueError(
+                    f"{folder}: the tokenizer has {sizes}: they do not belong together"
+                )
+            return tokenizer
+    return gpt2_tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
+
+
 class LLM:
     """A model, its tokenizer, and an engine around them.
 
-    `model` is a folder in Hugging Face's GPT-2 layout, `random:gpt2` (-medium, -large, -xl), or
-    a `GPT`, which brings no tokenizer and is served in its own dtype and on its own device.
+    `model` is a name on the hub (`gpt2`, `org/name@revision`), a folder in Hugging Face's GPT-2
+    layout, a nanoGPT checkpoint (`out/ckpt.pt`), `random:gpt2` (-medium, -large, -xl), or a `GPT`,
+    which brings no tokenizer and is served in its own dtype and on its own device.
     `threads` is what PyTorch may use on a CPU, in the whole process; None leaves it alone (for
     a model as small as the shipped one, 1 is fastest). The keyword arguments after `policy` are
     `EngineConfig`'s fields.
@@ -174,8 +197,9 @@ class LLM:
         else:
             self.model_name, self.weights = str(model), weights_kind(str(model))
             where = resolve_device(device)
-            self.model = load_model(model, resolve_dtype(dtype, where), where)
-            self.tokenizer = load_tokenizer(model) if Path(model).is_dir() else None
+            path = None if self.weights == "random weights" else find_folder(model)
+            self.model = load_model(path or model, resolve_dtype(dtype, where), where)
+            self.tokenizer = find_tokenizer(path, self.model.config.vocab_size)
         weight = self.model.wte.weight
         self.backend = resolve_backend(backend, weight.device, weight.dtype)
         if threads is not None:

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # on a GPU the tests of the kernels are about
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # what lies in a user's cache changes no test
 
 import functools
 import sys

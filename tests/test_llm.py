@@ -575,3 +575,76 @@ def test_threads_are_left_alone_unless_they_are_given(folder):
         torch.set_num_threads(before)
     with pytest.raises(ValueError, match="threads is 0: it must be an integer of at least 1"):
         LLM(folder, num_blocks=8, threads=0)
+
+
+# ---- where the model comes from ------------------------------------------------------------------
+def as_nanogpt(model, path):
+    """The checkpoint that nanoGPT's train.py writes of such a model."""
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 257}
+    state = {
+        name if name == "lm_head.weight" else f"transformer.{name}": weight
+        for name, weight in model.state_dict().items()
+    }
+    torch.save({"model": state, "model_args": args | {"bias": True, "dropout": 0.0}}, path)
+
+
+def test_a_nanogpt_checkpoint_is_served_with_the_tokenizer_that_lies_beside_it(tmp_path):
+    config = GPTConfig(**SHAPE | {"tie_word_embeddings": True}, activation_function="gelu")
+    model = GPT(config).init_weights(std=0.2).requires_grad_(False).eval()
+    as_nanogpt(model, tmp_path / "ckpt.pt")
+    (want,) = LLM(model, num_blocks=16).generate([[1, 2, 3]], GREEDY)
+    for name in (tmp_path, tmp_path / "ckpt.pt"):  # the folder of a training run, or the file
+        alone = LLM(name, num_blocks=16)
+        assert alone.tokenizer is None
+        assert alone.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids == (
+            want.outputs[0].token_ids
+        )
+    save_vocabulary(tmp_path, merges=[])
+    assert LLM(tmp_path / "ckpt.pt", num_blocks=16).tokenizer.vocab_size == 257
+
+
+def test_a_name_on_the_hub_is_served_from_the_cache(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    commit = "c0ffee" * 6 + "beef"
+    repository = tmp_path / "models--me--tales"
+    snapshot = repository / "snapshots" / commit
+    save_model(GPT(GPTConfig(**SHAPE)).init_weights(std=0.2), snapshot, torch.float32)
+    save_vocabulary(snapshot, merges=[])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    llm = LLM("me/tales", num_blocks=16)
+    assert (llm.model_name, llm.weights) == ("me/tales", "trained weights")
+    assert llm.generate("abc", GREEDY)[0].prompt_token_ids == llm.tokenizer.encode("abc")
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path):
+    save_model(GPT(GPTConfig(**SHAPE)).init_weights(), tmp_path, torch.float32)
+    save_vocabulary(tmp_path, merges=[(b"a", b"b"), (b"c", b"d")])
+    expected = f"{tmp_path}: the tokenizer has 258 tokens, and the model has 257 rows"
+    with pytest.raises(ValueError, match=expected):
+        LLM(tmp_path)
+
+
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused_only_in_a_prompt(tmp_path):
+    save_model(GPT(GPTConfig(**SHAPE)).init_weights(std=0.2), tmp_path, torch.float32)
+    save_vocabulary(tmp_path, merges=[])
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 257}))
+    llm = LLM(tmp_path, num_blocks=16)
+    assert len(llm.generate("abc", GREEDY)[0].outputs[0].token_ids) == 6
+    with pytest.raises(ValueError, match="token id 257"):
+        llm.generate("abc[PAD]", GREEDY)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 50257, 50304])
+def test_a_model_of_gpt2s_vocabulary_without_files_gets_tiktokens_own(
+    vocab_size, folder, ids_only, monkeypatch
+):
+    ours = llm_module.load_tokenizer(folder)
+    monkeypatch.setattr(llm_module, "gpt2_tokenizer", lambda: ours)
+    found = llm_module.find_tokenizer(ids_only, vocab_size)
+    assert (found is ours) == (vocab_size != 257)
+    assert (llm_module.find_tokenizer(None, vocab_size) is ours) == (vocab_size != 257)
+    beside = llm_module.find_tokenizer(folder, vocab_size)  # what lies beside it is believed first
+    assert beside is not ours and beside.vocab_size == 257
