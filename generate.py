@@ -17,6 +17,7 @@ Run: python generate.py
      python generate.py --file prompts.txt --jsonl --out texts.jsonl      (one prompt a line)
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
+     python generate.py --record steps.jsonl     (and python draw.py pool --recording steps.jsonl)
 Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-num-batched-tokens 8.
 """
 
@@ -33,6 +34,7 @@ from typing import TextIO, get_args
 from engine import EngineConfig
 from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams
 from outputs import RequestOutput, StepOutput
+from recorder import Recorder
 from scheduler import Scheduler
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
@@ -103,13 +105,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="prompts; none: the demonstration")
     parser.add_argument("--file", help="prompts, one a line or JSONL; - is standard input")
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help="a folder, or random:gpt2")
+    models = "a name on the hub, a folder, ckpt.pt, or random:gpt2"
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), help=models)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
     parser.add_argument("--threads", type=int, help="CPU threads; the shipped model: 1")
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
+    parser.add_argument("--record", type=Path, help="write what each step did to this file")
     add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
     add_flags(parser.add_argument_group("sampling"), SamplingParams)
     args = parser.parse_args(argv)
@@ -174,8 +178,8 @@ class Meter:
 
     def __init__(self, llm: LLM):
         self.llm, self.scheduler, self.started = llm, llm.engine.scheduler, time.monotonic()
-        self.steps = self.generated = self.peak_blocks = 0
-        self.tokens_held = self.places_held = 0  # of all steps together
+        # The last two are sums over all steps.
+        self.steps = self.generated = self.peak_blocks = self.tokens_held = self.places_held = 0
 
     def add(self, step: StepOutput) -> None:
         """Take one step into account."""
@@ -204,15 +208,13 @@ class Meter:
 
     def summary(self) -> str:
         """What the run came to."""
-        llm, scheduler = self.llm, self.scheduler
-        seconds = time.monotonic() - self.started
-        utilisation = self.tokens_held / max(self.places_held, 1)
+        llm, scheduler, seconds = self.llm, self.scheduler, time.monotonic() - self.started
         return (
             f"{self.generated} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s "
             f"({llm.weights}, {llm.backend}, {str(llm.model.wte.weight.dtype)[6:]})\n"
             f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks, utilisation "
-            f"{utilisation:.1%}, {scheduler.num_preemptions} preemptions, "
-            f"{scheduler.num_recomputed_tokens} tokens computed again"
+            f"{self.tokens_held / max(self.places_held, 1):.1%}, {scheduler.num_preemptions} "
+            f"preemptions, {scheduler.num_recomputed_tokens} tokens computed again"
         )
 
 
@@ -240,13 +242,11 @@ class Screen:
 
     def __init__(self, meter: Meter, strip: bool, stream: TextIO):
         self.meter, self.strip, self.stream = meter, strip, stream
-        self.is_terminal = stream.isatty()
-        self.lines_up, self.shown_at = 0, -math.inf
+        self.is_terminal, self.lines_up, self.shown_at = stream.isatty(), 0, -math.inf
 
     def show(self, last: bool = False) -> None:
         """Draw the state after a step; a terminal is redrawn at most 20 times a second."""
-        every_s = 0.05 if self.is_terminal else 1.0
-        if time.monotonic() - self.shown_at < every_s and not last:
+        if time.monotonic() - self.shown_at < (0.05 if self.is_terminal else 1.0) and not last:
             return
         self.shown_at = time.monotonic()
         lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.strip else []
@@ -326,6 +326,8 @@ def run(args: Namespace) -> None:
     if args.threads is None and args.model == str(SHIPPED_MODEL):
         config["threads"] = 1  # so small a model that a second thread waits more than it works
     llm = LLM(args.model, **config)
+    if args.record is not None:
+        llm.engine = Recorder(llm.engine, args.record, model=Path(llm.model_name).name)
     meter = Meter(llm)
     if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:
         stream_one(llm, *prompts[0], meter)

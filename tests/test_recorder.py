@@ -1,0 +1,387 @@
+"""A recording: one line a step, written from outside; cut anywhere, it loses no finished line."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+
+import generate
+from block_allocator import BlockAllocator
+from engine import InferenceEngine, eager_forward
+from kv_cache import KVCache
+from recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
+from sampling import SamplingParams
+from scheduler import Scheduler
+from sequence import Continuation
+
+POOL = {"num_blocks": 8, "block_size": 4}
+FIVE = [(6, 9), (10, 12), (3, 4), (5, 6), (8, 5)]  # prompt and written tokens: the pool runs dry
+
+
+def always_zero(batch):
+    return torch.zeros(len(batch.sample_rows), 2)
+
+
+def stand_in(forward=always_zero, max_num_batched_tokens=16):
+    """An engine over 8 blocks of 4 with the real scheduler; its model always says token 0."""
+    cache = KVCache(1, 8, 4, num_kv_heads=1, head_dim=1)
+    scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens, max_seq_len=64)
+    return InferenceEngine(forward, cache, scheduler, vocab_size=2)
+
+
+def wanting(num_tokens):
+    return SamplingParams(temperature=0, max_tokens=num_tokens)
+
+
+def run_all(recorder):
+    while recorder.has_unfinished():
+        recorder.step()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "recording.jsonl"
+
+
+@pytest.fixture
+def five(path):
+    """A recorded run of five requests, with preemptions: the file."""
+    recorder = Recorder(stand_in(), path, model="a stand-in")
+    for prompt, written in FIVE:
+        recorder.add_request([1] * prompt, wanting(written))
+    run_all(recorder)
+    return path
+
+
+# ---- what is written -----------------------------------------------------------------------------
+def test_the_header_names_the_format_and_the_pool(path):
+    Recorder(stand_in(), path, model="a stand-in", words="for a test")
+    header, steps = read_recording(path)
+    assert header == {
+        "format": "PagedGPT recording",
+        "version": 1,
+        "model": "a stand-in",
+        "words": "for a test",
+        "num_blocks": 8,
+        "block_size": 4,
+    }
+    assert steps == []
+
+
+def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path):
+    recorder = Recorder(stand_in(), path)
+    recorder.add_request([1] * 6, wanting(2))
+    outputs = [recorder.step(), recorder.step()]
+    first, second = read_recording(path)[1]
+    nothing = {"blocks_copied": 0, "blocks_hit": 0, "blocks_evicted": 0, "blocks_swapped": 0}
+    nothing |= {"aborted": [], "preempted": [], "num_waiting": 0}
+    entry = {"request": "0", "index": 0, "phase": "prefill", "new_tokens": 6}
+    entry |= {"num_computed_tokens": 6, "finish_reason": None, "block_table": [0, 1]}
+    assert first == nothing | {
+        "step": 1,
+        "milliseconds": round(outputs[0].milliseconds, 3),
+        "sequences": [entry],
+        "added": [["0", 1]],
+        "num_free": 6,
+        "blocks_taken": 2,
+        "blocks_freed": 0,
+    }
+    # It has ended, so its blocks are back: the line says what holds between this step and the next.
+    entry |= {"phase": "decode", "new_tokens": 1, "num_computed_tokens": 7}
+    entry |= {"finish_reason": "length", "block_table": []}
+    assert second == nothing | {
+        "step": 2,
+        "milliseconds": round(outputs[1].milliseconds, 3),
+        "sequences": [entry],
+        "added": [],
+        "num_free": 8,
+        "blocks_taken": 0,
+        "blocks_freed": 2,
+    }
+
+
+def test_every_line_says_what_the_scheduler_holds_after_its_step(path):
+    recorder = Recorder(stand_in(), path)
+    for prompt, written in FIVE:
+        recorder.add_request([1] * prompt, wanting(written))
+    live = []
+    while recorder.has_unfinished():
+        recorder.step()
+        scheduler = recorder.scheduler
+        tables = {seq.request.request_id: list(seq.block_table) for seq in scheduler.running}
+        tokens = {seq.request.request_id: seq.num_computed_tokens for seq in scheduler.running}
+        live.append((tables, tokens, scheduler.num_waiting, scheduler.allocator.num_free))
+    steps = read_recording(path)[1]
+    recorded = []
+    for step in steps:
+        running = [s for s in step["sequences"] if s["finish_reason"] is None]
+        tables = {s["request"]: s["block_table"] for s in running}
+        tokens = {s["request"]: s["num_computed_tokens"] for s in running}
+        recorded.append((tables, tokens, step["num_waiting"], step["num_free"]))
+    assert recorded == live
+    assert len(steps) == 21 and scheduler.num_preemptions == 4
+
+
+def test_the_blocks_taken_and_freed_add_up_to_those_held(five):
+    header, steps = read_recording(five)
+    held = 0
+    for step in steps:
+        held += step["blocks_taken"] - step["blocks_freed"]
+        assert held == 8 - step["num_free"]
+        assert held == sum(1 for requests in holders(header, step) if requests)
+    assert held == 0 and sum(len(step["preempted"]) for step in steps) == 4
+
+
+def test_the_recorder_changes_no_token(tiny_gpt, path):
+    def written(wrap):
+        model = tiny_gpt(dtype=torch.float64)
+        cache = KVCache(2, 12, 4, 4, 16, torch.float64)
+        scheduler = Scheduler(BlockAllocator(12, 4), 8, 12, 64)
+        engine = wrap(InferenceEngine(eager_forward(model, cache), cache, scheduler, 97))
+        for prompt in ([7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]):
+            engine.add_request(prompt, wanting(12))
+        found = {}
+        while engine.has_unfinished():
+            outputs = engine.step().outputs
+            found |= {o.request_id: o.outputs[0].token_ids for o in outputs if o.finished}
+        return found
+
+    bare = written(lambda engine: engine)
+    assert written(lambda engine: Recorder(engine, path)) == bare
+    assert len({token for ids in bare.values() for token in ids}) > 5
+
+
+def test_a_refused_request_is_refused_and_not_recorded(path):
+    recorder = Recorder(stand_in(), path)
+    with pytest.raises(ValueError, match="empty"):
+        recorder.add_request([])
+    assert recorder.add_request([1], wanting(1)) == "0"
+    recorder.step()
+    assert read_recording(path)[1][0]["added"] == [["0", 1]]
+
+
+def test_aborts_of_running_and_waiting_requests_stand_in_the_next_line(path):
+    recorder = Recorder(stand_in(max_num_batched_tokens=6), path)
+    for _ in range(3):
+        recorder.add_request([1] * 6, wanting(6))
+    recorder.step()
+    assert recorder.abort("0") and recorder.abort("2")
+    assert not recorder.abort("0") and not recorder.abort("unheard of")
+    run_all(recorder)
+    steps = read_recording(path)[1]
+    assert [step["aborted"] for step in steps[:3]] == [[], ["0", "2"], []]
+    assert strips(steps) == {("0", 0): "P      ", ("1", 0): ".Pddddd", ("2", 0): ".      "}
+
+
+def test_a_request_queued_before_the_recorder_came_is_there_from_its_first_step(path):
+    engine = stand_in()
+    engine.add_request([1] * 6, wanting(2))
+    run_all(Recorder(engine, path))
+    steps = read_recording(path)[1]
+    assert [step["added"] for step in steps] == [[], []] and strips(steps) == {("0", 0): "Pd"}
+
+
+def test_two_sequences_that_share_a_block_both_name_it(path):
+    def fork_once(sequences, logits):
+        (seq, *others) = sequences
+        if len(seq.request.sequences) == 1:
+            return [Continuation(seq, [0]), Continuation(seq, [1])]
+        return [Continuation(s, [0]) for s in [seq, *others]]
+
+    recorder = Recorder(stand_in(), path)
+    recorder.add_request([1] * 6, wanting(4), strategy=fork_once)
+    run_all(recorder)
+    header, steps = read_recording(path)
+    assert holders(header, steps[0]) == [["0", "0"], ["0", "0"], [], [], [], [], [], []]
+    # The first to write into the shared tail copies it; the first block stays shared.
+    assert holders(header, steps[1])[0] == ["0", "0"] and steps[1]["blocks_copied"] == 1
+    assert [(s["index"], s["phase"]) for s in steps[0]["sequences"]] == [(0, "prefill"), (1, None)]
+    assert strips(steps) == {("0", 0): "Pddd", ("0", 1): ".ddd"}
+
+
+def test_a_sequence_that_its_strategy_drops_ends_as_dropped(path):
+    recorder = Recorder(stand_in(), path)
+    recorder.add_request([1] * 6, wanting(4), strategy=lambda sequences, logits: [])
+    recorder.step()
+    (step,) = read_recording(path)[1]
+    assert step["sequences"][0]["finish_reason"] == "dropped"
+
+
+def test_what_stood_in_the_file_is_replaced(five):
+    Recorder(stand_in(), five)
+    assert read_recording(five) == ({"format": "PagedGPT recording", "version": 1} | POOL, [])
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    for path in (tmp_path, tmp_path / "no folder" / "recording.jsonl"):
+        with pytest.raises(OSError):
+            Recorder(stand_in(), path)
+
+
+def test_an_interrupted_step_has_no_line_and_the_next_one_goes_on_from_there(path):
+    calls = []
+
+    def interrupted(batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return always_zero(batch)
+
+    recorder = Recorder(stand_in(interrupted), path)
+    recorder.add_request([1] * 6, wanting(5))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(recorder)
+    assert [step["step"] for step in read_recording(path)[1]] == [1, 2]
+    run_all(recorder)
+    steps = read_recording(path)[1]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert strips(steps) == {("0", 0): "PdPdd"}  # what was planned is computed again
+
+
+# ---- reading -------------------------------------------------------------------------------------
+def test_a_last_line_cut_at_any_byte_costs_that_line_alone(five):
+    text = five.read_text()
+    whole = read_recording(five)[1]
+    last = text.splitlines()[-1]
+    for length in range(1, len(last) + 1):
+        five.write_text(text[: -len(last) - 1] + last[:length])
+        assert read_recording(five)[1] == whole[:-1]
+
+
+@pytest.mark.parametrize(
+    "line, old, new, words",
+    [
+        (1, "PagedGPT recording", "diary", "no header"),
+        (1, '"version":1', '"version":2', "version 2"),
+        (1, '"num_blocks":8', '"num_blocks":0', "num_blocks is 0"),
+        (1, '"block_size":4', '"block_size":4.5', "block_size is 4.5"),
+        (2, "{", "[", "Expecting"),
+        (2, '"num_free":3', '"num_free":-3', "'num_free' is -3: it must be at least 0"),
+        (2, '"num_free":3', '"num_free":4', "5 blocks are held and 4 free, the pool has 8"),
+        (2, '"num_waiting"', '"num_wating"', "there is no 'num_waiting'"),
+        (2, '"milliseconds":', '"milliseconds":NaN,"was":', "'milliseconds' is nan"),
+        (2, '"block_table":[0,1]', '"block_table":[0,8]', "block 8 in a table, the pool has 8"),
+        (2, '"block_table":[0,1]', '"block_table":[0,true]', "block True in a table"),
+        (2, '"phase":"prefill"', '"phase":"warmup"', "'phase' is 'warmup'"),
+        (2, '"request":"0"', '"request":0', "'request' is 0"),
+        (2, '"new_tokens":6', '"new_tokens":true', "'new_tokens' is True"),
+        (2, '["0",1]', '["0"]', "where a request and a number belong"),
+        (2, '"aborted":[]', '"aborted":[7]', "where a request and a number belong"),
+        (3, '"step":2', '"step":3', "step 3 stands where step 2 belongs"),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_number_and_the_reason(five, line, old, new, words):
+    lines = five.read_text().splitlines(keepends=True)
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new, 1)
+    five.write_text("".join(lines))
+    with pytest.raises(ValueError) as error:
+        read_recording(five)
+    assert str(error.value).startswith(f"{five}, line {line}: ") and words in str(error.value)
+
+
+@pytest.mark.parametrize("name", STEP_FIELDS)
+def test_a_line_without_one_of_its_fields_is_malformed(five, name):
+    lines = five.read_text().splitlines()
+    step = json.loads(lines[2])
+    del step[name]
+    five.write_text("\n".join([*lines[:2], json.dumps(step), ""]))
+    with pytest.raises(ValueError, match=f"line 3: there is no '{name}'"):
+        read_recording(five)
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '"steps"'])
+def test_a_line_that_is_no_object_is_malformed(five, line):
+    lines = five.read_text().splitlines()
+    five.write_text("\n".join([lines[0], line, ""]))
+    with pytest.raises(ValueError, match="line 2: "):
+        read_recording(five)
+
+
+@pytest.mark.parametrize("text", ["", '{"format": "PagedGPT rec', "\n"])
+def test_a_file_without_a_header_is_no_recording(path, text):
+    path.write_text(text)
+    with pytest.raises(ValueError, match="line 1: "):
+        read_recording(path)
+
+
+def test_a_file_that_is_not_there_or_no_text_cannot_be_read(tmp_path, path):
+    path.write_bytes(b"\xff\xfe\x00")
+    for name in (tmp_path, tmp_path / "absent", path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_recording(name)
+
+
+# ---- what lines say ------------------------------------------------------------------------------
+def test_holders_are_listed_once_for_each_sequence_that_names_a_block():
+    tables = [("0", [3, 1]), ("7", [0]), ("0", [3])]
+    step = {"sequences": [{"request": name, "block_table": table} for name, table in tables]}
+    assert holders({"num_blocks": 5}, step) == [["7"], ["0"], [], ["0", "0"], []]
+
+
+def test_strips_are_lives_in_letters(five):
+    # By hand: 16 tokens a step, so A and B (6 + 10) fill the first one, and C and D come second.
+    # A's 9th token is sampled in step 9, and in step 21 E's 5th, the last of all.
+    assert strips(read_recording(five)[1]) == {
+        ("0", 0): "Pdddddddd            ",
+        ("1", 0): "Pddddddx.Pddddd      ",
+        ("2", 0): ".Pdx......Pd         ",
+        ("3", 0): ".Pdx........PdxPd    ",
+        ("4", 0): "...............Pddddd",
+    }
+
+
+def test_two_texts_for_one_prompt_are_two_lives(path):
+    recorder = Recorder(stand_in(), path)
+    recorder.add_request([1] * 5, SamplingParams(max_tokens=3, n=2))
+    run_all(recorder)
+    steps = read_recording(path)[1]
+    assert steps[0]["added"] == [["0", 2]]
+    assert strips(steps) == {("0", 0): "Pdd", ("0", 1): "Pdd"}
+
+
+def test_who_comes_later_has_blanks_before_its_life(path):
+    recorder = Recorder(stand_in(), path)
+    recorder.add_request([1] * 5, wanting(4))
+    recorder.step()
+    recorder.step()
+    recorder.add_request([1] * 5, wanting(2))
+    run_all(recorder)
+    assert strips(read_recording(path)[1]) == {("0", 0): "Pddd", ("1", 0): "  Pd"}
+
+
+def test_who_waits_is_counted_as_the_strips_say(five):
+    steps = read_recording(five)[1]
+    for i, step in enumerate(steps):
+        waiting = sum(life[i] in ".x" for life in strips(steps).values())
+        assert step["num_waiting"] == waiting
+
+
+# ---- generate.py --record ------------------------------------------------------------------------
+def written_by(*args):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        generate.main([*args, "--num-blocks", "16", "--max-tokens", "5", "--temperature", "0"])
+    return out.getvalue()
+
+
+def test_generate_records_what_its_engine_did_and_writes_the_same_text(path):
+    prompts = ["The wolf", "Once upon a time", "The king"]
+    text = written_by(*prompts)
+    assert written_by(*prompts, "--record", str(path)) == text
+    header, steps = read_recording(path)
+    assert header["model"] == "tiny-gpt2" and header["num_blocks"] == 16
+    assert set(strips(steps).values()) == {"Pdddd"} and len(strips(steps)) == 3
+
+
+def test_a_single_streamed_prompt_is_recorded_too(path):
+    assert written_by("The wolf", "--record", str(path)) == written_by("The wolf")
+    assert strips(read_recording(path)[1]) == {("0", 0): "Pdddd"}
+
+
+def test_a_recording_that_cannot_be_written_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        written_by("The wolf", "--record", str(tmp_path))
+    assert str(error.value).startswith("generate.py: ") and "\n" not in str(error.value)
