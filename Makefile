@@ -18,6 +18,9 @@ check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything, the slow tests and the
 	other=$(abspath $(VENV)/triton-3.6.0); test ! -d $$other/triton || \
 	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest
 
+test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5 GB, wants PAGEDGPT_DATA
+	PAGEDGPT_TEST_GPT2=1 HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(RUN) -m pytest -rs tests/test_gpt2.py
+
 bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: benchmark_results.csv
 	$(RUN) benchmark.py
 
@@ -45,4 +48,4 @@ $(VENV)/triton-3.6.0: $(VENV)/tests
 	mkdir -p $@
 	touch $@
 
-.PHONY: help demo test check bench gpu-check train
+.PHONY: help demo test check test-gpt2 bench gpu-check train

@@ -19,7 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LADDER = [
     "model",
+    "untrusted",
+    "weight_files",
+    "hub",
     "checkpoint",
+    "vocabulary",
     "tokenizer",
     "block_allocator",
     "kv_cache",
@@ -36,15 +40,19 @@ LADDER = [
     "scheduler",
     "outputs",
     "engine",
+    "recorder",
     "llm",
     "generate",
     "results",
+    "palette",
+    "pictures",
 ]
 # Beside the ladder stand programs that nobody imports: one trains the shipped model, saves it and
 # lets it write; two measure, through the files of experiments/.
 BESIDE = {
     "train_tiny": ["model", "checkpoint", "llm"],
     "benchmark": ["results"],
+    "draw": ["paged_attention", "recorder", "results", "palette", "pictures"],
     "gpu_check": ["results"],
 }
 FILES = [*LADDER, *BESIDE]

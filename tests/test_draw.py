@@ -1,0 +1,257 @@
+"""The pictures in docs/: each is what draw.py draws from the files that the repository holds."""
+
+import contextlib
+import io
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.colors import to_hex
+
+import draw
+from draw import (
+    PICTURES,
+    Missing,
+    draw_kernels,
+    draw_load,
+    draw_softmax,
+    ladder,
+    load_curves,
+    main,
+    softmax_folds,
+)
+from palette import INK, PALETTE
+from results import read
+
+DECODE = "batch=32 context=256 block_size=16"
+
+
+def run_main(*args):
+    """What main printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main([str(arg) for arg in args])
+    return out.getvalue()
+
+
+def row(contender, median, workload=DECODE, metric="KV bandwidth", dtype="float32", threads=1):
+    """A measured row by hand: from a tenth less to a fifth more."""
+    figures = {"median": median, "min": 0.9 * median, "max": 1.2 * median}
+    what = {"contender": contender, "workload": workload, "metric": metric}
+    return figures | what | {"dtype": dtype, "threads": threads, "device": "a CPU", "model": "m"}
+
+
+# ---- all of them ---------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """All pictures, drawn anew into a folder: name -> file."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in PICTURES:
+        run_main(name, "--out", folder / f"{name}.svg")
+    return {name: folder / f"{name}.svg" for name in PICTURES}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_in_docs_is_what_its_data_give_now(drawn, name):
+    """A recording, a row or the code has changed since? `python draw.py`, look, and commit."""
+    committed = ROOT / "docs" / f"{name}.svg"
+    assert committed.read_bytes() == drawn[name].read_bytes()
+
+
+def test_docs_holds_no_other_picture():
+    assert {path.stem for path in (ROOT / "docs").glob("*.svg")} == set(PICTURES)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_small_and_needs_no_font_no_network_and_no_script(drawn, name):
+    text = drawn[name].read_text()
+    assert len(text) < 200_000
+    tags = {element.tag.split("}")[1] for element in ElementTree.fromstring(text).iter()}
+    assert tags.isdisjoint({"text", "image", "script", "foreignObject", "date"})
+    links = re.findall(r'href="([^"]*)"', text)
+    assert links and all(link.startswith("#") for link in links)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_names_no_place_of_the_machine_that_drew_it(drawn, name):
+    assert str(ROOT) not in drawn[name].read_text()
+
+
+def test_the_committed_recording_names_no_place_of_the_machine_either():
+    assert "/" not in (ROOT / "results/recordings/demo.jsonl").read_text().split("\n")[0]
+
+
+# ---- the online softmax --------------------------------------------------------------------------
+def test_the_folds_are_those_of_a_softmax_over_all_that_was_read():
+    folds = softmax_folds()
+    read_so_far = []
+    for i, fold in enumerate(folds):
+        read_so_far += fold.scores
+        scores = torch.tensor(read_so_far, dtype=torch.float64)
+        assert fold.m == max(read_so_far)
+        assert fold.l == pytest.approx((scores - fold.m).exp().sum().item())
+        if i:
+            shrink = math.exp(folds[i - 1].m - fold.m)
+            assert fold.kept == pytest.approx(folds[i - 1].l * shrink)
+    assert folds[0].kept == 0 and len(read_so_far) == 32
+
+
+def test_the_example_is_exact_behind_its_last_block_only_and_its_maximum_rises():
+    folds = softmax_folds()
+    assert folds[-1].error < 1e-12 and all(fold.error > 0.05 for fold in folds[:-1])
+    assert len({fold.m for fold in folds}) == 4
+
+
+def test_the_picture_of_the_softmax_shows_its_folds():
+    folds = softmax_folds()
+    top, middle, below = draw_softmax(folds).axes
+    assert [line.get_ydata().tolist() for line in map(as_array, top.lines)] == [
+        fold.scores for fold in folds
+    ]
+    assert top.patches[0].get_data().values.tolist() == [fold.m for fold in folds]
+    kept, added = middle.containers
+    assert [bar.get_height() for bar in kept] == [fold.kept for fold in folds]
+    ends = [bar.get_y() + bar.get_height() for bar in added]
+    assert ends == pytest.approx([fold.l for fold in folds])
+    assert [bar.get_height() for bar in below.patches] == [fold.error for fold in folds]
+
+
+def as_array(line):
+    line.set_ydata(torch.tensor(list(line.get_ydata()), dtype=torch.float64))
+    return line
+
+
+# ---- measured rows -------------------------------------------------------------------------------
+def test_the_ladder_is_of_one_workload_and_the_newest_row_counts():
+    rows = [row("ours", 3.0), row("ours", 9.0, "batch=8"), row("theirs", 4.0), row("ours", 5.0)]
+    rows += [row("ours", 7.0, metric="time a call"), row("ours", 2.0, dtype="bfloat16", threads=2)]
+    found = {key: entry["median"] for key, entry in ladder(rows, DECODE).items()}
+    assert found == {
+        ("ours", "float32", 1): 5.0,
+        ("theirs", "float32", 1): 4.0,
+        ("ours", "bfloat16", 2): 2.0,
+    }
+
+
+def test_a_workload_that_was_not_measured_is_missing():
+    with pytest.raises(Missing, match="no bandwidth of 'batch=1'"):
+        ladder([row("ours", 3.0)], "batch=1")
+
+
+def bars_of(ax):
+    """label on the axis -> lengths of its bars, from the top."""
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    found = {name: [] for name in names}
+    for bar in sorted(ax.patches, key=lambda bar: -bar.get_y()):
+        found[names[round(bar.get_y() + bar.get_height() / 2)]].append(bar.get_width())
+    return found
+
+
+def test_the_rungs_stand_in_the_order_of_their_speed():
+    rows = [row("slow", 2.0), row("read, torch", 20.0, metric="bandwidth"), row("fast", 9.0)]
+    rows += [row("slow", 3.0, threads=2), row("fast", 8.0, threads=2)]
+    figure = draw_kernels(rows, DECODE)
+    (ax,) = figure.axes
+    assert bars_of(ax) == {"slow": [2.0, 3.0], "fast": [9.0, 8.0], "read, torch": [20.0]}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["slow", "fast", "read, torch"]
+    assert figure.texts[0].get_text() == "Decode attention, a layer: from 2.0 to 9.0 GB/s"
+
+
+def test_the_committed_ladder_has_a_bar_for_each_of_its_rows():
+    rows = read(ROOT / "results/cpu/kernels.csv")
+    found = ladder(rows, DECODE)
+    first, second = draw_kernels(rows, DECODE).axes
+    assert (first.get_title(), second.get_title()) == ("float32", "bfloat16")
+    names = [label.get_text() for label in first.get_yticklabels()]
+    for ax, dtype in ((first, "float32"), (second, "bfloat16")):
+        lengths = sorted(bar.get_width() for bar in ax.patches)
+        assert lengths == sorted(r["median"] for key, r in found.items() if key[1] == dtype)
+    assert set(names) == {key[0] for key in found}
+
+
+def test_the_lines_on_a_bar_go_from_the_least_to_the_most():
+    (ax,) = draw_kernels([row("ours", 10.0)], DECODE).axes
+    (segments,) = [collection.get_segments() for collection in ax.collections]
+    assert segments[0][:, 0].tolist() == pytest.approx([9.0, 12.0])
+
+
+def peers():
+    rows = []
+    for batch, rate, time in ((32, 80.0, 400.0), (1, 10.0, 100.0), (8, 40.0, 200.0)):
+        workload = f"decode batch={batch} context=256..320 block_size=16"
+        rows.append(row("ours", rate, workload, "generated tokens"))
+        rows.append(row("ours", time, workload, "time a step"))
+    rows.append(row("ours", 999.0, "prefill batch=8", "time a step"))
+    rows.append(row("ours", 999.0, workload, "time a step", threads=2))
+    return rows
+
+
+def test_curves_are_sorted_by_batch_and_of_decoding_with_one_thread_alone():
+    points = load_curves(peers(), "time a step")["ours"]
+    assert [(batch, r["median"]) for batch, r in points] == [(1, 100.0), (8, 200.0), (32, 400.0)]
+
+
+def test_the_title_of_the_load_is_computed_from_its_rows():
+    figure = draw_load(peers())
+    assert figure.texts[0].get_text() == (
+        "32 sequences at once: 8.0 times the tokens a second, in steps 4.0 times as long"
+    )
+    rates, times = figure.axes
+    assert list(rates.lines[0].get_ydata()) == [10.0, 40.0, 80.0]
+    assert list(times.lines[0].get_ydata()) == [100.0, 200.0, 400.0]
+    assert to_hex(rates.lines[0].get_color()) == PALETTE[0] != INK
+
+
+def test_rows_without_decoding_are_missing():
+    with pytest.raises(Missing, match="benchmark.py peers"):
+        draw_load([row("ours", 3.0)])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+def test_a_picture_without_data_is_left_out_of_all_with_the_command_that_makes_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(draw, "ROOT", tmp_path)
+    wanted = {name: PICTURES[name] for name in ("pool", "softmax", "kernels")}
+    monkeypatch.setattr(draw, "PICTURES", wanted)
+    lines = run_main("--recording", tmp_path / "no.jsonl", "--results", tmp_path).splitlines()
+    assert lines[0].startswith("pool is left out: ") and "generate.py --record" in lines[0]
+    assert lines[1].startswith(f"{tmp_path}/docs/softmax.svg: ")
+    assert lines[2].startswith("kernels is left out: ") and "benchmark.py kernels --out" in lines[2]
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["softmax.svg"]
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["pool", "--recording", "{folder}/no.jsonl"], "cannot be read"),
+        (["pool", "--recording", "{folder}/header.jsonl"], "holds no step"),
+        (["kernels", "--results", "{folder}"], "there is no such file"),
+        (["kernels", "--workload", "batch=7"], "no bandwidth of 'batch=7'"),
+        (["softmax", "--out", "{folder}/x.xyz"], "xyz"),
+        (["softmax", "--out", "{folder}"], "no ending"),
+    ],
+)
+def test_a_callers_mistake_is_one_sentence(tmp_path, args, words):
+    recording = (ROOT / "results/recordings/demo.jsonl").read_text()
+    (tmp_path / "header.jsonl").write_text(recording.split("\n")[0] + "\n")
+    with pytest.raises(SystemExit) as error:
+        run_main(*(arg.format(folder=tmp_path) for arg in args))
+    message = str(error.value.code)
+    assert message.startswith("draw.py: ") and "\n" not in message
+    assert words.format(folder=tmp_path) in message
+
+
+def test_one_file_for_all_pictures_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_main("--out", tmp_path / "x.svg")
+    assert "name the picture" in capsys.readouterr().err
+
+
+def test_a_recording_of_ones_own_can_be_drawn_as_a_bitmap_too(tmp_path):
+    recording = ROOT / "results/recordings/demo.jsonl"
+    run_main("pool", "--recording", recording, "--out", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
