@@ -143,12 +143,15 @@ def readers(device: torch.device, read_mb: int | None) -> tuple[dict[str, Callab
 
 
 def set_threads(threads: int) -> None:
-    """How many threads PyTorch and Numba take."""
-    torch.set_num_threads(threads)
+    """How many threads PyTorch and Numba take.
+
+    Numba first: its first call starts its threads, and with OpenMP that sets PyTorch's number too.
+    """
     if HAS_NUMBA:
         import numba
 
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
 
 
 class Reader(NamedTuple):

@@ -11,16 +11,23 @@ sample, update, detokenise. Theirs is a bare loop around the model, its fastest 
 for), an arg max. Before anything is timed both must give the same logits, for a prompt and for a
 step behind it: fp32 to 1e-3, 16 bits to 2% of the largest.
 
+With `--also static continuous` two more decode in the same rounds: the same loop over a StaticCache
+of just the length that is needed (not compiled: it reads its whole length at every step), and
+transformers' own continuous batching, which is paged as ours is (continuous.py).
+
 Contenders run in rounds, A B A B, so a busy minute hits both; a ratio is of the medians of the
 rounds, and its spread that of single rounds. Needs transformers.
 Run: python experiments/peers.py --batches 8 --steps 16
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
@@ -30,12 +37,14 @@ from torch import Tensor  # noqa: E402
 
 from checkpoint import CONV1D, load_model, weights_kind  # noqa: E402
 from experiments.ceilings import resolve, set_threads  # noqa: E402
+from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402
 from kv_cache import Row, make_batch  # noqa: E402
 from llm import BACKENDS, DTYPES, LLM, SamplingParams  # noqa: E402
 from model import GPT  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 
 OURS, THEIRS = "paged engine", "transformers DynamicCache"
+STATIC, CONTINUOUS = "transformers StaticCache", "transformers continuous batching"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-tokens", type=int, default=256, help="tokens of each prompt, at random")
     add("--steps", type=int, default=64, help="decode: steps timed in a round")
     add("--rounds", type=int, default=3, help="decode: rounds, each times both contenders")
+    more = ["static", "continuous"]
+    add("--also", nargs="*", default=[], choices=more, help="decode: transformers' other ways too")
     add("--prefill", type=int, default=8, help="prefill: prompts in one step; 0: skip")
     add("--repeats", type=int, default=5, help="prefill: rounds")
     add("--block-size", type=int, default=16, help="tokens in a block of our pool")
     add("--seed", type=int, default=0, help="of the prompts")
+
+
+def require_transformers() -> None:
+    """Raise ValueError where the other side is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers is not installed: pip install transformers")
 
 
 # ---- the two contenders --------------------------------------------------------------------------
@@ -79,16 +96,22 @@ def as_transformers(model: GPT) -> torch.nn.Module:
 
 
 class Theirs:
-    """A bare loop: prompts in, then a token a sequence and step."""
+    """A bare loop: prompts in, then a token a sequence and step.
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
+    Its cache is a DynamicCache or, where a `length` is given, a StaticCache of so many tokens.
+    """
+
+    def __init__(self, model: torch.nn.Module, length: int | None = None):
+        self.model, self.length = model, length
 
     def begin(self) -> None:
         """An empty cache."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, StaticCache
 
-        self.cache = DynamicCache(config=self.model.config)
+        if self.length is None:
+            self.cache = DynamicCache(config=self.model.config)
+        else:
+            self.cache = StaticCache(config=self.model.config, max_cache_len=self.length)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Scores (B, V) of each sequence's next token; what K and V they have is kept."""
@@ -187,17 +210,46 @@ def time_ms(work: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def time_decode(contenders: dict, prompts: Tensor, args: argparse.Namespace) -> dict:
-    """Milliseconds of each step, a list a round: {contender: [[step, ..], ..]}."""
+def time_steps(contender, prompts: Tensor, steps: int) -> list[float]:
+    """Milliseconds of each decode step behind the prompts."""
+    time_ms(lambda: contender.start(prompts), prompts.device)
+    steps_ms = [time_ms(contender.step, prompts.device) for _ in range(steps)]
+    contender.finish()
+    return steps_ms
+
+
+def time_decode(contenders: dict[str, Callable], prompts: Tensor, args) -> dict:
+    """Milliseconds of each step, a list a round: {contender: [[step, ..], ..]}.
+
+    A contender is a function(prompts, steps) that gives the steps of one round.
+    """
     rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
     for number in range(args.rounds + 1):
-        for name, contender in contenders.items():
-            time_ms(lambda c=contender: c.start(prompts), prompts.device)
-            steps = [time_ms(contender.step, prompts.device) for _ in range(args.steps)]
-            contender.finish()
+        for name, measure in contenders.items():
+            steps_ms = measure(prompts, args.steps)
             if number:
-                rounds[name].append(steps)
+                rounds[name].append(steps_ms)
     return rounds
+
+
+def time_all(model: GPT, ours: Ours, theirs: Theirs, prompts: Tensor, args) -> tuple[dict, dict]:
+    """What `time_decode` gives, of ours, theirs and whoever runs also; and their backends."""
+    contenders = {OURS: partial(time_steps, ours), THEIRS: partial(time_steps, theirs)}
+    backends = {OURS: ours.llm.backend, THEIRS: "torch"}
+    check_equal_work(ours, theirs, prompts)
+    length = args.prompt_tokens + args.steps + 1
+    with ExitStack() as stack:
+        if "static" in args.also:
+            static = Theirs(theirs.model, length)
+            check_equal_work(ours, static, prompts)
+            contenders[STATIC], backends[STATIC] = partial(time_steps, static), "torch"
+        if "continuous" in args.also:
+            # A model of its own: the manager may change how its model attends.
+            manager = Continuous(as_transformers(model), len(prompts), length, args.block_size)
+            stack.enter_context(manager)
+            check_equal_tokens(manager, theirs, prompts)
+            contenders[CONTINUOUS], backends[CONTINUOUS] = manager.time_steps, manager.backend
+        return time_decode(contenders, prompts, args), backends
 
 
 def decode(
@@ -206,17 +258,17 @@ def decode(
     """Rows of the decode steps of one batch size."""
     prompts = random_prompts(model, batch, args)
     ours = build(model, batch, 1 + args.steps, args)
-    check_equal_work(ours, theirs, prompts)
-    rounds = time_decode({OURS: ours, THEIRS: theirs}, prompts, args)
+    rounds, backends = time_all(model, ours, theirs, prompts, args)
     context = f"context={args.prompt_tokens}..{args.prompt_tokens + args.steps}"
     what = {"workload": f"decode batch={batch} {context} block_size={args.block_size}"} | common
-    for name in (OURS, THEIRS):
-        what |= {"contender": name, "backend": ours.llm.backend if name == OURS else "torch"}
+    for name, backend in backends.items():
+        what |= {"contender": name, "backend": backend}
         steps = [step for steps in rounds[name] for step in steps]
         yield Measurement.of(steps, metric="time a step", unit="ms", **what)
         rates = [batch * 1e3 / statistics.median(steps) for steps in rounds[name]]
         yield Measurement.of(rates, metric="generated tokens", unit="tokens/s", **what)
-    yield faster(ours, rounds, what)
+    for name in list(backends)[1:]:
+        yield faster(ours, rounds, what, name)
 
 
 def prefill(
@@ -242,15 +294,15 @@ def prefill(
         yield Measurement.of(times, metric="time a step", unit="ms", **what)
         rates = [prompts.numel() * 1e3 / t for t in times]
         yield Measurement.of(rates, metric="prompt tokens", unit="tokens/s", **what)
-    yield faster(ours, rounds, what)
+    yield faster(ours, rounds, what, THEIRS)
 
 
-def faster(ours: Ours, rounds: dict[str, list[list[float]]], what: dict) -> Measurement:
-    """The row of the ratio: of the medians of the rounds."""
+def faster(ours: Ours, rounds: dict[str, list[list[float]]], what: dict, peer: str) -> Measurement:
+    """The row of the ratio against a peer: of the medians of the rounds."""
     medians = {name: list(map(statistics.median, times)) for name, times in rounds.items()}
     what = what | {"contender": OURS, "backend": ours.llm.backend}
-    against = {"metric": f"speed against {THEIRS}", "unit": "x"}
-    return Measurement.ratio_of(medians[THEIRS], medians[OURS], **against, **what)
+    against = {"metric": f"speed against {peer}", "unit": "x"}
+    return Measurement.ratio_of(medians[peer], medians[OURS], **against, **what)
 
 
 def random_prompts(model: GPT, batch: int, args: argparse.Namespace) -> Tensor:
@@ -263,10 +315,7 @@ def random_prompts(model: GPT, batch: int, args: argparse.Namespace) -> Tensor:
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise ValueError("transformers is not installed: pip install transformers") from None
+    require_transformers()
     device = resolve(args.device)
     before = torch.get_num_threads()
     common = {"experiment": "peers", "device": device_name(device), "seed": args.seed}

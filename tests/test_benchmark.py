@@ -8,13 +8,16 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 import benchmark
-from experiments import ceilings, kernels, peers, roads, rungs
+from checkpoint import load_model
+from experiments import anatomy, ceilings, continuous, kernels, peers, rungs, speed
 from results import read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,17 +36,17 @@ def pick(rows, **values):
 
 
 # ---- the command line ----------------------------------------------------------------------------
-def test_without_a_name_it_is_the_comparison_of_roads():
-    assert benchmark.parse_args([]).command == "roads"
+def test_without_a_name_it_is_the_comparison_of_speed():
+    assert benchmark.parse_args([]).command == "speed"
     args = benchmark.parse_args(["--batches", "1", "4"])
-    assert (args.command, args.batches, args.out) == ("roads", [1, 4], "benchmark_results.csv")
+    assert (args.command, args.batches, args.out) == ("speed", [1, 4], "benchmark_results.csv")
     assert benchmark.parse_args(["kernels", "--layers", "3"]).layers == 3
 
 
 def test_an_unknown_experiment_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.parse_args(["rods"])
-    assert stopped.value.code == 2 and "'roads', 'kernels'" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'speed', 'memory'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", benchmark.EXPERIMENTS)
@@ -53,7 +56,8 @@ def test_help_explains_every_flag(name):
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
-@pytest.mark.parametrize("name", ["roads", "peers"])  # the others: test_gpu_check.py
+# The others: test_gpu_check.py.
+@pytest.mark.parametrize("name", ["speed", "memory", "peers"])
 def test_an_experiment_also_runs_by_itself(name):
     command = [sys.executable, ROOT / "experiments" / f"{name}.py", "--help"]
     found = subprocess.run(command, cwd="/", capture_output=True, text=True)
@@ -76,50 +80,23 @@ def test_verify_names_the_line_and_the_reason(tmp_path):
 
 
 def test_an_interrupted_experiment_keeps_its_rows_and_shows_them(tmp_path, monkeypatch, capsys):
-    whole = roads.run
+    whole = speed.run
 
     def interrupted(args):
         rows = whole(args)
         yield next(rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(roads, "run", interrupted)
+    monkeypatch.setattr(speed, "run", interrupted)
+    tiny = "--batches 1 --prompt-tokens 3 --new-tokens 2 --repeats 1 --roads contiguous paged"
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, "roads --batches 1 --prompt-tokens 3 --new-tokens 2 --repeats 1")
+        run(tmp_path, f"speed {tiny}")
     assert stopped.value.code == 130
     assert len(read(tmp_path / "rows.csv")) == 1
     assert "1 rows appended" in capsys.readouterr().out
 
 
-# ---- roads and books -----------------------------------------------------------------------------
-def test_roads_compares_three_of_them_on_the_shipped_model(tmp_path):
-    words = "--batches 1 3 --no-cache-up-to 1 --prompt-tokens 5 --new-tokens 4 --repeats 2"
-    rows = run(tmp_path, words)
-    assert len(rows) == 5 + 3
-    for batch, names in ((1, {"contiguous", "paged", "no cache"}), (3, {"contiguous", "paged"})):
-        workload = f"batch={batch} prompt=5 new=4 block_size=16"
-        found = pick(rows, workload=workload, metric="generated tokens")
-        assert {row["contender"] for row in found} == names
-        for row in found:
-            assert row["min"] > 0 and row["repeats"] == 2
-            assert (row["model"], row["weights"]) == ("tiny-gpt2", "trained weights")
-        ratios = pick(rows, workload=workload, unit="x")
-        assert {row["contender"] for row in ratios} == names - {"contiguous"}
-
-
-def test_a_road_that_writes_other_tokens_fails_the_run(tmp_path, monkeypatch):
-    wrong = [[1, 2]]
-    monkeypatch.setattr(roads, "generate_paged", lambda llm, prompts, max_tokens: wrong)
-    with pytest.raises(SystemExit, match="paged wrote 1 of 1 differently"):
-        run(tmp_path, "roads --batches 1 --prompt-tokens 3 --new-tokens 2 --repeats 1")
-
-
-def test_the_number_of_threads_is_what_it_was_before(tmp_path):
-    before = torch.get_num_threads()
-    run(tmp_path, "--threads 2 --batches 1 --prompt-tokens 3 --new-tokens 2 --repeats 1")
-    assert torch.get_num_threads() == before
-
-
+# ---- books ---------------------------------------------------------------------------------------
 def test_bookkeeping_times_the_allocator_and_the_scheduler(tmp_path):
     rows = run(tmp_path, "bookkeeping --repeats 2 --running 4 --waiting 0 9")
     assert [row["workload"] for row in rows[1:]] == ["running=4 waiting=0", "running=4 waiting=9"]
@@ -369,7 +346,147 @@ def test_peers_refuses_what_the_model_has_no_positions_for(tmp_path, shipped_mod
         run(tmp_path, words)
 
 
-def test_without_transformers_peers_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("experiment", ["peers", "anatomy"])
+def test_without_transformers_its_peers_say_so(experiment, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match="transformers is not installed"):
-        run(tmp_path, "peers")
+        run(tmp_path, experiment)
+
+
+# ---- anatomy -------------------------------------------------------------------------------------
+def anatomy_args(words):
+    return benchmark.parse_args(["anatomy", *words.split()])
+
+
+def test_anatomy_times_a_step_its_parts_and_what_is_possible(tmp_path, shipped_model_folder):
+    pytest.importorskip("transformers")
+    sizes = "--batches 2 --prompt-tokens 9 --steps 4 --rounds 2 --read-mb 8 --dtypes float32"
+    rows = run(tmp_path, f"anatomy --model {shipped_model_folder} {sizes}")
+    assert {row["workload"] for row in rows} == {"decode batch=2 context=9..13 block_size=16"}
+    ms = {row["contender"]: row["median"] for row in pick(rows, unit="ms")}
+    parts = ["products", "attention", "small operations", "forward", "KV read once"]
+    assert list(ms) == [peers.OURS, peers.THEIRS, *parts]
+    shares = {row["contender"]: row["median"] for row in pick(rows, unit="%")}
+    assert shares == {part: pytest.approx(100 * ms[part] / ms[peers.OURS]) for part in parts}
+    (alone,) = pick(rows, contender="at most: the products alone")
+    assert alone["median"] == pytest.approx(ms[peers.THEIRS] / ms["products"])
+    (with_read,) = pick(rows, contender="at most: products and one read of KV")
+    assert with_read["median"] < alone["median"]
+
+
+def test_the_blocks_that_anatomy_reads_are_those_of_one_step_half_way(shipped_model_folder):
+    args = anatomy_args("--batches 3 --prompt-tokens 30 --steps 8 --block-size 4")
+    ours = peers.build(load_model(shipped_model_folder), 3, 9, args)
+    batch = anatomy.middle_batch(ours, 3, args)
+    assert batch.context_lens.tolist() == [34, 34, 34]  # 30 of the prompt, 4 of 8 steps
+    assert batch.positions.tolist() == [33, 33, 33]
+    tables = batch.block_tables.tolist()
+    assert [len(table) for table in tables] == [9, 9, 9]  # 34 tokens, 4 a block
+    assert len({block_id for table in tables for block_id in table}) == 27
+    assert max(map(max, tables)) < ours.llm.config.num_blocks
+
+
+def test_the_products_of_anatomy_are_all_of_the_models_matrices(shipped_model_folder):
+    model = load_model(shipped_model_folder)
+    args = anatomy_args("--batches 2 --prompt-tokens 9 --steps 2")
+    ours = peers.build(model, 2, 3, args)
+    parts = anatomy.parts_of(model, ours, anatomy.middle_batch(ours, 2, args))
+    rows_through = {}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: rows_through.setdefault(name, len(args[0]))
+        )
+    with torch.inference_mode():
+        parts["products"](0)
+    assert rows_through == dict.fromkeys(linears, 2)
+
+
+# ---- transformers' other ways --------------------------------------------------------------------
+def other_peers(shipped_model_folder, words):
+    return f"peers --model {shipped_model_folder} --prefill 0 {TINY_PEERS} {words}"
+
+
+def test_static_and_continuous_run_in_the_same_rounds_if_they_are_asked_for(
+    tmp_path, shipped_model_folder
+):
+    pytest.importorskip("transformers")
+    words = other_peers(shipped_model_folder, "--batches 3 --also static continuous")
+    rows = run(tmp_path, words)
+    assert {row["workload"] for row in rows} == {"decode batch=3 context=9..11 block_size=16"}
+    names = [peers.OURS, peers.THEIRS, peers.STATIC, peers.CONTINUOUS]
+    steps = pick(rows, metric="time a step")
+    # 2 rounds of 2 steps each: the same number of tokens for all.
+    assert [(row["contender"], row["repeats"]) for row in steps] == [(name, 4) for name in names]
+    ratios = pick(rows, unit="x")
+    assert {row["contender"] for row in ratios} == {peers.OURS}
+    assert [row["metric"] for row in ratios] == [f"speed against {name}" for name in names[1:]]
+    (resolved,) = {row["backend"] for row in pick(rows, contender=peers.CONTINUOUS)}
+    # 3 sequences of 9 + 2 + 1 tokens: a block each, twice, and one; 36 tokens in a step.
+    assert resolved.startswith("torch, sdpa, page_size=16, num_blocks=7, max_batch_tokens=36, ")
+
+
+def test_a_static_cache_holds_what_is_needed_and_the_other_one_grows(shipped_model_folder):
+    pytest.importorskip("transformers")
+    model = peers.as_transformers(load_model(shipped_model_folder))
+    prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    dynamic, static = peers.Theirs(model), peers.Theirs(model, length=5)
+    for theirs in (dynamic, static):
+        theirs.start(prompts)
+        theirs.step()
+    assert dynamic.cache.layers[0].keys.shape == (2, 4, 4, 64)  # 3 of the prompt and 1 more
+    assert static.cache.layers[0].keys.shape == (2, 4, 5, 64)
+    assert dynamic.next_ids.tolist() == static.next_ids.tolist()
+
+
+def test_continuous_batching_with_other_weights_is_refused(
+    tmp_path, monkeypatch, shipped_model_folder
+):
+    pytest.importorskip("transformers")
+    whole, made = peers.as_transformers, []
+
+    def second_is_spoiled(model):
+        made.append(whole(model))
+        if len(made) == 2:  # the manager's; the first is the one that both are checked against
+            made[1].transformer.ln_f.bias.data += torch.linspace(-9, 9, model.config.n_embd)
+        return made[-1]
+
+    monkeypatch.setattr(peers, "as_transformers", second_is_spoiled)
+    with pytest.raises(SystemExit, match="continuous batching chose a token of which the score is"):
+        run(tmp_path, other_peers(shipped_model_folder, "--batches 2 --also continuous"))
+
+
+def test_all_prompts_of_continuous_batching_start_in_one_step(shipped_model_folder, monkeypatch):
+    pytest.importorskip("transformers")
+    model = peers.as_transformers(load_model(shipped_model_folder))
+    prompts = torch.randint(512, (4, 9), generator=torch.Generator().manual_seed(0))
+    with continuous.Continuous(model, batch=4, length=16, block_size=4) as manager:
+        add = manager.manager.add_request
+
+        def slow(*arguments, **options):
+            time.sleep(0.2)  # long enough for the first to be served before the last has come
+            return add(*arguments, **options)
+
+        monkeypatch.setattr(manager.manager, "add_request", slow)
+        outputs = manager.generate(prompts, 6)
+        again = manager.generate(prompts, 6)  # the manager lives on
+        assert len(manager.time_steps(prompts, 3)) == 3
+        # Or the second round would find its prompts computed.
+        assert manager.manager.continuous_batching_config.allow_block_sharing is False
+    assert [len(output.generated_tokens) for output in outputs] == [6] * 4
+    assert [output.generated_tokens for output in again] == [o.generated_tokens for o in outputs]
+    # The first tokens of all come before the second token of any.
+    firsts, seconds = zip(*(output.timestamps[:2] for output in outputs), strict=True)
+    assert max(firsts) < min(seconds)
+    assert not manager.manager.is_running()
+
+
+def test_the_number_of_threads_is_what_was_asked_for():
+    # In a process of its own: numba's first call starts its threads and changes PyTorch's number.
+    code = "from experiments.ceilings import set_threads; import torch\n"
+    code += "set_threads(1); print(torch.get_num_threads()); set_threads(2)\n"
+    code += "print(torch.get_num_threads()); set_threads(1); print(torch.get_num_threads())"
+    command = [sys.executable, "-c", code]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert found.stdout.split() == ["1", "2", "1"], found.stderr

@@ -1,0 +1,180 @@
+"""Where a decode step's time goes, and how fast it could be at most: each part timed for itself.
+
+A whole step of the engine and of transformers, in turn, and between them the parts of ours alone,
+over the same weights and the same blocks:
+
+    products          the four matrix products of each layer, and the logits: nothing else
+    attention         K and V written to their slots and all contexts read, in every layer
+    small operations  LayerNorms, activation, residual sums, embeddings
+    forward           all of these as the model runs them; what the step has more is the host's
+
+Both sides have to make the same products, out of the same library. So transformers' step divided by
+the products alone is what no engine could exceed whose attention were free and whose host took no
+time: the row "at most". A goal above that row is not reached by a better kernel.
+
+Needs transformers. Run: python experiments/anatomy.py --batches 32 --steps 16
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+import torch  # noqa: E402
+
+from checkpoint import load_model, weights_kind  # noqa: E402
+from experiments import peers  # noqa: E402
+from experiments.ceilings import best_reader, resolve, set_threads, timer  # noqa: E402
+from kv_cache import Batch, Row, make_batch  # noqa: E402
+from llm import BACKENDS, DTYPES  # noqa: E402
+from model import GPT  # noqa: E402
+from results import Measurement, device_name, run_alone  # noqa: E402
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The experiment's flags."""
+    add = parser.add_argument
+    add("--model", default="random:gpt2", help="a folder, or random:gpt2 (its speed is GPT-2's)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=[*DTYPES], help="in turn")
+    add("--backend", default="auto", choices=["auto", *BACKENDS], help="our kernel")
+    add("--threads", type=int, nargs="+", help="of the CPU, one run each; default: all")
+    add("--batches", type=int, nargs="+", default=[32], help="sequences")
+    add("--prompt-tokens", type=int, default=256, help="tokens of each prompt, at random")
+    add("--steps", type=int, default=32, help="steps timed in a round; the parts half as often")
+    add("--rounds", type=int, default=5, help="rounds, each times everything once")
+    add("--block-size", type=int, default=16, help="tokens in a block of our pool")
+    add("--read-mb", type=int, help="buffer to read, in MB; default 1024, on a GPU 8192")
+    add("--seed", type=int, default=0, help="of the prompts")
+
+
+def middle_batch(ours: peers.Ours, batch: int, args: argparse.Namespace) -> Batch:
+    """One step's batch half way through the run: every sequence adds a token, tables shuffled."""
+    cache = ours.llm.engine.cache
+    context = args.prompt_tokens + args.steps // 2  # tokens with the new one
+    per_sequence = -(-context // cache.block_size)
+    shuffled = torch.randperm(ours.llm.config.num_blocks)[: batch * per_sequence]
+    tables = shuffled.view(batch, per_sequence).tolist()
+    rows = [Row([0] * context, context - 1, 1, table, 1) for table in tables]
+    return make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+
+
+def parts_of(model: GPT, ours: peers.Ours, batch: Batch) -> dict[str, Callable[[int], object]]:
+    """The parts of a step as functions of a number that they ignore, see `timer`."""
+    B, C = len(batch.input_ids), model.config.n_embd
+    engine, kernels = ours.llm.engine, BACKENDS[ours.llm.backend]
+    narrow = torch.randn(B, C).to(model.wte.weight)
+    wide = torch.randn(B, model.h[0].mlp.c_fc.out_features).to(narrow)
+    q, k, v = torch.randn(3, B, model.config.n_head, model.config.head_dim).to(narrow)
+
+    def products(_: int) -> None:
+        for layer in model.h:
+            for linear in (layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc):
+                linear(narrow)
+            layer.mlp.c_proj(wide)
+        model.logits(narrow)
+
+    def attention(_: int) -> None:
+        attend = engine.cache.attend(batch, kernels.paged_attention, write_kv=kernels.write_kv)
+        for layer in range(model.config.n_layer):
+            attend(layer, q, k, v)
+
+    def small_operations(_: int) -> None:
+        x = model.wte(batch.input_ids) + model.wpe(batch.positions)
+        for layer in model.h:
+            x = x + layer.ln_1(x)
+            layer.mlp.activation(wide)
+            x = x + layer.ln_2(x)
+        model.ln_f(x)
+
+    return {
+        "products": products,
+        "attention": attention,
+        "small operations": small_operations,
+        "forward": lambda _: engine.forward(batch),
+    }
+
+
+@torch.inference_mode()
+def time_rounds(model: GPT, ours, theirs, batch: int, args: argparse.Namespace) -> dict:
+    """Median milliseconds of a step and of each part, one a round; and of reading the KV."""
+    prompts = peers.random_prompts(model, batch, args)
+    peers.check_equal_work(ours, theirs, prompts)
+    middle = middle_batch(ours, batch, args)
+    device = prompts.device
+    timers = {name: timer(part, 1, device) for name, part in parts_of(model, ours, middle).items()}
+    reader = best_reader(device, args.read_mb)
+    contenders = {peers.OURS: ours, peers.THEIRS: theirs}
+    rounds: dict[str, list[float]] = {name: [] for name in (*contenders, *timers, "KV read once")}
+    kv_bytes = model.config.kv_bytes_per_token(model.wte.weight.dtype) * sum(middle.context_lens)
+    for number in range(args.rounds + 1):
+        taken = {}
+        for name, contender in contenders.items():
+            peers.time_ms(lambda c=contender: c.start(prompts), device)
+            steps = [peers.time_ms(contender.step, device) for _ in range(args.steps)]
+            contender.finish()
+            taken[name] = statistics.median(steps)
+        for name, measure in timers.items():
+            taken[name] = statistics.median(measure() for _ in range(args.steps // 2))
+        taken["KV read once"] = reader.measure() * float(kv_bytes) / reader.num_bytes
+        if number:  # the first round warms up
+            for name, time_ms in taken.items():
+                rounds[name].append(time_ms)
+    return rounds
+
+
+def rows_of(rounds: dict, what: dict, backend: str) -> Iterator[Measurement]:
+    """The times, each part's share of our step, and what is possible at most."""
+    step, theirs = rounds[peers.OURS], rounds[peers.THEIRS]
+    for name, times_ms in rounds.items():
+        ours = name in (peers.OURS, "attention", "forward")
+        whose = what | {"contender": name, "backend": backend if ours else "torch"}
+        yield Measurement.of(times_ms, metric="time a step", unit="ms", **whose)
+        if name not in (peers.OURS, peers.THEIRS):
+            share = {"metric": "share of our step", "unit": "%"}
+            yield Measurement.ratio_of(times_ms, step, 100.0, **share, **whose)
+    against = {"metric": f"speed against {peers.THEIRS}", "unit": "x"}
+    what = what | {"backend": backend}
+    yield Measurement.ratio_of(theirs, step, contender=peers.OURS, **against, **what)
+    # With free attention, and with attention at the speed of a plain read.
+    bounds = {"at most: the products alone": rounds["products"]}
+    read = zip(rounds["products"], rounds["KV read once"], strict=True)
+    bounds["at most: products and one read of KV"] = [sum(both) for both in read]
+    for name, least_ms in bounds.items():
+        yield Measurement.ratio_of(theirs, least_ms, contender=name, **against, **what)
+
+
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
+    """All rows of the experiment."""
+    peers.require_transformers()
+    device = resolve(args.device)
+    before = torch.get_num_threads()
+    common = {"experiment": "anatomy", "device": device_name(device), "seed": args.seed}
+    common |= {"model": args.model, "weights": weights_kind(args.model)}
+    try:
+        for dtype in args.dtypes:
+            model = load_model(args.model, DTYPES[dtype], device)
+            theirs = peers.Theirs(peers.as_transformers(model))
+            for threads in args.threads or [before]:
+                set_threads(threads)
+                common |= {"dtype": dtype, "threads": threads}
+                for batch in args.batches:
+                    ours = peers.build(model, batch, 1 + args.steps, args)
+                    context = f"context={args.prompt_tokens}..{args.prompt_tokens + args.steps}"
+                    size = f"decode batch={batch} {context} block_size={args.block_size}"
+                    rounds = time_rounds(model, ours, theirs, batch, args)
+                    yield from rows_of(rounds, common | {"workload": size}, ours.llm.backend)
+    finally:
+        set_threads(before)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    run_alone(__doc__, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    main()
