@@ -6,17 +6,21 @@ five times over. Each further experiment is a file in `experiments/`, with flags
 `run(args)` that yields rows; this file only finds it, appends each row as it is measured
 (`results.py`), and shows all of them as a table at the end.
 
-    python benchmark.py                      roads: no cache, contiguous, paged
+    python benchmark.py                      speed: no cache, contiguous, paged, transformers
+    python benchmark.py memory               KV bytes step by step, and how many sequences fit
+    python benchmark.py allocator            blocks a second, and whether any is ever lost
+    python benchmark.py block-size           1 to 256: speed, memory filled, copies
     python benchmark.py kernels              the kernel ladder: GB/s of each way to attend
     python benchmark.py ceilings             what the machine can do at most
     python benchmark.py sweep                which tiles are fastest, on a GPU
     python benchmark.py peers                the engine against transformers, same weights
+    python benchmark.py anatomy              where a decode step goes, and what is possible
     python benchmark.py bookkeeping          what allocator and scheduler cost
     python benchmark.py verify FILE ...      whether files of rows are whole
 
 `--help` behind any of them explains its flags. Ctrl-C loses no finished row.
 Run: python benchmark.py
-Try: python benchmark.py roads --batches 1 --new-tokens 128 (what does no cache cost now?), or
+Try: python benchmark.py --batches 1 --new-tokens 128 (what does no cache cost now?), or
 python benchmark.py kernels --block-sizes 1 16 64 --shapes 32x256.
 """
 
@@ -24,19 +28,34 @@ import argparse
 import sys
 from types import ModuleType
 
-from experiments import bookkeeping, ceilings, kernels, peers, roads, sweep
+from experiments import (
+    allocator,
+    anatomy,
+    block_size,
+    bookkeeping,
+    ceilings,
+    kernels,
+    memory,
+    peers,
+    speed,
+    sweep,
+)
 from results import read, show
 
 # Each has add_arguments(parser) and run(args), which yields Measurements one by one.
 EXPERIMENTS: dict[str, ModuleType] = {
-    "roads": roads,
+    "speed": speed,
+    "memory": memory,
+    "allocator": allocator,
+    "block-size": block_size,
     "kernels": kernels,
     "ceilings": ceilings,
     "sweep": sweep,
     "peers": peers,
+    "anatomy": anatomy,
     "bookkeeping": bookkeeping,
 }
-DEFAULT, DEFAULT_OUT = "roads", "benchmark_results.csv"
+DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -248,13 +248,16 @@ def read(path: str | Path) -> list[dict]:
 
 
 # ---- for a terminal ------------------------------------------------------------------------------
-def cell(row: Measurement, spread: bool) -> str:
-    """A figure as text: "0.512 ms (0.501 to 0.563)", "1.41 x contiguous (1.38 to 1.45)"."""
+def cell(row: Measurement, spread: bool, named: bool = False) -> str:
+    """A figure as text: "0.512 ms (0.501 to 0.563)", "1.41 x contiguous (1.38 to 1.45)".
+
+    `named` says the metric too: "0.6 ms step latency p99".
+    """
     figures = row.median, row.min, row.max
     middle, least, most = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in figures)
     # Of a share and a ratio a reader asks: of what? The metric's last words say it.
     of_what = {"x": "speed against ", "%": "share "}.get(row.unit)
-    words = f" {row.metric.removeprefix(of_what)}" if of_what else ""
+    words = f" {row.metric.removeprefix(of_what or '')}" if of_what or named else ""
     return f"{middle} {row.unit}{words}" + (f" ({least} to {most})" if spread else "")
 
 
@@ -274,7 +277,11 @@ def table(measurements: Iterable[Measurement]) -> list[str]:
         lines.append(f"{experiment}: {setting}, {threads} thread{'s' * (threads != 1)}")
         for name, rows in contenders.items():
             first = rows[0].metric
-            cells = [cell(row, row.unit == "x" or row.metric == first) for row in rows]
+            units = [row.unit for row in rows]  # of several milliseconds a reader asks: which?
+            cells = [
+                cell(row, row.unit == "x" or row.metric == first, units.count(row.unit) > 1)
+                for row in rows
+            ]
             lines.append(f"  {name:34} {'  '.join(cells)}")
     return lines
 

@@ -7,8 +7,9 @@ hold is that the cost is small beside a forward and does not grow with the numbe
     allocator  500 cycles x 16 sequences x 8 blocks, a block counted once per allocate-and-free
     scheduler  schedule() and update() of one decode step, 256 running, 0 or 100,000 waiting
 
-Several repeats, as the machine may be busy with something else: the best of them, which a goal is
-held against, is the row's max (blocks a second) or its min (milliseconds).
+The allocator's own experiment, with a storm and a full pool, is allocator.py; here its speed stands
+beside the scheduler's. Several repeats, as the machine may be busy with something else: the best of
+them, which a goal is held against, is the row's max (blocks a second) or its min (milliseconds).
 Run: python experiments/bookkeeping.py
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
 from block_allocator import BlockAllocator  # noqa: E402
+from experiments.allocator import time_cycles  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
@@ -33,21 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--waiting", type=int, nargs="+", default=[0, 100_000], help="sequences in the queue"
     )
-
-
-def time_allocator(repeats: int) -> list[float]:
-    """Blocks a second through allocate and free with reference counts, of each repeat."""
-    rates = []
-    for _ in range(repeats):
-        allocator = BlockAllocator(num_blocks=1024, block_size=16)
-        started = time.perf_counter()
-        for _ in range(500):
-            for table in [allocator.allocate(8) for _ in range(16)]:
-                allocator.free(table)
-        rates.append(500 * 16 * 8 / (time.perf_counter() - started))
-        allocator.check_integrity([])
-        assert allocator.num_free == 1024, "a block leaked"
-    return rates
 
 
 def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
@@ -83,7 +70,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     common = {"experiment": "bookkeeping", "backend": "none", "dtype": "none", "threads": 1}
     common |= {"device": device_name()}
-    rates = time_allocator(args.repeats)
+    rates = [time_cycles(BlockAllocator(1024, block_size=16)) for _ in range(args.repeats)]
     allocator = {"contender": "allocator", "workload": "500 cycles x 16 sequences x 8 blocks"}
     metric = {"metric": "allocated and freed", "unit": "blocks/s"}
     yield Measurement.of(rates, **allocator, **metric, **common)

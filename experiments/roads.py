@@ -1,114 +1,163 @@
-"""Three roads to the same tokens, timed: no cache, a contiguous slab per sequence, paged.
+"""Roads to the same tokens, each a generator of its steps, and one clock for all of them.
 
-Greedy, equal prompts, equal numbers of tokens, one process, the roads in turn and five times over;
-what counts are the ratios of the medians. A road that writes other tokens than the first one fails
-the run, so nothing is compared that is not the same work. Without a cache every step computes all
-tokens again; that road is left out where it would take minutes (--no-cache-up-to).
+    no cache      every step computes all tokens again
+    contiguous    one slab of the model's longest length a sequence, the library's attention
+    paged         the engine, `InferenceEngine.step()`: schedule, forward, sample, detokenise
+    transformers  its DynamicCache in a bare loop, where transformers is installed
 
-Run: python experiments/roads.py
-     python experiments/roads.py --model random:gpt2 --batches 1 8 --new-tokens 32
+All are greedy, and give each prompt the same number of tokens. A road yields a `Step` when the
+step's tokens are on the host, so whoever reads the clock between two of them sees what a client
+waits for. And what is timed is checked: `check_equal_work` refuses a road that wrote other tokens.
+The experiments that drive them are speed.py and block_size.py.
 """
 
-import argparse
-import sys
 import time
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
+from baselines import ContiguousCache, attend_without_cache, next_logits
+from experiments import peers
+from llm import LLM, SamplingParams
+from model import GPT
 
-from baselines import generate_contiguous, generate_no_cache  # noqa: E402
-from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The experiment's flags."""
-    add = parser.add_argument
-    add("--model", default=str(SHIPPED_MODEL), help="a folder, or random:gpt2")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights, K and V")
-    add("--backend", default="auto", choices=["auto", *BACKENDS], help="the paged road's kernel")
-    add("--threads", type=int, help="of the CPU; default: all, for the shipped model 1")
-    add("--batches", type=int, nargs="+", default=[1, 8, 32], help="numbers of sequences to try")
-    add("--prompt-tokens", type=int, default=64, help="tokens of each prompt, at random")
-    add("--new-tokens", type=int, default=64, help="tokens that each sequence gets")
-    add("--block-size", type=int, default=16, help="tokens in a block of the paged road")
-    add("--no-cache-up-to", type=int, default=8, help="largest batch that runs without a cache")
-    add("--repeats", type=int, default=5, help="rounds; each times every road once")
-    add("--seed", type=int, default=0, help="of the prompts")
+CONTIGUOUS, PAGED, NO_CACHE, PEER = "contiguous", "paged", "no cache", peers.THEIRS
 
 
-def generate_paged(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """The engine, greedy, to the full length."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+class Step(NamedTuple):
+    """What one step of a road did."""
+
+    tokens: dict[int, int]  # number of a prompt -> the token that it got
+    computed: int  # tokens that went through the model
+    kv_bytes: int  # held while it ran, reserved ones too
+    preempted: int = 0  # sequences that lost their blocks
 
 
-def time_batch(llm: LLM, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each repeat on all roads, for one number of sequences."""
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = batch, args.prompt_tokens
-    prompts = torch.randint(llm.model.config.vocab_size, shape, generator=generator).tolist()
-    roads = {
-        "contiguous": partial(generate_contiguous, llm.model),
-        "paged": partial(generate_paged, llm),
-    }
-    if batch <= args.no_cache_up_to:
-        roads["no cache"] = partial(generate_no_cache, llm.model)
-    seconds: dict[str, list[float]] = {road: [] for road in roads}
-    for repeat in range(args.repeats + 1):
-        for road, generate in roads.items():
-            started = time.perf_counter()
-            tokens = generate(prompts, args.new_tokens)  # its ids are on the host: all is done
-            if repeat:  # the first round warms up and is checked
-                seconds[road].append(time.perf_counter() - started)
-            elif road == "contiguous":
-                first = tokens
+Road = Callable[[list[list[int]], int], Iterator[Step]]  # (prompts, new_tokens) -> its steps
+
+
+# ---- the roads -----------------------------------------------------------------------------------
+def static_road(model: GPT, cache: ContiguousCache | None) -> Road:
+    """All start together and end together: in slabs or, without a `cache`, from the start again."""
+    plug = cache.attend if cache else attend_without_cache
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        sequences, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
+        for _ in range(new_tokens):
+            computed = sum(map(len, sequences)) - sum(starts)
+            chosen = next_logits(model, plug, sequences, starts).argmax(-1).tolist()
+            for token_ids, token_id in zip(sequences, chosen, strict=True):
+                token_ids.append(token_id)
+            if cache:
+                starts = [len(token_ids) - 1 for token_ids in sequences]
+            yield Step(dict(enumerate(chosen)), computed, cache.slabs.nbytes if cache else 0)
+
+    return steps
+
+
+def contiguous_road(model: GPT, batch: int) -> Road:
+    """The road with slabs. A server that knows no lengths reserves the longest for everybody."""
+    config, weight = model.config, model.wte.weight
+    sizes = config.n_layer, batch, config.max_seq_len, config.n_head, config.head_dim
+    return static_road(model, ContiguousCache(*sizes, weight.dtype, weight.device))
+
+
+def paged_road(llm: LLM) -> Road:
+    """The engine: who does not fit waits, and who was preempted computes its tokens again."""
+    allocator = llm.engine.scheduler.allocator
+    block_bytes = llm.engine.cache.pool[:, 0].nbytes
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        ids = [llm.engine.add_request(prompt, params) for prompt in prompts]
+        numbers = {request_id: number for number, request_id in enumerate(ids)}
+        while llm.engine.has_unfinished():
+            output = llm.engine.step()
+            plan = output.plan
+            tokens = {numbers[o.request_id]: o.outputs[0].token_ids[-1] for o in output.outputs}
+            # Not the allocator's count: who ended with this step has given its blocks back by now.
+            held = sum(allocator.blocks_needed(start + n) for _, start, n in plan.scheduled)
+            yield Step(tokens, plan.num_tokens, held * block_bytes, len(plan.preempted))
+
+    return steps
+
+
+def transformers_road(theirs: peers.Theirs, kv_bytes_per_token: int) -> Road:
+    """A bare loop around transformers' model and its DynamicCache; prompts are of one length."""
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        B, T = len(prompts), len(prompts[0])
+        for number in range(new_tokens):
+            if number:
+                theirs.step()
             else:
-                same = sum(a == b for a, b in zip(tokens, first, strict=True))
-                if same < 0.9 * batch:
-                    raise ValueError(f"{road} wrote {batch - same} of {batch} differently")
-    return seconds
+                theirs.start(torch.tensor(prompts, device=theirs.model.device))
+            chosen = theirs.next_ids[:, 0].tolist()  # which waits for the device
+            held = B * (T + number) * kv_bytes_per_token
+            yield Step(dict(enumerate(chosen)), B if number else B * T, held)
+        theirs.finish()
+
+    return steps
 
 
-def run(args: argparse.Namespace) -> Iterator[Measurement]:
-    """All rows of the experiment."""
-    blocks = -(-(args.prompt_tokens + args.new_tokens) // args.block_size) * max(args.batches)
-    chosen = {name: getattr(args, name) for name in ("device", "dtype", "backend", "block_size")}
-    is_shipped = args.model == str(SHIPPED_MODEL)
-    before = torch.get_num_threads()
-    # So small a model that a second thread waits more than it works.
-    threads = args.threads or (1 if is_shipped else None)
-    llm = LLM(args.model, num_blocks=blocks, threads=threads, **chosen)
-    weight = llm.model.wte.weight
-    common = {"experiment": "roads", "dtype": str(weight.dtype)[6:], "seed": args.seed}
-    common |= {"threads": torch.get_num_threads(), "device": device_name(weight.device)}
-    model = Path(args.model).name if is_shipped else args.model
-    common |= {"model": model, "weights": llm.weights}
-    try:
-        for batch in args.batches:
-            seconds = time_batch(llm, batch, args)
-            sizes = f"prompt={args.prompt_tokens} new={args.new_tokens}"
-            what = {"workload": f"batch={batch} {sizes} block_size={args.block_size}"} | common
-            for road, times in seconds.items():
-                what |= {"contender": road, "backend": llm.backend if road == "paged" else "torch"}
-                rates = [batch * args.new_tokens / t for t in times]
-                yield Measurement.of(rates, metric="generated tokens", unit="tokens/s", **what)
-                if road != "contiguous":
-                    against = {"metric": "speed against contiguous", "unit": "x"}
-                    yield Measurement.ratio_of(seconds["contiguous"], times, **against, **what)
-    finally:
-        torch.set_num_threads(before)
+# ---- the clock -----------------------------------------------------------------------------------
+@dataclass
+class Trial:
+    """One road once, from the prompts to the last token."""
+
+    token_ids: list[list[int]]  # written, a list a prompt
+    seconds: float = 0.0
+    first_ms: list[float] = field(default_factory=list)  # until a prompt's first token, one each
+    step_ms: list[float] = field(default_factory=list)  # of all steps but the first
+    computed: int = 0  # tokens, over all steps
+    kv_bytes: int = 0  # at most
+    preempted: int = 0
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
+@torch.inference_mode()
+def time_trial(road: Road, prompts: list[list[int]], new_tokens: int) -> Trial:
+    """Walk a road to its end, and read the clock whenever it yields."""
+    trial = Trial([[] for _ in prompts])
+    started = last = time.perf_counter()
+    for number, step in enumerate(road(prompts, new_tokens)):
+        now = time.perf_counter()
+        for i, token_id in step.tokens.items():
+            if not trial.token_ids[i]:
+                trial.first_ms.append((now - started) * 1e3)
+            trial.token_ids[i].append(token_id)
+        if number:
+            trial.step_ms.append((now - last) * 1e3)
+        trial.computed += step.computed
+        trial.kv_bytes = max(trial.kv_bytes, step.kv_bytes)
+        trial.preempted += step.preempted
+        last = now
+    trial.seconds = last - started
+    assert {len(token_ids) for token_ids in trial.token_ids} == {new_tokens}
+    return trial
 
 
-if __name__ == "__main__":
-    main()
+def equal_start(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of all tokens, in percent, that come before their sequence's first difference."""
+    equal = 0
+    for a, b in zip(ours, theirs, strict=True):
+        differences = (i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        equal += next(differences, len(a))
+    return 100 * equal / sum(map(len, theirs))
+
+
+def check_equal_work(name: str, trial: Trial, first: Trial, in_16_bits: bool) -> float:
+    """Percent of equal tokens; ValueError where a road did not write what the first one wrote.
+
+    Roads sum in different orders, so two scores that nearly tie may fall otherwise: rarely in
+    float32, often in 16 bits, where only the first four tokens are held to it. A road that reads
+    wrong memory goes wrong at its second token, the first one that needs what was kept.
+    """
+    ours, theirs = trial.token_ids, first.token_ids
+    if in_16_bits:
+        ours, theirs = ([ids[:4] for ids in token_ids] for token_ids in (ours, theirs))
+    share, least = equal_start(ours, theirs), 40 if in_16_bits else 90
+    if share < least:
+        raise ValueError(f"{name} wrote {share:.0f}% as the first road did, {least}% are needed")
+    return equal_start(trial.token_ids, first.token_ids)

@@ -1,0 +1,210 @@
+"""Whether the allocator is fast, and whether it ever loses a block: millions of operations.
+
+Every token that a server writes goes through it sooner or later, so it must cost nothing beside a
+forward, and one block lost an hour is an empty pool in a week. Three trials, without any tensor:
+
+    cycles  500 x 16 sequences x 8 blocks, allocated and freed; a block counts once for both
+    storm   1,000,000 random operations: allocate, grow, fork, free, and calls that must be refused
+    full    a pool taken to its last block, one block more asked for, all given back
+
+In the storm sequences hold blocks of their own and blocks that they share, more is asked for than
+there is, and blocks are freed that nobody holds. A refusal has to leave the books as they were:
+every 10,000 operations `check_integrity()` compares each reference count with the tables. At the
+end of a trial everything is freed, and what the pool then has less than before are blocks lost.
+
+Cycles and storm run on `BuddyAllocator` too, which must look for adjacent blocks: what paging does
+not have to do. Several repeats, as the machine may be busy: the best one is the row's max.
+Run: python experiments/allocator.py
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+
+from baselines import BuddyAllocator  # noqa: E402
+from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
+from results import Measurement, device_name, run_alone  # noqa: E402
+
+CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The experiment's flags."""
+    add = parser.add_argument
+    add("--repeats", type=int, default=7, help="of the cycles, all contenders in turn")
+    add("--cycles", type=int, default=500, help="times that all sequences come and go")
+    add("--sequences", type=int, default=16, help="sequences in a cycle")
+    add("--blocks", type=int, default=8, help="blocks of a sequence in a cycle")
+    add("--num-blocks", type=int, default=1024, help="blocks of the pool")
+    add("--operations", type=int, default=1_000_000, help="of the storm")
+    add(
+        "--check-every", type=int, default=10_000, help="operations between two checks of the books"
+    )
+    add("--seed", type=int, default=0, help="of the storm")
+
+
+# ---- cycles --------------------------------------------------------------------------------------
+def time_cycles(allocator: BlockAllocator, cycles=500, sequences=16, blocks=8) -> float:
+    """Blocks a second through allocate and free, a block counted once for both."""
+    free = allocator.num_free
+    started = time.perf_counter()
+    for _ in range(cycles):
+        for table in [allocator.allocate(blocks) for _ in range(sequences)]:
+            allocator.free(table)
+    taken = time.perf_counter() - started
+    allocator.check_integrity([])
+    assert allocator.num_free == free, "a block leaked"
+    return cycles * sequences * blocks / taken
+
+
+# ---- storm ---------------------------------------------------------------------------------------
+@dataclass
+class Storm:
+    """Random operations on an allocator, and the tables that hold its blocks."""
+
+    allocator: BlockAllocator
+    random: random.Random
+    tables: list[list[list[int]]] = field(default_factory=list)  # allocations of each holder
+    refused: int = 0  # because the pool was empty: some must be, or it was not tried
+    mistakes: int = 0  # double frees, refused
+
+    def held(self) -> list[list[int]]:
+        """The block table of each holder: its allocations one behind the other."""
+        return [sum(allocations, []) for allocations in self.tables]
+
+    def allocate(self) -> None:
+        """A sequence comes; or one that is there grows."""
+        n = self.random.randint(1, 8)
+        try:
+            block_ids = self.allocator.allocate(n)
+        except NoFreeBlocks:
+            self.refused += 1
+            return
+        if self.tables and n < 4:
+            self.random.choice(self.tables).append(block_ids)
+        else:
+            self.tables.append([block_ids])
+
+    def fork(self) -> None:
+        """A second holder for all that a sequence has."""
+        if self.tables:
+            allocations = self.random.choice(self.tables)
+            self.allocator.fork(sum(allocations, []))
+            self.tables.append(list(allocations))
+
+    def free(self) -> None:
+        """A sequence ends. Now and then it is ended twice, which has to be refused."""
+        if not self.tables:
+            return
+        at = self.random.randrange(len(self.tables))
+        self.tables[at], self.tables[-1] = self.tables[-1], self.tables[at]
+        table = sum(self.tables.pop(), [])
+        self.allocator.free(table)
+        if self.random.random() < 0.1 and not any(map(self.allocator.ref_count, table)):
+            try:
+                self.allocator.free(table)
+            except ValueError:
+                self.mistakes += 1
+
+    def step(self) -> None:
+        """One operation. More come than go, so the pool is often full."""
+        self.random.choices((self.allocate, self.fork, self.free), (50, 10, 40))[0]()
+
+    def end(self) -> None:
+        """All sequences end."""
+        while self.tables:
+            self.allocator.free(sum(self.tables.pop(), []))
+
+
+def time_storm(allocator: BlockAllocator, args: argparse.Namespace) -> tuple[Storm, float]:
+    """The storm at its end, and operations a second: with drawing them, without the checks."""
+    storm, seconds = Storm(allocator, random.Random(args.seed)), 0.0
+    for done in range(0, args.operations, args.check_every):
+        started = time.perf_counter()
+        for _ in range(min(args.check_every, args.operations - done)):
+            storm.step()
+        seconds += time.perf_counter() - started
+        allocator.check_integrity(storm.held())
+    storm.end()
+    allocator.check_integrity([])
+    return storm, args.operations / seconds
+
+
+# ---- full ----------------------------------------------------------------------------------------
+def exhaust(allocator: BlockAllocator) -> tuple[int, int]:
+    """Take all blocks one by one, ask for more: how many were to be had, how many refusals.
+
+    The refusals are of 1 block, of 2 and of more than there are: each leaves all as it was.
+    """
+    tables, refusals = [], 0
+    while allocator.num_free:
+        tables.append(allocator.allocate(1))
+    for n in (1, 2, allocator.num_blocks + 1):
+        try:
+            tables.append(allocator.allocate(n))
+        except NoFreeBlocks:
+            refusals += 1
+        allocator.check_integrity(tables)
+    taken = sum(map(len, tables))
+    for table in tables:
+        allocator.free(table)
+    return taken, refusals
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+def lost(allocator: BlockAllocator) -> int:
+    """Blocks that nobody holds any more and that are not to be had either: leaks."""
+    return allocator.num_blocks - allocator.num_free
+
+
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
+    """All rows of the experiment."""
+    most = args.sequences * args.blocks
+    if not 0 < most <= args.num_blocks or args.num_blocks & (args.num_blocks - 1):
+        sizes = f"{args.sequences} sequences of {args.blocks} blocks in a pool of {args.num_blocks}"
+        raise ValueError(f"{sizes}: the pool must be a power of two that holds them all")
+    common = {"experiment": "allocator", "backend": "none", "dtype": "none", "threads": 1}
+    common |= {"device": device_name(), "seed": args.seed}
+    pools = {name: make(args.num_blocks) for name, make in CONTENDERS.items()}
+    sizes = args.cycles, args.sequences, args.blocks
+    rates: dict[str, list[float]] = {name: [] for name in pools}
+    for _ in range(args.repeats):
+        for name, allocator in pools.items():
+            rates[name].append(time_cycles(allocator, *sizes))
+    cycles = "{} cycles x {} sequences x {} blocks".format(*sizes)
+    storm = f"storm operations={args.operations} num_blocks={args.num_blocks}"
+    full = f"full num_blocks={args.num_blocks}"
+
+    def row(name: str, workload: str, metric: str, unit: str, *values: float) -> Measurement:
+        what = common | {"contender": name, "workload": workload}
+        return Measurement.of(values, metric=metric, unit=unit, **what)
+
+    for name, allocator in pools.items():
+        yield row(name, cycles, "allocated and freed", "blocks/s", *rates[name])
+        yield row(name, cycles, "blocks lost", "blocks lost", lost(allocator))
+    for name, allocator in pools.items():
+        ended, rate = time_storm(allocator, args)
+        yield row(name, storm, "operations", "operations/s", rate)
+        yield row(name, storm, "refused, the pool was empty", "refused", ended.refused)
+        yield row(name, storm, "double frees refused", "double frees refused", ended.mistakes)
+        yield row(name, storm, "blocks lost", "blocks lost", lost(allocator))
+    for name, allocator in pools.items():
+        taken, refusals = exhaust(allocator)
+        yield row(name, full, "blocks to be had", "blocks", taken)
+        yield row(name, full, "refused of 3 that ask for more", "refused", refusals)
+        yield row(name, full, "blocks lost", "blocks lost", lost(allocator))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    run_alone(__doc__, add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""KV memory step by step: the figures by which projects of this kind argue, from our own books."""
+
+import argparse
+
+import pytest
+from test_benchmark import pick, run
+
+from experiments import memory
+from scheduler import Scheduler
+from sequence import Continuation
+
+TINY = "--batch 2 --prompt-tokens 3 --new-tokens 5 --block-size 4 --max-seq-len 16 --pool 8"
+TINY += " --steps 1 2 5 --pool-steps 1 14 --reuse-batch 0"
+
+
+def arguments(words=""):
+    parser = argparse.ArgumentParser()
+    memory.add_arguments(parser)
+    return parser.parse_args(words.split())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """All rows of the default run."""
+    return run(tmp_path_factory.mktemp("memory"), "memory")
+
+
+def value(rows, contender, metric, workload_ends):
+    (row,) = [
+        row
+        for row in pick(rows, contender=contender, metric=metric)
+        if row["workload"].endswith(workload_ends)
+    ]
+    assert row["min"] == row["median"] == row["max"]
+    return row["median"]
+
+
+# ---- the field's figures -------------------------------------------------------------------------
+def test_a_token_of_gpt2_124m_is_36_864_bytes_and_a_block_589_824(rows):
+    assert value(rows, "K and V", "KV memory a token", "block_size=16") == 36_864
+    assert value(rows, "K and V", "KV memory a block", "block_size=16") == 589_824
+
+
+def test_at_the_start_a_sequence_holds_18_87_mb_reserved_and_0_59_mb_paged(rows):
+    metric = "KV memory a sequence"
+    reserved = value(rows, memory.MAXIMUM, metric, " step=1")
+    paged = value(rows, memory.PAGED, metric, " step=1")
+    assert (reserved, paged) == (18_874_368, 589_824)
+    assert (round(reserved / 1e6, 2), round(paged / 1e6, 2)) == (18.87, 0.59)
+
+
+def test_32_sequences_at_step_50_hold_603_98_mb_reserved_and_75_50_mb_paged(rows):
+    reserved = value(rows, memory.MAXIMUM, "KV memory", " step=50")
+    paged = value(rows, memory.PAGED, "KV memory", " step=50")
+    assert (reserved, paged) == (603_979_776, 75_497_472)
+    assert (round(reserved / 1e6, 2), round(paged / 1e6, 2)) == (603.98, 75.5)
+
+
+@pytest.mark.parametrize("prompt_tokens", range(1, 18))
+def test_prompts_of_1_to_15_tokens_give_these_figures_and_no_others_do(prompt_tokens):
+    args = arguments(f"--batch 1 --prompt-tokens {prompt_tokens} --new-tokens 50")
+    held = memory.held_each_step(memory.PROMISES[memory.PAGED], args)
+    is_as_said = (held[0], held[49]) == (1, 4)
+    assert is_as_said == (prompt_tokens <= 15)
+
+
+def test_a_gb_holds_53_sequences_reserved_and_424_paged_at_step_50(rows):
+    metric = "sequences in a GB"
+    assert round(value(rows, memory.MAXIMUM, metric, " step=50")) == 53
+    assert round(value(rows, memory.PAGED, metric, " step=50")) == 424
+
+
+def test_512_blocks_hold_16_sequences_reserved_and_512_to_128_paged(rows):
+    metric = "sequences at once"
+    for step, paged in ((1, 512), (9, 512), (10, 256), (50, 128)):
+        assert value(rows, memory.MAXIMUM, metric, f"prompt=8 step={step}") == 16
+        assert value(rows, memory.PAGED, metric, f"prompt=8 step={step}") == paged
+
+
+def test_the_advantage_falls_from_32_times_to_nothing_as_sequences_grow(rows):
+    curve = pick(rows, unit="x")
+    assert {row["contender"] for row in curve} == {memory.PAGED}
+    times = [row["median"] for row in curve]
+    assert (times[0], times[-1]) == (32, 1)  # 1: at 512 tokens all that was promised is used
+    assert times == sorted(times, reverse=True)
+
+
+def test_the_scheduler_runs_as_many_at_once_as_the_pool_is_said_to_hold():
+    # 512 prompts of 8 tokens in 512 blocks: the last in line are preempted as the others grow.
+    args = arguments("--batch 512")
+    promise = memory.PROMISES[memory.PAGED]
+    allocator = promise.allocator(args.pool, args.block_size)
+    scheduler = Scheduler(allocator, 512, 512 * 512, 512)
+    for number in range(512):
+        scheduler.add(memory.make_sequence(number, args, 8, 504).request)
+    running = []
+    for _ in range(50):
+        plan = scheduler.schedule()
+        running.append(len(plan.scheduled))
+        scheduler.update(plan, [Continuation(seq, [0]) for seq in plan.sampled])
+    assert [running[step - 1] for step in (1, 9, 10, 25, 50)] == [512, 512, 256, 256, 128]
+
+
+# ---- step by step --------------------------------------------------------------------------------
+def test_reserved_memory_is_flat_and_paged_memory_is_a_staircase():
+    args = arguments("--batch 1 --prompt-tokens 3 --new-tokens 7 --block-size 4 --max-seq-len 32")
+    held = {name: memory.held_each_step(plan, args) for name, plan in memory.PROMISES.items()}
+    assert held == {
+        "reserve the maximum": [8] * 7,  # 32 tokens
+        "reserve a power of two": [4] * 7,  # 3 + 8 = 11 tokens are 3 blocks, a region of 4
+        "reserve the exact length": [4] * 7,  # 3 + 7 = 10 tokens: the same
+        "paged": [1, 1, 2, 2, 2, 2, 3],  # 3, 4, 5, .. 9 tokens
+    }
+
+
+def test_what_is_held_is_shared_out_in_bytes_and_percent(tmp_path):
+    rows = run(tmp_path, f"memory {TINY}")
+    # Two sequences of 3 + 1 tokens at step 2: a block of 4 each, and full.
+    assert value(rows, memory.PAGED, "KV memory", " step=2") == 2 * 4 * 36_864
+    assert value(rows, memory.PAGED, "KV memory a sequence", " step=2") == 4 * 36_864
+    assert value(rows, memory.PAGED, "share filled with tokens", " step=2") == 100
+    assert value(rows, memory.MAXIMUM, "share filled with tokens", " step=2") == 25  # of 16
+    assert value(rows, memory.PAGED, "share filled with tokens", " step=5") == 87.5  # 7 of 8
+
+
+def test_the_dtype_and_the_shape_make_the_bytes(tmp_path):
+    rows = run(tmp_path, f"memory --shape gpt2-medium --dtype float32 {TINY}")
+    assert value(rows, "K and V", "KV memory a token", "block_size=4") == 24 * 2 * 1024 * 4
+
+
+# ---- the same blocks again -----------------------------------------------------------------------
+def test_a_second_batch_gets_the_blocks_of_the_first(rows):
+    (workload,) = {row["workload"] for row in rows if row["workload"].startswith("two batches")}
+    # 20 + 24 tokens are 3 blocks of 16, for 4 sequences; the pool has twice as many.
+    assert workload == "two batches batch=4 prompt=20 new=24 block_size=16 num_blocks=24"
+    found = {row["metric"]: row["median"] for row in pick(rows, workload=workload)}
+    assert found == {
+        "blocks of the first batch": 12,
+        "blocks of the second batch": 12,
+        "share of the second's blocks that the first one had": 100,
+        "KV memory that the second batch adds": 0,
+    }
+
+
+def test_blocks_that_are_not_given_back_are_seen(monkeypatch):
+    args = arguments("--reuse-batch 2")
+    monkeypatch.setattr(memory.BlockAllocator, "free", lambda self, block_ids: None)
+    rows = list(memory.rows_of_reuse(args, memory_common()))
+    found = {row.metric: row.median for row in rows}
+    assert found["share of the second's blocks that the first one had"] == 0
+    assert found["KV memory that the second batch adds"] == 6 * 16 * 12_288  # the shipped model's
+
+
+def memory_common():
+    return {"experiment": "memory", "backend": "none", "dtype": "none", "threads": 1, "device": "x"}
+
+
+# ---- a caller's mistakes -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--batch 0", "batch is 0: it must be at least 1"),
+        ("--new-tokens 505", "513 tokens, max_seq_len is 512: write fewer"),
+        ("--steps 1 101", "--steps from 1 to 101: there are 1 to 100"),
+        ("--steps 0", "--steps from 0 to 0: there are 1 to 100"),
+        ("--pool-steps 506", "--pool-steps from 506 to 506: there are 1 to 505"),
+        ("--pool 31", "a pool of 31 blocks of 16 cannot hold max_seq_len = 512: enlarge it"),
+    ],
+)
+def test_sizes_of_which_no_run_can_be_made_are_refused(tmp_path, words, message):
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, f"memory {words}")
