@@ -108,6 +108,7 @@ def check_program(file: BinaryIO) -> dict[str, int]:
     stack: list[Value | None] = []  # None is the MARK below a tuple's parts
     memo: dict[int, Value | None] = {}
     claims: dict[str, int] = {}
+    num_filed = 0  # values put into dictionaries: a key is gone through each time it is filed
     for opcode, arg, _ in pickletools.genops(file):
         name, taken, below = opcode.name, [], len(opcode.stack_before)
         if pickletools.markobject in opcode.stack_before:  # all down to the mark, and what is below
@@ -128,7 +129,8 @@ def check_program(file: BinaryIO) -> dict[str, int]:
             claims[key] = numbers * STORAGES[kind]
         elif "GET" in name:
             value = memo[arg]
-        if value.count > MOST_VALUES:
+        num_filed += value.count if name.startswith("SETITEM") else 0
+        if max(value.count, num_filed) > MOST_VALUES:
             raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
         stack += [None if one is pickletools.markobject else value for one in opcode.stack_after]
         if "PUT" in name or name == "MEMOIZE":

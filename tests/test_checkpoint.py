@@ -195,6 +195,13 @@ def test_fields_that_do_not_change_inference_are_ignored(folder):
     assert load_model(folder).config == CONFIG
 
 
+@pytest.mark.parametrize("vocab_size", [0, -1])
+def test_a_config_without_a_vocabulary_or_an_end_is_refused_by_the_vocabulary(vocab_size, folder):
+    edit_config(folder, vocab_size=vocab_size, eos_token_id=...)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / 'config.json'}: vocab_size is {vocab_size}")
+
+
 def test_an_epsilon_written_as_an_integer_is_a_number(folder):
     edit_config(folder, layer_norm_epsilon=1)
     assert load_model(folder).config.layer_norm_epsilon == 1

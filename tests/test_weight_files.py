@@ -367,6 +367,17 @@ def test_a_name_that_takes_for_ever_to_hash_is_refused(legacy, folder):
     assert refusal_in_a_child(folder).startswith(str(path))
 
 
+def test_a_name_that_is_soon_hashed_but_thousands_of_times_is_refused(folder):
+    """One tuple of 2 ** 21 parts, and 3,000 times the same instruction: use it as a key."""
+    twice = [b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(1, 22)]
+    key = b"X\x02\x00\x00\x00ha" + b"".join(twice) + b"q\x40"
+    path = folder / "pytorch_model.bin"
+    torch.save({}, path)
+    repack(path, {"data.pkl": b"\x80\x02}q\x00" + key + b"h\x00h\x40Ns" * 3000 + b"h\x00."})
+    assert path.stat().st_size < 20_000
+    assert refusal_in_a_child(folder).startswith(str(path))
+
+
 def doubled(times, kind=list):
     """A value of a few hundred bytes that is 2 ** times as long when it is written out."""
     value = kind(["ha"])
