@@ -10,6 +10,8 @@ five times over. Each further experiment is a file in `experiments/`, with flags
     python benchmark.py memory               KV bytes step by step, and how many sequences fit
     python benchmark.py allocator            blocks a second, and whether any is ever lost
     python benchmark.py block-size           1 to 256: speed, memory filled, copies
+    python benchmark.py concurrency          how many run at once in equal memory (--simulate)
+    python benchmark.py trace                latency against rate, recorded arrivals (--simulate)
     python benchmark.py kernels              the kernel ladder: GB/s of each way to attend
     python benchmark.py ceilings             what the machine can do at most
     python benchmark.py sweep                which tiles are fastest, on a GPU
@@ -34,11 +36,13 @@ from experiments import (
     block_size,
     bookkeeping,
     ceilings,
+    concurrency,
     kernels,
     memory,
     peers,
     speed,
     sweep,
+    trace,
 )
 from results import read, show
 
@@ -48,6 +52,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "memory": memory,
     "allocator": allocator,
     "block-size": block_size,
+    "concurrency": concurrency,
+    "trace": trace,
     "kernels": kernels,
     "ceilings": ceilings,
     "sweep": sweep,

@@ -44,6 +44,7 @@ LADDER = [
     "llm",
     "generate",
     "results",
+    "simulate",
     "palette",
     "pictures",
 ]
