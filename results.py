@@ -299,7 +299,7 @@ def show(measurements: Iterable[Measurement], path: str | Path | None = None) ->
             print(progress, file=sys.stderr, flush=True)
     finally:
         print("\n".join(table(rows)))
-        print("median (min to max); x: how many times as fast, in the same rounds")
+        print("median (min to max) of the repeats; x: times, in the same rounds")
         if path is not None:
             print(f"{len(rows)} rows appended to {path}")
 
