@@ -144,3 +144,24 @@ def test_the_speed_against_a_slab_is_the_newest_in_its_csv(context):
 def test_the_committed_rows_are_whole_and_of_a_commit_that_is_known(path):
     for row in read(path):
         assert row["commit"] not in ("unknown", "none") and not row["commit"].endswith("-dirty")
+
+
+PLANS = {
+    "nothing ahead: paged": "paged",
+    "its true length, in a buddy allocator": "oracle, buddies",
+    "the next power of two, in a buddy allocator": "power of two, buddies",
+    "the maximum": "maximum, buddies",
+    "the maximum, in static batches": "static batches",
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_runs_at_once_in_equal_memory_is_the_newest_in_its_csv(name):
+    figures = {}
+    for row in read(ROOT / "results/cpu/concurrency.csv"):
+        if row["contender"] == PLANS[name] and "Azure" in row["workload"]:
+            if row["workload"].endswith("all at once"):
+                figures[row["metric"]] = row["median"]
+    at_once, used = figures["running at once, mean"], figures["share of the pool: used"]
+    assert f"| {name} | {at_once:.0f} | {used:.1f}% |" in README
+    assert figures["pool"] == 4096 * 16 * 36_864  # the same bytes for all
