@@ -368,7 +368,7 @@ def test_a_bad_flag_is_named_and_no_line_is_blamed(tmp_path):
 
 REFUSED = {
     "a file that is not there": (["--file", "no/such/file"], "no/such/file cannot be read"),
-    "a model that is not there": (["x", "--model", "no/such/model"], "no folder 'no/such/model'"),
+    "a model that is not there": (["x", "--model", "no/such/model"], "no folder or file 'no/such"),
     "a random shape that is none": (["x", "--model", "random:gpt9"], "no shape 'gpt9'"),
     "NaN as a temperature": (["x", "--temperature", "nan"], "temperature is nan: it must be"),
     "no tokens": (["x", "--max-tokens", "0"], "max_tokens is 0: it must be"),
