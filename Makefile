@@ -10,13 +10,13 @@ demo: $(VENV)/runs  ## a dozen fairy tales at once, from one pool of blocks
 	$(RUN) generate.py
 
 test: $(VENV)/tests  ## what a reader runs: minutes
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 -m "not slow"
 
 check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything, the slow tests and the formatting too
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	other=$(abspath $(VENV)/triton-3.6.0); test ! -d $$other/triton || \
-	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest
+	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest -n 2
 
 test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5 GB, wants PAGEDGPT_DATA
 	PAGEDGPT_TEST_GPT2=1 HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(RUN) -m pytest -rs tests/test_gpt2.py
