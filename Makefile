@@ -24,6 +24,9 @@ test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5
 bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: benchmark_results.csv
 	$(RUN) benchmark.py
 
+notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, else the committed rows
+	$(RUN) tests/test_notebook.py
+
 gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
 	$(PYTHON) gpu_check.py
 
@@ -48,4 +51,4 @@ $(VENV)/triton-3.6.0: $(VENV)/tests
 	mkdir -p $@
 	touch $@
 
-.PHONY: help demo test check test-gpt2 bench gpu-check train
+.PHONY: help demo test check test-gpt2 bench notebook gpu-check train

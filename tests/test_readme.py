@@ -165,3 +165,11 @@ def test_what_runs_at_once_in_equal_memory_is_the_newest_in_its_csv(name):
     at_once, used = figures["running at once, mean"], figures["share of the pool: used"]
     assert f"| {name} | {at_once:.0f} | {used:.1f}% |" in README
     assert figures["pool"] == 4096 * 16 * 36_864  # the same bytes for all
+
+
+def test_the_most_that_is_possible_is_the_newest_in_its_csv():
+    rows = read(ROOT / "results/cpu/anatomy.csv")
+    what = "at most: products and one read of KV", "speed against transformers DynamicCache"
+    one, two = (last_row(rows, *what, "decode batch=32", "float32", n)["median"] for n in (1, 2))
+    said = f"at most {one:.2f} times as fast with 1 thread, {two:.2f} with 2."
+    assert said in " ".join(README.split())
