@@ -36,19 +36,12 @@ from results import Measurement, device_name, run_alone  # noqa: E402
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment's flags."""
+    peers.add_common_arguments(parser)
     add = parser.add_argument
-    add("--model", default="random:gpt2", help="a folder, or random:gpt2 (its speed is GPT-2's)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=[*DTYPES], help="in turn")
-    add("--backend", default="auto", choices=["auto", *BACKENDS], help="our kernel")
-    add("--threads", type=int, nargs="+", help="of the CPU, one run each; default: all")
     add("--batches", type=int, nargs="+", default=[32], help="sequences")
-    add("--prompt-tokens", type=int, default=256, help="tokens of each prompt, at random")
     add("--steps", type=int, default=32, help="steps timed in a round; the parts half as often")
     add("--rounds", type=int, default=5, help="rounds, each times everything once")
-    add("--block-size", type=int, default=16, help="tokens in a block of our pool")
     add("--read-mb", type=int, help="buffer to read, in MB; default 1024, on a GPU 8192")
-    add("--seed", type=int, default=0, help="of the prompts")
 
 
 def middle_batch(ours: peers.Ours, batch: int, args: argparse.Namespace) -> Batch:

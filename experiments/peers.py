@@ -47,24 +47,30 @@ OURS, THEIRS = "paged engine", "transformers DynamicCache"
 STATIC, CONTINUOUS = "transformers StaticCache", "transformers continuous batching"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The experiment's flags."""
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of whatever compares the engine with transformers: what is run, and on what."""
     add = parser.add_argument
     add("--model", default="random:gpt2", help="a folder, or random:gpt2 (its speed is GPT-2's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=[*DTYPES], help="in turn")
     add("--backend", default="auto", choices=["auto", *BACKENDS], help="our kernel")
     add("--threads", type=int, nargs="+", help="of the CPU, one run each; default: all")
-    add("--batches", type=int, nargs="*", default=[32], help="decode: sequences; none: skip")
     add("--prompt-tokens", type=int, default=256, help="tokens of each prompt, at random")
+    add("--block-size", type=int, default=16, help="tokens in a block of our pool")
+    add("--seed", type=int, default=0, help="of the prompts")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The experiment's flags."""
+    add_common_arguments(parser)
+    add = parser.add_argument
+    add("--batches", type=int, nargs="*", default=[32], help="decode: sequences; none: skip")
     add("--steps", type=int, default=64, help="decode: steps timed in a round")
     add("--rounds", type=int, default=3, help="decode: rounds, each times both contenders")
     more = ["static", "continuous"]
     add("--also", nargs="*", default=[], choices=more, help="decode: transformers' other ways too")
     add("--prefill", type=int, default=8, help="prefill: prompts in one step; 0: skip")
     add("--repeats", type=int, default=5, help="prefill: rounds")
-    add("--block-size", type=int, default=16, help="tokens in a block of our pool")
-    add("--seed", type=int, default=0, help="of the prompts")
 
 
 def require_transformers() -> None:
