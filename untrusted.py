@@ -21,6 +21,7 @@ memory then?); or lower MOST_VALUES until an honest file of weights is refused.
 """
 
 import json
+import pickle
 import pickletools
 import tempfile
 import zipfile
@@ -39,10 +40,11 @@ CALLED = {
     "torch._utils _rebuild_tensor_v2",
 }
 STORAGES = {
-    **{f"torch {kind}Storage": 8 for kind in ("Double", "Long")},
-    **{f"torch {kind}Storage": 4 for kind in ("Float", "Int")},
-    **{f"torch {kind}Storage": 2 for kind in ("Half", "BFloat16", "Short")},
-    **{f"torch {kind}Storage": 1 for kind in ("Byte", "Char", "Bool")},
+    **{"torch DoubleStorage": ("float64", 8), "torch LongStorage": ("int64", 8)},
+    **{"torch FloatStorage": ("float32", 4), "torch IntStorage": ("int32", 4)},
+    **{"torch HalfStorage": ("float16", 2), "torch BFloat16Storage": ("bfloat16", 2)},
+    **{"torch ShortStorage": ("int16", 2), "torch CharStorage": ("int8", 1)},
+    **{"torch ByteStorage": ("uint8", 1), "torch BoolStorage": ("bool", 1)},
 }
 # Other ways to reach a function or a class. torch.save uses none of them.
 FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
@@ -123,10 +125,18 @@ def check_program(file: BinaryIO) -> dict[str, int]:
             named = shown(arg.replace(" ", "."))
             raise ValueError(f"it names {named}: weights need no such thing, and it may run code")
         if name.startswith("TUPLE"):
-            value = value._replace(content=tuple(part.content for part in taken[:5]))
+            value = value._replace(content=tuple(part.content for part in taken[:6]))
         elif name == "BINPERSID":
-            _, kind, key, _, numbers = taken[0].content  # "storage", its type, "0", "cpu", 2359296
-            claims[key] = numbers * STORAGES[kind]
+            _, kind, key, _, numbers = taken[0].content[
+                :5
+            ]  # "storage", its type, "0", "cpu", 2359296
+            claims[key] = numbers * STORAGES[kind][1]
+        elif name.startswith("SETITEM"):
+            value = value._replace(content=taken[0].content)  # still the same dictionary
+        elif name == "REDUCE":
+            value = value._replace(content=(taken[0].content,))
+        elif name == "BUILD" and taken[0].content != ("collections OrderedDict",):
+            raise ValueError("the instruction BUILD is used as in no file of weights")
         elif "GET" in name:
             value = memo[arg]
         num_filed += value.count if name.startswith("SETITEM") else 0
@@ -164,23 +174,79 @@ def is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
+class OldReader(pickle.Unpickler):
+    """Python's own reader, kept to CALLED, for a pickle that `check_program` has gone through.
+
+    `storages`: the bytes of each, by key, as slices of the mapped file.
+    """
+
+    def __init__(self, file: BinaryIO, storages: dict[str, Any]):
+        super().__init__(file, encoding="utf-8")
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A function of CALLED; of a storage its name alone."""
+        if (full := f"{module} {name}") in STORAGES:
+            return full
+        if full not in CALLED:
+            raise ValueError(f"it names {shown(full)}")
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: tuple) -> Any:
+        """The storage of a tensor, typed as PyTorch's rebuilding functions want it."""
+        import torch
+
+        _, kind, key, _, _, view = pid
+        if view is not None:
+            raise ValueError("a storage is a part of another one")
+        dtype = getattr(torch, STORAGES[kind][0])
+        return torch.storage.TypedStorage(
+            wrap_storage=self._storages[key], dtype=dtype, _internal=True
+        )
+
+
+def load_old(path: Path) -> Any:
+    """A file from before PyTorch 1.6: five pickles, then the storages, each behind its length.
+
+    PyTorch itself reads such a file whole; here it is mapped like the new ones.
+    """
+    import torch
+
+    with path.open("rb") as file:
+        starts, claims = [], {}
+        for _ in range(5):  # a magic number, a version, the machine, the weights, their storages
+            starts.append(file.tell())
+            claims |= check_program(file)
+        place = file.tell()
+        file.seek(starts[4])
+        keys = OldReader(file, {}).load()
+        mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        storages = {}
+        for key in keys:
+            file.seek(place)
+            numbers, start = int.from_bytes(file.read(8), "little"), place + 8
+            place = start + claims[key]
+            if not numbers or claims[key] % numbers or place > mapped.nbytes():
+                raise ValueError(f"its storage {shown(key)} is not of the length that is claimed")
+            storages[key] = mapped[start:place]
+        file.seek(starts[3])
+        return OldReader(file, storages).load()
+
+
 def unpickle(path: Path) -> dict[Any, Any]:
     """The dictionary in a `.bin` or `.pt` file: tensors and plain values, no code is run.
 
-    The tensors are views of the mapped file (one from before PyTorch 1.6 is read whole). Raises
-    ValueError, naming the file, for anything else.
+    The tensors are views of the mapped file. Raises ValueError, naming the file, for anything else.
     """
     import torch  # whoever only reads JSON does without
 
     require_file(path)
     try:
-        if mapped := is_zip(path):
+        if is_zip(path):
             check_archive(path)
-        else:  # a magic number, a version, facts of the machine, the weights, their storages
-            with path.open("rb") as file:
-                for _ in range(5):
-                    check_program(file)
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            held = load_old(path)
     except Exception as error:  # a damaged file makes the readers stumble over anything
         reason = str(error).split("WeightsUnpickler error:")[-1].strip()
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

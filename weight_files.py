@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from untrusted import is_zip, read_json, require_file, shown, unpickle
+from untrusted import read_json, require_file, shown, unpickle
 
 # In the order of trust: where a folder holds several, they are copies of the same weights.
 WEIGHT_FILES = (
@@ -165,13 +165,13 @@ def read(stored: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
     for path, group in groupby(stored, key=lambda tensor: tensor.path):
         pickled = path.suffix != ".safetensors"
         budget = path.stat().st_size * 2  # twice: a head may be stored as another name of wte
-        for batch in batches(list(group), whole=pickled and not is_zip(path)):
+        for batch in batches(list(group)):
             if not pickled:
                 yield from read_safetensors(path, batch)
                 continue
             tensors = tensors_of(path)
             for one in batch:
-                tensor = tensors.pop(one.name)  # of an old file: its memory goes with it
+                tensor = tensors[one.name]
                 budget -= tensor.numel() * tensor.itemsize
                 if budget < 0:
                     raise ValueError(
@@ -192,14 +192,14 @@ def read_safetensors(path: Path, batch: list[Stored]) -> Iterator[tuple[Stored, 
             yield one, tensor
 
 
-def batches(stored: list[Stored], whole: bool) -> Iterator[list[Stored]]:
-    """Runs of tensors of about `MAPPED_BYTES` (4 bytes a number); all in one if `whole`."""
+def batches(stored: list[Stored]) -> Iterator[list[Stored]]:
+    """Runs of tensors of about `MAPPED_BYTES` (4 bytes a number)."""
     batch: list[Stored] = []
     size = 0
     for tensor in stored:
         batch.append(tensor)
         size += 4 * math.prod(tensor.shape)
-        if size >= MAPPED_BYTES and not whole:
+        if size >= MAPPED_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

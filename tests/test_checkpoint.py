@@ -629,14 +629,12 @@ def test_the_124m_shape_loads_from_every_layout(real_folder, real_shape):
 def test_a_load_peaks_near_one_copy_of_the_model(dtype, real_folder):
     """At most 1.3 times the weights in the target dtype, and the largest tensor as the file has it.
 
-    Pages of a mapped file count too. A legacy pickle cannot be mapped but is read whole: there the
-    larger of the file and the weights is what counts.
+    Pages of a mapped file count too.
     """
     layout, folder = real_folder
     weights_mb = 124_439_808 * dtype.itemsize / 2**20
     largest_mb = 50257 * 768 * 4 / 2**20
-    one_copy_mb = max(weights_mb, 124_439_808 * 4 / 2**20) if layout == "legacy" else weights_mb
-    allowed_mb = 1.3 * one_copy_mb + largest_mb
+    allowed_mb = 1.3 * weights_mb + largest_mb
     peak_mb = in_a_fresh_process(folder, dtype)
     print(f"{layout}, {dtype}: {peak_mb:.0f} MB, {allowed_mb:.0f} allowed")
     assert weights_mb < peak_mb < allowed_mb
