@@ -19,6 +19,7 @@ Try: take "reassoc" out of FASTMATH (a sum must keep its order, and vector regis
 give power_of_two one term less and watch its error.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -28,14 +29,15 @@ import torch
 from torch import Tensor
 
 try:
+    import numba
     from llvmlite import ir
-    from numba import njit, types
+    from numba import njit, prange, types
     from numba.core import cgutils
     from numba.extending import intrinsic, overload
 
     HAS_NUMBA = True
 except ImportError:
-    HAS_NUMBA = False
+    HAS_NUMBA, prange = False, range
 
 # Sums may be reordered and products fused, which vector registers need; infinity stays infinity.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -51,6 +53,41 @@ def compiled(function: Callable) -> Callable:
     changing something here, delete __pycache__.
     """
     return njit(cache=True, nogil=True, fastmath=FASTMATH)(function) if HAS_NUMBA else function
+
+
+def compiled_parallel(function: Callable) -> Callable:
+    """The same for a function with a loop over `prange`, shared out among threads."""
+    options = {"parallel": True, "cache": True, "nogil": True, "fastmath": FASTMATH}
+    return njit(**options)(function) if HAS_NUMBA else function
+
+
+@functools.cache
+def has_openmp_team() -> bool:
+    """Whether such turns run on OpenMP's threads, the very ones that multiply PyTorch's matrices.
+
+    They stay awake for a moment after each product, ready for the next piece of work. Any other
+    thread would have to share a processor with one that waits. Numba starts its threads once a
+    process, and the choice is made before: another kind is no help (the one it brings itself ends
+    the process when two threads use it at a time).
+    """
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = "omp"
+    before = torch.get_num_threads()
+    try:
+        numba.get_num_threads()  # starts them
+    except ValueError:  # no OpenMP on this machine
+        return False
+    finally:
+        torch.set_num_threads(before)  # Numba's start has set it to the number of processors
+    return numba.threading_layer() == "omp"
+
+
+def use_openmp_team(num_threads: int) -> bool:
+    """Have this thread's next loops over `prange` run on so many of OpenMP's threads, or say no."""
+    if not has_openmp_team():
+        return False
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    return True
 
 
 def inlined(function: Callable) -> Callable:

@@ -37,10 +37,13 @@ from torch import Tensor
 from compiled_cpu import (
     HAS_NUMBA,
     compiled,
+    compiled_parallel,
     flat,
     inlined,
     power_of_two,
+    prange,
     prefetch,
+    use_openmp_team,
     widen,
 )
 from paged_attention import paged_attention
@@ -193,6 +196,38 @@ def walk_chunks(chunks, q, k, v, shape, tables, query_start_locs, context_lens, 
         walk_chunk(queries, H, k, v, *sizes, m_rows, l_rows, sums, scores)
 
 
+@compiled_parallel
+def walk_on_team(chunks, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc):
+    """`walk_chunks` with a thread for each part of the list."""
+    for c in prange(len(chunks)):
+        chunk = chunks[c : c + 1]
+        walk_chunks(chunk, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc)
+
+
+def walk_all(num_threads, chunks, *arguments):
+    """Share the work list out among threads. No chunk's result depends on who computed it, so any
+    number of threads gives the same bits."""
+    num_threads = min(num_threads, len(chunks))
+    if num_threads <= 1:
+        walk_chunks(chunks, *arguments)
+    elif use_openmp_team(num_threads):
+        walk_on_team(chunks, *arguments)
+    else:
+        cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
+        shares = [chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        team = workers(os.getpid(), num_threads)
+        others = [team.submit(walk_chunks, share, *arguments) for share in shares[1:]]
+        walk_chunks(shares[0], *arguments)  # this thread takes the first
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def workers(process: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep between calls: one team a process, because a fork does not copy it."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
+
+
 @compiled
 def merge_chunks(chunks, query_start_locs, m, l, acc, out):
     """Put the chunks' partial results together in out (N, H, D): the same equations, a last time.
@@ -223,12 +258,6 @@ def merge_chunks(chunks, query_start_locs, m, l, acc, out):
 
 
 # ---- the common signature ------------------------------------------------------------------------
-@functools.cache
-def workers(process: int, num_threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep between calls: one team a process, because a fork does not copy it."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
-
-
 def paged_attention_cpu(
     q: Tensor,  # (N, H, D)
     k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D), one layer's view of the pool
@@ -265,17 +294,8 @@ def paged_attention_cpu(
     starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
 
     chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, queries.numpy())
-    # Equal shares of the work list; this thread takes the first. No chunk's result depends on who
-    # computed it, so any number of threads gives the same bits.
-    num_threads = max(1, min(torch.get_num_threads(), len(chunks)))
-    cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
     arguments = queries.numpy(), k, v, shape, tables, locs, lens, m, l, acc
-    team = workers(os.getpid(), num_threads) if num_threads > 1 else None
-    shares = [chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    others = [team.submit(walk_chunks, share, *arguments) for share in shares[1:]]
-    walk_chunks(shares[0], *arguments)
-    for other in others:
-        other.result()
+    walk_all(torch.get_num_threads(), chunks, *arguments)
     merge_chunks(chunks, locs, m, l, acc, result.numpy())
 
     if max_query_len >= MANY_QUERIES:

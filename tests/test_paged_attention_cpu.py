@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from strategies import worlds
 from worlds import SEED, World, random_world
 
+import paged_attention_cpu as kernels
 from baselines import generate_no_cache
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
@@ -454,26 +455,80 @@ def test_larger_ragged_batches_equal_dense_attention(seed, dtype):
 
 
 # ---- threads -------------------------------------------------------------------------------------
+@pytest.fixture(params=["OpenMP's threads", "threads of our own"])
+def team(request, monkeypatch):
+    """Both ways to share the work out: a list of the answers which of them it is to be."""
+    wanted = request.param == "OpenMP's threads"
+    used, use_openmp_team = [], kernels.use_openmp_team
+
+    def use(num_threads):
+        used.append(wanted and use_openmp_team(num_threads))
+        return used[-1]
+
+    monkeypatch.setattr(kernels, "use_openmp_team", use)
+    yield used
+    assert set(used) <= {wanted}, "another team than was asked for"
+
+
 MIXED = ([1, 1, 90, 1, 3, 1, 40, 1], [700, 3, 90, 64, 65, 300, 400, 1000])
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("query_lens", [[1] * 8, MIXED[0]], ids=["decode", "mixed"])
-def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_threads):
+def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_threads, team):
     world = World(query_lens, MIXED[1], block_size=16, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 64, 1):
         set_threads(threads)
         results.append(world.run(paged_attention_cpu))
     assert all(torch.equal(results[0], other) for other in results[1:])
+    assert len(team) == 3  # asked whenever there is more than one thread
     world.check(paged_attention_cpu)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_it_leaves_the_number_of_threads_alone(threads, set_threads):
+def test_it_leaves_the_number_of_threads_alone(threads, set_threads, team):
     set_threads(threads)
     check([1, 30], [40, 30])
     assert torch.get_num_threads() == threads
+
+
+FIRST_CALL = """
+import torch
+torch.set_num_threads({threads})
+from paged_attention_cpu import demo
+demo()
+assert torch.get_num_threads() == {threads}, torch.get_num_threads()
+import numba
+print("threads of", numba.threading_layer())
+"""
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_first_call_of_a_process_leaves_the_number_of_threads_alone(threads):
+    """Numba's start sets OpenMP's number to that of the processors: it has to be set back."""
+    code = FIRST_CALL.format(threads=threads)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "threads of omp"
+
+
+def test_without_openmp_the_answer_is_no_and_nothing_is_changed():
+    code = """
+import torch
+torch.set_num_threads(2)
+import numba.np.ufunc.parallel as threads
+def no_layer(): raise ValueError("No threading layer could be loaded.")
+threads._launch_threads = no_layer
+from compiled_cpu import use_openmp_team
+assert not use_openmp_team(2)
+from paged_attention_cpu import demo
+demo()
+assert torch.get_num_threads() == 2
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("ok:")
 
 
 @EACH_DTYPE
@@ -519,7 +574,7 @@ def in_threads(*works):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:]], ids=["same type", "two types"])
-def test_two_threads_may_call_it_at_the_same_time(dtypes, threads, set_threads):
+def test_two_threads_may_call_it_at_the_same_time(dtypes, threads, set_threads, team):
     """Scratch memory that calls shared, or a pool of workers for one caller, would show here."""
     set_threads(threads)
 
