@@ -39,6 +39,7 @@ from hub import find_folder
 from kv_cache import KVCache, choose_num_blocks, write_kv
 from model import GPT
 from outputs import RequestOutput
+from packed_linear import pack
 from paged_attention import paged_attention
 from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
 from paged_attention_triton import INTERPRETED, paged_attention_triton
@@ -199,6 +200,7 @@ class LLM:
             where = resolve_device(device)
             path = None if self.weights == "random weights" else find_folder(model)
             self.model = load_model(path or model, resolve_dtype(dtype, where), where)
+            pack(self.model, self.config.max_num_seqs)
             self.tokenizer = find_tokenizer(path, self.model.config.vocab_size)
         weight = self.model.wte.weight
         self.backend = resolve_backend(backend, weight.device, weight.dtype)

@@ -194,7 +194,9 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """How many numbers the model holds, the tied output head counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        head_again = self.lm_head.weight.numel() if self.config.tie_word_embeddings else 0
+        named = self.named_parameters(remove_duplicate=False)
+        return sum(parameter.numel() for _, parameter in named) - head_again
 
 
 def attend_one_sequence(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ over the same weights and the same blocks:
     small operations  LayerNorms, activation, residual sums, embeddings
     forward           all of these as the model runs them; what the step has more is the host's
 
-Both sides have to make the same products, out of the same library. So transformers' step divided by
-the products alone is what no engine could exceed whose attention were free and whose host took no
-time: the row "at most". A goal above that row is not reached by a better kernel.
+Both sides have to make the same products; ours are the faster ones, from packed weights. So
+transformers' step divided by our products alone is what no engine of ours could exceed if attention
+were free and the host took no time: the row "at most". A goal above it is not reached by a better
+kernel.
 
 Needs transformers. Run: python experiments/anatomy.py --batches 32 --steps 16
 """
@@ -55,8 +56,9 @@ def middle_batch(ours: peers.Ours, batch: int, args: argparse.Namespace) -> Batc
     return make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
 
 
-def parts_of(model: GPT, ours: peers.Ours, batch: Batch) -> dict[str, Callable[[int], object]]:
+def parts_of(ours: peers.Ours, batch: Batch) -> dict[str, Callable[[int], object]]:
     """The parts of a step as functions of a number that they ignore, see `timer`."""
+    model = ours.llm.model
     B, C = len(batch.input_ids), model.config.n_embd
     engine, kernels = ours.llm.engine, BACKENDS[ours.llm.backend]
     narrow = torch.randn(B, C).to(model.wte.weight)
@@ -98,7 +100,7 @@ def time_rounds(model: GPT, ours, theirs, batch: int, args: argparse.Namespace) 
     peers.check_equal_work(ours, theirs, prompts)
     middle = middle_batch(ours, batch, args)
     device = prompts.device
-    timers = {name: timer(part, 1, device) for name, part in parts_of(model, ours, middle).items()}
+    timers = {name: timer(part, 1, device) for name, part in parts_of(ours, middle).items()}
     reader = best_reader(device, args.read_mb)
     contenders = {peers.OURS: ours, peers.THEIRS: theirs}
     rounds: dict[str, list[float]] = {name: [] for name in (*contenders, *timers, "KV read once")}
@@ -155,7 +157,8 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
                 set_threads(threads)
                 common |= {"dtype": dtype, "threads": threads}
                 for batch in args.batches:
-                    ours = peers.build(model, batch, 1 + args.steps, args)
+                    served = peers.as_served(model, batch, args)
+                    ours = peers.build(served, batch, 1 + args.steps, args)
                     context = f"context={args.prompt_tokens}..{args.prompt_tokens + args.steps}"
                     size = f"decode batch={batch} {context} block_size={args.block_size}"
                     rounds = time_rounds(model, ours, theirs, batch, args)

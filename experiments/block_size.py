@@ -49,6 +49,7 @@ from llm import (  # noqa: E402
     resolve_dtype,
 )
 from model import GPT, GPTConfig  # noqa: E402
+from packed_linear import pack  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
@@ -111,7 +112,7 @@ def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict, str]:
 def rows_of_speed(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
     """Decode steps at each block size, and each against the first."""
     device = resolve_device(args.device)
-    model = load_model(args.model, resolve_dtype(args.dtype, device), device)
+    model = pack(load_model(args.model, resolve_dtype(args.dtype, device), device), args.batch)
     if args.prompt_tokens + args.new_tokens > (most := model.config.max_seq_len):
         sizes = f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones"
         raise ValueError(f"{sizes}: the model has {most} positions, take fewer tokens")

@@ -36,6 +36,7 @@ from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
 from llm import BACKENDS, DTYPES, SHIPPED_MODEL, resolve_backend, resolve_device, resolve_dtype
 from model import GPT
+from packed_linear import pack
 from recorder import read_recording
 from results import device_name
 from sampling import SamplingParams
@@ -201,7 +202,8 @@ class Machine:
         threads = args.threads or (1 if args.model == str(SHIPPED_MODEL) else None)
         if threads:
             torch.set_num_threads(threads)
-        self.model = load_model(args.model, resolve_dtype(args.dtype, self.device), self.device)
+        model = load_model(args.model, resolve_dtype(args.dtype, self.device), self.device)
+        self.model = pack(model, args.budget)
         if self.max_seq_len > (limit := self.model.config.max_seq_len):
             found = f"sequences of {self.max_seq_len} tokens, the model has {limit} positions"
             raise ValueError(f"{found}: raise --shrink or lower --max-seq-len")

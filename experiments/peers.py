@@ -41,6 +41,7 @@ from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402
 from kv_cache import Row, make_batch  # noqa: E402
 from llm import BACKENDS, DTYPES, LLM, SamplingParams  # noqa: E402
 from model import GPT  # noqa: E402
+from packed_linear import pack  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 
 OURS, THEIRS = "paged engine", "transformers DynamicCache"
@@ -163,6 +164,12 @@ class Ours:
         assert not self.llm.engine.has_unfinished()
 
 
+def as_served(model: GPT, batch: int, args: argparse.Namespace) -> GPT:
+    """The same weights once more, packed as an `LLM` that loads them by their name packs them."""
+    weight = model.wte.weight
+    return pack(load_model(args.model, weight.dtype, weight.device), batch)
+
+
 def build(model: GPT, batch: int, new_tokens: int, args: argparse.Namespace) -> Ours:
     """An engine with room for `batch` prompts in one step, and for all that they write."""
     length = args.prompt_tokens + new_tokens
@@ -263,7 +270,7 @@ def decode(
 ) -> Iterator[Measurement]:
     """Rows of the decode steps of one batch size."""
     prompts = random_prompts(model, batch, args)
-    ours = build(model, batch, 1 + args.steps, args)
+    ours = build(as_served(model, batch, args), batch, 1 + args.steps, args)
     rounds, backends = time_all(model, ours, theirs, prompts, args)
     context = f"context={args.prompt_tokens}..{args.prompt_tokens + args.steps}"
     what = {"workload": f"decode batch={batch} {context} block_size={args.block_size}"} | common
@@ -282,7 +289,8 @@ def prefill(
 ) -> Iterator[Measurement]:
     """Rows of a step that computes prompts."""
     prompts = random_prompts(model, args.prefill, args)
-    ours = build(model, args.prefill, 1, args)  # one token each, so they end with this step
+    served = as_served(model, args.prefill, args)
+    ours = build(served, args.prefill, 1, args)  # one token each, so they end with this step
     check_equal_work(ours, theirs, prompts)
     contenders = {OURS: ours, THEIRS: theirs}
     rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}

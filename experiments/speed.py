@@ -43,6 +43,7 @@ from llm import (  # noqa: E402
     resolve_dtype,
 )
 from model import GPT  # noqa: E402
+from packed_linear import pack  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 
 ROADS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": PEER}
@@ -268,7 +269,8 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     torch.set_num_threads(args.threads)  # the compiled kernels take as many as PyTorch
     try:
         for number, (workload, names) in enumerate(todo.items()):
-            found = make_roads(model, theirs, names, workload, args.backend)
+            served = pack(load_model(args.model, args.dtype, args.device), workload.batch)
+            found = make_roads(served, theirs, names, workload, args.backend)
             generator = torch.Generator().manual_seed(args.seed)
             shape = workload.batch, workload.prompt_tokens
             prompts = torch.randint(vocab_size, shape, generator=generator).tolist()

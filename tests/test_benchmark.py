@@ -390,7 +390,7 @@ def test_the_products_of_anatomy_are_all_of_the_models_matrices(shipped_model_fo
     model = load_model(shipped_model_folder)
     args = anatomy_args("--batches 2 --prompt-tokens 9 --steps 2")
     ours = peers.build(model, 2, 3, args)
-    parts = anatomy.parts_of(model, ours, anatomy.middle_batch(ours, 2, args))
+    parts = anatomy.parts_of(ours, anatomy.middle_batch(ours, 2, args))
     rows_through = {}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in linears:

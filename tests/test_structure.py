@@ -40,6 +40,7 @@ LADDER = [
     "scheduler",
     "outputs",
     "engine",
+    "packed_linear",
     "recorder",
     "llm",
     "generate",

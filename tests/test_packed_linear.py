@@ -1,0 +1,188 @@
+"""packed_linear.py: the same numbers from weights in another order, and only where that pays."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import packed_linear
+from baselines import attend_without_cache
+from llm import LLM, SamplingParams
+from model import ACTIVATIONS, GPT, GPTConfig
+from packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, pack
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number; bfloat16 has 8 bits
+
+here = pytest.mark.skipif(
+    not can_pack("cpu", torch.float32), reason="PyTorch packs no weights on this machine"
+)
+
+
+def wide_gpt(dtype=torch.float32, **options):
+    """As narrow as a model may be that is packed in float32, and nothing else of it large."""
+    config = GPTConfig(vocab_size=97, max_seq_len=64, n_layer=2, n_inner=40, **options)
+    return GPT(config).init_weights(std=0.2).eval().to(dtype)
+
+
+@torch.inference_mode()
+def logits_of(model, rows=7):
+    ids = torch.arange(rows) * 11 % 97
+    plug = attend_without_cache([0], [rows])
+    return model.logits(model(ids, torch.arange(rows), plug)).double()
+
+
+def is_packed(model):
+    return isinstance(model.lm_head, PackedLinear)
+
+
+# ---- one layer -----------------------------------------------------------------------------------
+@here
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 17, 300])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("activation", [None, *FUSED])
+@torch.inference_mode()
+def test_a_packed_layer_computes_what_the_plain_one_and_its_activation_do(activation, dtype, rows):
+    torch.manual_seed(rows)
+    linear = nn.Linear(48, 80, dtype=dtype)
+    x = torch.randn(rows, 48).to(dtype)
+    want = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    want = ACTIVATIONS[activation](want) if activation else want
+    got = PackedLinear(linear, activation)(x)
+    assert got.dtype == dtype and got.shape == (rows, 80)
+    largest = max(1.0, want.abs().max().item()) if rows else 1.0
+    torch.testing.assert_close(got.double(), want, atol=BOUNDS[dtype] * largest, rtol=0)
+
+
+@here
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (77, 13), (768, 50), (65, 129)])
+@torch.inference_mode()
+def test_sizes_that_fill_no_tile_and_a_layer_without_a_bias(width, out):
+    linear = nn.Linear(width, out, bias=False)
+    x = torch.randn(5, width)
+    torch.testing.assert_close(PackedLinear(linear)(x), x @ linear.weight.t(), atol=1e-5, rtol=1e-4)
+
+
+@here
+@torch.inference_mode()
+def test_a_view_of_a_larger_tensor_is_multiplied_as_it_is():
+    linear, wide = nn.Linear(48, 80), torch.randn(6, 144)
+    part = wide[:, 48:96]
+    assert not part.is_contiguous()
+    torch.testing.assert_close(PackedLinear(linear)(part), linear(part), atol=1e-5, rtol=1e-4)
+
+
+def test_every_activation_of_the_model_has_a_name_in_the_library():
+    assert set(FUSED) == set(ACTIVATIONS)
+
+
+# ---- a model -------------------------------------------------------------------------------------
+@here
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_a_packed_model_gives_the_same_logits(dtype, activation, tied):
+    options = {"activation_function": activation, "tie_word_embeddings": tied}
+    plain, packed = wide_gpt(dtype, **options), wide_gpt(dtype, **options)
+    assert pack(packed, 8) is packed and is_packed(packed) and not is_packed(plain)
+    want, got = logits_of(plain), logits_of(packed)
+    assert (got - want).abs().max() <= BOUNDS[dtype] * want.abs().max()
+    assert len(set(want.argmax(-1).tolist())) > 1
+    assert packed.num_parameters() == plain.num_parameters()
+
+
+@here
+def test_the_embedding_stays_where_it_was_and_the_plain_weights_are_gone():
+    model = wide_gpt()
+    embedding, tied = model.wte.weight.data_ptr(), model.lm_head.weight
+    gone = [weakref.ref(p) for name, p in model.named_parameters() if name.endswith("c_fc.weight")]
+    assert tied is model.wte.weight
+    pack(model, 8)
+    gc.collect()
+    assert model.wte.weight.data_ptr() == embedding
+    assert len(gone) == 2 and all(reference() is None for reference in gone)
+
+
+@here
+def test_packing_twice_changes_nothing():
+    model = pack(wide_gpt(), 8)
+    layers = [id(module) for module in model.modules()]
+    want = logits_of(model)
+    assert [id(module) for module in pack(model, 8).modules()] == layers
+    assert torch.equal(logits_of(model), want)
+
+
+# ---- where it pays -------------------------------------------------------------------------------
+@here
+@pytest.mark.parametrize(
+    ("dtype", "n_embd", "decode_rows", "is_to_be_packed"),
+    [
+        (torch.float32, 768, 3, True),
+        (torch.float32, 768, 2, False),  # one or two rows are faster from plain weights
+        (torch.float32, 64, 32, False),  # a narrow model loses more in calls than it gains
+        (torch.bfloat16, 64, 1, True),
+        (torch.float64, 768, 32, False),  # what tests compute in
+        (torch.float16, 768, 32, False),
+    ],
+)
+def test_packed_where_it_was_measured_to_pay(dtype, n_embd, decode_rows, is_to_be_packed):
+    config = GPTConfig(vocab_size=97, n_layer=1, n_head=1, n_embd=n_embd, n_inner=16)
+    assert is_packed(pack(GPT(config).to(dtype), decode_rows)) == is_to_be_packed
+
+
+def test_nothing_is_packed_on_a_gpu_or_on_another_kind_of_processor(monkeypatch):
+    assert not can_pack("cuda", torch.float32)
+    can_pack.cache_clear()
+    monkeypatch.setattr(packed_linear.platform, "machine", lambda: "arm64")
+    assert not can_pack("cpu", torch.float32)
+    can_pack.cache_clear()
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_a_pytorch_without_these_operators_keeps_its_plain_layers(monkeypatch, error):
+    def missing(self, *args):
+        raise error("no such operator")
+
+    can_pack.cache_clear()
+    monkeypatch.setattr(PackedLinear, "__init__", missing)
+    model = wide_gpt()
+    assert not is_packed(pack(model, 8))
+    can_pack.cache_clear()
+    assert logits_of(model).isfinite().all()
+
+
+@here
+def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
+    can_pack.cache_clear()
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.zeros(len(x), 64))
+    assert not can_pack("cpu", torch.float32)
+    can_pack.cache_clear()
+
+
+# ---- in the engine -------------------------------------------------------------------------------
+@here
+def test_an_llm_packs_what_it_loads_and_says_the_same(tmp_path):
+    from checkpoint import save_model
+
+    save_model(wide_gpt(), tmp_path, torch.float32)
+    prompts, params = [[5, 6, 7], [9] * 20], SamplingParams(temperature=0, max_tokens=12)
+    texts = []
+    for num_seqs, packed in ((8, True), (2, False)):
+        llm = LLM(tmp_path, max_num_seqs=num_seqs, kv_cache_mb=4)
+        assert is_packed(llm.model) == packed
+        outputs = llm.generate(prompts, params)
+        texts.append([output.outputs[0].token_ids for output in outputs])
+    assert texts[0] == texts[1]
+    assert len({token for text in texts[0] for token in text}) > 2
+
+
+@here
+def test_a_gpt_that_is_given_is_served_as_it_is():
+    model = wide_gpt()
+    assert LLM(model, kv_cache_mb=4).model is model and not is_packed(model)
+
+
+def test_float64_the_dtype_of_the_equality_tests_is_never_packed():
+    assert torch.float64 not in PAYS_FROM and not can_pack("cpu", torch.float64)
