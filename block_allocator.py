@@ -71,8 +71,9 @@ class BlockAllocator:
         block_ids = self._free[split:]
         del self._free[split:]
         block_ids.reverse()  # in the order in which popping one at a time would give them
+        ref_counts = self._ref_counts
         for block_id in block_ids:
-            self._ref_counts[block_id] = 1
+            ref_counts[block_id] = 1
         return block_ids
 
     def fork(self, block_ids: list[int]) -> None:
@@ -88,16 +89,18 @@ class BlockAllocator:
         gets the same blocks in the same order. Freeing a free block raises ValueError, and
         nothing is changed.
         """
-        ref_counts, free = self._ref_counts, self._free
-        for done, block_id in enumerate(reversed(block_ids)):
-            count = ref_counts[block_id] if 0 <= block_id < self.num_blocks else 0
+        ref_counts, free, num_blocks = self._ref_counts, self._free, self.num_blocks
+        last_first = reversed(block_ids)
+        for block_id in last_first:
+            count = ref_counts[block_id] if 0 <= block_id < num_blocks else 0
             if count == 1:
                 ref_counts[block_id] = 0
                 free.append(block_id)
             elif count > 1:
                 ref_counts[block_id] = count - 1
             else:
-                self._take_back(block_ids[len(block_ids) - done :])
+                not_yet = len(list(last_first)) + 1
+                self._take_back(block_ids[not_yet:])
                 raise ValueError(f"block {block_id} is freed twice: nobody holds it")
 
     def ref_count(self, block_id: int) -> int:
