@@ -63,12 +63,12 @@ def compiled_parallel(function: Callable) -> Callable:
 
 @functools.cache
 def has_openmp_team() -> bool:
-    """Whether such turns run on OpenMP's threads, the very ones that multiply PyTorch's matrices.
+    """Whether loops over `prange` run on OpenMP's threads, those that multiply PyTorch's matrices.
 
-    They stay awake for a moment after each product, ready for the next piece of work. Any other
-    thread would have to share a processor with one that waits. Numba starts its threads once a
-    process, and the choice is made before: another kind is no help (the one it brings itself ends
-    the process when two threads use it at a time).
+    They stay awake for a moment after each product, ready for the next piece of work; a thread of
+    any other kind would have to share a processor with one that waits. Numba chooses its threads
+    once a process, before it starts them. (The kind it brings itself is no help: it ends the
+    process when two threads use it at a time.)
     """
     if numba.config.THREADING_LAYER == "default":
         numba.config.THREADING_LAYER = "omp"

@@ -84,6 +84,7 @@ LADDER = {  # as the README calls it: as the CSV does
 }
 WORK = {
     "decode, batch 1": "decode batch=1 ",
+    "decode, batch 8": "decode batch=8 ",
     "decode, batch 32": "decode batch=32 ",
     "prefill, 8 x 256 tokens": "prefill batch=8 ",
 }
@@ -165,6 +166,14 @@ def test_what_runs_at_once_in_equal_memory_is_the_newest_in_its_csv(name):
     at_once, used = figures["running at once, mean"], figures["share of the pool: used"]
     assert f"| {name} | {at_once:.0f} | {used:.1f}% |" in README
     assert figures["pool"] == 4096 * 16 * 36_864  # the same bytes for all
+
+
+def test_what_a_cache_is_worth_is_the_newest_in_its_csv():
+    rows = [row for row in read(ROOT / "results/cpu/speed.csv") if row["model"] == "random:gpt2"]
+    what = "speed against no cache", "batch=1 prompt=64 new=500", "float32", 2
+    paged, slab = (last_row(rows, name, *what)["median"] for name in ("paged", "contiguous"))
+    said = f"{paged:.1f} times as fast as without a cache, a contiguous slab {slab:.1f}."
+    assert said in " ".join(README.split()) and paged >= 10
 
 
 def test_the_most_that_is_possible_is_the_newest_in_its_csv():
