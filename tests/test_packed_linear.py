@@ -1,6 +1,7 @@
 """packed_linear.py: the same numbers from weights in another order, and only where that pays."""
 
 import gc
+import platform
 import weakref
 
 import pytest
@@ -130,6 +131,16 @@ def test_packing_twice_changes_nothing():
 def test_packed_where_it_was_measured_to_pay(dtype, n_embd, decode_rows, is_to_be_packed):
     config = GPTConfig(vocab_size=97, n_layer=1, n_head=1, n_embd=n_embd, n_inner=16)
     assert is_packed(pack(GPT(config).to(dtype), decode_rows)) == is_to_be_packed
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64")
+    or not torch.backends.mkldnn.is_available(),
+    reason="PyTorch brings no oneDNN for this machine",
+)
+def test_where_the_library_is_there_it_is_used():
+    """Else a mistake here would be taken for a library that computes something else."""
+    assert can_pack("cpu", torch.float32)
 
 
 def test_nothing_is_packed_on_a_gpu_or_on_another_kind_of_processor(monkeypatch):
