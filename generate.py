@@ -18,11 +18,11 @@ Run: python generate.py
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
      python generate.py --record steps.jsonl     (and python draw.py pool --recording steps.jsonl)
+     python generate.py --explain                (where the time of its steps went)
 Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-num-batched-tokens 8.
 """
 
 import json
-import math
 import sys
 import textwrap
 import time
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TextIO, get_args
 
 from engine import EngineConfig
+from explain import Explainer
 from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams
 from outputs import RequestOutput, StepOutput
 from recorder import Recorder
@@ -114,6 +115,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     parser.add_argument("--record", type=Path, help="write what each step did to this file")
+    parser.add_argument("--explain", action="store_true", help="say where the steps' time went")
     add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
     add_flags(parser.add_argument_group("sampling"), SamplingParams)
     args = parser.parse_args(argv)
@@ -200,10 +202,9 @@ class Meter:
 
     def line(self) -> str:
         """One line for a terminal that waits."""
-        scheduler = self.scheduler
-        used = 1 - scheduler.allocator.num_free / scheduler.allocator.num_blocks
+        used = 1 - self.scheduler.allocator.num_free / self.scheduler.allocator.num_blocks
         speed = f"{self.generated:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
-        queues = f"running {len(scheduler.running):3}  waiting {scheduler.num_waiting:3}"
+        queues = f"running {len(self.scheduler.running):3}  waiting {self.scheduler.num_waiting:3}"
         return f"step {self.steps:4}  {speed}  {queues}  pool {used:4.0%}"
 
     def summary(self) -> str:
@@ -242,7 +243,7 @@ class Screen:
 
     def __init__(self, meter: Meter, strip: bool, stream: TextIO):
         self.meter, self.strip, self.stream = meter, strip, stream
-        self.is_terminal, self.lines_up, self.shown_at = stream.isatty(), 0, -math.inf
+        self.is_terminal, self.lines_up, self.shown_at = stream.isatty(), 0, float("-inf")
 
     def show(self, last: bool = False) -> None:
         """Draw the state after a step; a terminal is redrawn at most 20 times a second."""
@@ -265,8 +266,7 @@ def run_all(llm: LLM, prompts: list, screen: Screen) -> list[RequestOutput]:
     ids = [engine.add_request(prompt, params) for prompt, params in prompts]
     outputs = {}
     while engine.has_unfinished():
-        step = engine.step()
-        screen.meter.add(step)
+        screen.meter.add(step := engine.step())
         outputs |= {output.request_id: output for output in step.outputs if output.finished}
         screen.show(last=not engine.has_unfinished())
     return [outputs[request_id] for request_id in ids]
@@ -275,12 +275,10 @@ def run_all(llm: LLM, prompts: list, screen: Screen) -> list[RequestOutput]:
 def stream_one(llm: LLM, prompt: str | list[int], params: SamplingParams, meter: Meter) -> None:
     """Print a single text while it is written."""
     llm.engine.add_request(prompt, params)
-    if isinstance(prompt, str):
-        print(prompt, end="", flush=True)
+    print(prompt if isinstance(prompt, str) else "", end="", flush=True)
     shown = 0
     while llm.engine.has_unfinished():
-        step = llm.engine.step()
-        meter.add(step)
+        meter.add(step := llm.engine.step())
         for output in step.outputs:
             text, ids = output.outputs[0].text, output.outputs[0].token_ids
             print(text[shown:] if llm.tokenizer else f" {ids[-1]}", end="", flush=True)
@@ -299,9 +297,8 @@ def as_text(output: RequestOutput, llm: LLM, named: bool) -> str:
     name, shown = f"[{letter_of(output.request_id)}] " if named else "", []
     for completion in output.outputs:
         written = completion.text if llm.tokenizer else " ".join(map(str, completion.token_ids))
-        whole = f"{name}{output.prompt or ''}{written}"
-        paragraphs = [textwrap.fill(line, 98) for line in whole.split("\n") if line.strip()]
-        shown.append("\n".join(paragraphs))
+        lines = f"{name}{output.prompt or ''}{written}".split("\n")
+        shown.append("\n".join(textwrap.fill(line, 98) for line in lines if line.strip()))
     return "\n\n".join(shown)
 
 
@@ -326,6 +323,8 @@ def run(args: Namespace) -> None:
     if args.threads is None and args.model == str(SHIPPED_MODEL):
         config["threads"] = 1  # so small a model that a second thread waits more than it works
     llm = LLM(args.model, **config)
+    if args.explain:
+        llm.engine = explainer = Explainer(llm.engine, llm.model)
     if args.record is not None:
         llm.engine = Recorder(llm.engine, args.record, model=Path(llm.model_name).name)
     meter = Meter(llm)
@@ -336,6 +335,8 @@ def run(args: Namespace) -> None:
         print(file=sys.stderr)
         write_all(outputs, llm, args)
     print(f"\n{meter.summary()}", file=sys.stderr)
+    if args.explain:
+        print("", *explainer.report(), sep="\n", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

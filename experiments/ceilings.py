@@ -5,16 +5,14 @@ in the same run: a loop that reads memory once and adds, a copy, GPT-2's four pr
 and its logits at several numbers of rows, and on a GPU an empty kernel in a recorded chain. Decode
 attention can't be faster than the read; a decode step not faster than all its launches.
 
-Times on a GPU come from a recorded graph of many calls over different memory, between two events:
-no call waits for Python, the gap between two launches counts, as it does in a recorded step, and no
-cache is flushed by hand, whose write-back would fall into the time.
+How a call is timed stands in roofline.py. On a GPU many calls over different memory are recorded,
+so that no cache is flushed by hand, whose write-back would fall into the time.
 
 Run: python experiments/ceilings.py
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from compiled_cpu import HAS_NUMBA  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
+from roofline import timer, warm_up  # noqa: E402
 
 # name: (rows in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape
 PRODUCTS = {
@@ -56,49 +55,7 @@ def resolve(device: str) -> torch.device:
     return torch.device(chosen if device == "auto" else device)
 
 
-# ---- how to time ---------------------------------------------------------------------------------
-def timer(
-    call: Callable[[int], object], num_calls: int, device: torch.device
-) -> Callable[[], float]:
-    """A function that makes call(0) to call(num_calls - 1) and returns milliseconds a call.
-
-    The first of them is made once beforehand: whatever compiles, compiles now. On a GPU all are
-    recorded, and the function replays them.
-    """
-    if device.type == "cpu":
-        call(0)
-
-        def measure() -> float:
-            started = time.perf_counter()
-            for i in range(num_calls):
-                call(i)
-            return (time.perf_counter() - started) * 1e3 / num_calls
-
-        return measure
-
-    aside = torch.cuda.Stream()  # what runs before a capture must run on another stream
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            call(0)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(num_calls):
-            call(i)
-    graph.replay()  # the first replay uploads the graph
-
-    def replay() -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / num_calls
-
-    return replay
-
-
+# ---- contenders in turn --------------------------------------------------------------------------
 def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each contender in each round: A B A B, so that all share the machine's luck.
 
@@ -111,17 +68,6 @@ def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, l
             if repeat:
                 times_ms[name].append(time_ms)
     return times_ms
-
-
-def warm_up(device: torch.device, seconds: float = 1.0) -> None:
-    """Keep a GPU busy until its clock is up; an idle one runs at a fifth of it."""
-    if device.type == "cuda":
-        a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            for _ in range(20):
-                a @ a
-            torch.cuda.synchronize()
 
 
 # ---- what to time --------------------------------------------------------------------------------

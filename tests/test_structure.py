@@ -43,6 +43,8 @@ LADDER = [
     "packed_linear",
     "recorder",
     "llm",
+    "roofline",
+    "explain",
     "generate",
     "results",
     "simulate",

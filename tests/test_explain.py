@@ -1,0 +1,536 @@
+"""Where a step's time goes: counted by hand on a small model, judged, and nothing else changed.
+
+The model is conftest's: 2 layers of 64, 97 tokens. A layer has 64 x (192 + 64 + 256) + 256 x 64 =
+49,152 weights in its four products, 576 biases and 256 numbers of LayerNorm; the last LayerNorm has
+128, the head 97 x 64 = 6,208.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from worlds import needs_gpu
+
+import explain
+import generate
+from block_allocator import BlockAllocator
+from engine import InferenceEngine, eager_forward, sample_next
+from explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
+from kv_cache import KVCache
+from llm import LLM
+from model import GPT, GPTConfig
+from packed_linear import PackedLinear, pack
+from recorder import Recorder, read_recording
+from roofline import Ceilings, Work, floors_ms
+from sampling import SamplingParams
+from scheduler import Scheduler
+
+
+def engine_of(model, num_blocks=24, max_num_batched_tokens=64):
+    """An engine over blocks of 4."""
+    shape, dtype = model.config, model.wte.weight.dtype
+    cache = KVCache(shape.n_layer, num_blocks, 4, shape.n_head, shape.head_dim, dtype)
+    scheduler = Scheduler(BlockAllocator(num_blocks, 4), 8, max_num_batched_tokens, 64)
+    return InferenceEngine(eager_forward(model, cache), cache, scheduler, shape.vocab_size)
+
+
+def greedy(num_tokens):
+    return SamplingParams(temperature=0, max_tokens=num_tokens)
+
+
+def run_all(engine):
+    """Token ids by request."""
+    written = {}
+    while engine.has_unfinished():
+        outputs = engine.step().outputs
+        written |= {o.request_id: o.outputs[0].token_ids for o in outputs if o.finished}
+    return written
+
+
+def counts(explainer):
+    """Rows, sample rows, context tokens, pairs and whether it is a decode, of each step."""
+    return [tuple(step[:5]) for step in explainer.steps]
+
+
+def counted(rows=1, samples=1, context=1, pairs=1, is_decode=True, step_ms=2.0, forward_ms=1.0):
+    return CountedStep(rows, samples, context, pairs, is_decode, step_ms, lambda: forward_ms)
+
+
+# ---- what a step has to do -----------------------------------------------------------------------
+def test_two_prompts_of_5_and_2_tokens_are_counted_by_hand(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    for prompt in ([7, 3, 9, 1, 4], [5, 5]):
+        explainer.add_request(prompt, greedy(3))
+    run_all(explainer)
+    assert counts(explainer) == [
+        (7, 2, 5 + 2, 15 + 3, False),  # 1 + 2 + 3 + 4 + 5 and 1 + 2 pairs
+        (2, 2, 6 + 3, 6 + 3, True),
+        (2, 2, 7 + 4, 7 + 4, True),
+    ]
+
+
+def test_a_prompt_in_pieces_wants_logits_only_of_its_last_row(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt(), max_num_batched_tokens=4), tiny_gpt())
+    explainer.add_request(list(range(10)), greedy(2))
+    run_all(explainer)
+    assert counts(explainer) == [
+        (4, 0, 4, 1 + 2 + 3 + 4, False),
+        (4, 0, 8, 5 + 6 + 7 + 8, False),
+        (2, 1, 10, 9 + 10, False),
+        (1, 1, 11, 11, True),
+    ]
+
+
+def test_a_prompt_beside_a_decode_is_no_decode_step_and_a_prompt_of_one_token_is_one(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer.add_request([5], greedy(3))
+    explainer.step()
+    explainer.add_request([6, 7], greedy(2))
+    run_all(explainer)
+    assert counts(explainer) == [
+        (1, 1, 1, 1, True),
+        (3, 2, 2 + 2, 2 + 3, False),
+        (2, 2, 3 + 3, 3 + 3, True),
+    ]
+
+
+def test_a_prompts_own_probabilities_want_logits_of_all_its_rows(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    explainer.add_request([7, 3, 9, 1, 4], params)
+    run_all(explainer)
+    assert counts(explainer) == [(5, 5, 5, 15, False)]
+
+
+def test_a_step_in_which_nobody_runs_is_not_counted(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer.step()
+    assert explainer.steps == []
+
+
+def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):
+    layers = (2 * (49_152 + 576 + 256) + 128) * 4
+    assert layers == 400_384
+    model = tiny_gpt()
+    assert weight_bytes(model, num_rows=0, num_sample_rows=1) == layers + 6_208 * 4 == 425_216
+    assert weight_bytes(model, num_rows=7, num_sample_rows=2) == 425_216 + 7 * 2 * 64 * 4
+    assert weight_bytes(model, num_rows=4, num_sample_rows=0) == layers + 4 * 2 * 64 * 4
+    assert weight_bytes(tiny_gpt(dtype=torch.float64), 7, 2) == 2 * weight_bytes(model, 7, 2)
+    assert weight_bytes(tiny_gpt(dtype=torch.bfloat16), 7, 2) * 2 == weight_bytes(model, 7, 2)
+
+
+def test_a_head_of_its_own_is_read_just_as_a_shared_one(tiny_gpt):
+    untied = tiny_gpt(tie_word_embeddings=False)
+    assert weight_bytes(untied, 7, 2) == weight_bytes(tiny_gpt(), 7, 2)
+    assert count_operations(untied, counted(7, 2)) == count_operations(tiny_gpt(), counted(7, 2))
+
+
+def test_the_124M_shape_reads_495_MB_a_step():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    # Of its 124,439,808 numbers those of the position embedding are never read whole.
+    expected = (124_439_808 - 1024 * 768 + 2 * 768) * 4
+    assert weight_bytes(model, num_rows=1, num_sample_rows=1) == expected == 494_619_648
+
+
+def test_operations_are_those_of_products_and_of_pairs(tiny_gpt):
+    # 7 rows through 2 layers, 2 through the head, 18 pairs of twice 64 numbers in 2 layers.
+    by_hand = 7 * 2 * 49_152 + 2 * 6_208 + 18 * 2 * 64 * 2
+    assert count_operations(tiny_gpt(), counted(7, 2, 7, 18)) == 2 * by_hand == 1_410_304
+
+
+def test_operations_of_the_products_are_what_pytorch_counts(tiny_gpt):
+    model = tiny_gpt()
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(torch.arange(7), torch.arange(7), lambda layer, q, k, v: v)
+        model.logits(hidden[-2:])
+    assert count_operations(model, counted(7, 2, 7, pairs=0)) == counter.get_total_flops()
+
+
+def test_packed_weights_are_counted_as_plain_ones(tiny_gpt):
+    plain = tiny_gpt(dtype=torch.bfloat16)
+    packed = pack(copy.deepcopy(plain), 8)
+    if not isinstance(packed.lm_head, PackedLinear):
+        pytest.skip("nothing is packed on this machine")
+    assert weight_bytes(packed, 7, 2) == weight_bytes(plain, 7, 2)
+    assert count_operations(packed, counted(7, 2)) == count_operations(plain, counted(7, 2))
+
+
+def test_the_keys_and_values_of_9_tokens_are_9_times_1024_bytes(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    step = counted(2, 2, context=9, pairs=9, step_ms=3.0, forward_ms=2.5)
+    work = explainer.work(step)
+    assert work.kv_bytes == 9 * 2 * 2 * 64 * 4  # K and V, 2 layers, 64 numbers of 4 bytes
+    assert work.weight_bytes == weight_bytes(tiny_gpt(), 2, 2)
+    assert work.operations == count_operations(tiny_gpt(), step)
+    assert (work.launches, work.host_ms) == (None, 0.5)
+
+
+# ---- what it takes -------------------------------------------------------------------------------
+def test_the_forward_is_timed_and_what_the_step_has_more_is_the_hosts(tiny_gpt):
+    engine = engine_of(tiny_gpt())
+    forward = engine.forward
+
+    def slow_forward(batch):
+        time.sleep(0.03)
+        return forward(batch)
+
+    def slow_strategy(sequences, logits):
+        time.sleep(0.05)
+        return sample_next(sequences, logits)
+
+    engine.forward = slow_forward
+    explainer = Explainer(engine, tiny_gpt())
+    explainer.add_request([7, 3], greedy(1), strategy=slow_strategy)
+    output = explainer.step()
+    (step,) = explainer.steps
+    assert step.step_ms == step.measured_ms == output.milliseconds
+    assert 30 <= step.forward_ms() <= step.step_ms - 50
+    assert explainer.work(step).host_ms == step.step_ms - step.forward_ms() >= 50
+
+
+def test_a_step_for_which_nobody_waited_takes_as_long_as_its_forward(tiny_gpt):
+    """On a GPU a step without tokens to sample ends before its forward does."""
+    step = counted(step_ms=3.0, forward_ms=5.0)
+    assert step.measured_ms == 5.0
+    assert Explainer(engine_of(tiny_gpt()), tiny_gpt()).work(step).host_ms == 0.0
+
+
+def test_between_its_steps_the_engine_is_as_it_was(tiny_gpt):
+    engine = engine_of(tiny_gpt())
+    forward, seen = engine.forward, []
+
+    def watched(batch):
+        seen.append(engine.forward)
+        if len(seen) == 2:
+            raise RuntimeError("out of luck")
+        return forward(batch)
+
+    engine.forward = watched
+    explainer = Explainer(engine, tiny_gpt())
+    explainer.add_request([7, 3, 9], greedy(2))
+    explainer.step()
+    assert engine.forward is watched and seen[0] is not watched
+    with pytest.raises(RuntimeError, match="out of luck"):
+        explainer.step()
+    assert engine.forward is watched
+    assert len(explainer.steps) == 1  # the one that raised is none
+    assert len(run_all(explainer)["0"]) == 2
+
+
+def test_the_explainer_changes_no_token(tiny_gpt, tmp_path):
+    model = tiny_gpt(dtype=torch.float64)
+
+    def written(wrap):
+        engine = wrap(engine_of(model, num_blocks=12, max_num_batched_tokens=12))
+        for prompt in ([7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]):
+            engine.add_request(prompt, greedy(12))
+        return run_all(engine), engine
+
+    bare, engine = written(lambda engine: engine)
+    assert engine.scheduler.num_preemptions > 0
+    assert len({token for ids in bare.values() for token in ids}) > 5
+    explained, explainer = written(lambda engine: Explainer(engine, model))
+    assert explained == bare
+    path = tmp_path / "steps.jsonl"
+    both, recorder = written(lambda engine: Recorder(Explainer(engine, model), path))
+    assert both == bare
+    assert counts(recorder.engine) == counts(explainer)
+    assert len(read_recording(path)[1]) == len(explainer.steps)
+
+
+def test_requests_are_refused_and_aborted_as_by_the_engine(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    with pytest.raises(ValueError, match="empty"):
+        explainer.add_request([])
+    request_id = explainer.add_request([5, 6], greedy(9))
+    explainer.step()
+    assert explainer.abort(request_id) and not explainer.abort(request_id)
+    assert not explainer.has_unfinished() and len(explainer.steps) == 1
+
+
+# ---- which step stands for all -------------------------------------------------------------------
+def test_the_median_step_of_a_kind_is_one_that_was_run_and_the_first_warms_up(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    decodes = [counted(step_ms=ms) for ms in (900.0, 5.0, 3.0, 8.0, 9.0)]
+    prefills = [counted(4, is_decode=False, step_ms=ms) for ms in (70.0, 30.0, 20.0, 40.0)]
+    explainer.steps = [prefills[0], *decodes, *prefills[1:]]
+    found = explainer.median_steps()
+    assert list(found) == ["decode", "prefill"]
+    assert found["decode"] == (5, decodes[1])  # the lower one of 5 and 8
+    assert found["prefill"] == (4, prefills[1])
+
+
+def test_a_single_step_of_a_kind_stands_for_itself(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer.steps = [counted(4, is_decode=False)]
+    assert explainer.median_steps() == {"prefill": (1, explainer.steps[0])}
+
+
+def test_without_a_step_there_is_nothing_to_explain(tiny_gpt):
+    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    with pytest.raises(ValueError, match="0 steps have run.*call step"):
+        explainer.report()
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+CEILINGS = Ceilings(bytes_per_ms=20e6, operations_per_ms=100e6, launch_ms=0.001)
+
+
+def explained(work, kind="decode", num_steps=57, step=None, ceilings=CEILINGS):
+    step = counted(step_ms=50.0, forward_ms=49.0) if step is None else step
+    return Explained(kind, num_steps, step, work, floors_ms(work, ceilings))
+
+
+# Work, and what is said of a step of 50 ms: up to twice its floor also what would help.
+VERDICTS = {
+    "weights": (Work(500_000_000, 480_000_000, 10**9), "weight-bound, at 1.02 times"),
+    "KV": (Work(100_000_000, 400_000_000, 10**9), "KV-bound, at 2.00 times"),
+    "operations": (Work(500_000_000, 0, 4 * 10**9), "compute-bound, at 1.25 times"),
+    "launches": (Work(20_000_000, 0, 10**6, 4000, 0.5), "launch-bound, at 12.50 times"),
+    "host": (Work(20_000_000, 0, 10**6, 4000, 25.0), "host-bound, at 2.00 times"),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_the_verdict_names_the_largest_floor_in_words(name):
+    work, words = VERDICTS[name]
+    verdict = explained(work).verdict
+    assert verdict.startswith(f"a decode step is {words} its floor: ")
+    _, _, consequence = verdict.partition(" its floor: ")
+    hardly = "less than half of the time is explained"
+    assert (consequence == hardly) == (name == "launches")
+    assert len(verdict) <= 100
+
+
+def test_a_prefill_step_has_a_verdict_too():
+    step = counted(512, 1, 512, 131_328, False, 1200.0, 1190.0)
+    work = Work(497_700_000, 37_700_000, 92 * 10**9)
+    words = "a prefill step is compute-bound, at 1.30 times its floor: "
+    assert explained(work, "prefill", 2, step).verdict.startswith(words + "twice the tokens")
+    # One prompt alone: its prefill was the first step of the run, whatever that had to compile.
+    assert (
+        explained(work, "prefill", 1, step).verdict == words + "it was the only one, and warmed up"
+    )
+
+
+# ---- the table -----------------------------------------------------------------------------------
+TABLE = """\
+                                    decode, 57 steps           prefill, 1 step
+the median of them                  work    floor ms          work    floor ms
+tokens computed                       12                       512
+context tokens read                6,000                       512
+weights read                    494.6 MB      24.730      497.7 MB      24.885
+keys and values read            442.4 MB      22.120       37.7 MB       1.885
+both, through one memory        937.0 MB      46.850      535.4 MB      26.770
+operations                        3.10 G      31.000       92.00 G     920.000
+launches of the forward              150       0.150             -           -
+host's own time                                8.500                    10.000
+measured                                      58.500                 1,200.000
+measured / largest floor                        1.25                      1.30"""
+
+
+def two_kinds(ceilings=CEILINGS):
+    decode = counted(12, 12, 6000, 6000, True, 58.5, 50.0)
+    prefill = counted(512, 1, 512, 131_328, False, 1200.0, 1190.0)
+    a_decodes = Work(494_600_000, 442_400_000, 3_100_000_000, 150, 8.5)
+    a_prefills = Work(497_700_000, 37_700_000, 92 * 10**9, None, 10.0)
+    return [
+        explained(a_decodes, "decode", 57, decode, ceilings),
+        explained(a_prefills, "prefill", 1, prefill, ceilings),
+    ]
+
+
+def test_the_table_shows_work_floors_and_what_was_measured():
+    assert table(two_kinds()) == TABLE.splitlines()
+
+
+def test_where_nobody_counts_launches_their_line_is_left_out():
+    lines = table(two_kinds(CEILINGS._replace(launch_ms=None)))
+    expected = [line for line in TABLE.splitlines() if not line.startswith("launches")]
+    assert lines == expected
+
+
+def test_one_kind_alone_has_one_pair_of_columns():
+    lines = table(two_kinds()[:1])
+    assert lines == [line[:52].rstrip() for line in TABLE.splitlines()]
+
+
+def test_the_largest_figures_fit_into_their_columns():
+    step = counted(99_999_999, 1, 999_999_999, 1, True, 99_999.0, 90_000.0)
+    work = Work(899_999_000_000, 99_999_000_000, 99_999 * 10**9, 99_999, 9_999.0)
+    lines = table([explained(work, "prefill", 999_999, step)] * 2)
+    assert max(map(len, lines)) == 78
+    assert lines[0].split() == ["prefill,", "999,999", "steps"] * 2
+    for line in lines[2:]:
+        title, cells = line[:26], line[26:]
+        assert title.endswith(" ")  # the first cell begins with a blank at least
+        assert cells[:26].split() == cells[26:].split() != []
+        assert len(cells.split()) == 2 * len(cells[:26].split())  # none runs into the next
+
+
+def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt, monkeypatch):
+    asked = []
+
+    def ceilings(*what):
+        asked.append(what)
+        return CEILINGS._replace(launch_ms=None)
+
+    monkeypatch.setattr(explain, "measure_ceilings", ceilings)
+    model = tiny_gpt()
+    explainer = Explainer(engine_of(model), model)
+    for prompt in ([7, 3, 9, 1, 4], [5, 5]):
+        explainer.add_request(prompt, greedy(3))
+    run_all(explainer)
+    explainer.steps = explainer.steps[:2]  # one of each kind
+    lines = explainer.report()
+    kinds = [
+        Explained(kind, 1, step, explainer.work(step), floors_ms(explainer.work(step), CEILINGS))
+        for kind, step in (("decode", explainer.steps[1]), ("prefill", explainer.steps[0]))
+    ]
+    assert lines[1:] == [*table(kinds), *(kind.verdict for kind in kinds)]
+    (device, dtype, num_bytes) = asked[0]
+    assert (device.type, dtype) == ("cpu", torch.float32)
+    # The bytes of the decode step: 2 rows, 6 + 3 tokens of 1,024 bytes.
+    assert num_bytes == weight_bytes(model, 2, 2) + 9 * 1024
+    assert lines[0] == (
+        "at most, on this cpu with 1 thread: 20.0 GB/s read, 100 GFLOP/s multiplied in float32"
+    )
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+def test_a_rehearsal_touches_no_block_but_the_scratch_block(tiny_gpt):
+    """It is run after the work, to count launches; whoever still holds blocks keeps them."""
+    engine = engine_of(tiny_gpt())
+    explainer = Explainer(engine, tiny_gpt())
+    explainer.add_request(list(range(10)), greedy(9))
+    explainer.step()
+    before = engine.cache.pool.clone()
+    batch = explainer.rehearsal(counted(3, 3, context=31))
+    assert batch.context_lens.tolist() == [10, 10, 10]
+    assert batch.query_start_locs.tolist() == [0, 1, 2, 3]
+    assert batch.sample_rows.tolist() == [0, 1, 2]
+    assert batch.max_query_len == 1
+    with torch.inference_mode():
+        assert engine.forward(batch).shape == (3, 97)
+    assert torch.equal(engine.cache.pool[:, :-1], before[:, :-1])
+    assert not torch.equal(engine.cache.pool[:, -1], before[:, -1])  # it did write
+
+
+@needs_gpu
+def test_three_additions_are_three_launches():
+    x = torch.zeros(8, device="cuda")
+    assert explain.count_launches(lambda: x.add(1).add(1).add(1)) == 3
+
+
+@needs_gpu
+def test_timing_a_forward_waits_for_nothing():
+    x = torch.randn(512, 512, device="cuda")
+    x @ x  # cuBLAS takes its workspace
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, taken_ms = explain._timed(lambda batch: x @ x, None, on_gpu=True)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.synchronize()
+    assert 0 < taken_ms() < 1000
+
+
+@needs_gpu
+def test_on_a_gpu_the_launches_of_a_decode_step_are_counted(tiny_gpt):
+    model = copy.deepcopy(tiny_gpt()).cuda()
+    llm = LLM(model, num_blocks=64)
+    explainer = Explainer(llm.engine, model)
+    explainer.add_request([1, 2, 3], greedy(5))
+    run_all(explainer)
+    # At least the 4 products of each of 2 layers and the logits; at most a few dozen a layer.
+    assert 9 <= explainer.work(explainer.steps[-1]).launches <= 100
+    assert any(line.startswith("launches") for line in explainer.report())
+
+
+# ---- the command line ----------------------------------------------------------------------------
+LINES = [
+    r"at most, on this \w+.*: [\d.,]+ GB/s read, [\d,]+ GFLOP/s multiplied in \w+.*",
+    r" +decode, [\d,]+ steps( +prefill, [\d,]+ steps?)?",
+    r"the median of them .*",
+    r"tokens computed .*",
+    r"context tokens read .*",
+    r"weights read .*",
+    r"keys and values read .*",
+    r"both, through one memory .*",
+    r"operations .*",
+    r"host's own time .*",
+    r"measured .*",
+    r"measured / largest floor .*",
+    r"a decode step is \w+-bound, at [\d.,]+ times its floor: .*",
+]
+
+
+def check_report(err, has_prefill=True):
+    """The report is the end of stderr, behind the summary and a blank line; returns its lines."""
+    _, _, report = err.rpartition("tokens computed again\n\n")
+    assert report, err
+    lines = [line for line in report.splitlines() if not line.startswith("launches")]
+    verdicts = [r"a prefill step is \w+-bound, .*"] if has_prefill else []
+    for line, pattern in zip(lines, LINES + verdicts, strict=True):
+        assert re.fullmatch(pattern, line), line
+    return lines
+
+
+def run_main(*args):
+    """What main printed to (stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        generate.main([str(arg) for arg in args])
+    return out.getvalue(), err.getvalue()
+
+
+SMALL = ["--num-blocks", "64", "--max-tokens", "6", "--temperature", "0", "--ignore-eos"]
+
+
+def test_explain_as_a_user_types_it_on_the_shipped_model():
+    words = ["Once upon a time there was", *SMALL, "--device", "cpu"]
+    command = [sys.executable, "generate.py", *words, "--explain"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
+    assert found.returncode == 0, found.stderr
+    lines = check_report(found.stderr)
+    assert found.stdout == run_main(*words)[0]  # the text is the same, and the table is not in it
+    read_mb = weight_bytes(LLM(num_blocks=8, device="cpu").model, 1, 1) / 1e6
+    assert lines[5].split()[2:4] == [f"{read_mb:.1f}", "MB"]
+    assert lines[3].split()[2] == "1"  # one sequence: a row a step
+
+
+def test_explain_works_with_many_prompts_a_file_and_jsonl(tmp_path):
+    (tmp_path / "prompts.txt").write_text("The wolf\nThe princess and the fox\n")
+    flags = ["--file", tmp_path / "prompts.txt", "--jsonl", *SMALL]
+    plain, explained_too = run_main(*flags), run_main(*flags, "--explain")
+    check_report(explained_too[1])
+    texts = [
+        [json.loads(line)["outputs"] for line in out.splitlines()]
+        for out, _ in (plain, explained_too)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+
+
+def test_explain_works_beside_a_recording(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    _, err = run_main("The wolf", "The fox", *SMALL, "--explain", "--record", path)
+    check_report(err)
+    assert len(read_recording(path)[1]) == 6
+
+
+def test_explain_works_in_the_demonstration(monkeypatch):
+    openings = [(opening, 6) for opening, _ in generate.OPENINGS[:3]]
+    monkeypatch.setattr(generate, "OPENINGS", openings)
+    check_report(run_main("--explain")[1])
