@@ -56,24 +56,25 @@ class EngineConfig:
     max_num_seqs: int = 256  # sequences in one step
     max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
     max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
+    cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self):
         may_be_none = ("num_blocks", "max_seq_len")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
             value = getattr(self, name)
-            if value is None and name in may_be_none:
-                continue
-            if type(value) is not int or value < 1:
+            left_open = value is None and name in may_be_none
+            if not left_open and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-        mb = self.kv_cache_mb
+        mb, share = self.kv_cache_mb, self.gpu_memory_utilization
         if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
             raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            share = self.gpu_memory_utilization
+        if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
+        if type(self.cuda_graphs) is not bool:
+            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}: it must be True or False")
 
 
 def eager_forward(
@@ -82,6 +83,7 @@ def eager_forward(
     """The plain forward: every layer in turn, logits of the sample rows only."""
 
     def forward(batch: Batch) -> Tensor:
+        batch = batch.to(cache.pool.device)
         hidden = model(batch.input_ids, batch.positions, cache.attend(batch, attention, write))
         return model.logits(hidden[batch.sample_rows])
 
@@ -227,8 +229,8 @@ class InferenceEngine:
             Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
             for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
         ]
-        cache = self.cache
-        batch = make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+        # In host memory: whoever runs the model knows how it gets to the device best.
+        batch = make_batch(rows, self.cache.block_size, self.cache.scratch_block)
         logits = self.forward(batch)  # (M, V)
 
         sampled = set(plan.sampled)
@@ -292,8 +294,7 @@ def demo():
         engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=num))
 
     print("step  rows  computed in this step [start, end)            pool, 9 blocks of 4")
-    done = {}
-    number = 0
+    done, number = {}, 0
     while engine.has_unfinished():
         output = engine.step()
         spans = {

@@ -26,7 +26,7 @@ import json
 import sys
 import textwrap
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TextIO, get_args
@@ -82,6 +82,7 @@ HELP = {
     "max_num_seqs": "sequences in one step",
     "max_num_batched_tokens": "tokens in one step",
     "max_seq_len": "tokens in one sequence; default: the model's",
+    "cuda_graphs": "on a GPU, record decode steps once and replay them (on if nothing is said)",
 }
 
 
@@ -92,7 +93,7 @@ def add_flags(group, cls, skip: str = "") -> None:
         if field.name == "stop":
             group.add_argument(flag, action="append", help=text)
         elif isinstance(default, bool):
-            group.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag, action=BooleanOptionalAction, default=default, help=text)
         else:
             kind = type(default) if default is not None else get_args(field.type)[0]  # int | None
             group.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
@@ -226,8 +227,7 @@ def letter_of(request_id: str) -> str:
 
 def pool_strip(scheduler: Scheduler, colour: bool, width: int = 96) -> list[str]:
     """The pool, one cell a block: whose it is, capital when full; lines of `width` cells."""
-    allocator = scheduler.allocator
-    cells = ["·"] * allocator.num_blocks
+    allocator, cells = scheduler.allocator, ["·"] * scheduler.allocator.num_blocks
     for seq in scheduler.running:
         letter = letter_of(seq.request.request_id)
         code = COLOURS[LETTERS.index(letter) % len(COLOURS)]

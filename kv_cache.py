@@ -24,7 +24,7 @@ after writing and see which positions come back wrong.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -49,7 +49,8 @@ class Row(NamedTuple):
 class Batch:
     """One step's inputs: the new tokens of all sequences laid end to end, and where they live.
 
-    N tokens, B sequences, M rows that want logits. All tensors are on the engine's device.
+    N tokens, B sequences, M rows that want logits. All tensors are on one device: in host memory
+    when an engine has built it, and it is the forward that takes it to where the model is.
     """
 
     input_ids: Tensor  # (N,) int64
@@ -61,6 +62,13 @@ class Batch:
     sample_rows: Tensor  # (M,) int64, rows of the N whose logits are wanted
     max_query_len: int  # known to the host, so that no kernel has to ask the device
     max_context_len: int
+
+    def to(self, device: str | torch.device) -> "Batch":
+        """The same step with its tensors on a device; itself where they lie there already."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def make_batch(

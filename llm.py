@@ -13,9 +13,10 @@ a script written for vLLM needs little more than another import:
             tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
             EngineConfig      ┘            └─> forward(batch) -> logits ───┘
 
-What is chosen by default: float32 and the Numba kernels on a CPU; on a GPU the Triton kernels, and
-bfloat16 where it has it, else float16, whatever the file holds. What a production engine does
-beyond this: several GPUs, and processes around them.
+What is chosen by default: float32 and the Numba kernels on a CPU; on a GPU the Triton kernels,
+decode steps that are recorded once and replayed, and bfloat16 where it has it, else float16,
+whatever the file holds. What a production engine does beyond this: several GPUs, and processes
+around them.
 
 vLLM's class of this name: docs.vllm.ai, "Offline inference".
 Run: python llm.py
@@ -25,6 +26,7 @@ Try: block_size=1 or num_blocks=12 in the demo: the texts stay the same, the blo
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,8 @@ from tqdm import tqdm
 
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
-from engine import EngineConfig, InferenceEngine, eager_forward
+from cuda_graphs import GraphForward, recorded_sizes, rehearse
+from engine import EngineConfig, Forward, InferenceEngine, eager_forward
 from hub import find_folder
 from kv_cache import KVCache, choose_num_blocks, write_kv
 from model import GPT
@@ -143,6 +146,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def can_record(backend: str, device: torch.device) -> bool:
+    """Whether decode steps can be recorded: on a GPU, by kernels that ask the host for nothing."""
+    return backend == "triton" and device.type == "cuda"
+
+
 def find_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
     """The tokenizer that lies beside the weights; for a vocabulary like GPT-2's, tiktoken's own.
 
@@ -215,6 +223,11 @@ class LLM:
         if self.max_seq_len > shape.max_seq_len:
             most = shape.max_seq_len
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
+        records = config.cuda_graphs and can_record(self.backend, weight.device)
+        sizes = recorded_sizes(config.max_num_seqs) if records else []
+        # The pool's place is part of a recording, and what a recording takes is no longer free for
+        # the pool: so record over a pool of one block, and hold that while the pool is measured.
+        held = rehearse(*self._build_forward(1), sizes, self.max_seq_len) if records else None
         block_bytes = shape.kv_bytes_per_token(weight.dtype) * config.block_size
         num_blocks = choose_num_blocks(
             block_bytes,
@@ -224,16 +237,12 @@ class LLM:
             gpu_memory_utilization=config.gpu_memory_utilization,
             device=weight.device,
         )
+        del held
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
-        cache = KVCache(
-            num_layers=shape.n_layer,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            num_kv_heads=shape.n_head,
-            head_dim=shape.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        cache, forward = self._build_forward(num_blocks)
+        if records:
+            bar = partial(tqdm, desc="recording decode steps", unit="size", disable=None)
+            forward = GraphForward(cache, forward, sizes, self.max_seq_len, progress=bar)
         scheduler = Scheduler(
             BlockAllocator(num_blocks, config.block_size),
             config.max_num_seqs,
@@ -242,16 +251,22 @@ class LLM:
             reserve,
             policy,
         )
-        kernels = BACKENDS[self.backend]
-        return InferenceEngine(
-            eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv),
-            cache,
-            scheduler,
-            shape.vocab_size,
-            self.tokenizer,
-            shape.eos_token_id,
-            config.seed,
+        vocabulary = shape.vocab_size, self.tokenizer, shape.eos_token_id
+        return InferenceEngine(forward, cache, scheduler, *vocabulary, config.seed)
+
+    def _build_forward(self, num_blocks: int) -> tuple[KVCache, Forward]:
+        """A pool of so many blocks, and the eager forward over it."""
+        shape, weight, kernels = self.model.config, self.model.wte.weight, BACKENDS[self.backend]
+        cache = KVCache(
+            num_layers=shape.n_layer,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            num_kv_heads=shape.n_head,
+            head_dim=shape.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
         )
+        return cache, eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
 
     def generate(
         self,

@@ -41,6 +41,7 @@ LADDER = [
     "outputs",
     "engine",
     "packed_linear",
+    "cuda_graphs",
     "recorder",
     "llm",
     "roofline",
