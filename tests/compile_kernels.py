@@ -35,7 +35,7 @@ SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 # Registers that do not fit are spilled to the stack, in slow memory. A few bytes do no harm.
 STACK_LIMIT_BYTES = 64
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-KERNELS = ("decode", "chunks", "prefill", "mixed", "write")
+KERNELS = ("decode", "chunks", "prefill", "mixed", "write", "sample")
 
 
 class Case(NamedTuple):
@@ -43,10 +43,11 @@ class Case(NamedTuple):
 
     kernel: str
     dtype: str
-    head_dim: int
+    head_dim: int = 0  # `sample` knows no heads
     block_size: int = 16
     group: int = 1  # query heads for each head of K and V
     starts: bool = False  # with context_starts
+    vocab_size: int = 0  # of `sample`
 
 
 @dataclass
@@ -66,10 +67,11 @@ class Report:
     tensor_core_products: int  # instructions in the code, not how often they run
     copies: dict[int, int]  # asynchronous ones to shared memory: bytes each -> how many in the code
     triton: str
+    vocab_size: int = 0
 
 
 QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest to the limits
-    *(Case(kernel, "bfloat16", 64) for kernel in KERNELS),
+    *(Case(kernel, "bfloat16", 64) for kernel in KERNELS if kernel != "sample"),
     Case("decode", "float16", 64, block_size=3, group=4),
     Case("chunks", "bfloat16", 128, block_size=1, group=4, starts=True),
     Case("prefill", "float16", 128, block_size=256, starts=True),
@@ -79,12 +81,17 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("write", "float32", 80, block_size=3),
     Case("decode", "float64", 16),
     Case("prefill", "float64", 16),
+    Case("sample", "bfloat16", vocab_size=50_257),  # GPT-2's, its rows aligned to single numbers
+    Case("sample", "float32", vocab_size=50_257),
+    Case("sample", "float16", vocab_size=3_072),
 ]
 # The head size decides about tiles and registers, so it meets every kernel and every width of type.
 # fp16 and bf16 differ in one instruction, block sizes in a division, the group in a few registers.
 HEAD_SIZES = (5, 16, 64, 80, 96, 128, 256)
 WIDTHS = ("bfloat16", "float32", "float64")
 GPT2, WIDEST = (64,), (64, 128, 256)
+# One token, less and more than a tile, GPT-2's rows padded to be aligned, and a modern vocabulary.
+VOCAB_SIZES = (1, 97, 4_097, 50_257, 50_304, 151_936)
 
 
 def every(*values, **rest) -> list[Case]:
@@ -99,6 +106,7 @@ FULL = [
     *every(("mixed",), WIDTHS, GPT2, starts=True),
     *every(("decode", "chunks", "prefill", "write"), ("float16",), WIDEST, group=3),
     *every(("decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
+    *(Case("sample", dtype, vocab_size=V) for dtype in DTYPES[:3] for V in VOCAB_SIZES),
 ]
 
 
@@ -153,6 +161,8 @@ def call(case: Case) -> None:
     import paged_attention_triton as decode
     import paged_prefill_triton as prefill
 
+    if case.kernel == "sample":
+        return call_sample(case)
     D, H_kv, B = case.head_dim, 4, 8
     H, query_len = H_kv * case.group, 100 if case.kernel in ("prefill", "mixed") else 1
     N, dtype = B * query_len, getattr(torch, case.dtype)
@@ -177,6 +187,17 @@ def call(case: Case) -> None:
             prefill.paged_prefill_triton(*arguments)
         case "mixed":
             prefill.paged_prefill_triton(*arguments, skip_decode=True)
+
+
+def call_sample(case: Case) -> None:
+    """The same for the one kernel that is not about attention."""
+    from sampling_triton import sample_triton
+
+    B = 8
+    types = "int64 int64 float32 int32 float64 float32".split()  # seeds, positions, .. min_ps
+    rows = [torch.empty(B, dtype=getattr(torch, name), device="meta") for name in types]
+    logits = torch.empty(B, case.vocab_size, dtype=getattr(torch, case.dtype), device="meta")
+    sample_triton(logits, *rows, peaks=torch.empty_like(rows[-1]))
 
 
 def cuobjdump() -> Path:
@@ -215,6 +236,7 @@ def describe(kernel, case: Case, target: int) -> Report:
         tensor_core_products=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
         copies=dict(Counter(int(size, 0) for size in sizes)),
         triton=triton.__version__,
+        vocab_size=case.vocab_size,
     )
 
 
@@ -276,7 +298,7 @@ def main() -> int:
     ]
     if not args.json:
         columns = (
-            "kernel           call     target dtype      D block  G  registers  stack   shared"
+            "kernel           call     target dtype    D or V block  G  registers  stack   shared"
         )
         print(columns + "  products  copies x bytes")
     failures = 0
@@ -286,7 +308,7 @@ def main() -> int:
         if args.json:
             print(json.dumps(asdict(r) | {"problems": wrong}), flush=True)
             continue
-        shape = f"{r.kernel:17}{r.call:9}sm_{r.target}  {r.dtype:8}{r.head_dim:4}"
+        shape = f"{r.kernel:17}{r.call:9}sm_{r.target}  {r.dtype:8}{r.head_dim or r.vocab_size:7}"
         shape += f"{r.block_size:6}{r.group:3}"
         takes = f"{r.registers:11}{r.stack_bytes:7}{r.shared_bytes:9}{r.tensor_core_products:10}"
         copies = ", ".join(f"{n} x {size}" for size, n in sorted(r.copies.items()))

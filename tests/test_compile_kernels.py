@@ -63,8 +63,8 @@ def test_the_kernels_compile_for_both_targets_and_stay_within_their_limits(quick
     check(quick, QUICK)
 
 
-def test_every_kernel_of_the_two_files_was_compiled(quick):
-    names = {"decode_kernel", "merge_kernel", "prefill_kernel", "write_kv_kernel"}
+def test_every_kernel_of_the_three_files_was_compiled(quick):
+    names = {"decode_kernel", "merge_kernel", "prefill_kernel", "write_kv_kernel", "sample_kernel"}
     assert {r["kernel"] for r in quick} == names
     assert {r["dtype"] for r in quick} == {"float16", "bfloat16", "float32", "float64"}
 
@@ -86,6 +86,14 @@ def test_six_decode_programs_of_gpt2_fit_on_one_processor_of_the_gpu(quick):
     for r in rows:
         assert 6 * 128 * r["registers"] <= 65_536
         assert 6 * r["shared_bytes"] <= {80: 166_912, 90: 232_448}[r["target"]]
+
+
+def test_the_512_threads_of_a_sampling_program_find_enough_registers(quick):
+    """A processor has 65,536; a program that wants more is refused when it is launched."""
+    rows = [r for r in quick if r["kernel"] == "sample_kernel"]
+    assert {(r["target"], r["vocab_size"]) for r in rows} >= {(80, 50_257), (90, 50_257)}
+    for r in rows:
+        assert 512 * r["registers"] <= 65_536
 
 
 @pytest.mark.slow
@@ -206,4 +214,6 @@ def test_the_full_matrix_meets_every_kernel_type_and_head_size():
                 256,
             }
     assert {case.block_size for case in FULL} == {1, 3, 16, 256}
+    sampled = {(case.dtype, case.vocab_size) for case in FULL if case.kernel == "sample"}
+    assert sampled >= {(dtype, V) for dtype in ("float16", "float32") for V in (1, 50_257, 50_304)}
     assert Case("mixed", "bfloat16", 64, starts=True) in FULL

@@ -35,6 +35,7 @@ LADDER = [
     "paged_attention_triton",
     "baselines",
     "sampling",
+    "sampling_triton",
     "policies",
     "sequence",
     "scheduler",

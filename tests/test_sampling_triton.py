@@ -1,0 +1,762 @@
+"""The sampler in one GPU kernel against sampling.py: the same u, the same cut, the same tokens.
+
+As in `test_paged_attention_triton.py` the kernel is compiled where there is a GPU and interpreted
+where not, and `PAGEDGPT_SEED` chooses other random rows. sampling.py on the CPU is the oracle. Only
+the exponentials of the two differ, in their last bits. Whether these could decide about a token is
+computed for each row (`is_settled`): where they could not, the tokens are equal, and where the
+tokens differ, they could.
+"""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from worlds import DEVICE, ON_GPU, SEED, needs_gpu
+
+import sampling_triton as module
+from paged_prefill_triton import HAS_TRITON, tl, triton
+from sampling import (
+    SampleRow,
+    SamplingParams,
+    draw_tokens,
+    draw_weights,
+    hash32,
+    mix32,
+    uniform,
+)
+from sampling_triton import (
+    TILE,
+    cut_tail,
+    draw_tokens_triton,
+    find_peak,
+    random_u,
+    row_sizes,
+    row_tensors,
+    sample_triton,
+    weigh,
+)
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+BELOW_1 = 1 - 2**-24  # the largest u there is
+GPT2_VOCAB = 50_257
+# A weight e^z is right to about |z| / 2**23 of itself here, and to 2**-23 there. Where |z| is large
+# there is little weight: no sum of weights, as a share of all, is off by more than this.
+BOUND = 2**-19
+
+
+# ---- rows and their oracle -----------------------------------------------------------------------
+def unmix32(y: int) -> int:
+    """mix32 backwards: both multiplications are undone by the inverse factor modulo 2**32."""
+    y ^= (y >> 15) ^ (y >> 30)
+    y = y * pow(0x735A2D97, -1, 2**32) % 2**32
+    y ^= (y >> 15) ^ (y >> 30)
+    y = y * pow(0x21F0AAAD, -1, 2**32) % 2**32
+    return y ^ (y >> 16)
+
+
+def position_where_u_is(u: float) -> int:
+    """The position at which seed 0 draws u, rounded down to a multiple of 2**-24."""
+    low_key = mix32(0x9E3779B9)
+    return unmix32(unmix32(int(u * 2**24) << 8) ^ low_key) ^ mix32(low_key)
+
+
+def row(u: float = 0.5, **params) -> SampleRow:
+    """A row of seed 0 that will draw u."""
+    return SampleRow(SamplingParams(**params), 0, position_where_u_is(u), [0], 1)
+
+
+def normal(num_rows: int, vocab_size: int, seed: int = 0, size: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * SEED + seed)
+    return torch.randn(num_rows, vocab_size, generator=generator) * size
+
+
+def shares_to_logits(*shares: float) -> torch.Tensor:
+    return torch.tensor([shares]).log()  # (1, V)
+
+
+def draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+    """The kernel's tokens; `logits` is (M, V), or (1, V) for all rows."""
+    logits = logits.to(DEVICE).expand(len(rows), -1)
+    return draw_tokens_triton(logits, rows)[0].tolist()
+
+
+def drawn_at_many_u(logits: torch.Tensor, num: int, **params) -> str:
+    """The tokens that u = 0.5/num, 1.5/num ... lead to, as one string of digits."""
+    return "".join(map(str, draw(logits, [row((i + 0.5) / num, **params) for i in range(num)])))
+
+
+def relative_gap(values: torch.Tensor, at: torch.Tensor) -> float:
+    """How near the nearest of the other values is, as a share; ties with `at` are no others."""
+    others = values[values != at]
+    return ((others - at).abs() / at).min().item() if len(others) and at > 0 else math.inf
+
+
+def line_of(logits: torch.Tensor, one: SampleRow) -> tuple[torch.Tensor, float]:
+    """Where the tokens of a row (V,) end on a line of length 1, and how certain the cut is.
+
+    The exponents are those that both samplers compute, the rest is float64. The second number is
+    the distance, as a share, of the nearest weight to min_p, to the k-th weight and to the last one
+    in top_p, and of the nearest sum to p: how little would have to be otherwise for another cut.
+    """
+    p, V = one.params, len(logits)
+    scores = logits.float()
+    weights = ((scores - scores.max()) / torch.tensor(p.temperature)).double().exp()
+    gaps = [math.inf]
+    if p.min_p > 0:
+        min_p = torch.tensor(p.min_p).double()
+        below_1 = weights[weights < 1]  # the most likely token's is exactly 1 on both
+        gaps += ((below_1 - min_p).abs() / min_p).tolist()
+        weights = weights.where(weights >= min_p, 0)
+    ordered, ids = weights.sort(descending=True, stable=True)
+    if 0 < p.top_k < V:
+        gaps.append(relative_gap(weights, ordered[p.top_k - 1]))
+        ordered[p.top_k :] = 0
+    if p.top_p < 1:
+        sums = ordered.cumsum(0)
+        gaps += ((sums[:-1] / sums[-1] - p.top_p).abs()).tolist()
+        count = max(1, ((sums - ordered) < p.top_p * sums[-1]).sum().item())
+        gaps.append(relative_gap(weights, ordered[count - 1]))
+        ordered[count:] = 0
+    ends = torch.zeros_like(weights).scatter(0, ids, ordered).cumsum(0)
+    return ends / ends[-1], min(gaps)
+
+
+def u_of(one: SampleRow) -> float:
+    return uniform(torch.tensor([one.seed]), torch.tensor([one.position])).item()
+
+
+def is_settled(logits: torch.Tensor, one: SampleRow) -> bool:
+    """Whether no difference within BOUND can lead to another token."""
+    if one.params.greedy:
+        return True
+    ends, gap = line_of(logits, one)
+    return min([gap, *(ends[:-1] - u_of(one)).abs().tolist()]) > BOUND
+
+
+def check(logits: torch.Tensor, rows: list[SampleRow]) -> int:
+    """Tokens equal, or proven to be a matter of the last bits. Returns how many of the latter."""
+    every = logits.cpu().expand(len(rows), -1)
+    there, here = draw_tokens(every, rows)[0].tolist(), draw(logits, rows)
+    differ = [i for i in range(len(rows)) if here[i] != there[i]]
+    for i in differ:
+        assert not is_settled(every[i], rows[i]), (rows[i], here[i], there[i])
+        ends, gap = line_of(every[i], rows[i])
+        if gap > BOUND:  # the cut is certain: then both are tokens that u nearly lies in
+            near = torch.tensor([u_of(rows[i]) - BOUND, u_of(rows[i]) + BOUND], dtype=ends.dtype)
+            first, last = torch.searchsorted(ends, near, right=True).tolist()
+            assert first <= here[i] <= last and first <= there[i] <= last, (rows[i], here[i])
+    return len(differ)
+
+
+@triton.jit
+def u_kernel(seeds, positions, out, NUM: tl.constexpr):
+    """NUM numbers of `random_u`."""
+    at = tl.program_id(0) * NUM + tl.arange(0, NUM)
+    tl.store(out + at, random_u(tl.load(seeds + at), tl.load(positions + at)))
+
+
+@triton.jit
+def weights_kernel(
+    logits, temperatures, top_ks, top_ps, min_ps, out,
+    vocab_size, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr,
+):  # fmt: skip
+    """What the draw goes by: the weights of a row, 0 for the tokens that were cut."""
+    i = tl.program_id(0)
+    logits, out = logits + i * vocab_size, out + i * vocab_size
+    peak, _ = find_peak(logits, vocab_size)
+    row = (logits, vocab_size, peak, tl.load(temperatures + i), tl.load(min_ps + i))
+    top_k, top_p = tl.load(top_ks + i), tl.load(top_ps + i)
+    level = cut_tail(row, top_k, top_p, ID_BITS, SEGMENT_LEN)
+    for start in range(0, vocab_size, TILE):
+        ids = start + tl.arange(0, TILE)
+        weights, keys = weigh(row, ids, ID_BITS)
+        tl.store(out + ids, tl.where(keys >= level, weights, 0.0), ids < vocab_size)
+
+
+def kernel_weights(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """`draw_weights` of sampling.py from the kernel's parts: (M, V) on the CPU."""
+    logits = logits.to(DEVICE).expand(len(rows), -1).contiguous()
+    V, out = logits.shape[1], torch.empty(logits.shape, device=DEVICE)
+    _, _, *params = row_tensors(rows, V, logits.device)
+    weights_kernel[(len(rows),)](logits, *params, out, **row_sizes(V), num_warps=16)
+    return out.cpu()
+
+
+def check_weights(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """The same tokens are kept, with the same weights but for their last bits."""
+    here, there = kernel_weights(logits, rows), draw_weights(logits.expand(len(rows), -1), rows)
+    tiny = 1e-37  # below, a GPU may say 0
+    assert ((here > tiny) == (there > tiny)).all()
+    torch.testing.assert_close(here, there, rtol=2e-5, atol=tiny)
+    return here
+
+
+def kept(logits: torch.Tensor, **params) -> list[int]:
+    """The tokens that the kernel leaves a weight, the same as sampling.py does."""
+    return check_weights(logits, [row(**params)])[0].nonzero().flatten().tolist()
+
+
+# ---- u -------------------------------------------------------------------------------------------
+def test_u_is_sampling_pys_to_the_last_bit_for_10_000_seeds_and_positions():
+    rng = np.random.default_rng(SEED)
+    bits = rng.integers(0, 64, (2, 10_240), dtype=np.uint64)  # numbers of all lengths, 0 to 63 bits
+    pairs = (rng.integers(0, 2**63, (2, 10_240), dtype=np.uint64) >> bits).astype(np.int64)
+    seeds, positions = torch.from_numpy(pairs)
+    seeds[:3], positions[:3] = torch.tensor([0, 2**63 - 1, 0]), torch.tensor([0, 2**63 - 1, 1])
+    out = torch.empty(10_240, device=DEVICE)
+    u_kernel[(10,)](seeds.to(DEVICE), positions.to(DEVICE), out, 1024)
+    assert out.cpu().numpy().tobytes() == uniform(seeds, positions).numpy().tobytes()
+    assert len(out.unique()) > 10_000
+
+
+def test_u_of_known_seeds_and_positions_has_these_values():
+    """The literals of test_sampling.py: what every seed ever said."""
+    seeds = torch.tensor([0, 0, 1, 2**63 - 1, 42, 0, 0, 0], device=DEVICE)
+    positions = torch.tensor([0, 1, 0, 5, 2**40, 0, 0, 0], device=DEVICE)
+    out = torch.empty(8, device=DEVICE)
+    u_kernel[(1,)](seeds, positions, out, 8)
+    values = [9995386, 5966108, 7138749, 11577445, 13602651]
+    assert (out[:5].double() * 2**24).tolist() == values
+    assert hash32(42, 2**40) >> 8 == values[4]
+
+
+# ---- the draw ------------------------------------------------------------------------------------
+@needs_gpu
+def test_the_kernels_are_compiled_not_interpreted():
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    assert "sample_kernel" in names
+    for name in names:
+        assert isinstance(getattr(module, name), triton.runtime.JITFunction), name
+
+
+def test_temperature_0_takes_the_most_likely_token_whatever_u_is():
+    assert drawn_at_many_u(torch.tensor([[1.0, 3.0, 2.0]]), num=5, temperature=0) == "11111"
+
+
+def test_of_equal_logits_greedy_takes_the_lowest_id():
+    assert draw(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), [row(temperature=0)]) == [1]
+    tile = TILE.value
+    logits = torch.full((3, 3 * tile), -5.0)  # the same lane of several tiles, and other lanes
+    logits[0, [7 + tile, 7 + 2 * tile, 8]] = 1.0
+    logits[1, [2 * tile, tile + 1, tile + 5]] = 1.0
+    assert draw(logits, [row(temperature=0)] * 3) == [8, tile + 1, 0]
+
+
+def test_a_temperature_below_1e_5_is_greedy_and_1e_5_is_not():
+    logits = torch.tensor([[0.0, 1e-6, 0.0]])  # e^-0.1, 1, e^-0.1 at a temperature of 1e-5
+    assert drawn_at_many_u(logits, num=5, temperature=0.99e-5) == "11111"
+    assert drawn_at_many_u(logits, num=5, temperature=1e-5) == "00122"
+
+
+def test_u_is_looked_up_among_the_cumulated_probabilities():
+    logits = shares_to_logits(0.125, 0.5, 0.25, 0.125)
+    assert drawn_at_many_u(logits, num=16) == "0011111111222233"
+
+
+def test_an_interval_contains_its_lower_end_and_not_its_upper_end():
+    """Equal tokens, whose sums are exact: boundaries at exactly 1/4, 1/2, 3/4, and in a row of
+    8,192 at exactly 1/64, where a segment ends, and at 1/64 + 1/8192, inside the next."""
+    some_u = [0.0, 0.25 - 2**-24, 0.25, 0.5, BELOW_1]
+    assert draw(torch.zeros(1, 4), [row(u) for u in some_u]) == [0, 0, 1, 2, 3]
+    some_u = [1 / 64 - 2**-24, 1 / 64, 1 / 64 + 2**-13 - 2**-24, 1 / 64 + 2**-13, BELOW_1]
+    assert draw(torch.zeros(1, 8192), [row(u) for u in some_u]) == [127, 128, 128, 129, 8191]
+
+
+def test_what_is_kept_is_scaled_up_to_1():
+    logits = shares_to_logits(0.4, 0.2, 0.2, 0.1, 0.1)
+    assert drawn_at_many_u(logits, num=15, top_k=2) == "0" * 10 + "1" * 5
+
+
+def test_a_temperature_below_1_favours_the_likely_and_above_1_the_unlikely():
+    logits = shares_to_logits(0.8, 0.2)
+    assert drawn_at_many_u(logits, num=17, temperature=0.5) == "0" * 16 + "1"
+    assert drawn_at_many_u(logits, num=15, temperature=2.0) == "0" * 10 + "1" * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("u", [0.0, 2**-24, 0.5, BELOW_1])
+def test_a_token_of_probability_0_is_never_drawn_even_at_the_ends_of_the_line(u, dtype):
+    nothing = -math.inf
+    logits = torch.tensor([[nothing, nothing, 1.0, nothing, 0.5, 1.5, nothing]], dtype=dtype)
+    both = [row(u), row(u, top_k=6, top_p=0.999, min_p=0.001)]
+    assert draw(logits, both) == [2 if u < 0.1 else 5] * 2
+
+
+def test_u_just_below_1_ends_at_the_last_token_that_has_a_weight():
+    logits = normal(1, GPT2_VOCAB)
+    logits[:, GPT2_VOCAB - 300 :] = -math.inf
+    logits[:, GPT2_VOCAB - 301] = 16.0  # heavy, so that all u near 1 are its own
+    rows = [row(u) for u in (BELOW_1, 1 - 2**-20, 0.9999)]
+    assert draw(logits, rows) == [GPT2_VOCAB - 301] * 3
+
+
+@pytest.mark.parametrize("num_tiny", [31, 1000], ids=["one segment", "many"])
+def test_a_tail_of_tiny_weights_is_added_up_exactly(num_tiny):
+    """One token of weight 1, then some of 1.3 / 2**26 each: fp32 sums would not notice them.
+
+    From the end, 2**-24 of a total of little more than 1 is 3.08 tokens: the fourth but last.
+    """
+    tail = math.log(1.3) - 26 * math.log(2)
+    rows = [row(BELOW_1), row(1 - 2 * 2**-24), row(1 - 3 * 2**-24)]
+    expected = [num_tiny - 3, num_tiny - 6, num_tiny - 9]
+    assert draw(torch.tensor([[0.0] + [tail] * num_tiny]), rows) == expected
+
+
+def test_the_first_and_the_last_token_of_each_segment_can_be_drawn():
+    """4,096 tokens in 64 segments of 64: all weight on one of them."""
+    ids = [i for segment in (0, 1, 31, 62, 63) for i in (64 * segment, 64 * segment + 63)]
+    logits = torch.full((len(ids), 4096), -200.0)
+    logits[range(len(ids)), ids] = 0.0
+    for u in (0.0, 0.7, BELOW_1):
+        assert draw(logits, [row(u)] * len(ids)) == ids
+
+
+# ---- the cut -------------------------------------------------------------------------------------
+def test_top_k_keeps_the_k_most_likely():
+    logits = shares_to_logits(0.1, 0.4, 0.2, 0.3)
+    assert kept(logits, top_k=1) == [1]
+    assert kept(logits, top_k=2) == [1, 3]
+    assert kept(logits, top_k=3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 4, 1000, 10**30])
+def test_top_k_of_0_or_minus_1_or_of_the_vocabulary_or_more_keeps_all(top_k):
+    assert kept(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k) == [0, 1, 2, 3]
+    assert kept(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k, top_p=0.5) == [1, 3]
+
+
+def test_top_k_among_equal_tokens_keeps_the_lower_ids_and_never_more_than_k():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 1.0]])
+    assert kept(logits, top_k=1) == [1]
+    assert kept(logits, top_k=3) == [0, 1, 4]
+    assert kept(logits, top_k=4) == [0, 1, 2, 4]
+
+
+def test_top_p_keeps_the_token_that_makes_the_sum_reach_p():
+    """In order 0.5, 0.3, 0.15, 0.05: before the third the sum is 0.8."""
+    logits = shares_to_logits(0.15, 0.5, 0.05, 0.3)
+    assert kept(logits, top_p=0.45) == [1]
+    assert kept(logits, top_p=0.55) == [1, 3]
+    assert kept(logits, top_p=0.79) == [1, 3]
+    assert kept(logits, top_p=0.81) == [0, 1, 3]
+    assert kept(logits, top_p=0.96) == [0, 1, 2, 3]
+
+
+def test_a_sum_that_reaches_p_exactly_needs_no_further_token():
+    """Equal tokens, whose sums are exact. 0.3 of 10 is three tokens in float64 alone."""
+    assert kept(torch.zeros(1, 8), top_p=0.125) == [0]
+    assert kept(torch.zeros(1, 8), top_p=0.5) == [0, 1, 2, 3]
+    assert kept(torch.zeros(1, 8), top_p=0.5 + 1e-9) == [0, 1, 2, 3, 4]
+    assert kept(torch.zeros(1, 10), top_p=0.3) == [0, 1, 2]
+    # Of 64 tokens 8 are one walk away from the goal: one more than are wanted is too many.
+    assert kept(torch.zeros(1, 64), top_p=7 / 64) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_smallest_and_the_largest_top_p_below_1():
+    logits = shares_to_logits(0.1, 0.4, 0.2, 0.3)
+    assert kept(logits, top_p=5e-324) == [1]
+    assert kept(logits, top_p=math.nextafter(1, 0)) == [0, 1, 2, 3]
+
+
+def test_top_p_of_1_keeps_even_a_token_that_the_sum_does_not_notice():
+    logits = torch.tensor([[0.0, -50.0, -60.0]])  # 1 + 2e-22 is 1
+    assert kept(logits, top_p=1.0) == [0, 1, 2]
+    assert kept(logits, top_p=1.0, top_k=2) == [0, 1]
+
+
+def test_top_p_counts_what_top_k_left():
+    """0.4, 0.3, 0.2, 0.1: the first two alone are 4/7 and 3/7, and 4/7 is above 0.5."""
+    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
+    assert kept(logits, top_p=0.5) == [0, 1]
+    assert kept(logits, top_p=0.5, top_k=2) == [0]
+    assert kept(logits, top_p=0.6, top_k=2) == [0, 1]
+
+
+def test_top_p_of_a_tie_that_top_k_has_cut_keeps_the_lower_ids():
+    """Six equal tokens behind one of twice their weight; top_k leaves 2 + 1 + 1 + 1 = 5."""
+    logits = shares_to_logits(0.125, 0.125, 0.25, 0.125, 0.125, 0.125, 0.125)
+    assert kept(logits, top_k=4) == [0, 1, 2, 3]
+    assert kept(logits, top_k=4, top_p=0.3) == [2]
+    assert kept(logits, top_k=4, top_p=0.5) == [0, 2]
+    assert kept(logits, top_k=4, top_p=0.7) == [0, 1, 2]
+    assert kept(logits, top_k=4, top_p=0.9) == [0, 1, 2, 3]
+
+
+def test_min_p_keeps_what_is_at_least_that_fraction_of_the_most_likely():
+    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)  # fractions 1, 0.75, 0.5, 0.25
+    assert kept(logits, min_p=0.2) == [0, 1, 2, 3]
+    assert kept(logits, min_p=0.6) == [0, 1]
+    assert kept(logits, min_p=0.8) == [0]
+    assert kept(torch.tensor([[1.0, 1.0, 0.9]]), min_p=1) == [0, 1]
+
+
+def test_min_p_comes_after_the_temperature_and_before_top_p():
+    """At T = 0.5 the fractions are squared: 1, 0.56, 0.25, 0.06. Of 1.81 0.9 is 1.63: three."""
+    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
+    assert kept(logits, min_p=0.3, temperature=0.5) == [0, 1]
+    assert kept(logits, min_p=0.2, temperature=0.5, top_p=0.85) == [0, 1]
+    assert kept(logits, min_p=0.2, temperature=0.5, top_p=0.9) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 33])
+def test_every_k_keeps_k_tokens(vocab_size):
+    """Logits of four values, so that nearly every cut goes through a tie."""
+    logits = normal(1, vocab_size, size=1.0).round()
+    check_weights(logits, [row(top_k=k) for k in range(1, vocab_size + 1)])
+
+
+def test_a_tie_of_thousands_is_cut_at_the_right_id():
+    """All weights equal but three: the search goes through all 30 + 13 bits."""
+    logits = torch.zeros(1, 5000)
+    logits[0, [4000, 4001, 4999]] = 1.0
+    for k in (3, 4, 1000, 4002, 4003, 4999):
+        ids = kept(logits, top_k=k)
+        assert ids == sorted([*range(min(k - 3, 4000)), 4000, 4001, *range(4002, k - 1), 4999])
+
+
+def test_infinitely_unlikely_tokens_are_kept_or_cut_without_a_difference():
+    logits = torch.tensor([[-math.inf, 2.0, -math.inf, 1.0, -math.inf]])
+    for params in ({"top_k": 1}, {"top_k": 3}, {"top_k": 4, "top_p": 0.99}, {"min_p": 0.9}):
+        check_weights(logits, [row(**params)])
+        assert check(logits, [row(u / 4, **params) for u in range(4)]) == 0
+
+
+def test_one_finite_logit_leaves_no_choice():
+    logits = torch.full((1, 5000), -math.inf)
+    logits[0, 4321] = -7.0
+    some = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.1, "min_p": 1}, {"top_p": 0.999}]
+    rows = [row(u, **params) for params in some for u in (0.0, 0.5, BELOW_1)]
+    assert draw(logits, rows) == [4321] * 15
+
+
+def test_a_vocabulary_of_one_token_leaves_no_choice():
+    some = [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0.1, "min_p": 1}]
+    assert draw(torch.tensor([[-7.0]]), [row(BELOW_1, **params) for params in some]) == [0] * 4
+
+
+# ---- any row -------------------------------------------------------------------------------------
+CHOICES = {
+    "temperature": [0.0, 1e-5, 0.4, 1.0, 1.0, 1.7, 30.0],
+    "top_k": [0, 0, -1, 1, 2, 3, 5, 50, 10_000],
+    "top_p": [1.0, 1.0, 1e-9, 0.05, 0.31, 0.57, 0.83, 0.97],
+    "min_p": [0.0, 0.0, 0.07, 0.43, 1.0],
+}
+
+
+def random_row(choose: random.Random) -> SampleRow:
+    params = {name: choose.choice(values) for name, values in CHOICES.items()}
+    seed, position = choose.randrange(2**63), choose.randrange(2**12)
+    return SampleRow(SamplingParams(**params), seed, position, [0], 1)
+
+
+def random_logits(choose: random.Random, vocab_size: int) -> list[float]:
+    """Multiples of 1/8, so that ties are frequent, and some -inf, but not all."""
+    logits = [choose.randrange(-24, 25) / 8 for _ in range(vocab_size)]
+    for i in choose.choices(range(1, vocab_size), k=choose.choice([0, 0, 1, vocab_size // 2])):
+        logits[i] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize("vocab_size", [7, 100, 2_500])
+def test_random_rows_of_all_kinds_in_one_call(vocab_size):
+    choose = random.Random(SEED * 100 + vocab_size)
+    num = 200 if ON_GPU else 24 if vocab_size < 1000 else 12  # the interpreter takes its time
+    rows = [random_row(choose) for _ in range(num)]
+    logits = torch.tensor([random_logits(choose, vocab_size) for _ in range(num)])
+    num_close = check(logits, rows)
+    assert num_close <= 1 + num // 20
+    settled = [i for i in range(num) if is_settled(logits[i], rows[i])]
+    assert len(settled) > num // 2, "or this says little about what is cut"
+    drawn = [i for i in settled if not rows[i].params.greedy]
+    check_weights(logits[drawn], [rows[i] for i in drawn])
+
+
+def test_hypothesis_finds_no_row_that_is_cut_or_drawn_otherwise():
+    pytest.importorskip("hypothesis", reason="the test above draws random rows without it")
+    from hypothesis import assume, given, settings
+    from hypothesis import strategies as st
+
+    eighths = st.integers(-25, 24)  # of 1/8, so that ties are frequent; -25 stands for -inf
+    some_params = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in CHOICES.items()})
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(
+        numbers=st.lists(eighths, min_size=0, max_size=40),
+        last=st.integers(-24, 24),
+        params=some_params,
+        seed=st.integers(0, 2**63 - 1),
+        position=st.integers(0, 4096),
+    )
+    def search(numbers, last, params, seed, position):
+        values = [-math.inf if x == -25 else x / 8 for x in numbers] + [last / 8]
+        logits = torch.tensor([values])
+        one = SampleRow(SamplingParams(**params), seed, position, [0], 1)
+        assume(is_settled(logits[0], one))
+        assert check(logits, [one]) == 0
+        if not one.params.greedy:
+            check_weights(logits, [one])
+
+    search()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
+    """In 16 bits, of 50,257 tokens thousands are tied: the cut has to look at ids."""
+    some = [
+        {"temperature": 0},
+        {"temperature": 0.7, "top_k": 50},
+        {"temperature": 1.3, "top_p": 0.5, "min_p": 0.05},
+        {"temperature": 1.5, "top_k": 1000, "top_p": 0.95},
+    ]
+    rows = [SampleRow(SamplingParams(**p), 11, i, [0], 1) for i, p in enumerate(some)]
+    logits = normal(4, GPT2_VOCAB).to(dtype)
+    check(logits, rows)
+    settled = [i for i in (1, 3) if is_settled(logits[i], rows[i])]
+    assert settled, "or this says little about what is cut"
+    check_weights(logits.float()[settled], [rows[i] for i in settled])
+
+
+def test_draws_from_gpt2s_vocabulary_differ_at_most_at_the_ends_of_tokens():
+    """Plain draws of random logits: each disagreement is proven to be one, and there are few."""
+    num, per_row = (20_000, 1000) if ON_GPU else (24, 8)
+    rows = [SampleRow(SamplingParams(), SEED, position, [0], 1) for position in range(num)]
+    logits = normal(num // per_row, GPT2_VOCAB)
+    differ = sum(
+        check(logits[i : i + 1], rows[i * per_row : (i + 1) * per_row])
+        for i in range(num // per_row)
+    )
+    assert differ <= num // 20
+
+
+def test_u_beside_the_end_of_a_token_draws_that_token_below_and_the_next_one_above():
+    """Six of GPT-2's vocabulary, whose ends are approached to within the bound."""
+    logits = normal(1, GPT2_VOCAB)
+    ends, _ = line_of(logits[0], row())
+    is_wide = ends.diff(prepend=ends.new_zeros(1)) > 4 * BOUND
+    wide = (is_wide[:-1] & is_wide[1:]).nonzero().flatten().tolist()[100:106]
+    rows = [row(ends[t].item() + side) for t in wide for side in (-BOUND, BOUND + 2**-24)]
+    assert len(wide) == 6
+    assert draw(logits, rows) == [t + later for t in wide for later in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def shipped_logits(shipped_model_folder) -> torch.Tensor:
+    """The shipped model's logits (N, 3072) behind each token of a sentence."""
+    from checkpoint import load_model
+    from tokenizer import load_tokenizer
+
+    model = load_model(shipped_model_folder)
+    text = "Once upon a time there lived in a great forest an old woman and her three goats."
+    ids = torch.tensor(load_tokenizer(shipped_model_folder).encode(text))
+
+    def attend(layer, q, k, v):  # dense and causal: there is only one sequence, and no cache
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out[0].transpose(0, 1)
+
+    with torch.inference_mode():
+        return model.logits(model(ids, torch.arange(len(ids)), attend)).clone()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0}, {"temperature": 0.8, "top_k": 40}, {"top_p": 0.9}],
+    ids=str,
+)
+def test_the_shipped_models_next_tokens_are_those_of_sampling_py(shipped_logits, params):
+    seeds = range(20 if ON_GPU else 1)
+    num = len(shipped_logits)
+    assert num >= 15 and len(shipped_logits.argmax(1).unique()) >= 5
+    for seed in seeds:
+        rows = [SampleRow(SamplingParams(**params), seed, i, [0], 1) for i in range(1, num + 1)]
+        assert check(shipped_logits, rows) <= 1
+
+
+# ---- extremes ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [1e-5, 1e6])
+def test_extreme_logits_and_temperatures_keep_all_numbers_finite(temperature):
+    logits = torch.tensor([[1e4, -1e4, 9999.0, -math.inf, 3e38, -3e38], [1, 1, 1, 1, 1, 1]])
+    rows = [row(BELOW_1, temperature=temperature), row(0.5, temperature=temperature)]
+    weights = check_weights(logits, rows)
+    assert weights.isfinite().all() and weights.max() == 1
+    assert draw(logits, rows) == [4, 3]
+
+
+def test_the_highest_temperature_makes_all_tokens_equally_likely():
+    """Logits of 3 apart are weights of 1 - 3e-6: distinct, and yet the line is even."""
+    logits = 3.0 * torch.arange(8).flip(0)[None]
+    assert drawn_at_many_u(logits, num=16, temperature=1e6) == "0011223344556677"
+    assert kept(logits, temperature=1e6, top_k=3) == [0, 1, 2]
+
+
+def test_a_temperature_of_1e_5_draws_among_the_tied_only():
+    logits = torch.tensor([[1.0, 0.9999, 1.0, -3.0]])
+    assert drawn_at_many_u(logits, num=8, temperature=1e-5) == "00002222"
+
+
+def test_half_precision_logits_are_computed_in_fp32():
+    logits = torch.zeros(1, 4096, dtype=torch.bfloat16)  # a bf16 sum of ones stops at 256
+    assert draw(logits, [row(0.75)]) == [3072]
+    assert draw(logits.half(), [row(BELOW_1)]) == [4095]
+
+
+# ---- a row is drawn by itself --------------------------------------------------------------------
+def test_a_row_draws_the_same_token_alone_in_any_order_and_beside_any_others():
+    choose, num = random.Random(SEED), 20
+    rows, logits = [random_row(choose) for _ in range(num)], normal(num, 100)
+    together = draw(logits, rows)
+    assert len(set(together)) > 8  # or this proves nothing
+    assert [draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(num)] == together
+    order = random.Random(1).sample(range(num), 9)
+    assert draw(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_something_larger_are_drawn_in_place(dtype):
+    """A padded vocabulary, every second row; what lies beside the rows is NaN."""
+    choose = random.Random(SEED)
+    rows = [random_row(choose) for _ in range(6)]
+    logits = normal(6, 333).to(dtype)
+    larger = torch.full((12, 512), math.nan, dtype=dtype)
+    larger[::2, 5:338] = logits
+    view = larger.to(DEVICE)[::2, 5:338]
+    before = view.clone()
+    assert draw_tokens_triton(view, rows)[0].tolist() == draw(logits, rows)
+    assert torch.equal(view, before), "the logits are only read"
+
+
+def test_a_bias_and_penalties_are_applied_before_the_launch():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    rows = [
+        SampleRow(SamplingParams(temperature=0, logit_bias={2: 1.5}), 0, 1, [0], 1),
+        SampleRow(SamplingParams(temperature=0, presence_penalty=2.0), 0, 3, [0, 1, 1], 1),
+    ]
+    assert draw(logits, rows) == [2, 2] == draw_tokens(logits, rows)[0].tolist()
+
+
+def test_the_ids_and_the_peaks_go_into_the_tensors_that_are_given():
+    logits = torch.tensor([[1.0, 5.0], [7.0, 2.0]], device=DEVICE)
+    tensors = row_tensors([row(temperature=0), row(0.0)], 2, logits.device)
+    out, peaks = torch.tensor([9, 9], device=DEVICE), torch.zeros(2, device=DEVICE)
+    assert sample_triton(logits, *tensors, out=out, peaks=peaks) is out
+    assert out.tolist() == [1, 0] and peaks.tolist() == [5.0, 7.0]
+    assert sample_triton(logits, *tensors).tolist() == [1, 0]
+
+
+def test_no_rows_are_no_tokens():
+    token_ids, peaks = draw_tokens_triton(torch.empty(0, 9, device=DEVICE), [])
+    assert token_ids.shape == peaks.shape == (0,) and token_ids.dtype == torch.int64
+
+
+def test_p_in_32_bits_is_taken_as_it_is():
+    """0.3 in 32 bits is 0.30000001: of ten equal tokens a fourth is needed."""
+    logits = torch.zeros(2, 10, device=DEVICE)
+    tensors = row_tensors([row(BELOW_1, top_p=0.3)] * 2, 10, logits.device)
+    assert sample_triton(logits, *tensors).tolist() == [2, 2]
+    tensors[4] = tensors[4].float()
+    assert sample_triton(logits, *tensors).tolist() == [3, 3]
+
+
+# ---- rows without an answer, and calls that are refused ------------------------------------------
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_a_row_without_an_answer_shows_in_its_peak_and_disturbs_no_other(params):
+    """NaN, +inf or nothing but -inf: the token is the first such id, so it is one of the model."""
+    broken = [[1, math.nan, 2], [math.nan] * 3, [1, 2, math.inf], [-math.inf] * 3]
+    logits = torch.tensor([[1.0, 5.0, 1.0], *broken, [6.0, -9.0, -9.0]], device=DEVICE)
+    token_ids, peaks = draw_tokens_triton(logits, [row(**params)] * 6)
+    assert peaks.isfinite().tolist() == [True, False, False, False, False, True]
+    assert token_ids.tolist() == [1, 1, 0, 2, 0, 0]
+
+
+LOGITS = torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("logits", lambda x: x.double(), r"logits are torch.float64 \(2, 5\): they must be"),
+        ("logits", lambda x: x[0], r"logits are torch.float32 \(5,\): they must be \(rows, tokens"),
+        ("logits", lambda x: x[:, :0], r"logits are torch.float32 \(2, 0\): they must be"),
+        ("logits", lambda x: x.long(), "must all be of one type of"),
+        ("logits", lambda x: x.t().contiguous().t(), "logits has strides .*: the last one must"),
+        ("seeds", lambda x: x.int(), r"seeds is torch.int32 \(2,\) .*: it must be torch.int64"),
+        ("positions", lambda x: x[:1], r"positions is torch.int64 \(1,\) .*: it must be .* \(2,\)"),
+        ("temperatures", lambda x: x.double(), "temperatures is torch.float64"),
+        ("top_ks", lambda x: x.long(), "top_ks is torch.int64"),
+        ("top_ps", lambda x: x.half(), "it must be torch.float64 or torch.float32"),
+        ("min_ps", lambda x: x[:1].expand(2), r"with strides \(0,\) on .*: it must be .* contig"),
+        ("min_ps", lambda x: x.to("meta"), "on meta: it must be"),
+        ("out", lambda x: torch.zeros(2), "out is torch.float32"),
+        ("peaks", lambda x: torch.zeros(3), r"peaks is torch.float32 \(3,\)"),
+    ],
+)
+def test_tensors_that_cannot_be_meant_are_refused_in_one_sentence(name, change, words):
+    names = ("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps")
+    tensors = dict(zip(names, row_tensors([row()] * 2, 5, torch.device(DEVICE)), strict=True))
+    arguments = {"logits": LOGITS.to(DEVICE), **tensors, "out": None, "peaks": None}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=words) as refusal:
+        sample_triton(**arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_number_of_rows_must_match():
+    with pytest.raises(AssertionError):
+        draw_tokens_triton(torch.zeros(2, 3, device=DEVICE), [row()])
+
+
+# ---- only a GPU can say --------------------------------------------------------------------------
+@needs_gpu
+def test_a_hundred_runs_give_the_same_tokens():
+    choose = random.Random(SEED)
+    rows, logits = [random_row(choose) for _ in range(256)], normal(256, GPT2_VOCAB).to(DEVICE)
+    tensors = row_tensors(rows, GPT2_VOCAB, logits.device)
+    first = sample_triton(logits, *tensors)
+    for _ in range(100):
+        assert torch.equal(sample_triton(logits, *tensors), first)
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device():
+    logits = normal(8, GPT2_VOCAB).to(DEVICE)
+    tensors = row_tensors([row(top_k=9, top_p=0.9)] * 8, GPT2_VOCAB, logits.device)
+    out = sample_triton(logits, *tensors)  # compiled before the watch begins
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample_triton(logits, *tensors, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_recorded_graph_draws_from_what_lies_in_its_tensors_when_it_is_replayed():
+    logits = normal(4, GPT2_VOCAB).to(DEVICE)
+    rows = [row(0.3), row(temperature=0), row(0.6, top_k=40), row(0.9, top_p=0.8)]
+    tensors = row_tensors(rows, GPT2_VOCAB, logits.device)
+    out, peaks = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile before recording
+        sample_triton(logits, *tensors, out=out, peaks=peaks)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sample_triton(logits, *tensors, out=out, peaks=peaks)
+    for seed in (1, 2, 3):
+        logits.copy_(normal(4, GPT2_VOCAB, seed=seed))
+        tensors[1] += 1  # the next positions
+        graph.replay()
+        assert torch.equal(out, sample_triton(logits, *tensors))
+        assert torch.equal(peaks, logits.amax(1))
+
+
+@needs_gpu
+def test_rows_beyond_two_to_the_31_elements():
+    num = 2**31 // GPT2_VOCAB + 2
+    logits = torch.zeros(num, GPT2_VOCAB, dtype=torch.float16, device=DEVICE)
+    logits[-1, 777] = logits[-2, 50_000] = 9.0
+    tensors = row_tensors([row(temperature=0)], GPT2_VOCAB, logits.device)
+    drawn = sample_triton(logits, *(x.repeat(num) for x in tensors))
+    assert drawn[-2:].tolist() == [50_000, 777] and drawn[:-2].max() == 0
