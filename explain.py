@@ -265,7 +265,7 @@ class Explainer:
         context = max(1, step.num_context_tokens // step.num_rows)
         table = [cache.scratch_block] * -(-context // cache.block_size)
         rows = [Row([0] * context, context - 1, 1, table, 1)] * step.num_rows
-        return make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+        return make_batch(rows, cache.block_size, cache.scratch_block)
 
     def median_steps(self) -> dict[str, tuple[int, CountedStep]]:
         """For each kind of step how many there were, and the one that took the median time.

@@ -71,10 +71,11 @@ class Batch:
         return replace(self, **moved)
 
 
-def make_batch(
-    rows: list[Row], block_size: int, scratch_block: int, device: str | torch.device = "cpu"
-) -> Batch:
-    """Lay the new tokens of all rows end to end and translate their positions into slots."""
+def make_batch(rows: list[Row], block_size: int, scratch_block: int) -> Batch:
+    """Lay the new tokens of all rows end to end and translate their positions into slots.
+
+    The tensors are in host memory: `Batch.to` takes them further.
+    """
     starts = np.array([row.start for row in rows], dtype=np.int64)
     counts = np.array([row.num_new_tokens for row in rows], dtype=np.int64)
     samples = np.array([row.num_sample_rows for row in rows], dtype=np.int64)
@@ -99,17 +100,17 @@ def make_batch(
     ends = np.cumsum(samples)
     sample_rows = np.arange(samples.sum()) + np.repeat(locs[1:] - ends, samples)
 
-    def send(array: np.ndarray, dtype=np.int64) -> Tensor:
-        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+    def tensor(array: np.ndarray, dtype=np.int64) -> Tensor:
+        return torch.from_numpy(array.astype(dtype, copy=False))
 
     return Batch(
-        input_ids=send(input_ids),
-        positions=send(positions),
-        slot_mapping=send(slots),
-        block_tables=send(tables, np.int32),
-        query_start_locs=send(locs, np.int32),
-        context_lens=send(starts + counts, np.int32),
-        sample_rows=send(sample_rows),
+        input_ids=tensor(input_ids),
+        positions=tensor(positions),
+        slot_mapping=tensor(slots),
+        block_tables=tensor(tables, np.int32),
+        query_start_locs=tensor(locs, np.int32),
+        context_lens=tensor(starts + counts, np.int32),
+        sample_rows=tensor(sample_rows),
         max_query_len=int(counts.max()),
         max_context_len=int((starts + counts).max()),
     )

@@ -53,7 +53,7 @@ def middle_batch(ours: peers.Ours, batch: int, args: argparse.Namespace) -> Batc
     shuffled = torch.randperm(ours.llm.config.num_blocks)[: batch * per_sequence]
     tables = shuffled.view(batch, per_sequence).tolist()
     rows = [Row([0] * context, context - 1, 1, table, 1) for table in tables]
-    return make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+    return make_batch(rows, cache.block_size, cache.scratch_block).to(cache.pool.device)
 
 
 def parts_of(ours: peers.Ours, batch: Batch) -> dict[str, Callable[[int], object]]:

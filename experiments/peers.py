@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batches", type=int, nargs="*", default=[32], help="decode: sequences; none: skip")
     add("--steps", type=int, default=64, help="decode: steps timed in a round")
-    add("--rounds", type=int, default=3, help="decode: rounds, each times both contenders")
+    add("--rounds", type=int, default=5, help="decode: rounds, each times both contenders")
     more = ["static", "continuous"]
     add("--also", nargs="*", default=[], choices=more, help="decode: transformers' other ways too")
     add("--prefill", type=int, default=8, help="prefill: prompts in one step; 0: skip")
@@ -203,7 +203,7 @@ def check_equal_work(ours: Ours, theirs: Theirs, prompts: Tensor) -> None:
             Row(token_ids, start, num_new_tokens, block_table, 1)
             for token_ids, block_table in zip(all_ids, tables, strict=True)
         ]
-        batch = make_batch(rows, cache.block_size, cache.scratch_block, cache.pool.device)
+        batch = make_batch(rows, cache.block_size, cache.scratch_block)
         error = (ours.llm.engine.forward(batch).double() - want.double()).abs().max()
         in_16_bits = cache.pool.dtype.itemsize == 2
         bound = 0.02 * want.abs().max() if in_16_bits else 1e-3
