@@ -63,8 +63,8 @@ def next_logits(model: GPT, plug: Plug, sequences: list[list[int]], starts: list
     positions = [position for _, start, end in spans for position in range(start, end)]
     counts = [end - start for _, start, end in spans]
     flat = (torch.tensor(numbers, device=device) for numbers in (input_ids, positions))  # (N,) each
-    hidden = model(*flat, plug(starts, counts))  # (N, C)
-    return model.logits(hidden[[end - 1 for end in accumulate(counts)]])  # each one's last row
+    last_rows = torch.tensor([end - 1 for end in accumulate(counts)], device=device)  # (B,)
+    return model.logits(model(*flat, plug(starts, counts), last_rows))
 
 
 def generate_no_cache(

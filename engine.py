@@ -84,8 +84,8 @@ def eager_forward(
 
     def forward(batch: Batch) -> Tensor:
         batch = batch.to(cache.pool.device)
-        hidden = model(batch.input_ids, batch.positions, cache.attend(batch, attention, write))
-        return model.logits(hidden[batch.sample_rows])
+        attend = cache.attend(batch, attention, write)
+        return model.logits(model(batch.input_ids, batch.positions, attend, batch.sample_rows))
 
     return forward
 

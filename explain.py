@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from block_allocator import BlockAllocator
 from engine import Forward, InferenceEngine, eager_forward
@@ -88,16 +88,23 @@ def count_plan(plan: Plan) -> tuple[int, int, int]:
     return plan.num_tokens, context_tokens, pairs
 
 
+def split_parts(model: GPT) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The parts that all rows of a step go through, and those for rows that want logits."""
+    last = model.h[-1]
+    sampled = [last.attn.c_proj, last.ln_2, last.mlp, model.ln_f, model.lm_head]
+    return [*model.h[:-1], last.ln_1, last.attn.c_attn], sampled
+
+
 def weight_bytes(model: GPT, num_rows: int, num_sample_rows: int) -> int:
     """Bytes of weights that a step reads.
 
     All of the layers, once, however many rows there are. Of the two embeddings only a row each a
-    token: 6 KB of the 124M shape's 158 MB. The head reads its matrix whole, where logits are
-    wanted at all; that it may be the embedding's own matrix saves room, not reading.
+    token: 6 KB of the 124M shape's 158 MB. The head reads its matrix whole, and as the last layer
+    behind its attention only where logits are wanted; that it may be the embedding's own matrix
+    saves room, not reading.
     """
-    parts = [*model.h.parameters(), *model.ln_f.parameters()]
-    if num_sample_rows:
-        parts += model.lm_head.parameters()
+    every, sampled = split_parts(model)
+    parts = nn.ModuleList(every + sampled if num_sample_rows else every).parameters()
     looked_up = 2 * num_rows * model.config.n_embd * model.wte.weight.dtype.itemsize
     # Of packed weights only sizes and type are asked for: their order is oneDNN's own.
     return looked_up + sum(weight.numel() * weight.dtype.itemsize for weight in parts)
@@ -106,15 +113,18 @@ def weight_bytes(model: GPT, num_rows: int, num_sample_rows: int) -> int:
 def count_operations(model: GPT, step: CountedStep) -> int:
     """Multiplications and additions of a step's products and of its attention.
 
-    Each weight of a layer meets each row, each of the head each row that wants logits. In every
-    layer each pair is C multiply-adds for the scores of all heads, and C more for the sum over V.
-    LayerNorms, activations and residuals are left out: a thousandth of it.
+    Each weight of a layer meets each row; those of the head, and of the last layer behind its
+    attention, each row that wants logits. In every layer each pair is C multiply-adds for the
+    scores of all heads, and C more for the sum over V. LayerNorms, activations and residuals are
+    left out: a thousandth of it.
     """
-    linears = [part for part in model.h.modules() if hasattr(part, "in_features")]
-    in_layers = sum(linear.in_features * linear.out_features for linear in linears)
-    in_head = model.lm_head.in_features * model.lm_head.out_features
+    products = 0
+    for parts, num_rows in zip(
+        split_parts(model), (step.num_rows, step.num_sample_rows), strict=True
+    ):
+        linears = [p for p in nn.ModuleList(parts).modules() if hasattr(p, "in_features")]
+        products += num_rows * sum(p.in_features * p.out_features for p in linears)
     in_pairs = 2 * model.config.n_layer * model.config.n_embd
-    products = step.num_rows * in_layers + step.num_sample_rows * in_head
     return 2 * (products + step.num_pairs * in_pairs)
 
 

@@ -256,6 +256,24 @@ def test_the_model_keeps_nothing_between_two_calls(tiny_gpt):
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("rows", [[8], [0, 3, 8], [5, 5, 2], [], slice(None), slice(7, 9)])
+def test_chosen_rows_have_the_hidden_states_that_they_have_among_all(rows, tiny_gpt):
+    model, ids = tiny_gpt(), torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5])
+    rows = torch.tensor(rows, dtype=torch.int64) if isinstance(rows, list) else rows
+    everything = model(ids, torch.arange(9), attend_one_sequence)
+    chosen = model(ids, torch.arange(9), attend_one_sequence, rows)
+    torch.testing.assert_close(chosen, everything[rows], rtol=1e-5, atol=1e-5)
+    assert chosen.shape == everything[rows].shape
+
+
+def test_behind_the_last_attention_only_chosen_rows_are_computed(tiny_gpt):
+    model, widths = tiny_gpt(), []
+    for layer in model.h:
+        layer.mlp.register_forward_hook(lambda _, args, out: widths.append(len(args[0])))
+    model(torch.arange(9), torch.arange(9), attend_one_sequence, torch.tensor([8]))
+    assert widths == [9] * (len(model.h) - 1) + [1]
+
+
 def test_logits_are_computed_for_the_rows_that_are_asked_for(tiny_gpt):
     model, ids = tiny_gpt(dtype=torch.float64), random_ids(10, 97)
     with torch.inference_mode():
