@@ -23,10 +23,8 @@ Try: max_num_batched_tokens=4 in the demo (watch the long prompt arrive in piece
 num_blocks=7 (somebody is preempted, and writes the same text all the same).
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,38 +41,6 @@ from tokenizer import Tokenizer
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What an engine may use, named as in vLLM but for the pool's size and max_seq_len."""
-
-    block_size: int = 16  # tokens; larger wastes more of each sequence's last block
-    num_blocks: int | None = None  # the pool's size in blocks, or
-    kv_cache_mb: float | None = None  # in 10**6 bytes, or neither: what the device has free
-    gpu_memory_utilization: float = 0.9  # of the free memory of a GPU, where the pool is measured
-    max_num_seqs: int = 256  # sequences in one step
-    max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
-    max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
-    cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
-    seed: int = 0  # of requests that bring none
-
-    def __post_init__(self):
-        may_be_none = ("num_blocks", "max_seq_len")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
-            value = getattr(self, name)
-            left_open = value is None and name in may_be_none
-            if not left_open and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-        mb, share = self.kv_cache_mb, self.gpu_memory_utilization
-        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
-            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
-        if not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
-        if type(self.cuda_graphs) is not bool:
-            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}: it must be True or False")
 
 
 def eager_forward(

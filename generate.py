@@ -31,9 +31,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TextIO, get_args
 
-from engine import EngineConfig
+from backends import BACKENDS, DTYPES
 from explain import Explainer
-from llm import BACKENDS, DTYPES, LLM, SHIPPED_MODEL, SamplingParams
+from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput, StepOutput
 from recorder import Recorder
 from scheduler import Scheduler
@@ -263,8 +263,7 @@ class Screen:
 def run_all(llm: LLM, prompts: list, screen: Screen) -> list[RequestOutput]:
     """Serve all prompts together; outputs in their order. A refused prompt stops everything."""
     engine = llm.engine
-    ids = [engine.add_request(prompt, params) for prompt, params in prompts]
-    outputs = {}
+    ids, outputs = [engine.add_request(prompt, params) for prompt, params in prompts], {}
     while engine.has_unfinished():
         screen.meter.add(step := engine.step())
         outputs |= {output.request_id: output for output in step.outputs if output.finished}

@@ -13,142 +13,77 @@ a script written for vLLM needs little more than another import:
             tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
             EngineConfig      ┘            └─> forward(batch) -> logits ───┘
 
-What is chosen by default: float32 and the Numba kernels on a CPU; on a GPU the Triton kernels,
-decode steps that are recorded once and replayed, and bfloat16 where it has it, else float16,
-whatever the file holds. What a production engine does beyond this: several GPUs, and processes
-around them.
+What is chosen by default: float32, packed weights where that pays and the Numba kernels on a CPU;
+on a GPU the Triton kernels, decode steps that are recorded once and replayed, and bfloat16 where it
+has it, else float16, whatever the file holds. What a production engine does beyond this: several
+GPUs, and processes around them.
 
 vLLM's class of this name: docs.vllm.ai, "Offline inference".
 Run: python llm.py
 Try: block_size=1 or num_blocks=12 in the demo: the texts stay the same, the blocks do not.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from cuda_graphs import GraphForward, recorded_sizes, rehearse
-from engine import EngineConfig, Forward, InferenceEngine, eager_forward
+from engine import Forward, InferenceEngine, eager_forward
 from hub import find_folder
-from kv_cache import KVCache, choose_num_blocks, write_kv
+from kv_cache import KVCache, choose_num_blocks
 from model import GPT
 from outputs import RequestOutput
 from packed_linear import pack
-from paged_attention import paged_attention
-from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
-from paged_attention_triton import INTERPRETED, paged_attention_triton
-from paged_prefill_triton import HAS_TRITON, write_kv_triton
 from policies import first_come_first_served
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
-__all__ = ["LLM", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
+__all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-gpt2"
 
 GPT2_VOCAB_SIZES = (50257, 50304)  # as it is, and padded to a multiple of 64 by nanoGPT
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may use, named as in vLLM but for the pool's size and max_seq_len."""
 
-class Backend(NamedTuple):
-    """One way to write and to read the pool, and where it can be used."""
+    block_size: int = 16  # tokens; larger wastes more of each sequence's last block
+    num_blocks: int | None = None  # the pool's size in blocks, or
+    kv_cache_mb: float | None = None  # in 10**6 bytes, or neither: what the device has free
+    gpu_memory_utilization: float = 0.9  # of the free memory of a GPU, where the pool is measured
+    max_num_seqs: int = 256  # sequences in one step
+    max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
+    max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
+    cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
+    seed: int = 0  # of requests that bring none
 
-    paged_attention: Callable[..., Tensor]  # of the common signature
-    write_kv: Callable[..., None]
-    device: str | None  # the only kind of device that it runs on
-    dtypes: tuple[torch.dtype, ...]
-    missing: str | None  # what it needs and does not find on this machine
-
-
-# The fastest first: "auto" takes the first that runs.
-BACKENDS = {
-    "triton": Backend(
-        paged_attention_triton,
-        write_kv_triton,
-        "cpu" if INTERPRETED else "cuda",
-        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        None if HAS_TRITON else "triton",
-    ),
-    "numba": Backend(
-        paged_attention_cpu,
-        write_kv_cpu,
-        "cpu",
-        (torch.bfloat16, torch.float32, torch.float64),
-        None if HAS_NUMBA else "numba",
-    ),
-    "torch": Backend(paged_attention, write_kv, None, tuple(DTYPES.values()), None),
-}
-
-
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that was named, or the fastest for the device; the next one if it lacks `dtype`.
-
-    That is said once, in a warning. Kernels that Triton interprets are slow and run only if they
-    are named. Raises ValueError for a backend that this machine or device cannot have.
-    """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
-    names, lacking = list(BACKENDS), None
-    for name in names[0 if backend == "auto" else names.index(backend) :]:
-        candidate = BACKENDS[name]
-        usable = candidate.missing is None and candidate.device in (None, device.type)
-        if not usable and name == backend:
-            fault = f"needs {candidate.missing}, which is not installed"
-            if candidate.missing is None:
-                fault = f"runs on {candidate.device}, the model is on {device.type}"
-            raise ValueError(f"backend {name!r} {fault}: choose another, or auto")
-        if not usable or (name == "triton" and INTERPRETED and name != backend):
-            continue
-        if dtype in candidate.dtypes:
-            if lacking:
-                warnings.warn(f"backend {lacking!r} has no {str(dtype)[6:]}: {name!r} is used")
-            return name
-        lacking = lacking or name
-    raise AssertionError("the last backend runs everywhere and has every dtype")
-
-
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is the GPU where PyTorch sees one. Raises ValueError for one that is not there."""
-    device = str(device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}: choose auto, cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but PyTorch sees no GPU: use device='cpu'")
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
-    if dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def can_record(backend: str, device: torch.device) -> bool:
-    """Whether decode steps can be recorded: on a GPU, by kernels that ask the host for nothing."""
-    return backend == "triton" and device.type == "cuda"
+    def __post_init__(self):
+        may_be_none = ("num_blocks", "max_seq_len")
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
+            value = getattr(self, name)
+            left_open = value is None and name in may_be_none
+            if not left_open and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
+        mb, share = self.kv_cache_mb, self.gpu_memory_utilization
+        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
+            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
+        if not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
+        if type(self.cuda_graphs) is not bool:
+            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}: it must be True or False")
 
 
 def find_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:

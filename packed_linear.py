@@ -11,8 +11,8 @@ again. Weights do not change while text is written, so here they are laid out on
                  c c c c c ..
 
 The products are oneDNN's, the library that PyTorch brings along, and the activation is computed on
-each tile while it is in registers. In bfloat16 it always pays, in float32 from 3 rows on (twice as
-fast at 8; one row is a tenth slower) and for models as wide as GPT-2. An output head that shares
+each tile while it is in registers. In bfloat16 it always pays, in float32 from 3 rows on (8 are up
+to twice as fast, one is a tenth slower) and for models as wide as GPT-2. An output head that shares
 its weights with the embedding becomes a copy, since the embedding looks rows up where they are.
 What a production engine does beyond this: weights in 8 or 4 bits, where the layout counts for more.
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
 from baselines import (
     BuddyAllocator,
     power_of_two,
@@ -34,7 +35,7 @@ from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
-from llm import BACKENDS, DTYPES, SHIPPED_MODEL, resolve_backend, resolve_device, resolve_dtype
+from llm import SHIPPED_MODEL
 from model import GPT
 from packed_linear import pack
 from recorder import read_recording

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch  # noqa: E402
 
+from backends import DTYPES  # noqa: E402
 from baselines import (  # noqa: E402
     BuddyAllocator,
     power_of_two,
@@ -43,7 +44,7 @@ from baselines import (  # noqa: E402
 )
 from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
 from checkpoint import RANDOM_SHAPES  # noqa: E402
-from llm import DTYPES, LLM, SamplingParams  # noqa: E402
+from llm import LLM, SamplingParams  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler, reserve_now  # noqa: E402

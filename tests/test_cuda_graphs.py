@@ -792,7 +792,7 @@ def test_on_a_cpu_an_llm_records_nothing_whatever_is_said(model):
 
 
 def test_steps_are_recorded_on_a_gpu_through_tritons_kernels():
-    from llm import can_record
+    from backends import can_record
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert can_record("triton", gpu)
@@ -858,7 +858,7 @@ def test_a_pool_is_measured_while_a_rehearsal_holds_its_memory(recording_llm, mo
 
 
 def test_cuda_graphs_is_true_or_false():
-    from engine import EngineConfig
+    from llm import EngineConfig
 
     assert EngineConfig().cuda_graphs is True
     for value in ("no", 0, None):

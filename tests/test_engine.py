@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from backends import BACKENDS, resolve_backend
 from baselines import generate_contiguous, generate_no_cache
 from block_allocator import BlockAllocator
 from checkpoint import load_model, save_model
-from engine import EngineConfig, InferenceEngine, eager_forward, sample_next
+from engine import InferenceEngine, eager_forward, sample_next
 from kv_cache import KVCache
-from llm import BACKENDS, resolve_backend
+from llm import EngineConfig
 from model import attend_one_sequence
 from sampling import SamplingParams
 from scheduler import Scheduler

@@ -19,10 +19,10 @@ import torch
 
 import checkpoint
 import generate
+from backends import BACKENDS
 from checkpoint import save_model
-from engine import EngineConfig
 from generate import OPENINGS, Meter, main, parse_args, pool_strip
-from llm import BACKENDS, LLM, SamplingParams
+from llm import LLM, EngineConfig, SamplingParams
 from model import GPT, GPTConfig
 from tokenizer import save_vocabulary
 

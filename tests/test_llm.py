@@ -10,20 +10,14 @@ import json
 import pytest
 import torch
 
+import backends
 import checkpoint
 import kv_cache
 import llm as llm_module
+from backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
 from baselines import generate_no_cache
 from checkpoint import load_model, save_model
-from llm import (
-    BACKENDS,
-    LLM,
-    RequestOutput,
-    SamplingParams,
-    resolve_backend,
-    resolve_device,
-    resolve_dtype,
-)
+from llm import LLM, RequestOutput, SamplingParams
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
 from tokenizer import save_vocabulary
@@ -380,7 +374,7 @@ def count_calls(monkeypatch):
             paged_attention=counting(name, "read", backend.paged_attention),
             write_kv=counting(name, "write", backend.write_kv),
         )
-        monkeypatch.setitem(llm_module.BACKENDS, name, counted)
+        monkeypatch.setitem(BACKENDS, name, counted)
     return calls
 
 
@@ -412,8 +406,8 @@ def test_a_dtype_that_a_backend_lacks_goes_to_the_next_one_and_says_so_once(monk
 def stand_in(monkeypatch, **changes):
     """BACKENDS as another machine would have it: `numba={"missing": "numba"}`."""
     for name, change in changes.items():
-        monkeypatch.setitem(llm_module.BACKENDS, name, BACKENDS[name]._replace(**change))
-    monkeypatch.setattr(llm_module, "INTERPRETED", False)
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(**change))
+    monkeypatch.setattr(backends, "INTERPRETED", False)
 
 
 def test_auto_takes_the_fastest_that_the_machine_has(monkeypatch):
@@ -448,7 +442,7 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, name, change, device,
 
 def test_interpreted_kernels_run_only_if_they_are_named(monkeypatch):
     stand_in(monkeypatch, triton={"missing": None, "device": "cpu"})
-    monkeypatch.setattr(llm_module, "INTERPRETED", True)
+    monkeypatch.setattr(backends, "INTERPRETED", True)
     assert resolve_backend("auto", HERE, torch.float32) == NUMBA_OR_TORCH
     assert resolve_backend("triton", HERE, torch.float32) == "triton"
 
