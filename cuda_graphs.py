@@ -15,9 +15,10 @@ step, and there are as many rows as there were then:
 A padded row has a context of 0 tokens, so it reads nothing, and writes to the scratch block. Steps
 with prompts in them are not recorded: they have any number of tokens, and give the GPU so much to
 do that Python keeps up. A recording is only a faster call: on a CPU, which has no graphs, the same
-code fills the same buffers and calls the function. What a production engine does beyond this:
-records the sampling too, keeps the inputs on the device from step to step, records the steps of
-prompts in pieces.
+code fills the same buffers and calls the function. The draw of the tokens can be recorded behind
+the logits, and then a step can begin before the host has seen the tokens of the one before. What a
+production engine does beyond this: keeps all inputs on the device from step to step, records the
+steps of prompts in pieces.
 
 PyTorch: docs.pytorch.org, "CUDA semantics", section "CUDA Graphs".
 Run: python cuda_graphs.py
@@ -42,11 +43,15 @@ from model import GPT, GPTConfig
 from paged_attention import paged_attention
 from paged_attention_triton import paged_attention_triton
 from paged_prefill_triton import write_kv_triton
+from sampling import LOW_32, SampleRow
+from sampling_triton import ROW_DTYPES, draw_tokens_triton, row_tensors
 
 # Rows that are recorded. Products cost the same between multiples of 64, and a padded row leaves
 # attention at once: sizes closer to each other would win little, and each takes a recording.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 ALIGNMENT = 16  # bytes: from such an address on, a GPU's thread loads as many at once
+# What a sampler wants to know of each row, in the order of `row_tensors`.
+DRAW_INPUTS = ("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps")
 
 
 def recorded_sizes(max_num_seqs: int) -> list[int]:
@@ -124,10 +129,13 @@ class Graphs:
 
 
 # ---- the inputs of a step, packed ----------------------------------------------------------------
-def plan_layout(size: int, max_blocks: int) -> tuple[dict[str, tuple], int]:
+def plan_layout(
+    size: int, max_blocks: int, draw_inputs: Iterable[str] = ()
+) -> tuple[dict[str, tuple], int]:
     """Where the inputs of a step lie in packed bytes, and how many bytes they are together.
 
     name -> (first byte, dtype, shape), for `size` rows with tables of `max_blocks` blocks.
+    `draw_inputs` are the names of what a sampler wants to know of each row.
     """
     inputs = {
         "input_ids": (torch.int64, (size,)),
@@ -137,6 +145,7 @@ def plan_layout(size: int, max_blocks: int) -> tuple[dict[str, tuple], int]:
         "query_start_locs": (torch.int32, (size + 1,)),
         "block_tables": (torch.int32, (size, max_blocks)),
     }
+    inputs |= {f"draw {name}": (ROW_DTYPES[name][0], (size,)) for name in draw_inputs}
     layout, end = {}, 0
     for name, (dtype, shape) in inputs.items():
         layout[name] = (end, dtype, shape)
@@ -163,6 +172,19 @@ class RecordedStep(NamedTuple):
     replay: Callable[[], Tensor]  # -> logits (size, V)
 
 
+def run_and_draw(
+    forward: Callable[[Batch], Tensor],
+    batch: Batch,
+    sampler: Callable[..., Tensor] | None,
+    to_draw: dict[str, Tensor],
+) -> Tensor:
+    """What is recorded: logits (size, V), and the tokens drawn from them if there is a sampler."""
+    logits = forward(batch)
+    if sampler is not None:
+        sampler(logits, **to_draw)
+    return logits
+
+
 class GraphForward:
     """A forward (see `engine.py`) that replays decode steps and hands all others on.
 
@@ -170,7 +192,8 @@ class GraphForward:
     reads nothing but the batch, the model and the pool, and asks the device for no value.
     `sizes` are the numbers of rows to record and `max_seq_len` is the longest context; `progress`
     wraps the sizes while they are recorded, largest first, so that the smaller ones find room in
-    the memory that it took. Raises ValueError for sizes or lengths below 1.
+    the memory that it took. `sampler`, a function like `sample_triton`, is recorded behind the
+    logits, for `decode`. Raises ValueError for sizes or lengths below 1.
 
     On a GPU the logits of a replay are overwritten by the next step of the same size.
     """
@@ -184,6 +207,7 @@ class GraphForward:
         max_seq_len: int,
         launcher: Calls | Graphs | None = None,
         progress: Callable[[list[int]], Iterable[int]] = iter,
+        sampler: Callable[..., Tensor] | None = None,
     ):
         if not sizes or min(*sizes, max_seq_len) < 1:
             given = f"sizes are {sizes}, max_seq_len is {max_seq_len}"
@@ -193,6 +217,10 @@ class GraphForward:
         self.forward, self.sizes, self.max_seq_len = forward, sorted(sizes), max_seq_len
         self.launcher = launcher or (Graphs() if on_gpu else Calls())
         self.max_blocks = -(-max_seq_len // cache.block_size)
+        self.sampler, self.draw_inputs = sampler, DRAW_INPUTS if sampler else ()
+        # What was drawn: the next step may take its tokens from here without asking the host.
+        self.token_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
+        self.peaks = torch.zeros(self.sizes[-1], dtype=torch.float32, device=device)
         # What a padded row holds: it reads nothing, and writes its K and V to scratch.
         self.padding = {
             "input_ids": 0,
@@ -202,7 +230,7 @@ class GraphForward:
             "block_tables": cache.scratch_block,
         }
         # All sizes share one buffer, each from its first byte on: a step copies what it needs.
-        num_bytes = plan_layout(self.sizes[-1], self.max_blocks)[1]
+        num_bytes = plan_layout(self.sizes[-1], self.max_blocks, self.draw_inputs)[1]
         self.packed_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self.packed = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.steps = {size: self._record(size) for size in progress(self.sizes[::-1])}
@@ -213,17 +241,28 @@ class GraphForward:
         size = self.recorded_size(batch)
         if size is None:
             return self.forward(batch)
-        step = self.steps[size]
-        self.launcher.wait()  # the step before may be the GPU's still, and its inputs on their way
-        self._fill(step.host, batch)
-        self.launcher.send(step.target, step.source)
-        return step.replay()[: len(batch.context_lens)]
+        return self._replay(self.steps[size], batch)[: len(batch.context_lens)]
+
+    @torch.inference_mode()
+    def decode(self, batch: Batch, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
+        """The next tokens (M,) of the batch's sample rows, and their peaks (M,), without a wait.
+
+        As `draw_tokens_triton` of the logits; where the step was recorded, so was the draw. It
+        takes logits as they are: rows with a bias or penalties are for `__call__`. What it returns
+        is overwritten by the next step.
+        """
+        size = self.recorded_size(batch)
+        if size is None or self.sampler is None:
+            return draw_tokens_triton(self(batch), rows)
+        self._replay(self.steps[size], batch, rows)
+        return self.token_ids[: len(rows)], self.peaks[: len(rows)]
 
     def recorded_size(self, batch: Batch) -> int | None:
         """The size whose recording serves a batch; None for one that has to run as it is.
 
         What was recorded is a step in which every sequence adds one token and wants its logits. (A
-        batch that somebody took to a GPU already runs as it is: looking into it would stop both.)
+        batch that somebody took to a GPU already runs as it is: looking into it would stop both.
+        The token ids alone may be there, drawn by the step before.)
         """
         num_seqs = len(batch.context_lens)
         is_recorded = (
@@ -231,18 +270,20 @@ class GraphForward:
             batch.max_query_len == 1
             and len(batch.input_ids) == num_seqs <= self.sizes[-1]
             and batch.max_context_len <= self.max_seq_len
-            and batch.input_ids.device.type == "cpu"
+            and batch.positions.device.type == "cpu"
             and np.array_equal(batch.sample_rows.numpy(), np.arange(num_seqs))
         )
         # 5 sequences -> size 8
         return self.sizes[bisect_left(self.sizes, num_seqs)] if is_recorded else None
 
     def _record(self, size: int) -> RecordedStep:
-        layout, num_bytes = plan_layout(size, self.max_blocks)
+        layout, num_bytes = plan_layout(size, self.max_blocks, self.draw_inputs)
         source, target = self.packed_host[:num_bytes], self.packed[:num_bytes]
         host = {name: view.numpy() for name, view in views_of(source, layout).items()}
+        views = views_of(target, layout)
+        to_draw = {name: views.pop(f"draw {name}") for name in self.draw_inputs}
         batch = Batch(
-            **views_of(target, layout),
+            **views,
             sample_rows=slice(None),  # all of them; a slice is a view, an index one more launch
             max_query_len=1,
             max_context_len=self.max_seq_len,  # upper bounds are allowed, and this one never moves
@@ -253,13 +294,30 @@ class GraphForward:
         # 0 tokens they would prove little.
         host["context_lens"].fill(1)
         self.launcher.send(target, source)
-        replay = self.launcher.record(partial(self.forward, batch))
-        return RecordedStep(host, batch, source, target, replay)
+        to_draw |= {"out": self.token_ids[:size], "peaks": self.peaks[:size]}
+        # Bound to what it needs and not to this object, which would then never be freed by itself.
+        run = partial(run_and_draw, self.forward, batch, self.sampler, to_draw)
+        return RecordedStep(host, batch, source, target, self.launcher.record(run))
+
+    def _replay(self, step: RecordedStep, batch: Batch, rows: list[SampleRow] | None = None):
+        """Logits (size, V) of a batch's rows and the padded ones; `rows` if tokens are wanted."""
+        self.launcher.wait()  # the step before may be the GPU's still, and its inputs on their way
+        self._fill(step.host, batch)
+        if rows is not None:
+            columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))
+            for name, column in zip(self.draw_inputs, columns, strict=True):
+                step.host[f"draw {name}"][: len(rows)] = column.numpy()
+        self.launcher.send(step.target, step.source)
+        if batch.input_ids.device.type != "cpu":  # drawn a step ago, and never on the host
+            step.batch.input_ids[: len(batch.input_ids)] = batch.input_ids
+        return step.replay()
 
     def _clear(self, host: dict[str, np.ndarray]) -> None:
         """Make all rows padded ones."""
         for name, value in self.padding.items():
             host[name].fill(value)
+        for name in self.draw_inputs:
+            host[f"draw {name}"].fill(0)  # greedy: a temperature of 0
         # They too have one query each: as many rows as sequences means a pure decode step.
         host["query_start_locs"][:] = np.arange(len(host["query_start_locs"]))
 
@@ -267,8 +325,9 @@ class GraphForward:
         """Write a batch's rows over the first rows of cleared inputs."""
         self._clear(host)
         for name in ("input_ids", "positions", "slot_mapping", "context_lens"):
-            values = getattr(batch, name).numpy()
-            host[name][: len(values)] = values
+            values = getattr(batch, name)
+            if values.device.type == "cpu":
+                host[name][: len(values)] = values.numpy()
         # A reservation may have given a sequence more blocks than it can ever read.
         tables = batch.block_tables.numpy()[:, : self.max_blocks]
         host["block_tables"][: tables.shape[0], : tables.shape[1]] = tables

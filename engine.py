@@ -15,7 +15,7 @@ a recorded graph. And each request has a strategy, which turns the logits of its
 their continuations: one token each (sampling), several children (beams), several tokens (an
 accepted draft). `step()` knows neither, and hosts no guests: recorders, metrics and progress bars
 live on the `StepOutput` it returns. What a production engine does beyond this: plans the next step
-while the device still runs this one, and keeps its inputs on the device from step to step.
+while the device still runs this one (`plan_ahead.py`), and serves from processes of their own.
 
 Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI.
 Run: python engine.py
@@ -25,6 +25,7 @@ num_blocks=7 (somebody is preempted, and writes the same text all the same).
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,13 +35,14 @@ from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
 from outputs import OutputProcessor, StepOutput
 from paged_attention import paged_attention
-from sampling import SampleRow, SamplingParams, child_seed, sample
+from sampling import SampleRow, SamplingParams, child_seed, conclude, draw_tokens
 from scheduler import Scheduler
 from sequence import Continuation, Plan, Request, Sequence
 from tokenizer import Tokenizer
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
+Draw = Callable[[Tensor, list[SampleRow]], tuple[Tensor, Tensor]]  # see `sampling.draw_tokens`
 
 
 def eager_forward(
@@ -56,9 +58,9 @@ def eager_forward(
     return forward
 
 
-def sample_next(sequences: list[Sequence], logits: Tensor) -> list[Continuation]:
-    """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
-    rows = [
+def sample_rows(sequences: list[Sequence]) -> list[SampleRow]:
+    """What a sampler has to know of each sequence, to draw its next token."""
+    return [
         SampleRow(
             params=seq.request.params,
             seed=seq.seed,
@@ -69,7 +71,15 @@ def sample_next(sequences: list[Sequence], logits: Tensor) -> list[Continuation]
         )
         for seq in sequences
     ]
-    token_ids, logprobs = sample(logits, rows)
+
+
+def sample_next(
+    sequences: list[Sequence], logits: Tensor, draw: Draw = draw_tokens
+) -> list[Continuation]:
+    """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
+    rows = sample_rows(sequences)
+    token_ids, peaks = draw(logits, rows)
+    logprobs = conclude(logits, rows, token_ids, peaks)
     return [
         Continuation(seq, [token_id], None if logprob is None else [logprob])
         for seq, token_id, logprob in zip(sequences, token_ids.tolist(), logprobs, strict=True)
@@ -88,6 +98,7 @@ class InferenceEngine:
         tokenizer: Tokenizer | None = None,
         eos_token_id: int | None = None,
         seed: int = 0,
+        draw: Draw = draw_tokens,
     ):
         self.forward = forward
         self.cache = cache
@@ -97,6 +108,7 @@ class InferenceEngine:
         known = eos_token_id is not None and 0 <= eos_token_id < vocab_size
         self.eos_token_id = eos_token_id if known else None  # an id it has not never comes
         self.seed = seed
+        self.strategy: Strategy = partial(sample_next, draw=draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
         self._num_requests = 0
         self._counted = self._count_blocks()
@@ -110,13 +122,14 @@ class InferenceEngine:
         priority: int = 0,
         user: str | None = None,
         deadline: float | None = None,
-        strategy: Strategy = sample_next,
+        strategy: Strategy | None = None,
     ) -> str:
         """Queue a prompt, text or token ids; returns the request's id.
 
-        `priority`, `user` and `deadline` are for a policy to read; first come first served
-        reads none of them. Raises ValueError, and keeps nothing, if the prompt is empty,
-        has unknown ids, leaves no room in the context, or could never fit into the pool.
+        `strategy` None is sampling. `priority`, `user` and `deadline` are for a policy to read;
+        first come first served reads none of them. Raises ValueError, and keeps nothing, if the
+        prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
+        the pool.
         """
         params = SamplingParams() if params is None else params
         prompt_token_ids = self._check_prompt(prompt, params)
@@ -129,7 +142,7 @@ class InferenceEngine:
             user=user,
             deadline=deadline,
             params=params,
-            strategy=strategy,
+            strategy=strategy or self.strategy,
             eos_token_id=self.eos_token_id,
         )
         max_seq_len = self.scheduler.max_seq_len
@@ -172,13 +185,20 @@ class InferenceEngine:
     def step(self) -> StepOutput:
         """Run one step for whoever the scheduler picks."""
         started = time.monotonic()
-        plan = self.scheduler.schedule()
+        return self._run(self.scheduler.schedule(), started)
+
+    def _run(self, plan: Plan, started: float) -> StepOutput:
+        """Carry a plan out from the first copy to the last text."""
         try:
             self.cache.copy_blocks(plan.copies)
             continuations = self._continue(plan) if plan.scheduled else []
         except BaseException:
             self.scheduler.undo(plan)  # interrupted: whatever was planned is computed again
             raise
+        return self._finish(plan, continuations, started)
+
+    def _finish(self, plan: Plan, continuations: list[Continuation], started: float) -> StepOutput:
+        """Apply what the strategies said, and say what the step did."""
         self.scheduler.update(plan, continuations)
         outputs = self.output_processor.process(plan, started)
         before, self._counted = self._counted, self._count_blocks()
@@ -191,13 +211,7 @@ class InferenceEngine:
     def _continue(self, plan: Plan) -> list[Continuation]:
         """Forward, then ask each strategy how its sequences go on."""
         counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
-        rows = [
-            Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
-            for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
-        ]
-        # In host memory: whoever runs the model knows how it gets to the device best.
-        batch = make_batch(rows, self.cache.block_size, self.cache.scratch_block)
-        logits = self.forward(batch)  # (M, V)
+        logits = self.forward(self._batch_of(plan, counts))  # (M, V)
 
         sampled = set(plan.sampled)
         groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
@@ -216,6 +230,17 @@ class InferenceEngine:
         return continuations
 
     # ---- small parts ----
+    def _batch_of(self, plan: Plan, counts: list[int]) -> Batch:
+        """A plan's tokens as tensors in host memory: how they get to the model, a forward knows.
+
+        `counts` says how many of each sequence's last rows want logits.
+        """
+        rows = [
+            Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
+            for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
+        ]
+        return make_batch(rows, self.cache.block_size, self.cache.scratch_block)
+
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """Token ids of a prompt that can be served, or a ValueError in one sentence."""
         if not isinstance(params, SamplingParams):

@@ -34,6 +34,7 @@ from engine import Forward, InferenceEngine, eager_forward
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT, GPTConfig
 from outputs import StepOutput
+from plan_ahead import AheadEngine
 from roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 from sampling import SamplingParams
 from scheduler import Scheduler
@@ -208,10 +209,14 @@ def table(kinds: list[Explained]) -> list[str]:
 class Explainer:
     """An engine whose steps are counted and timed: its methods are the engine's, and `report`.
 
-    `model` is the one behind the engine's forward: its weights are what a step reads.
+    `model` is the one behind the engine's forward: its weights are what a step reads. Raises
+    ValueError for an engine that plans ahead: the time of a step that another one overlaps cannot
+    be taken apart.
     """
 
     def __init__(self, engine: InferenceEngine, model: GPT):
+        if isinstance(engine, AheadEngine):
+            raise ValueError("steps that were planned ahead overlap: explain without plan_ahead")
         self.engine, self.model = engine, model
         self.steps: list[CountedStep] = []
 

@@ -50,7 +50,8 @@ class Batch:
     """One step's inputs: the new tokens of all sequences laid end to end, and where they live.
 
     N tokens, B sequences, M rows that want logits. All tensors are on one device: in host memory
-    when an engine has built it, and it is the forward that takes it to where the model is.
+    when an engine has built it, and it is the forward that takes it to where the model is. (Token
+    ids that a step before has drawn may be there already.)
     """
 
     input_ids: Tensor  # (N,) int64
@@ -65,7 +66,7 @@ class Batch:
 
     def to(self, device: str | torch.device) -> "Batch":
         """The same step with its tensors on a device; itself where they lie there already."""
-        if self.input_ids.device == torch.device(device):
+        if self.positions.device == torch.device(device):
             return self
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved)

@@ -42,8 +42,10 @@ from kv_cache import KVCache, choose_num_blocks
 from model import GPT
 from outputs import RequestOutput
 from packed_linear import pack
+from plan_ahead import AheadEngine
 from policies import first_come_first_served
-from sampling import SamplingParams
+from sampling import SamplingParams, draw_tokens
+from sampling_triton import draw_tokens_triton, sample_triton
 from scheduler import Scheduler, reserve_now
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
@@ -66,6 +68,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
     max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
     cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
+    plan_ahead: bool = False  # launch a decode step before the tokens of the last one were read
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self):
@@ -82,8 +85,9 @@ class EngineConfig:
             raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
-        if type(self.cuda_graphs) is not bool:
-            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}: it must be True or False")
+        for name in ("cuda_graphs", "plan_ahead"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
 
 
 def find_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
@@ -158,6 +162,9 @@ class LLM:
         if self.max_seq_len > shape.max_seq_len:
             most = shape.max_seq_len
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
+        # The kernel that draws has no use for 64 bits: it is for speed.
+        can_draw = can_record(self.backend, weight.device) and weight.dtype != torch.float64
+        ahead = config.plan_ahead and can_draw
         records = config.cuda_graphs and can_record(self.backend, weight.device)
         sizes = recorded_sizes(config.max_num_seqs) if records else []
         # The pool's place is part of a recording, and what a recording takes is no longer free for
@@ -177,7 +184,8 @@ class LLM:
         cache, forward = self._build_forward(num_blocks)
         if records:
             bar = partial(tqdm, desc="recording decode steps", unit="size", disable=None)
-            forward = GraphForward(cache, forward, sizes, self.max_seq_len, progress=bar)
+            options = {"progress": bar, "sampler": sample_triton if ahead else None}
+            forward = GraphForward(cache, forward, sizes, self.max_seq_len, **options)
         scheduler = Scheduler(
             BlockAllocator(num_blocks, config.block_size),
             config.max_num_seqs,
@@ -186,8 +194,12 @@ class LLM:
             reserve,
             policy,
         )
-        vocabulary = shape.vocab_size, self.tokenizer, shape.eos_token_id
-        return InferenceEngine(forward, cache, scheduler, *vocabulary, config.seed)
+        parts = forward, cache, scheduler, shape.vocab_size, self.tokenizer, shape.eos_token_id
+        draw = draw_tokens_triton if can_draw else draw_tokens
+        if config.plan_ahead:
+            decode = forward.decode if ahead and records else None
+            return AheadEngine(*parts, config.seed, draw=draw, decode=decode)
+        return InferenceEngine(*parts, config.seed, draw)
 
     def _build_forward(self, num_blocks: int) -> tuple[KVCache, Forward]:
         """A pool of so many blocks, and the eager forward over it."""

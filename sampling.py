@@ -232,11 +232,19 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, list[Logprobs
     waits for the device.
     """
     token_ids, peaks = draw_tokens(logits, rows)
-    _refuse(~peaks.isfinite())
+    return token_ids, conclude(logits, rows, token_ids, peaks)
+
+
+def conclude(logits: Tensor, rows: list[SampleRow], token_ids: Tensor, peaks: Tensor) -> list:
+    """The part of `sample` behind the draw: M answers about log-probabilities, Logprobs or None.
+
+    `token_ids` and `peaks` (M,) are those of `draw_tokens`. Raises as `sample` does.
+    """
+    refuse(~peaks.isfinite())
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     counts = [rows[i].params.logprobs for i in asked]
     answers = iter(token_logprobs(logits[asked], token_ids[asked], counts) if asked else ())
-    return token_ids, [None if row.params.logprobs is None else next(answers) for row in rows]
+    return [None if row.params.logprobs is None else next(answers) for row in rows]
 
 
 def draw_tokens(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
@@ -380,7 +388,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list
     """
     logprobs = logits.log_softmax(dim=-1, dtype=_wide(logits))
     own = logprobs.gather(1, token_ids[:, None])  # (M, 1)
-    _refuse(own.isnan().squeeze(1))
+    refuse(own.isnan().squeeze(1))
     lower_id = torch.arange(logits.shape[1], device=logits.device) < token_ids[:, None]
     ranks = ((logprobs > own) | ((logprobs == own) & lower_id)).sum(dim=-1) + 1
     top_ids = _most_likely(logprobs, max(1, min(max(counts, default=1), logits.shape[1])))
@@ -411,7 +419,8 @@ def _most_likely(logprobs: Tensor, k: int) -> Tensor:
     return ids.gather(1, order)  # (M, k)
 
 
-def _refuse(bad: Tensor) -> None:  # (M,) bool
+def refuse(bad: Tensor) -> None:  # (M,) bool
+    """Raise ValueError with the numbers of the rows that are bad, if any is."""
     if bad.any():
         rows = bad.nonzero().flatten().tolist()
         raise ValueError(f"rows {rows} of the logits are NaN, +inf or all -inf: no token to choose")
@@ -427,8 +436,7 @@ def demo():
 
     u = uniform(torch.tensor([11]), torch.tensor([3])).item()
     print(f"Six tokens, a to f. Seed 11, position 3: u = {u:.3f}, whatever the setting.")
-    temperatures = [{"temperature": temperature} for temperature in (0, 0.5, 1, 1.5)]
-    for setting in (*temperatures, {"top_k": 2}, {"top_p": 0.8}):
+    for setting in (*({"temperature": t} for t in (0, 0.5, 1, 1.5)), {"top_k": 2}, {"top_p": 0.8}):
         row = SampleRow(SamplingParams(**setting), 11, 3, [0, 0, 0], 3)
         cumulated = draw_weights(logits, [row])[0].cumsum(0)
         grid = (torch.arange(60) + 0.5) / 60 * cumulated[-1]  # the draw itself, for 60 values of u

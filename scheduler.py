@@ -72,15 +72,14 @@ class Scheduler:
         # Of the heap's entries some may have been aborted meanwhile: num_waiting counts the others.
         self._pushes = self.num_waiting = 0
         self.num_preemptions = self.num_recomputed_tokens = 0  # tokens computed, then lost
-        self.num_blocks_taken = self.num_blocks_freed = 0
-        self.num_blocks_hit = 0  # found filled by `match_prefix`
+        # Blocks; those that were hit were found filled by `match_prefix`.
+        self.num_blocks_taken = self.num_blocks_freed = self.num_blocks_hit = 0
 
     # ---- in and out ----
     def add(self, request: Request) -> None:
         """Queue a request's sequences. ValueError if one could never be finished in this pool."""
         for seq in request.sequences:
-            most = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
-            needed = self.allocator.blocks_needed(max(most, self.reserve(seq)))
+            needed = self.allocator.blocks_needed(max(self.longest(seq), self.reserve(seq)))
             if needed > self.allocator.num_blocks:
                 raise ValueError(
                     f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
@@ -247,13 +246,17 @@ class Scheduler:
             if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
                 reason = "stop"
                 break
-            if num_generated >= seq.max_tokens or len(token_ids) >= self.max_seq_len:
+            if len(token_ids) >= self.longest(seq):
                 reason = "length"
                 break
         if future.logprobs is not None:
             seq.logprobs += future.logprobs[: len(token_ids) - before]
         if reason is not None:
             self.finish(seq, reason)
+
+    def longest(self, seq: Sequence) -> int:
+        """Tokens that a sequence may have at most, its prompt included."""
+        return min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
 
     def _fork(self, parent: Sequence, future: Continuation) -> Sequence:
         """A second sequence with the same past: it shares all blocks until one of both writes."""

@@ -44,6 +44,7 @@ LADDER = [
     "engine",
     "packed_linear",
     "cuda_graphs",
+    "plan_ahead",
     "recorder",
     "llm",
     "roofline",
