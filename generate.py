@@ -25,18 +25,17 @@ Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-n
 import json
 import sys
 import textwrap
-import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import get_args
 
 from backends import BACKENDS, DTYPES
 from explain import Explainer
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
-from outputs import RequestOutput, StepOutput
+from outputs import RequestOutput
 from recorder import Recorder
-from scheduler import Scheduler
+from terminal import Meter, Screen, letter_of
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [
@@ -55,8 +54,6 @@ OPENINGS = [
 ]
 DEMO_POOL_TOKENS = 480  # a little over half of what the twelve would fill together
 DEMO_DEFAULTS = {"block_size": 8, "temperature": 0.7, "top_p": 0.95}  # flags that are given win
-COLOURS = [31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96]  # of a terminal, one a request
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -174,90 +171,6 @@ def read_prompts(args: Namespace) -> list[tuple[str | list[int], SamplingParams]
     if not prompts:
         raise ValueError(f"{args.file} holds no prompt: one a line, or JSONL with a 'prompt' each")
     return prompts
-
-
-# ---- what is shown while it runs -----------------------------------------------------------------
-class Meter:
-    """Counts what steps did, from outside: tokens, time, blocks, utilisation, preemptions."""
-
-    def __init__(self, llm: LLM):
-        self.llm, self.scheduler, self.started = llm, llm.engine.scheduler, time.monotonic()
-        # The last two are sums over all steps.
-        self.steps = self.generated = self.peak_blocks = self.tokens_held = self.places_held = 0
-
-    def add(self, step: StepOutput) -> None:
-        """Take one step into account."""
-        allocator = self.scheduler.allocator
-        self.steps += 1
-        self.generated += len(step.plan.sampled)
-        held = allocator.num_blocks - allocator.num_free
-        # Those who ended in this step have given their blocks back, but held them until then.
-        ended = [seq for seq, _, _ in step.plan.scheduled if not seq.block_table]
-        given_back = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
-        self.peak_blocks = max(self.peak_blocks, held + given_back)
-        self.places_held += held * allocator.block_size
-        self.tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.generated / max(time.monotonic() - self.started, 1e-9)
-
-    def line(self) -> str:
-        """One line for a terminal that waits."""
-        used = 1 - self.scheduler.allocator.num_free / self.scheduler.allocator.num_blocks
-        speed = f"{self.generated:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
-        queues = f"running {len(self.scheduler.running):3}  waiting {self.scheduler.num_waiting:3}"
-        return f"step {self.steps:4}  {speed}  {queues}  pool {used:4.0%}"
-
-    def summary(self) -> str:
-        """What the run came to."""
-        llm, scheduler, seconds = self.llm, self.scheduler, time.monotonic() - self.started
-        return (
-            f"{self.generated} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s "
-            f"({llm.weights}, {llm.backend}, {str(llm.model.wte.weight.dtype)[6:]})\n"
-            f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks, utilisation "
-            f"{self.tokens_held / max(self.places_held, 1):.1%}, {scheduler.num_preemptions} "
-            f"preemptions, {scheduler.num_recomputed_tokens} tokens computed again"
-        )
-
-
-def letter_of(request_id: str) -> str:
-    """The letter that stands for a request in the strip and before its text."""
-    return LETTERS[int(request_id) % len(LETTERS)]
-
-
-def pool_strip(scheduler: Scheduler, colour: bool, width: int = 96) -> list[str]:
-    """The pool, one cell a block: whose it is, capital when full; lines of `width` cells."""
-    allocator, cells = scheduler.allocator, ["·"] * scheduler.allocator.num_blocks
-    for seq in scheduler.running:
-        letter = letter_of(seq.request.request_id)
-        code = COLOURS[LETTERS.index(letter) % len(COLOURS)]
-        for i, block_id in enumerate(seq.block_table):
-            full = (i + 1) * allocator.block_size <= seq.num_computed_tokens
-            cell = letter if full else letter.lower()
-            cells[block_id] = f"\033[{code}m{cell}\033[0m" if colour else cell
-    return [f"|{''.join(cells[i : i + width])}|" for i in range(0, len(cells), width)]
-
-
-class Screen:
-    """Shows the progress on a terminal in place, elsewhere as plain lines now and then."""
-
-    def __init__(self, meter: Meter, strip: bool, stream: TextIO):
-        self.meter, self.strip, self.stream = meter, strip, stream
-        self.is_terminal, self.lines_up, self.shown_at = stream.isatty(), 0, float("-inf")
-
-    def show(self, last: bool = False) -> None:
-        """Draw the state after a step; a terminal is redrawn at most 20 times a second."""
-        if time.monotonic() - self.shown_at < (0.05 if self.is_terminal else 1.0) and not last:
-            return
-        self.shown_at = time.monotonic()
-        lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.strip else []
-        lines.append(self.meter.line())
-        # On a terminal over the lines of the last time: up to the first of them, and erase each.
-        up = f"\033[{self.lines_up}A" if self.is_terminal and self.lines_up else ""
-        erase = "\r\033[K" if self.is_terminal else ""
-        print(up + "\n".join(erase + line for line in lines), file=self.stream, flush=True)
-        self.lines_up = len(lines)
 
 
 # ---- running -------------------------------------------------------------------------------------

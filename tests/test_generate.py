@@ -21,7 +21,7 @@ import checkpoint
 import generate
 from backends import BACKENDS
 from checkpoint import save_model
-from generate import OPENINGS, Meter, main, parse_args, pool_strip
+from generate import OPENINGS, main, parse_args
 from llm import LLM, EngineConfig, SamplingParams
 from model import GPT, GPTConfig
 from tokenizer import save_vocabulary
@@ -161,38 +161,6 @@ def test_a_smaller_pool_means_preemptions_and_the_same_texts(monkeypatch):
     wide, tight = (run_main("--num-blocks", n, "--dtype", "float64") for n in (99, 20))
     assert wide[0] == tight[0]
     assert int(summary_of(wide[1]).preemptions) == 0 < int(summary_of(tight[1]).preemptions)
-
-
-def test_the_strip_shows_whose_a_block_is_and_whether_it_is_full(ids_only):
-    llm = LLM(ids_only, num_blocks=7, block_size=4)
-    params = SamplingParams(temperature=0, max_tokens=9)
-    llm.engine.add_request([1] * 6, params)
-    llm.engine.add_request([2] * 4, params)
-    llm.engine.step()
-    assert pool_strip(llm.engine.scheduler, colour=False) == ["|AaB····|"]
-    assert pool_strip(llm.engine.scheduler, colour=False, width=4) == ["|AaB·|", "|···|"]
-    coloured = pool_strip(llm.engine.scheduler, colour=True)
-    assert coloured == ["|\033[31mA\033[0m\033[31ma\033[0m\033[32mB\033[0m····|"]
-
-
-def test_the_peak_counts_blocks_that_were_given_back_in_the_same_step(ids_only):
-    """Both requests end in the step in which they hold most; and what is taken away from one and
-    given to the other within a step is not counted twice."""
-    llm = LLM(ids_only, num_blocks=7, block_size=4)
-    meter = Meter(llm)
-    for prompt in ([1] * 6, [2] * 4):
-        llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=1))
-    meter.add(llm.engine.step())
-    assert not llm.engine.has_unfinished() and meter.peak_blocks == 3
-
-    llm = LLM(ids_only, num_blocks=7, block_size=4)
-    meter = Meter(llm)
-    for prompt in ([1] * 9, [2] * 12):
-        llm.engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=15))
-    while llm.engine.has_unfinished():
-        meter.add(llm.engine.step())
-    assert llm.engine.scheduler.num_preemptions > 0 and meter.peak_blocks == 7
-    assert meter.generated == 30
 
 
 # ---- one prompt: streamed ------------------------------------------------------------------------

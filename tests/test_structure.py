@@ -49,6 +49,7 @@ LADDER = [
     "llm",
     "roofline",
     "explain",
+    "terminal",
     "generate",
     "results",
     "simulate",
