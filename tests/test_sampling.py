@@ -1,8 +1,7 @@
 """sampling.py: from one row of logits to one token, and a number that depends on nothing else.
 
-Most tests choose u, the random number of the draw, instead of searching for a lucky seed: the hash
-is a bijection, so a position with any u can be computed (`position_where_u_is`). Probabilities are
-given as shares; their logarithms are the logits.
+Most tests choose u, the random number of the draw. How that is done, and the cases that the GPU's
+kernel is held to as well, stand in `draws.py`.
 """
 
 import math
@@ -13,6 +12,19 @@ from dataclasses import FrozenInstanceError, asdict, replace
 import numpy as np
 import pytest
 import torch
+from draws import (
+    BELOW_1,
+    EACH_CUT,
+    EACH_LINE,
+    KNOWN_U,
+    keeping,
+    position_where_u_is,
+    random_pairs,
+    row,
+    rows_at_many_u,
+    rows_of,
+    shares_to_logits,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -26,76 +38,34 @@ from sampling import (
     draw_weights,
     edit_logits,
     hash32,
-    mix32,
     prompt_logprobs,
     sample,
     uniform,
 )
-
-BELOW_1 = 1 - 2**-24  # the largest u there is
-
-
-def unmix32(y: int) -> int:
-    """mix32 backwards: both multiplications are undone by the inverse factor modulo 2**32."""
-    y ^= (y >> 15) ^ (y >> 30)
-    y = y * pow(0x735A2D97, -1, 2**32) % 2**32
-    y ^= (y >> 15) ^ (y >> 30)
-    y = y * pow(0x21F0AAAD, -1, 2**32) % 2**32
-    return y ^ (y >> 16)
-
-
-def position_where_u_is(u: float, seed: int = 0) -> int:
-    """The position at which `seed` draws u, rounded down to a multiple of 2**-24."""
-    low_key = mix32((seed & 0xFFFFFFFF) ^ 0x9E3779B9)
-    high_key = mix32((seed >> 32) ^ low_key)
-    return unmix32(unmix32(int(u * 2**24) << 8) ^ low_key) ^ high_key
-
-
-def row(u: float = 0.5, prompt=(0,), output=(), eos: int | None = None, **params) -> SampleRow:
-    """A row of seed 0 that will draw u."""
-    token_ids, position = [*prompt, *output], position_where_u_is(u)
-    return SampleRow(SamplingParams(**params), 0, position, token_ids, len(prompt), eos)
 
 
 def seeded(seed: int, position: int, **params) -> SampleRow:
     return SampleRow(SamplingParams(**params), seed, position, [0], 1)
 
 
-def shares_to_logits(*shares: float, dtype=torch.float64) -> torch.Tensor:
-    return torch.tensor([shares], dtype=dtype).log()  # (1, V)
-
-
 def draw(logits: torch.Tensor, **kwargs) -> int:
     return sample(logits, [row(**kwargs)])[0].item()
 
 
-def drawn_at_many_u(logits: torch.Tensor, num: int = 40, **kwargs) -> str:
-    """The tokens that u = 0/num, 1/num ... lead to, as one string of digits."""
-    rows = [row(u=(i + 0.5) / num, **kwargs) for i in range(num)]
-    return "".join(str(t) for t in sample(logits.expand(num, -1), rows)[0].tolist())
-
-
-def allowed(logits: torch.Tensor, **kwargs) -> list[int]:
-    """The tokens that have a weight in the draw."""
-    one = row(**kwargs)
-    return draw_weights(edit_logits(logits, [one]), [one])[0].nonzero().flatten().tolist()
+def allowed(logits: torch.Tensor, rows: list[SampleRow]) -> list[list[int]]:
+    """The tokens that have a weight in the draw, of each row."""
+    logits = logits.expand(len(rows), -1)
+    return keeping(draw_weights(edit_logits(logits, rows), rows))
 
 
 # ---- The concept ---------------------------------------------------------------------------------
-def test_temperature_0_takes_the_most_likely_token_whatever_u_is():
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert drawn_at_many_u(logits, num=10, temperature=0) == "1111111111"
-
-
-def test_u_is_looked_up_among_the_cumulated_probabilities():
-    """0.5, 0.25, 0.125, 0.125: the places of four tokens on a line of length 1."""
-    logits = shares_to_logits(0.5, 0.25, 0.125, 0.125)
-    assert drawn_at_many_u(logits, num=16) == "0000000011112233"
-
-
-def test_tokens_keep_their_order_on_the_line_whatever_their_probabilities():
-    logits = shares_to_logits(0.125, 0.5, 0.25, 0.125)
-    assert drawn_at_many_u(logits, num=16) == "0011111111222233"
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@EACH_LINE
+def test_u_leads_along_the_line(line, dtype):
+    num = len(line.tokens)
+    rows = rows_at_many_u(num, **line.params)
+    token_ids = sample(line.logits.to(dtype).expand(num, -1), rows)[0].tolist()
+    assert "".join(map(str, token_ids)) == line.tokens
 
 
 def test_an_interval_contains_its_lower_end_and_not_its_upper_end():
@@ -105,14 +75,6 @@ def test_an_interval_contains_its_lower_end_and_not_its_upper_end():
     assert draw(logits, u=0.25) == 1
     assert draw(logits, u=0.5) == 2
     assert draw(logits, u=BELOW_1) == 3
-
-
-def test_a_temperature_below_1_favours_the_likely_and_above_1_the_unlikely():
-    """p ** (1 / T): 4:1 becomes 16:1 at 0.5, and 2:1 at 2."""
-    logits = shares_to_logits(0.8, 0.2)
-    assert drawn_at_many_u(logits, num=17, temperature=0.5) == "0" * 16 + "1"
-    assert drawn_at_many_u(logits, num=15, temperature=1.0) == "0" * 12 + "1" * 3
-    assert drawn_at_many_u(logits, num=15, temperature=2.0) == "0" * 10 + "1" * 5
 
 
 def test_a_temperature_below_1e_5_is_greedy_and_1e_5_is_not():
@@ -125,86 +87,20 @@ def test_of_equal_logits_greedy_takes_the_lowest_id():
 
 
 # ---- Cutting the tail ----------------------------------------------------------------------------
-def test_top_k_keeps_the_k_most_likely():
-    logits = shares_to_logits(0.1, 0.4, 0.2, 0.3)
-    assert allowed(logits, top_k=1) == [1]
-    assert allowed(logits, top_k=2) == [1, 3]
-    assert allowed(logits, top_k=3) == [1, 2, 3]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@EACH_CUT
+def test_what_is_left_to_draw_from(cut, dtype):
+    logits = cut.logits.to(dtype)
+    assert [allowed(logits, [one])[0] for one in rows_of(cut)] == cut.kept
 
 
-@pytest.mark.parametrize("top_k", [0, -1, 4, 1000, 10**30])
-def test_top_k_of_0_or_minus_1_or_of_the_vocabulary_or_more_keeps_all(top_k):
-    assert allowed(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k) == [0, 1, 2, 3]
-    assert allowed(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k, top_p=0.5) == [1, 3]
-
-
-def test_top_k_among_equal_tokens_keeps_the_lower_ids_and_never_more_than_k():
-    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 1.0]])
-    assert allowed(logits, top_k=1) == [1]
-    assert allowed(logits, top_k=3) == [0, 1, 4]
-    assert allowed(logits, top_k=4) == [0, 1, 2, 4]
-
-
-def test_what_is_kept_is_scaled_up_to_1():
-    """0.4 and 0.2 are left: two thirds and one third."""
-    logits = shares_to_logits(0.4, 0.2, 0.2, 0.1, 0.1)
-    assert drawn_at_many_u(logits, num=15, top_k=2) == "0" * 10 + "1" * 5
-
-
-def test_top_p_keeps_the_token_that_makes_the_sum_reach_p():
-    """In order 0.5, 0.3, 0.15, 0.05: before the third the sum is 0.8."""
-    logits = shares_to_logits(0.15, 0.5, 0.05, 0.3)
-    assert allowed(logits, top_p=0.45) == [1]
-    assert allowed(logits, top_p=0.55) == [1, 3]
-    assert allowed(logits, top_p=0.79) == [1, 3]
-    assert allowed(logits, top_p=0.81) == [0, 1, 3]
-    assert allowed(logits, top_p=0.94) == [0, 1, 3]
-    assert allowed(logits, top_p=0.96) == [0, 1, 2, 3]
-
-
-def test_a_sum_that_reaches_p_exactly_needs_no_further_token():
-    logits = torch.zeros(1, 8)  # eight equal tokens: sums of exactly 1/8, 2/8 ...
-    assert allowed(logits, top_p=0.125) == [0]
-    assert allowed(logits, top_p=0.5) == [0, 1, 2, 3]
-    assert allowed(logits, top_p=0.5 + 1e-9) == [0, 1, 2, 3, 4]
-
-
-def test_the_smallest_top_p_still_keeps_the_most_likely_token():
-    assert allowed(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_p=5e-324) == [1]
-
-
-def test_top_p_of_1_keeps_even_a_token_that_the_sum_does_not_notice():
-    logits = torch.tensor([[0.0, -50.0, -60.0]], dtype=torch.float64)  # 1 + 2e-22 is 1
-    assert allowed(logits, top_p=1.0) == [0, 1, 2]
-    assert allowed(logits, top_p=1.0, top_k=2) == [0, 1]
-    both = draw_weights(logits.expand(2, -1), [row(top_k=2), row(top_p=0.5)])
-    assert both.ne(0).tolist() == [[True, True, False], [True, False, False]]
-
-
-def test_top_p_counts_what_top_k_left():
-    """0.4, 0.3, 0.2, 0.1: the first two alone are 4/7 and 3/7, and 4/7 is above 0.5."""
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
-    assert allowed(logits, top_p=0.5) == [0, 1]
-    assert allowed(logits, top_p=0.5, top_k=2) == [0]
-    assert allowed(logits, top_p=0.6, top_k=2) == [0, 1]
-
-
-def test_min_p_keeps_what_is_at_least_that_fraction_of_the_most_likely():
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)  # fractions 1, 0.75, 0.5, 0.25
-    assert allowed(logits, min_p=0.2) == [0, 1, 2, 3]
-    assert allowed(logits, min_p=0.3) == [0, 1, 2]
-    assert allowed(logits, min_p=0.6) == [0, 1]
-    assert allowed(logits, min_p=0.8) == [0]
-    assert allowed(torch.tensor([[1.0, 1.0, 0.9]]), min_p=1) == [0, 1]
-
-
-def test_min_p_comes_after_the_temperature_and_before_top_p():
-    """At T = 0.5 the fractions are squared: 1, 0.56, 0.25, 0.06. Of 1.81 0.9 is 1.63: three."""
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
-    assert allowed(logits, min_p=0.2, temperature=0.5) == [0, 1, 2]
-    assert allowed(logits, min_p=0.3, temperature=0.5) == [0, 1]
-    assert allowed(logits, min_p=0.2, temperature=0.5, top_p=0.85) == [0, 1]
-    assert allowed(logits, min_p=0.2, temperature=0.5, top_p=0.9) == [0, 1, 2]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@EACH_CUT
+def test_rows_of_other_cuts_leave_a_row_its_own(cut, dtype):
+    """All parameters of a case in one call: those that cut nothing beside those that do."""
+    rows = rows_of(cut)
+    assert allowed(cut.logits.to(dtype), rows) == cut.kept
+    assert allowed(cut.logits.to(dtype), rows[::-1]) == cut.kept[::-1]
 
 
 # ---- Editing the logits --------------------------------------------------------------------------
@@ -299,15 +195,8 @@ def test_nothing_is_copied_when_nothing_is_edited():
 # ---- A random number without a state -------------------------------------------------------------
 def test_u_is_a_function_of_seed_and_position_and_these_are_its_values():
     """Pinned: a change of the hash changes what every seed ever said."""
-    seeds = torch.tensor([0, 0, 1, 2**63 - 1, 42])
-    positions = torch.tensor([0, 1, 0, 5, 2**40])
-    assert (uniform(seeds, positions) * 2**24).tolist() == [
-        9995386,
-        5966108,
-        7138749,
-        11577445,
-        13602651,
-    ]
+    seeds, positions = torch.tensor(list(KNOWN_U)).unbind(1)
+    assert (uniform(seeds, positions) * 2**24).tolist() == list(KNOWN_U.values())
     children = [child_seed(0, 0), child_seed(0, 1), child_seed(2**63 - 1, 7)]
     assert children == [440298976299996016, 8595386069833728630, 4585217771885319932]
 
@@ -328,11 +217,10 @@ def numpy_hash32(seed: np.ndarray, counter: np.ndarray) -> np.ndarray:
 
 
 def test_torch_numpy_and_python_agree_to_the_last_bit_on_10_000_pairs():
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0, 64, (2, 10_000), dtype=np.uint64)  # numbers of all lengths, 0 to 63 bits
-    seeds, positions = rng.integers(0, 2**63, (2, 10_000), dtype=np.uint64) >> bits
+    pairs = random_pairs(10_000)
+    seeds, positions = pairs.astype(np.uint64)
     expected = numpy_hash32(seeds, positions)
-    tensors = [torch.from_numpy(x.astype(np.int64)) for x in (seeds, positions)]
+    tensors = [torch.from_numpy(x) for x in pairs]
     assert hash32(*tensors).tolist() == expected.tolist()
     assert list(map(hash32, seeds.tolist(), positions.tolist())) == expected.tolist()
     as_fp32 = (expected >> 8).astype(np.float32) * np.float32(2**-24)

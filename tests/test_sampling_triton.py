@@ -1,18 +1,29 @@
 """The sampler in one GPU kernel against sampling.py: the same u, the same cut, the same tokens.
 
 As in `test_paged_attention_triton.py` the kernel is compiled where there is a GPU and interpreted
-where not, and `PAGEDGPT_SEED` chooses other random rows. sampling.py on the CPU is the oracle. Only
-the exponentials of the two differ, in their last bits. Whether these could decide about a token is
-computed for each row (`is_settled`): where they could not, the tokens are equal, and where the
-tokens differ, they could.
+where not, and `PAGEDGPT_SEED` chooses other random rows. sampling.py on the CPU is the oracle, and
+the kernel is held to the cases of `draws.py` that sampling.py is held to. Only the exponentials of
+the two differ, in their last bits. Whether these could decide about a token is computed for each
+row (`is_settled`): where they could not, the tokens are equal, and where the tokens differ, they
+could.
 """
 
 import math
 import random
 
-import numpy as np
 import pytest
 import torch
+from draws import (
+    BELOW_1,
+    EACH_CUT,
+    EACH_LINE,
+    KNOWN_U,
+    keeping,
+    random_pairs,
+    row,
+    rows_at_many_u,
+    rows_of,
+)
 from worlds import DEVICE, ON_GPU, SEED, needs_gpu
 
 import sampling_triton as module
@@ -23,7 +34,6 @@ from sampling import (
     draw_tokens,
     draw_weights,
     hash32,
-    mix32,
     uniform,
 )
 from sampling_triton import (
@@ -39,7 +49,6 @@ from sampling_triton import (
 )
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
-BELOW_1 = 1 - 2**-24  # the largest u there is
 GPT2_VOCAB = 50_257
 # A weight e^z is right to about |z| / 2**23 of itself here, and to 2**-23 there. Where |z| is large
 # there is little weight: no sum of weights, as a share of all, is off by more than this.
@@ -47,33 +56,9 @@ BOUND = 2**-19
 
 
 # ---- rows and their oracle -----------------------------------------------------------------------
-def unmix32(y: int) -> int:
-    """mix32 backwards: both multiplications are undone by the inverse factor modulo 2**32."""
-    y ^= (y >> 15) ^ (y >> 30)
-    y = y * pow(0x735A2D97, -1, 2**32) % 2**32
-    y ^= (y >> 15) ^ (y >> 30)
-    y = y * pow(0x21F0AAAD, -1, 2**32) % 2**32
-    return y ^ (y >> 16)
-
-
-def position_where_u_is(u: float) -> int:
-    """The position at which seed 0 draws u, rounded down to a multiple of 2**-24."""
-    low_key = mix32(0x9E3779B9)
-    return unmix32(unmix32(int(u * 2**24) << 8) ^ low_key) ^ mix32(low_key)
-
-
-def row(u: float = 0.5, **params) -> SampleRow:
-    """A row of seed 0 that will draw u."""
-    return SampleRow(SamplingParams(**params), 0, position_where_u_is(u), [0], 1)
-
-
 def normal(num_rows: int, vocab_size: int, seed: int = 0, size: float = 3.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * SEED + seed)
     return torch.randn(num_rows, vocab_size, generator=generator) * size
-
-
-def shares_to_logits(*shares: float) -> torch.Tensor:
-    return torch.tensor([shares]).log()  # (1, V)
 
 
 def draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
@@ -84,7 +69,7 @@ def draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
 
 def drawn_at_many_u(logits: torch.Tensor, num: int, **params) -> str:
     """The tokens that u = 0.5/num, 1.5/num ... lead to, as one string of digits."""
-    return "".join(map(str, draw(logits, [row((i + 0.5) / num, **params) for i in range(num)])))
+    return "".join(map(str, draw(logits, rows_at_many_u(num, **params))))
 
 
 def relative_gap(values: torch.Tensor, at: torch.Tensor) -> float:
@@ -195,31 +180,74 @@ def check_weights(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
 
 def kept(logits: torch.Tensor, **params) -> list[int]:
     """The tokens that the kernel leaves a weight, the same as sampling.py does."""
-    return check_weights(logits, [row(**params)])[0].nonzero().flatten().tolist()
+    return keeping(check_weights(logits, [row(**params)]))[0]
 
 
 # ---- u -------------------------------------------------------------------------------------------
-def test_u_is_sampling_pys_to_the_last_bit_for_10_000_seeds_and_positions():
-    rng = np.random.default_rng(SEED)
-    bits = rng.integers(0, 64, (2, 10_240), dtype=np.uint64)  # numbers of all lengths, 0 to 63 bits
-    pairs = (rng.integers(0, 2**63, (2, 10_240), dtype=np.uint64) >> bits).astype(np.int64)
-    seeds, positions = torch.from_numpy(pairs)
+NUM_PAIRS = 10_240
+EVEN = 64  # tokens of a row in the test of the tokens below
+
+
+def some_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """NUM_PAIRS seeds and positions, int64, the smallest and the largest among them."""
+    seeds, positions = torch.from_numpy(random_pairs(NUM_PAIRS, SEED))
     seeds[:3], positions[:3] = torch.tensor([0, 2**63 - 1, 0]), torch.tensor([0, 2**63 - 1, 1])
-    out = torch.empty(10_240, device=DEVICE)
+    return seeds, positions
+
+
+def test_u_is_sampling_pys_to_the_last_bit_for_10_000_seeds_and_positions():
+    seeds, positions = some_pairs()
+    out = torch.empty(NUM_PAIRS, device=DEVICE)
     u_kernel[(10,)](seeds.to(DEVICE), positions.to(DEVICE), out, 1024)
     assert out.cpu().numpy().tobytes() == uniform(seeds, positions).numpy().tobytes()
     assert len(out.unique()) > 10_000
 
 
+def check_even_rows(num: int) -> None:
+    """Of rows whose tokens are equal or impossible no number is rounded: all tokens are the same.
+
+    Weights are 1 or 0, their sums are exact, and so is a u of 24 bits times a sum of 7 bits.
+    """
+    # Mostly plain ones: a cut takes the interpreter ten times as long as a draw.
+    cuts = [{"top_k": 23}, {"top_k": 40, "top_p": 0.375, "min_p": 1}]
+    params = [SamplingParams(**some) for some in ({}, {}, {}, {}, cuts[0], {}, {}, {}, {}, cuts[1])]
+    seeds, positions = (x[:num].tolist() for x in some_pairs())
+    rows = [
+        SampleRow(params[i % len(params)], seed, position, [0], 1)
+        for i, (seed, position) in enumerate(zip(seeds, positions, strict=True))
+    ]
+    generator = torch.Generator().manual_seed(SEED)
+    logits = torch.full((num, EVEN), 1.5)
+    gone = torch.rand(num, EVEN, generator=generator) < 0.25
+    logits[1::2][gone[1::2]] = -math.inf
+    there, peaks = draw_tokens(logits, rows)
+    here, kernel_peaks = draw_tokens_triton(logits.to(DEVICE), rows)
+    assert peaks.isfinite().all() and torch.equal(kernel_peaks.cpu(), peaks)
+    assert torch.equal(here.cpu(), there)
+    # Plain rows of 64 equal tokens: the token is the first 6 bits of u.
+    plain = slice(0, num, 10)
+    u = uniform(torch.tensor(seeds[plain]), torch.tensor(positions[plain]))
+    assert here.cpu()[plain].tolist() == (u * EVEN).long().tolist()
+    assert len(there.unique()) > min(num, EVEN) // 2
+
+
+# All of them on a GPU; interpreted, a row takes hundredths of a second.
+MOST = pytest.param(NUM_PAIRS if ON_GPU else 500, marks=[pytest.mark.slow, pytest.mark.gpu])
+
+
+@pytest.mark.parametrize("num", [40, MOST])
+def test_tokens_of_even_rows_are_sampling_pys_whatever_seed_and_position(num):
+    check_even_rows(num)
+
+
 def test_u_of_known_seeds_and_positions_has_these_values():
-    """The literals of test_sampling.py: what every seed ever said."""
-    seeds = torch.tensor([0, 0, 1, 2**63 - 1, 42, 0, 0, 0], device=DEVICE)
-    positions = torch.tensor([0, 1, 0, 5, 2**40, 0, 0, 0], device=DEVICE)
+    """What every seed ever said."""
+    pairs = list(KNOWN_U) + [(0, 0)] * 3  # a kernel's tensors have 8 numbers, or 16
+    seeds, positions = torch.tensor(pairs, device=DEVICE).T.contiguous()
     out = torch.empty(8, device=DEVICE)
     u_kernel[(1,)](seeds, positions, out, 8)
-    values = [9995386, 5966108, 7138749, 11577445, 13602651]
-    assert (out[:5].double() * 2**24).tolist() == values
-    assert hash32(42, 2**40) >> 8 == values[4]
+    assert (out[:5].double() * 2**24).tolist() == list(KNOWN_U.values())
+    assert hash32(42, 2**40) >> 8 == KNOWN_U[42, 2**40]
 
 
 # ---- the draw ------------------------------------------------------------------------------------
@@ -231,8 +259,9 @@ def test_the_kernels_are_compiled_not_interpreted():
         assert isinstance(getattr(module, name), triton.runtime.JITFunction), name
 
 
-def test_temperature_0_takes_the_most_likely_token_whatever_u_is():
-    assert drawn_at_many_u(torch.tensor([[1.0, 3.0, 2.0]]), num=5, temperature=0) == "11111"
+@EACH_LINE
+def test_u_leads_along_the_line(line):
+    assert drawn_at_many_u(line.logits.float(), len(line.tokens), **line.params) == line.tokens
 
 
 def test_of_equal_logits_greedy_takes_the_lowest_id():
@@ -250,11 +279,6 @@ def test_a_temperature_below_1e_5_is_greedy_and_1e_5_is_not():
     assert drawn_at_many_u(logits, num=5, temperature=1e-5) == "00122"
 
 
-def test_u_is_looked_up_among_the_cumulated_probabilities():
-    logits = shares_to_logits(0.125, 0.5, 0.25, 0.125)
-    assert drawn_at_many_u(logits, num=16) == "0011111111222233"
-
-
 def test_an_interval_contains_its_lower_end_and_not_its_upper_end():
     """Equal tokens, whose sums are exact: boundaries at exactly 1/4, 1/2, 3/4, and in a row of
     8,192 at exactly 1/64, where a segment ends, and at 1/64 + 1/8192, inside the next."""
@@ -262,17 +286,6 @@ def test_an_interval_contains_its_lower_end_and_not_its_upper_end():
     assert draw(torch.zeros(1, 4), [row(u) for u in some_u]) == [0, 0, 1, 2, 3]
     some_u = [1 / 64 - 2**-24, 1 / 64, 1 / 64 + 2**-13 - 2**-24, 1 / 64 + 2**-13, BELOW_1]
     assert draw(torch.zeros(1, 8192), [row(u) for u in some_u]) == [127, 128, 128, 129, 8191]
-
-
-def test_what_is_kept_is_scaled_up_to_1():
-    logits = shares_to_logits(0.4, 0.2, 0.2, 0.1, 0.1)
-    assert drawn_at_many_u(logits, num=15, top_k=2) == "0" * 10 + "1" * 5
-
-
-def test_a_temperature_below_1_favours_the_likely_and_above_1_the_unlikely():
-    logits = shares_to_logits(0.8, 0.2)
-    assert drawn_at_many_u(logits, num=17, temperature=0.5) == "0" * 16 + "1"
-    assert drawn_at_many_u(logits, num=15, temperature=2.0) == "0" * 10 + "1" * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -314,90 +327,9 @@ def test_the_first_and_the_last_token_of_each_segment_can_be_drawn():
 
 
 # ---- the cut -------------------------------------------------------------------------------------
-def test_top_k_keeps_the_k_most_likely():
-    logits = shares_to_logits(0.1, 0.4, 0.2, 0.3)
-    assert kept(logits, top_k=1) == [1]
-    assert kept(logits, top_k=2) == [1, 3]
-    assert kept(logits, top_k=3) == [1, 2, 3]
-
-
-@pytest.mark.parametrize("top_k", [0, -1, 4, 1000, 10**30])
-def test_top_k_of_0_or_minus_1_or_of_the_vocabulary_or_more_keeps_all(top_k):
-    assert kept(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k) == [0, 1, 2, 3]
-    assert kept(shares_to_logits(0.1, 0.4, 0.2, 0.3), top_k=top_k, top_p=0.5) == [1, 3]
-
-
-def test_top_k_among_equal_tokens_keeps_the_lower_ids_and_never_more_than_k():
-    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 1.0]])
-    assert kept(logits, top_k=1) == [1]
-    assert kept(logits, top_k=3) == [0, 1, 4]
-    assert kept(logits, top_k=4) == [0, 1, 2, 4]
-
-
-def test_top_p_keeps_the_token_that_makes_the_sum_reach_p():
-    """In order 0.5, 0.3, 0.15, 0.05: before the third the sum is 0.8."""
-    logits = shares_to_logits(0.15, 0.5, 0.05, 0.3)
-    assert kept(logits, top_p=0.45) == [1]
-    assert kept(logits, top_p=0.55) == [1, 3]
-    assert kept(logits, top_p=0.79) == [1, 3]
-    assert kept(logits, top_p=0.81) == [0, 1, 3]
-    assert kept(logits, top_p=0.96) == [0, 1, 2, 3]
-
-
-def test_a_sum_that_reaches_p_exactly_needs_no_further_token():
-    """Equal tokens, whose sums are exact. 0.3 of 10 is three tokens in float64 alone."""
-    assert kept(torch.zeros(1, 8), top_p=0.125) == [0]
-    assert kept(torch.zeros(1, 8), top_p=0.5) == [0, 1, 2, 3]
-    assert kept(torch.zeros(1, 8), top_p=0.5 + 1e-9) == [0, 1, 2, 3, 4]
-    assert kept(torch.zeros(1, 10), top_p=0.3) == [0, 1, 2]
-    # Of 64 tokens 8 are one walk away from the goal: one more than are wanted is too many.
-    assert kept(torch.zeros(1, 64), top_p=7 / 64) == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_the_smallest_and_the_largest_top_p_below_1():
-    logits = shares_to_logits(0.1, 0.4, 0.2, 0.3)
-    assert kept(logits, top_p=5e-324) == [1]
-    assert kept(logits, top_p=math.nextafter(1, 0)) == [0, 1, 2, 3]
-
-
-def test_top_p_of_1_keeps_even_a_token_that_the_sum_does_not_notice():
-    logits = torch.tensor([[0.0, -50.0, -60.0]])  # 1 + 2e-22 is 1
-    assert kept(logits, top_p=1.0) == [0, 1, 2]
-    assert kept(logits, top_p=1.0, top_k=2) == [0, 1]
-
-
-def test_top_p_counts_what_top_k_left():
-    """0.4, 0.3, 0.2, 0.1: the first two alone are 4/7 and 3/7, and 4/7 is above 0.5."""
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
-    assert kept(logits, top_p=0.5) == [0, 1]
-    assert kept(logits, top_p=0.5, top_k=2) == [0]
-    assert kept(logits, top_p=0.6, top_k=2) == [0, 1]
-
-
-def test_top_p_of_a_tie_that_top_k_has_cut_keeps_the_lower_ids():
-    """Six equal tokens behind one of twice their weight; top_k leaves 2 + 1 + 1 + 1 = 5."""
-    logits = shares_to_logits(0.125, 0.125, 0.25, 0.125, 0.125, 0.125, 0.125)
-    assert kept(logits, top_k=4) == [0, 1, 2, 3]
-    assert kept(logits, top_k=4, top_p=0.3) == [2]
-    assert kept(logits, top_k=4, top_p=0.5) == [0, 2]
-    assert kept(logits, top_k=4, top_p=0.7) == [0, 1, 2]
-    assert kept(logits, top_k=4, top_p=0.9) == [0, 1, 2, 3]
-
-
-def test_min_p_keeps_what_is_at_least_that_fraction_of_the_most_likely():
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)  # fractions 1, 0.75, 0.5, 0.25
-    assert kept(logits, min_p=0.2) == [0, 1, 2, 3]
-    assert kept(logits, min_p=0.6) == [0, 1]
-    assert kept(logits, min_p=0.8) == [0]
-    assert kept(torch.tensor([[1.0, 1.0, 0.9]]), min_p=1) == [0, 1]
-
-
-def test_min_p_comes_after_the_temperature_and_before_top_p():
-    """At T = 0.5 the fractions are squared: 1, 0.56, 0.25, 0.06. Of 1.81 0.9 is 1.63: three."""
-    logits = shares_to_logits(0.4, 0.3, 0.2, 0.1)
-    assert kept(logits, min_p=0.3, temperature=0.5) == [0, 1]
-    assert kept(logits, min_p=0.2, temperature=0.5, top_p=0.85) == [0, 1]
-    assert kept(logits, min_p=0.2, temperature=0.5, top_p=0.9) == [0, 1, 2]
+@EACH_CUT
+def test_what_is_left_to_draw_from(cut):
+    assert keeping(check_weights(cut.logits.float(), rows_of(cut))) == cut.kept
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 33])
@@ -459,10 +391,9 @@ def random_logits(choose: random.Random, vocab_size: int) -> list[float]:
     return logits
 
 
-@pytest.mark.parametrize("vocab_size", [7, 100, 2_500])
-def test_random_rows_of_all_kinds_in_one_call(vocab_size):
+def check_random_rows(num: int, vocab_size: int) -> None:
+    """`num` rows of all kinds in one call: the same tokens, and the same cuts."""
     choose = random.Random(SEED * 100 + vocab_size)
-    num = 200 if ON_GPU else 24 if vocab_size < 1000 else 12  # the interpreter takes its time
     rows = [random_row(choose) for _ in range(num)]
     logits = torch.tensor([random_logits(choose, vocab_size) for _ in range(num)])
     num_close = check(logits, rows)
@@ -473,32 +404,49 @@ def test_random_rows_of_all_kinds_in_one_call(vocab_size):
     check_weights(logits[drawn], [rows[i] for i in drawn])
 
 
-def test_hypothesis_finds_no_row_that_is_cut_or_drawn_otherwise():
-    pytest.importorskip("hypothesis", reason="the test above draws random rows without it")
-    from hypothesis import assume, given, settings
-    from hypothesis import strategies as st
+@pytest.mark.parametrize("vocab_size", [7, 100, 2_500])
+def test_random_rows_of_all_kinds_in_one_call(vocab_size):
+    # The interpreter takes its time.
+    check_random_rows(200 if ON_GPU else 24 if vocab_size < 1000 else 12, vocab_size)
 
-    eighths = st.integers(-25, 24)  # of 1/8, so that ties are frequent; -25 stands for -inf
-    some_params = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in CHOICES.items()})
 
-    @settings(max_examples=40, deadline=None, database=None)
-    @given(
-        numbers=st.lists(eighths, min_size=0, max_size=40),
-        last=st.integers(-24, 24),
-        params=some_params,
-        seed=st.integers(0, 2**63 - 1),
-        position=st.integers(0, 4096),
-    )
-    def search(numbers, last, params, seed, position):
-        values = [-math.inf if x == -25 else x / 8 for x in numbers] + [last / 8]
-        logits = torch.tensor([values])
-        one = SampleRow(SamplingParams(**params), seed, position, [0], 1)
-        assume(is_settled(logits[0], one))
-        assert check(logits, [one]) == 0
-        if not one.params.greedy:
-            check_weights(logits, [one])
+@needs_gpu
+@pytest.mark.parametrize("vocab_size", [5, 6, 8, 65, 99, 128])
+def test_a_thousand_random_rows_of_small_vocabularies(vocab_size):
+    """What Hypothesis searches where kernels are interpreted: rows so short that all is at an edge.
 
-    search()
+    The sizes are those that the kernels are compiled for already, for 7 and for 100.
+    """
+    check_random_rows(1000, vocab_size)
+
+
+if not ON_GPU:  # where Hypothesis may be missing, and a test that is skipped counts as failed
+
+    def test_hypothesis_finds_no_row_that_is_cut_or_drawn_otherwise():
+        from hypothesis import assume, given, settings
+        from hypothesis import strategies as st
+
+        eighths = st.integers(-25, 24)  # of 1/8, so that ties are frequent; -25 stands for -inf
+        some_params = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in CHOICES.items()})
+
+        @settings(max_examples=40, deadline=None, database=None)
+        @given(
+            numbers=st.lists(eighths, min_size=0, max_size=40),
+            last=st.integers(-24, 24),
+            params=some_params,
+            seed=st.integers(0, 2**63 - 1),
+            position=st.integers(0, 4096),
+        )
+        def search(numbers, last, params, seed, position):
+            values = [-math.inf if x == -25 else x / 8 for x in numbers] + [last / 8]
+            logits = torch.tensor([values])
+            one = SampleRow(SamplingParams(**params), seed, position, [0], 1)
+            assume(is_settled(logits[0], one))
+            assert check(logits, [one]) == 0
+            if not one.params.greedy:
+                check_weights(logits, [one])
+
+        search()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
