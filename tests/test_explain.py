@@ -252,6 +252,12 @@ def test_the_explainer_changes_no_token(tiny_gpt, tmp_path):
     assert len(read_recording(path)[1]) == len(explainer.steps)
 
 
+def test_an_engine_that_plans_ahead_is_refused(tiny_gpt):
+    llm = LLM(tiny_gpt(), num_blocks=8, block_size=4, plan_ahead=True)
+    with pytest.raises(ValueError, match="steps that were planned ahead overlap"):
+        Explainer(llm.engine, llm.model)
+
+
 def test_requests_are_refused_and_aborted_as_by_the_engine(tiny_gpt):
     explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
     with pytest.raises(ValueError, match="empty"):

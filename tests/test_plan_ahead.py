@@ -1,0 +1,1272 @@
+"""plan_ahead.py against the engine that waits: the same texts, and who waited for whom.
+
+The stand-in for a model (`Reader`) finds every token of a sequence through its block table, and its
+logits are a function of all of them. A token in the wrong slot, a block that was given away too
+early or a placeholder that went into a forward changes the text. What each request's text is, its
+reasons and its probabilities, is known from serving it alone, one step after the other.
+
+After every step of every test (`Served.check`): the books balance, no sequence holds a token that
+is not its text's, no plan names a sequence that had ended, no output skips or repeats a token.
+"""
+
+import functools
+import math
+import random
+import tempfile
+from bisect import bisect_right
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from worlds import DEVICE, SEED, needs_gpu
+
+import plan_ahead
+from block_allocator import BlockAllocator
+from cuda_graphs import Calls, GraphForward, recorded_sizes
+from engine import InferenceEngine, eager_forward, sample_next
+from kv_cache import KVCache, write_kv
+from paged_attention import paged_attention
+from paged_attention_triton import INTERPRETED, paged_attention_triton
+from paged_prefill_triton import write_kv_triton
+from plan_ahead import AheadEngine
+from sampling import SamplingParams, draw_tokens
+from sampling_triton import draw_tokens_triton, sample_triton
+from scheduler import Scheduler, reserve_now
+from sequence import FINISHED, RUNNING, WAITING, Continuation
+from tokenizer import load_tokenizer, save_vocabulary
+
+UNLIMITED = 10_000  # tokens in a step: more than any test has
+MAX_SEQ_LEN = 64
+VOCAB, EOS = 257, 256  # the bytes and the end of text
+LETTERS = range(64, 72)  # "a" to "h" among them: what the stand-in writes
+
+
+@functools.cache
+def byte_tokenizer():
+    with tempfile.TemporaryDirectory() as folder:
+        save_vocabulary(Path(folder), merges=[])
+        tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("abcdefgh") == list(LETTERS)
+    return tokenizer
+
+
+# ---- a stand-in for a model ----------------------------------------------------------------------
+@functools.cache
+def logits_of(context: tuple[int, ...]) -> Tensor:
+    """Logits (VOCAB,) behind these tokens: a letter, or now and then the end of text."""
+    numbers = random.Random(repr(context))
+    logits = torch.full((VOCAB,), -30.0)
+    for token_id in (*LETTERS, EOS):
+        logits[token_id] = numbers.gauss(0, 1.5)
+    logits[EOS] -= 1
+    return logits
+
+
+class Reader:
+    """Writes each token's id into its slot, and reads the whole context back through the table.
+
+    It keeps the input ids of each of its calls. `faults` are what happens in some of them, by
+    number from 1 on: an exception, or "nan" for the last row of the logits.
+    """
+
+    def __init__(self, cache: KVCache, log: list, faults: dict):
+        self.cache, self.log, self.faults, self.calls = cache, log, faults, []
+
+    def __call__(self, batch) -> Tensor:
+        ids = unwatched(batch.input_ids).clone()
+        self.calls.append(ids)
+        self.log.append(("launch", len(self.calls)))
+        fault = self.faults.get(len(self.calls))
+        if isinstance(fault, BaseException):
+            raise fault
+        written = ids[:, None, None].to(self.cache.pool.dtype)
+        write_kv(written, written, *self.cache.layer(0), batch.slot_mapping)
+        rows = torch.arange(len(ids))[batch.sample_rows].tolist()
+        logits = torch.empty(len(rows), VOCAB)
+        for i, row in enumerate(rows):
+            logits[i] = logits_of(self.context(batch, row))
+        if fault == "nan":
+            logits[-1:] = math.nan
+        return logits
+
+    def context(self, batch, row: int) -> tuple[int, ...]:
+        """The tokens in the pool up to that of a row."""
+        i = bisect_right(batch.query_start_locs.tolist(), row) - 1
+        length = int(batch.positions[row]) + 1
+        assert batch.context_lens[i] >= length or batch.context_lens[i] == 0  # 0: a padded row
+        table = batch.block_tables[i, : -(-length // self.cache.block_size)].long()
+        found = self.cache.layer(0)[0][table].flatten()[:length]
+        assert found.isfinite().all(), "a slot was read that nobody has written"
+        return tuple(found.long().tolist())
+
+
+class Ledger(BlockAllocator):
+    """An allocator that keeps what is published: the tokens that some blocks hold from now on."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.published: set[tuple[int, ...]] = set()
+
+    def publish(self, block_table, token_ids, num_computed_tokens):
+        assert num_computed_tokens <= len(token_ids)
+        held = block_table[: self.blocks_needed(num_computed_tokens)]
+        assert all(self.ref_count(block_id) for block_id in held), "published after it was freed"
+        self.published.add(tuple(token_ids[:num_computed_tokens]))
+
+
+# ---- who waits for whom --------------------------------------------------------------------------
+# What a host does with a tensor to know its numbers: on a GPU it waits for the device.
+READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__index__", "__float__"}
+READS |= {"__array__", "__iter__", "__contains__", "equal", "is_nonzero", "allclose"}
+
+
+def is_blocking_copy(function, args, kwargs) -> bool:
+    """Whether a call of `to` waits until the numbers are in host memory."""
+    targets = [x for x in (*args[1:2], kwargs.get("device")) if isinstance(x, str | torch.device)]
+    to_host = any(torch.device(x).type == "cpu" for x in targets)
+    return function.__name__ == "to" and to_host and not kwargs.get("non_blocking")
+
+
+def unwatched(tensor: Tensor) -> Tensor:
+    """The same numbers in a tensor of which nobody takes note."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
+class Watched(Tensor):
+    """A tensor that writes down when its numbers are read, as does all that is computed from it.
+
+    `number` is the launch that it came from, `fault` an exception to be met by who waits for it.
+    """
+
+    log: list
+    number: int
+    fault: BaseException | None = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in READS or is_blocking_copy(function, args, kwargs or {}):
+            cls.log.append(("read", cls.number))
+            if cls.fault is not None:
+                raise cls.fault
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if isinstance(result, Tensor) else result
+
+
+def watched_draw(model: Reader, drawn: dict, faults: dict):
+    """A `draw` of watched tensors. `drawn` gets the token ids of each launch."""
+
+    def draw(logits, rows):
+        number = len(model.calls)
+        token_ids, peaks = draw_tokens(logits, rows)
+        drawn[number] = token_ids.tolist()
+        fields = {"log": model.log, "number": number, "fault": faults.get(number)}
+        kind = type("Watched", (Watched,), fields)
+        return token_ids.as_subclass(kind), peaks.as_subclass(kind)
+
+    return draw
+
+
+# ---- engines -------------------------------------------------------------------------------------
+class Served:
+    """An engine around the stand-in, its requests, and in `log` the order of what happened."""
+
+    def __init__(
+        self,
+        engine_class=AheadEngine,
+        num_blocks=64,
+        block_size=4,
+        max_num_seqs=8,
+        budget=UNLIMITED,
+        reserve=reserve_now,
+        faults=None,
+        sizes=None,
+        **options,
+    ):
+        self.log, self.requests, self.wanted, self.finished = [], {}, {}, {}
+        self.aborted, self.lengths = set(), Counter()
+        self.num_held = self.num_ahead = 0
+        cache = KVCache(1, num_blocks, block_size, 1, 1, torch.float64)
+        cache.pool.fill_(math.nan)
+        self.allocator = Ledger(num_blocks, block_size)
+        self.scheduler = Scheduler(self.allocator, max_num_seqs, budget, MAX_SEQ_LEN, reserve)
+        self.model = forward = Reader(cache, self.log, faults or {})
+        if sizes is not None:
+            options |= {"draw": draw_tokens_triton}
+            forward = GraphForward(
+                cache, self.model, sizes, MAX_SEQ_LEN, SameMemory(), sampler=sample_triton
+            )
+            options |= {"decode": forward.decode}
+            self.model.calls.clear()  # those that were recorded
+            self.log.clear()
+        if "watch" in options:
+            drawn, read_faults = options.pop("watch")
+            options["draw"] = watched_draw(self.model, drawn, read_faults)
+        common = cache, self.scheduler, VOCAB, byte_tokenizer(), EOS
+        self.engine = engine_class(forward, *common, **options)
+        self.listen()
+
+    def listen(self) -> None:
+        """Keep each request, and note at each landing whether the next step was planned by then."""
+        add, update, preempt = self.scheduler.add, self.scheduler.update, self.scheduler.preempt
+
+        def add_and_keep(request):
+            add(request)
+            self.requests[request.request_id] = request
+
+        def update_and_note(plan, continuations):
+            # A sequence's count advances with each plan: here beyond what this one computed.
+            later = [e.seq.num_computed_tokens > e.start + e.num_new_tokens for e in plan.scheduled]
+            self.num_ahead += any(later)
+            self.log.append(("land", any(later)))
+            update(plan, continuations)
+
+        def preempt_and_note(seq):
+            self.log.append(("preempt", seq.request.request_id))
+            preempt(seq)
+
+        self.scheduler.add, self.scheduler.update = add_and_keep, update_and_note
+        self.scheduler.preempt = preempt_and_note
+
+    def add(self, prompt, strategy=None, **params) -> str:
+        """Queue a request; sampled ones bring a seed, so that they draw the same alone."""
+        own = {} if strategy is None else {"strategy": strategy}
+        request_id = self.engine.add_request(list(prompt), SamplingParams(**params), **own)
+        self.wanted[request_id] = (tuple(prompt), strategy, params)
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        assert self.engine.abort(request_id) and not self.engine.abort(request_id)
+        self.aborted.add(request_id)
+        self.scheduler.check_integrity()
+
+    def sequences(self):
+        return [seq for request in self.requests.values() for seq in request.sequences]
+
+    def step(self):
+        """One step, and everything that must hold after it."""
+        ended = {seq for seq in self.sequences() if seq.status == FINISHED}
+        try:
+            step = self.engine.step()
+        finally:
+            self.check_sequences()
+        self.check(step, ended)
+        return step
+
+    def check_sequences(self) -> None:
+        self.scheduler.check_integrity()
+        for seq in self.scheduler.running:
+            assert seq.status == RUNNING and seq.num_computed_tokens <= len(seq.token_ids)
+        for request_id, request in self.requests.items():
+            prompt, strategy, params = self.wanted[request_id]
+            if strategy is None:
+                texts = alone(prompt, strategy, params).outputs
+                for seq, text in zip(request.sequences, texts, strict=True):
+                    whole = [*prompt, *text.token_ids]
+                    assert seq.token_ids == whole[: len(seq.token_ids)], "no token of its text"
+
+    def check(self, step, ended) -> None:
+        plan = step.plan
+        assert not ended & {seq for seq, _, _ in plan.scheduled}
+        assert not ended & {*plan.sampled, *plan.preempted}
+        told = [output.request_id for output in step.outputs]
+        assert len(told) == len(set(told))
+        assert set(told) == {seq.request.request_id for seq in plan.sampled}
+        assert not set(told) & (self.aborted | self.finished.keys())
+        for output in step.outputs:
+            keys = [(output.request_id, completion.index) for completion in output.outputs]
+            grown = [
+                len(completion.token_ids) - self.lengths[key]
+                for key, completion in zip(keys, output.outputs, strict=True)
+            ]
+            own = self.wanted[output.request_id][1]
+            assert own or (set(grown) <= {0, 1} and 1 in grown), "a token was skipped or repeated"
+            for key, more in zip(keys, grown, strict=True):
+                self.lengths[key] += more
+            if output.finished:
+                self.finished[output.request_id] = output
+        self.num_held += step.blocks_taken - step.blocks_freed
+        assert self.num_held == self.allocator.num_blocks - self.allocator.num_free
+        assert step.milliseconds > 0
+
+    def run(self, between_steps=lambda step: None) -> "Served":
+        """Step until all is done, and compare each text with that of the request alone."""
+        for _ in range(20_000):
+            if not self.engine.has_unfinished():
+                break
+            between_steps(self.step())
+        else:
+            pytest.fail("20,000 steps, and no end: a livelock")
+        assert self.allocator.num_free == self.allocator.num_blocks
+        assert self.finished.keys() == self.wanted.keys() - self.aborted
+        for request_id, output in self.finished.items():
+            assert told(output) == told(alone(*self.wanted[request_id]))
+        return self
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the model was asked for, in all of its calls."""
+        return sum(map(len, self.model.calls))
+
+    @property
+    def landings(self) -> list[bool]:
+        """Of each step that has landed: was the next one planned before?"""
+        return [value for what, value in self.log if what == "land"]
+
+
+def told(output) -> tuple:
+    """All that a client learns of a request, but for the times."""
+    texts = [
+        (o.index, o.token_ids, o.text, o.finish_reason, o.stop_reason, o.logprobs)
+        for o in output.outputs
+    ]
+    return output.prompt_token_ids, texts, output.prompt_logprobs
+
+
+ALONE = {}
+
+
+def alone(prompt, strategy, params):
+    """The output of a request that is served alone, by the engine that plans a step at a time."""
+    key = (prompt, strategy, repr(sorted(params.items())))
+    if key not in ALONE:
+        served = Served(InferenceEngine, num_blocks=3 * MAX_SEQ_LEN)
+        served.add(prompt, strategy, **params)
+        while served.engine.has_unfinished():
+            outputs = served.engine.step().outputs
+        (ALONE[key],) = outputs
+    return ALONE[key]
+
+
+def some_prompts(lengths, seed=1):
+    numbers = random.Random(seed)
+    return [[numbers.choice(LETTERS) for _ in range(length)] for length in lengths]
+
+
+GREEDY = {"temperature": 0, "ignore_eos": True}  # runs to max_tokens
+PLAIN = [
+    {"temperature": 0},
+    {"seed": 1},
+    {"seed": 2, "temperature": 0.7, "top_k": 3},
+    {"seed": 3, "top_p": 0.8},
+    {"seed": 4, "min_p": 0.1, "ignore_eos": True},
+    {"seed": 5, "stop": ["ab", "h"]},
+    {"seed": 6, "stop_token_ids": [70]},
+    {"seed": 7, "n": 3},
+]
+CAREFUL = [
+    {"temperature": 0, "presence_penalty": 1.0},
+    {"temperature": 0, "frequency_penalty": 0.5},
+    {"seed": 8, "repetition_penalty": 1.3},
+    {"seed": 9, "logit_bias": {64: 2.0}},
+    {"seed": 10, "min_tokens": 3},
+    {"seed": 11, "logprobs": 2},
+    {"temperature": 0, "logprobs": 0},
+    {"seed": 12, "prompt_logprobs": 1},
+]
+
+
+def two_children(sequences, logits):
+    """A strategy: each sequence goes on as two after its second token."""
+    if not logits.isfinite().all():
+        raise ValueError("a strategy refuses what is no number itself")
+    futures = []
+    for seq, (best, second) in zip(sequences, logits.topk(2).indices.tolist(), strict=True):
+        futures.append(Continuation(seq, [best]))
+        if seq.num_generated == 1 and seq.index == 0:
+            futures.append(Continuation(seq, [second]))
+    return futures
+
+
+def own_strategy(sequences, logits):
+    """The default one under another name, which nobody can know to be the same."""
+    return sample_next(sequences, logits)
+
+
+def test_the_texts_of_these_tests_differ_and_end_in_all_ways():
+    outputs = [
+        alone(tuple(prompt), None, params | {"max_tokens": 12})
+        for prompt in some_prompts([1, 2, 5, 9, 14])
+        for params in PLAIN
+    ]
+    ends = Counter((o.finish_reason, type(o.stop_reason)) for out in outputs for o in out.outputs)
+    assert ends["stop", type(None)] > 2 and ends["length", type(None)] > 2
+    assert ends["stop", int] > 0 and ends["stop", str] > 0
+    texts = [o.text for output in outputs for o in output.outputs]
+    assert len(set(texts)) > 35 and all(len(set(text)) > 2 for text in texts if len(text) > 6)
+
+
+# ---- a step ahead --------------------------------------------------------------------------------
+def watched(faults=None, **options):
+    """Three requests of 8 tokens, watched; and the tokens that each launch drew."""
+    drawn = {}
+    served = Served(watch=(drawn, faults or {}), **options)
+    for prompt in some_prompts([3, 6, 2]):
+        served.add(prompt, max_tokens=8, **GREEDY)
+    return served, drawn
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_read():
+    served, _ = watched()
+    served.run()
+    log = served.log
+    assert [number for what, number in log if what == "launch"] == list(range(1, 9))
+    assert served.landings == [True] * 7 + [False]
+    first_read = {}
+    for index, (what, number) in enumerate(log):
+        if what == "read":
+            first_read.setdefault(number, index)
+    assert list(first_read) == list(range(1, 9))  # each is read, in this order
+    for number in range(1, 8):
+        assert log.index(("launch", number + 1)) < first_read[number]
+
+
+def test_not_more_than_one_step_is_planned_ahead():
+    served, _ = watched()
+    served.run()
+    in_flight = 0
+    for what, _ in served.log:
+        in_flight += {"launch": 1, "land": -1}.get(what, 0)
+        assert 0 <= in_flight <= 2
+
+
+def test_the_inputs_of_a_step_are_the_tokens_that_the_one_before_drew():
+    served, drawn = watched()
+    served.run()
+    calls = served.model.calls
+    assert [len(ids) for ids in calls] == [3 + 6 + 2] + [3] * 7
+    for number in range(1, 8):
+        assert calls[number].tolist() == drawn[number]
+    assert len({token_id for ids in drawn.values() for token_id in ids}) > 4
+
+
+def test_a_step_returns_what_the_serial_engine_returns():
+    """Step by step: who ran, which positions, who was sampled, every output."""
+
+    def seen(engine_class):
+        served, steps = Served(engine_class), []
+        for prompt, max_tokens in zip(some_prompts([3, 6, 2, 9]), (8, 5, 7, 1), strict=True):
+            served.add(prompt, max_tokens=max_tokens, **GREEDY)
+
+        def keep(step):
+            plan = step.plan
+            spans = [(e.seq.request.request_id, e.start, e.num_new_tokens) for e in plan.scheduled]
+            sampled = [seq.request.request_id for seq in plan.sampled]
+            outputs = [(o.request_id, o.finished, told(o)) for o in step.outputs]
+            steps.append((spans, sampled, outputs, step.blocks_copied))
+
+        served.run(keep)
+        return steps, served.landings
+
+    (serial, never), (ahead, landings) = seen(InferenceEngine), seen(AheadEngine)
+    assert ahead == serial and len(serial) == 8
+    assert not any(never) and landings == [True] * 7 + [False]
+
+
+def test_between_two_steps_all_tokens_are_real_and_the_step_in_flight_is_counted():
+    served = Served()
+    (prompt,) = some_prompts([5])
+    request_id = served.add(prompt, max_tokens=4, **GREEDY)
+    text = alone(*served.wanted[request_id]).outputs[0].token_ids
+    states = []
+
+    def look(step):
+        for seq in served.scheduler.running:
+            states.append((list(seq.token_ids), seq.num_computed_tokens, len(served.model.calls)))
+
+    served.run(look)
+    # After the first step the second is in flight: it computes the token that the first drew.
+    assert states == [([*prompt, *text[:n]], 5 + n, n + 1) for n in (1, 2, 3)]
+
+
+def test_a_request_that_comes_between_two_steps_starts_in_one_that_is_planned_ahead():
+    served = Served()
+    first, second = some_prompts([3, 6])
+    served.add(first, max_tokens=8, **GREEDY)
+    served.step()
+    served.add(second, max_tokens=3, **GREEDY)
+    served.run()
+    # Launched when it came: the prompt, and the first decode. It joins the third.
+    assert [len(ids) for ids in served.model.calls] == [3, 1, 1 + 6, 2, 2, 1, 1, 1]
+    assert served.landings == [True] * 7 + [False]
+
+
+@pytest.mark.parametrize("params", PLAIN, ids=str)
+def test_plain_requests_are_planned_ahead_and_write_the_same(params):
+    served = Served()
+    for prompt in some_prompts([3, 6, 2]):
+        served.add(prompt, max_tokens=9, **params)
+    served.run()
+    assert served.num_ahead >= 3
+
+
+def test_a_decode_that_samples_is_called_with_a_row_for_each_sequence():
+    """It may be given: what a graph replays, say. The rows tell all that a draw has to know."""
+    seen = []
+
+    def decode(batch, rows):
+        positions = (batch.positions[batch.sample_rows] + 1).tolist()
+        assert [row.position for row in rows] == positions
+        seen.append([(row.seed, row.params.temperature) for row in rows])
+        return draw_tokens(served.model(batch), rows)
+
+    served = Served(decode=decode)
+    for seed, prompt in enumerate(some_prompts([3, 6, 2])):
+        served.add(prompt, max_tokens=6, seed=seed, ignore_eos=True, temperature=1 + seed / 2)
+    served.run()
+    seeds = {(seq.seed, seq.request.params.temperature) for seq in served.sequences()}
+    assert len(seen) >= 5 and all(set(rows) == seeds for rows in seen)
+    assert served.num_ahead == 5
+
+
+# ---- when it does not pay ------------------------------------------------------------------------
+@pytest.mark.parametrize("params", CAREFUL, ids=str)
+def test_beside_a_careful_request_the_engine_plans_a_step_at_a_time(params):
+    """Its next token depends on tokens that the host has to know first, or on the logits."""
+    served = Served()
+    for prompt in some_prompts([3, 6]):
+        served.add(prompt, max_tokens=9, **GREEDY)
+    params = params | {"max_tokens": 4, "ignore_eos": True}
+    careful = served.add(some_prompts([4])[0], **params)
+    while careful not in served.finished:
+        served.step()
+        assert served.num_ahead == 0
+    served.run()
+    assert served.num_ahead >= 3
+    assert [len(ids) for ids in served.model.calls] == [13, 3, 3, 3, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("strategy", [own_strategy, two_children])
+def test_beside_a_request_with_a_strategy_of_its_own_too(strategy):
+    served = Served()
+    plain = served.add(some_prompts([3])[0], max_tokens=9, **GREEDY)
+    other = served.add(some_prompts([4])[0], strategy, max_tokens=4, **GREEDY)
+    while other not in served.finished:
+        served.step()
+        assert served.num_ahead == 0
+    served.run()
+    assert served.num_ahead >= 3 and len(served.finished[plain].outputs[0].token_ids) == 9
+
+
+def test_a_careful_request_that_waits_counts_as_well():
+    served = Served(max_num_seqs=1)
+    served.add(some_prompts([3])[0], max_tokens=4, **GREEDY)
+    served.add(some_prompts([4])[0], max_tokens=4, min_tokens=2, **GREEDY)
+    served.run()
+    assert served.num_ahead == 0
+
+
+def test_a_careful_request_that_comes_while_a_step_is_in_flight_waits_for_it():
+    served = Served()
+    served.add(some_prompts([3])[0], max_tokens=9, **GREEDY)
+    served.step()
+    served.step()
+    assert served.num_ahead == 2
+    careful = served.add(some_prompts([4])[0], max_tokens=3, logprobs=1, **GREEDY)
+    while careful not in served.finished:
+        served.step()
+        assert served.num_ahead == 2
+    served.run()
+    assert served.num_ahead > 2
+
+
+def test_once_a_careful_request_is_aborted_steps_are_planned_ahead_again():
+    served = Served()
+    served.add(some_prompts([3])[0], max_tokens=9, **GREEDY)
+    careful = served.add(some_prompts([4])[0], max_tokens=9, logprobs=1, **GREEDY)
+    served.step()
+    served.step()
+    assert served.num_ahead == 0
+    served.abort(careful)
+    served.run()
+    assert served.landings == [False, False] + [True] * 6 + [False]
+
+
+def test_a_prompt_in_pieces_is_waited_for_until_it_is_sampled():
+    """Ten tokens under a budget of 4: pieces of 4, 4 and 2, and only the last has a token."""
+    served = Served(budget=4)
+    served.add(some_prompts([10])[0], max_tokens=4, **GREEDY)
+    served.run()
+    assert [len(ids) for ids in served.model.calls] == [4, 4, 2, 1, 1, 1]
+    assert served.landings == [False, False, True, True, True, False]
+
+
+def test_with_fewer_free_blocks_than_sequences_the_engine_plans_a_step_at_a_time():
+    """A plan made ahead never has to preempt whoever is in flight."""
+    served = Served(num_blocks=5)  # of 4 tokens: two prompts of 5 take 4, and 1 is free
+    for prompt in some_prompts([5, 5]):
+        served.add(prompt, max_tokens=3, **GREEDY)
+    served.run()
+    assert served.num_ahead == 0
+    served = Served(num_blocks=6)
+    for prompt in some_prompts([5, 5]):
+        served.add(prompt, max_tokens=3, **GREEDY)
+    served.run()
+    assert served.landings == [True, True, False]
+
+
+def test_an_engine_without_requests_has_nothing_to_do():
+    served = Served()
+    for _ in range(2):
+        step = served.step()
+        assert step.plan.scheduled == [] and step.outputs == []
+    assert served.model.calls == [] and served.engine.num_wasted_tokens == 0
+
+
+# ---- how sequences end ---------------------------------------------------------------------------
+def test_an_end_by_length_is_known_beforehand_and_wastes_nothing():
+    calls = []
+    for engine_class in (InferenceEngine, AheadEngine):
+        served = Served(engine_class)
+        for prompt, max_tokens in zip(some_prompts([3, 6, 2, 60]), (1, 8, 5, None), strict=True):
+            served.add(prompt, max_tokens=max_tokens, **GREEDY)
+        served.run()
+        calls.append([len(ids) for ids in served.model.calls])
+    # The prompt of 60 reaches the context's 64 tokens with its fourth.
+    assert calls[0] == calls[1] == [71, 3, 3, 3, 2, 1, 1, 1]
+    assert served.landings == [True] * 7 + [False]
+    assert served.engine.num_wasted_tokens == 0
+
+
+def test_an_end_of_text_in_the_last_token_wastes_nothing():
+    """It would have ended there anyhow."""
+    prompt, text = ends_with_eos()
+    served = Served()
+    served.add(prompt, temperature=0, max_tokens=len(text))
+    served.run()
+    assert served.finished["0"].outputs[0].finish_reason == "stop"
+    assert len(served.model.calls) == len(text) and served.engine.num_wasted_tokens == 0
+
+
+@functools.cache
+def ends_with_eos() -> tuple[list[int], list[int]]:
+    """A prompt and its greedy text: 4 different letters or more, then the end of text."""
+    for seed in range(1000):
+        (prompt,) = some_prompts([3], seed)
+        output = alone(tuple(prompt), None, {"temperature": 0, "max_tokens": 20}).outputs[0]
+        text = output.token_ids
+        if output.finish_reason == "stop" and 5 <= len(text) <= 8 and len(set(text[:4])) == 4:
+            return prompt, output.token_ids
+    raise AssertionError("no such prompt")
+
+
+def ending(kind: str) -> tuple[list[int], dict, int]:
+    """A prompt, parameters under which its text is stopped, and the tokens that it has then."""
+    prompt, text = ends_with_eos()
+    if kind == "end of text":
+        return prompt, {"temperature": 0}, len(text)
+    if kind == "stop token":
+        return prompt, {"temperature": 0, "stop_token_ids": [text[3]]}, 4
+    return prompt, {"temperature": 0, "stop": [byte_tokenizer().decode(text[2:4])]}, 4
+
+
+EACH_END = pytest.mark.parametrize("kind", ["end of text", "stop token", "stop string"])
+
+
+@EACH_END
+def test_a_text_that_is_stopped_wastes_the_row_that_is_in_flight(kind):
+    """The host learns of it when the next step runs already: one token is dropped."""
+    prompt, params, num_tokens = ending(kind)
+    served = Served()
+    stopped = served.add(prompt, max_tokens=20, **params)
+    other = served.add(some_prompts([6])[0], max_tokens=14, **GREEDY)
+    steps = []
+
+    def look(step):
+        steps.append([seq.request.request_id for seq, _, _ in step.plan.scheduled])
+        if len(steps) == num_tokens:
+            assert stopped in served.finished
+            # Its blocks are free at once. The other's hold the tokens of the step in flight too.
+            held = -(-(6 + num_tokens) // 4)
+            assert served.allocator.num_free == served.allocator.num_blocks - held
+            assert served.engine.num_wasted_tokens == 1
+
+    served.run(look)
+    assert served.finished[stopped].outputs[0].finish_reason == "stop"
+    both, rest = [stopped, other], 14 - num_tokens
+    assert steps == [both] * num_tokens + [[other]] * rest
+    assert [len(ids) for ids in served.model.calls] == (
+        [3 + 6] + [2] * (num_tokens - 1) + [2] + [1] * (rest - 1)
+    )
+    assert served.engine.num_wasted_tokens == 1
+
+
+@EACH_END
+def test_when_the_last_text_is_stopped_nothing_is_left_to_do(kind):
+    """What is in flight then is all waste, and the next request finds an engine like new."""
+    prompt, params, num_tokens = ending(kind)
+    served = Served()
+    for _ in range(3):
+        served.add(prompt, max_tokens=20, **params)
+        served.run()
+        assert not served.engine.has_unfinished()
+    served.add(prompt, max_tokens=20, **GREEDY)
+    served.run()
+    assert len(served.finished) == 4
+    assert served.engine.num_wasted_tokens == 3
+    assert served.num_rows == 3 * (3 + num_tokens - 1 + 1) + 3 + 19
+
+
+@EACH_END
+def test_steps_between_the_last_end_and_the_next_request_do_nothing(kind):
+    prompt, params, _ = ending(kind)
+    served = Served()
+    served.add(prompt, max_tokens=20, **params)
+    served.run()
+    num_calls = len(served.model.calls)
+    for _ in range(3):
+        step = served.step()
+        assert step.plan.scheduled == [] and step.outputs == []
+    assert len(served.model.calls) == num_calls
+    served.add(prompt, max_tokens=20, **params)
+    served.run()
+
+
+def test_no_row_that_was_wasted_is_published():
+    """A prefix cache would learn of the same tokens from both engines, and of no others."""
+    published = []
+    for engine_class in (InferenceEngine, AheadEngine):
+        served = Served(engine_class)
+        for kind in ("end of text", "stop token", "stop string"):
+            prompt, params, _ = ending(kind)
+            served.add(prompt, max_tokens=20, **params)
+        for prompt, params in zip(some_prompts([1, 2, 5, 9, 14, 3, 4, 7]), PLAIN, strict=True):
+            served.add(prompt, max_tokens=10, **params)
+        served.run()
+        published.append(served.allocator.published)
+    assert served.engine.num_wasted_tokens > 4 and served.num_ahead > 4
+    assert published[1] == published[0] and len(published[0]) > 60
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
+def test_a_block_that_a_wasted_row_still_writes_to_can_be_given_away(block_size):
+    """Five sequences at a time in a small pool: whose blocks were free before the row was done."""
+    served = Served(num_blocks=120 // block_size, block_size=block_size, max_num_seqs=5)
+    numbers = random.Random(3)
+    for prompt in some_prompts([numbers.randint(1, 9) for _ in range(40)]):
+        served.add(prompt, max_tokens=12, seed=numbers.randrange(1000), stop=["a", "bc"])
+    served.run()
+    assert served.engine.num_wasted_tokens > 15 and served.num_ahead > 15
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 12}, {"max_num_seqs": 2}], ids=str)
+def test_the_model_is_asked_for_the_wasted_rows_more_and_nothing_else(options):
+    rows = []
+    for engine_class in (InferenceEngine, AheadEngine):
+        served = Served(engine_class, num_blocks=200, **options)
+        numbers = random.Random(4)
+        for i in range(30):
+            (prompt,) = some_prompts([numbers.randint(1, 12)], seed=i)
+            served.add(prompt, max_tokens=numbers.randint(1, 12), **numbers.choice(PLAIN))
+        served.run()
+        rows.append(served.num_rows)
+        assert served.scheduler.num_preemptions == 0
+    assert served.num_ahead > 10
+    assert rows[1] - rows[0] == served.engine.num_wasted_tokens > 3
+
+
+# ---- who joins, leaves, is preempted -------------------------------------------------------------
+@pytest.mark.parametrize("budget", [3, 16, UNLIMITED])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 20])
+def test_requests_that_come_one_a_step_write_the_same(budget, max_num_seqs):
+    served = Served(num_blocks=200, max_num_seqs=max_num_seqs, budget=budget)
+    to_come = [
+        (prompt, params | {"max_tokens": 10})
+        for prompt, params in zip(some_prompts([1, 2, 5, 9, 14, 3, 4, 7]), PLAIN, strict=True)
+    ]
+
+    def one_more(step):
+        if to_come:
+            prompt, params = to_come.pop(0)
+            served.add(prompt, **params)
+
+    one_more(None)
+    served.run(one_more)
+    assert to_come == [] and served.num_ahead >= 5
+
+
+@pytest.mark.parametrize("num_blocks", [6, 9, 14])
+@pytest.mark.parametrize("budget", [6, UNLIMITED])
+def test_a_pool_that_runs_dry_preempts_and_changes_no_text(num_blocks, budget):
+    served = Served(num_blocks=num_blocks, budget=budget)
+    for prompt, params in zip(some_prompts([1, 2, 5, 9, 12, 3, 4, 7]), PLAIN, strict=True):
+        served.add(prompt, max_tokens=11, **params)
+    served.run()
+    assert served.scheduler.num_preemptions > 0 and served.num_ahead > 0
+
+
+def doubling(seq) -> int:
+    """A reservation that grows by leaps: room for 8 tokens, then for 16, then for 32."""
+    return 1 << (len(seq.token_ids) - 1).bit_length()
+
+
+def test_a_step_planned_ahead_may_preempt_who_is_in_flight_and_changes_no_text():
+    """Two hold 4 of 10 blocks each. With 17 tokens the first wants 4 more, and 2 are free."""
+    served = Served(num_blocks=10, reserve=doubling)
+    for prompt in some_prompts([6, 6]):
+        served.add(prompt, max_tokens=14, **GREEDY)
+    served.run()
+    events = [what for what, _ in served.log]
+    in_flight = [
+        events[:i].count("launch") - events[:i].count("land")
+        for i, what in enumerate(events)
+        if what == "preempt"
+    ]
+    assert in_flight == [1]
+
+
+def test_a_preemption_between_two_steps_changes_no_text():
+    """Somebody loses all blocks while a token of theirs is in flight: it is drawn again."""
+    numbers = random.Random(2)
+    served = Served()
+    for prompt, params in zip(some_prompts([1, 2, 5, 9, 12, 3, 4, 7]), PLAIN, strict=True):
+        served.add(prompt, max_tokens=12, **params)
+
+    def preempt_somebody(step):
+        if served.scheduler.running and numbers.random() < 0.5:
+            served.scheduler.preempt(numbers.choice(served.scheduler.running))
+
+    served.run(preempt_somebody)
+    assert served.scheduler.num_preemptions > 4 and served.num_ahead > 2
+
+
+@pytest.mark.parametrize("after", range(1, 7))
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_an_abort_between_any_two_steps_changes_no_other_text(index, after):
+    served = Served()
+    ids = [served.add(p, max_tokens=8, **GREEDY) for p in some_prompts([3, 6, 2])]
+    steps = []
+
+    def abort_one(step):
+        steps.append(step)
+        if len(steps) == after:
+            free = served.allocator.num_free
+            served.abort(ids[index])
+            assert served.allocator.num_free > free
+
+    served.run(abort_one)
+    assert len(steps) == 8 and served.num_ahead >= 6
+
+
+def test_an_abort_of_everybody_leaves_nothing_to_do():
+    served = Served()
+    ids = [served.add(prompt, max_tokens=8, **GREEDY) for prompt in some_prompts([3, 6, 2])]
+    served.step()
+    served.step()
+    for request_id in ids:
+        served.abort(request_id)
+    assert not served.engine.has_unfinished() and served.allocator.num_free == 64
+    step = served.step()
+    assert step.plan.scheduled == [] and step.outputs == []
+    served.add(some_prompts([5])[0], max_tokens=8, **GREEDY)
+    served.run()
+
+
+def state_of(seq) -> str | None:
+    """In which state a sequence is aborted."""
+    if seq.status == WAITING:
+        return "preempted" if seq.num_preemptions else "waiting"
+    return "decoding" if seq.num_generated else "mid-prompt"
+
+
+def test_an_abort_in_every_state_changes_no_other_text():
+    """One running whose token is in flight, one in the middle of its prompt, one that waits, one
+    that was preempted: each is gone at once."""
+    for wanted in ("decoding", "mid-prompt", "waiting", "preempted"):
+        served = Served(num_blocks=12, max_num_seqs=3, budget=7)
+        for prompt in some_prompts([5, 9, 12, 4, 6]):
+            served.add(prompt, max_tokens=12, **GREEDY)
+        gone = []
+
+        def abort_one(step):
+            for request_id in sorted(served.wanted.keys() - served.finished.keys() - {*gone}):
+                (seq,) = served.requests[request_id].sequences
+                if not gone and len(served.model.calls) > 3 and state_of(seq) == wanted:
+                    served.abort(request_id)
+                    gone.append(request_id)
+
+        served.run(abort_one)
+        assert len(gone) == 1, f"nobody was {wanted}"
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+def run_with_interruptions(served, kinds):
+    """Run to the end; returns at which steps it was interrupted, and how."""
+    interruptions = []
+    for number in range(1, 2000):
+        if not served.engine.has_unfinished():
+            return interruptions
+        try:
+            served.step()
+        except kinds as error:
+            interruptions.append((number, error))
+    pytest.fail("no end: a livelock")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("options", [{}, {"budget": 5}, {"num_blocks": 9}], ids=str)
+def test_an_exception_in_the_forward_loses_nothing(options, call, error):
+    """In the first, and in one that is launched while the tokens of another are on their way."""
+    served = Served(faults={call: error}, **options)
+    for prompt, params in zip(some_prompts([3, 6, 2, 4]), PLAIN, strict=False):
+        served.add(prompt, max_tokens=8, **(params | {"ignore_eos": True}))
+    met = run_with_interruptions(served, type(error))
+    assert [raised for _, raised in met] == [error]
+    served.run()
+    assert served.num_ahead > 0 or options
+
+
+@pytest.mark.parametrize("launch", [1, 2, 4, 8])
+def test_an_interrupt_while_the_host_waits_for_tokens_loses_nothing(launch):
+    """Where Ctrl-C is met most often: two steps are in flight then."""
+    error = KeyboardInterrupt()
+    served, _ = watched({launch: error})
+    met = run_with_interruptions(served, KeyboardInterrupt)
+    assert [raised for _, raised in met] == [error]
+    served.run()
+    assert ("read", launch) in served.log
+
+
+@pytest.mark.parametrize("launch", [1, 2, 4])
+def test_an_interrupt_while_the_host_waits_loses_no_request_that_has_just_joined(launch):
+    """It came between two steps, and is in the younger of the two that are in flight."""
+    error = KeyboardInterrupt()
+    served, _ = watched({launch: error})
+    for _ in range(launch - 1):
+        served.step()
+    served.add(some_prompts([5])[0], max_tokens=6, **GREEDY)
+    met = run_with_interruptions(served, KeyboardInterrupt)
+    assert [raised for _, raised in met] == [error]
+    served.run()
+
+
+def test_an_exception_in_the_draw_loses_nothing():
+    error = RuntimeError("no kernel image")
+    calls = []
+
+    def draw(logits, rows):
+        calls.append(len(rows))
+        if len(calls) in (1, 3, 4):
+            raise error
+        return draw_tokens(logits, rows)
+
+    served = Served(draw=draw)
+    for prompt in some_prompts([3, 6, 2]):
+        served.add(prompt, max_tokens=8, **GREEDY)
+    met = run_with_interruptions(served, RuntimeError)
+    assert [raised for _, raised in met] == [error] * 3
+    served.run()
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_logits_that_are_not_numbers_are_refused_a_step_later_at_most(call):
+    """With the serial engine's words; and whoever was in flight is computed again."""
+    steps = {}
+    for engine_class in (InferenceEngine, AheadEngine):
+        served = Served(engine_class, faults={call: "nan"})
+        for prompt in some_prompts([3, 6, 2]):
+            served.add(prompt, max_tokens=8, **GREEDY)
+        ((number, error),) = run_with_interruptions(served, ValueError)
+        steps[engine_class] = number
+        expected = "rows [2] of the logits are NaN, +inf or all -inf: no token to choose"
+        assert str(error) == expected
+        served.run()
+    assert 0 <= steps[AheadEngine] - steps[InferenceEngine] <= 1
+
+
+def test_logits_that_stay_broken_are_refused_again_and_again_and_an_abort_ends_it():
+    served = Served(faults=dict.fromkeys(range(4, 60), "nan"))
+    ids = [served.add(prompt, max_tokens=8, **GREEDY) for prompt in some_prompts([3, 6])]
+    refused = 0
+    for _ in range(20):
+        try:
+            served.step()
+        except ValueError:
+            refused += 1
+    assert refused >= 10 and served.engine.has_unfinished()
+    for request_id in ids:
+        served.abort(request_id)
+    assert not served.engine.has_unfinished() and served.allocator.num_free == 64
+    served.model.faults.clear()
+    served.add(some_prompts([3])[0], max_tokens=8, **GREEDY)
+    served.run()
+
+
+# ---- random traffic ------------------------------------------------------------------------------
+def random_request(numbers: random.Random, careful: float) -> tuple[list[int], object, dict]:
+    """A prompt, perhaps a strategy, and parameters; a share `careful` is not plain."""
+    prompt = [numbers.choice(LETTERS) for _ in range(numbers.randint(1, 14))]
+    params, strategy = dict(numbers.choice(PLAIN)), None
+    if numbers.random() < careful:
+        params = dict(numbers.choice(CAREFUL))
+        strategy = numbers.choice([None, None, own_strategy, two_children])
+    if strategy is two_children:
+        params = {"temperature": 0}  # it reports no probabilities
+    if "seed" in params:
+        params["seed"] = numbers.randrange(100)
+    params["max_tokens"] = numbers.randint(params.get("min_tokens", 1), 12)
+    return prompt, strategy, params
+
+
+def random_faults(numbers: random.Random) -> dict:
+    """In a few of the first 150 calls."""
+    kinds = [RuntimeError("out of memory"), KeyboardInterrupt(), "nan", "nan"]
+    return {numbers.randint(1, 150): numbers.choice(kinds) for _ in range(4)}
+
+
+def serve_traffic(seed: int, num_requests: int = 30) -> Counter:
+    """Requests come, are aborted and preempted, calls fail; counts what happened."""
+    numbers = random.Random(seed)
+    block_size = numbers.choice([1, 2, 4, 7])
+    longest = -(-26 // block_size)  # blocks of a sequence: up to 14 tokens, and 12 more
+    served = Served(
+        num_blocks=longest + numbers.choice([0, 3, 50]),
+        block_size=block_size,
+        max_num_seqs=numbers.choice([1, 2, 4, 16]),
+        budget=numbers.choice([3, 8, UNLIMITED, UNLIMITED]),
+        reserve=numbers.choice([reserve_now, reserve_now, doubling]),
+        faults=random_faults(numbers) if numbers.random() < 0.5 else {},
+    )
+    careful, happened = numbers.choice([0, 0, 0.1, 0.5]), Counter()
+
+    def abort_somebody():
+        unfinished = [seq for seq in served.sequences() if seq.status != FINISHED]
+        states = sorted(set(map(state_of, unfinished)))
+        if states:
+            state = numbers.choice(states)  # first, for some states are rare
+            candidates = [seq for seq in unfinished if state_of(seq) == state]
+            served.abort(numbers.choice(candidates).request.request_id)
+            happened[state] += 1
+
+    while len(served.wanted) < num_requests or served.engine.has_unfinished():
+        for _ in range(numbers.choice([0, 0, 1, 3])):
+            if len(served.wanted) < num_requests:
+                prompt, strategy, params = random_request(numbers, careful)
+                served.add(prompt, strategy, **params)
+        try:
+            served.step()
+        except (RuntimeError, ValueError, KeyboardInterrupt):
+            happened["interrupted"] += 1
+        if numbers.random() < 0.1:
+            abort_somebody()
+        if served.scheduler.running and numbers.random() < 0.03:
+            served.scheduler.preempt(numbers.choice(served.scheduler.running))
+        happened["steps"] += 1
+        assert happened["steps"] < 5000, "a livelock"
+    served.run()
+    happened["ahead"], happened["wasted"] = served.num_ahead, served.engine.num_wasted_tokens
+    happened["preemptions"] = served.scheduler.num_preemptions
+    happened["finished"] = len(served.finished)
+    return happened
+
+
+def assert_everything_happened(happened: Counter, times: int) -> None:
+    counted = ["ahead", "wasted", "preemptions", "interrupted", "finished"]
+    counted += ["waiting", "mid-prompt", "decoding", "preempted"]
+    assert all(happened[name] >= times for name in counted), happened
+    assert happened["ahead"] < happened["steps"] - times, "some steps were planned alone"
+
+
+def test_random_traffic_writes_what_each_request_writes_alone():
+    happened = Counter()
+    for seed in range(10):
+        happened += serve_traffic(1000 * SEED + seed)
+    assert_everything_happened(happened, 3)
+
+
+@pytest.mark.slow
+def test_much_more_random_traffic_writes_what_each_request_writes_alone():
+    happened = Counter()
+    for seed in range(100):
+        happened += serve_traffic(1000 * SEED + 100 + seed)
+    assert_everything_happened(happened, 20)
+
+
+# ---- a real model --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def model(tiny_gpt):
+    return tiny_gpt(seed=5, dtype=torch.float64)
+
+
+def texts_of(model, engine_class, requests, num_blocks=64, block_size=4, budget=UNLIMITED):
+    """What a GPT in float64 writes, one request more before each step; and the engine."""
+    config = model.config
+    shape = (config.n_layer, num_blocks, block_size, config.n_head, config.head_dim)
+    cache = KVCache(*shape, dtype=torch.float64)
+    cache.pool.fill_(math.nan)
+    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), 8, budget, config.max_seq_len)
+    forward = eager_forward(model, cache, paged_attention)
+    engine = engine_class(forward, cache, scheduler, config.vocab_size)
+    to_come, texts = list(requests), {}
+    while to_come or engine.has_unfinished():
+        if to_come:
+            prompt, params = to_come.pop(0)
+            engine.add_request(prompt, SamplingParams(**params))
+        for output in engine.step().outputs:
+            texts[output.request_id] = [o.token_ids for o in output.outputs]
+        scheduler.check_integrity()
+    assert scheduler.allocator.num_free == num_blocks
+    return texts, engine
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_size": 1, "num_blocks": 256},
+        {"block_size": 7, "budget": 5},
+        {"num_blocks": 11},
+        {"num_blocks": 11, "budget": 6},
+    ],
+    ids=str,
+)
+def test_a_gpt_in_float64_writes_the_same(model, options):
+    numbers = random.Random(6)
+    kinds = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 20}, {"seed": 3, "n": 2}]
+    requests = [
+        (
+            [numbers.randrange(97) for _ in range(numbers.choice([1, 2, 7, 15]))],
+            {**kinds[i % 4], "max_tokens": numbers.randint(2, 12), "stop_token_ids": [i, 50 + i]},
+        )
+        for i in range(16)
+    ]
+    want, _ = texts_of(model, InferenceEngine, requests, num_blocks=256)
+    got, engine = texts_of(model, AheadEngine, requests, **options)
+    assert got == want
+    written = [token_id for texts in want.values() for text in texts for token_id in text]
+    assert len(set(written)) > 30
+    assert (engine.scheduler.num_preemptions > 0) == (options.get("num_blocks") == 11)
+
+
+# ---- through recorded steps ----------------------------------------------------------------------
+class SameMemory(Calls):
+    """The CPU's stand-in for graphs, as strict: a replay's results always lie in the same place."""
+
+    def record(self, function):
+        kept = []
+
+        def replay():
+            results = function()
+            several = results if isinstance(results, tuple) else (results,)
+            if not kept:
+                kept.extend(torch.empty_like(result) for result in several)
+            for place, result in zip(kept, several, strict=True):
+                place.copy_(result)
+            return type(results)(kept) if isinstance(results, tuple) else kept[0]
+
+        return replay
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="a GPU has a test of its own, below")
+
+
+@interpreted
+def test_recorded_steps_draw_the_same_while_the_batch_grows_and_shrinks():
+    """Recorded for 1, 2 and 4 rows, of which some are padded; a request more before each step."""
+    served = Served(sizes=[1, 2, 4])
+    params = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 3}, {"seed": 3, "top_p": 0.8}]
+    to_come = list(zip(some_prompts([1, 1, 5, 1]), params, (9, 7, 5, 2), strict=True))
+
+    def one_more(step):
+        if to_come:
+            prompt, own, max_tokens = to_come.pop(0)
+            served.add(prompt, max_tokens=max_tokens, ignore_eos=True, **own)
+
+    one_more(None)
+    served.run(one_more)
+    sizes = [len(ids) for ids in served.model.calls]
+    assert set(sizes) >= {1, 2, 4} and served.num_ahead >= 6
+    assert served.engine.num_wasted_tokens == 0
+
+
+@interpreted
+def test_recorded_steps_with_rows_that_are_wasted_draw_the_same():
+    served = Served(sizes=[1, 2, 3], max_num_seqs=3)
+    for kind in ("end of text", "stop token", "stop string"):
+        prompt, params, _ = ending(kind)
+        served.add(prompt, max_tokens=20, **params)
+    served.add(some_prompts([2])[0], max_tokens=6, seed=1, ignore_eos=True)
+    served.run()
+    assert served.engine.num_wasted_tokens >= 2 and served.num_ahead > 3
+
+
+@interpreted
+def test_a_careful_request_beside_recorded_steps_writes_the_same():
+    served = Served(sizes=[1, 2])
+    served.add(some_prompts([3])[0], max_tokens=7, **GREEDY)
+    served.add(some_prompts([2])[0], max_tokens=3, logprobs=1, **GREEDY)
+    served.run()
+    assert served.num_ahead > 0
+
+
+@interpreted
+def test_the_gpus_sampler_without_recorded_steps_draws_the_same():
+    served = Served(draw=draw_tokens_triton)
+    for prompt, seed in zip(some_prompts([3, 5]), (1, 2), strict=True):
+        served.add(prompt, max_tokens=5, seed=seed, top_p=0.9)
+    served.run()
+    assert served.num_ahead > 0
+
+
+# ---- only a GPU can say --------------------------------------------------------------------------
+@needs_gpu
+@pytest.mark.parametrize("num_blocks", [400, 24])
+def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, num_blocks):
+    """In float64, so that the shape of a batch decides no token; the sampler gets 32 bits."""
+    from checkpoint import load_model
+
+    model = load_model(shipped_model_folder, torch.float64, DEVICE)
+    tokenizer, config = load_tokenizer(shipped_model_folder), model.config
+    words = "Once upon a time there lived in a great forest an old woman and her goats".split()
+    numbers = random.Random(SEED)
+    requests = []
+    for i in range(24):
+        kinds = [{"temperature": 0}, {"seed": i}, {"seed": i, "top_k": 40, "top_p": 0.9}]
+        kinds += [{"seed": i, "stop": ["the", "."]}]
+        text = " ".join(words[numbers.randrange(8) :][: numbers.randint(1, 9)])
+        requests.append((text, {**kinds[i % 4], "max_tokens": numbers.randint(4, 60)}))
+
+    def serve(engine_class):
+        shape = (config.n_layer, num_blocks, 16, config.n_head, config.head_dim)
+        cache = KVCache(*shape, torch.float64, DEVICE)
+        eager = eager_forward(model, cache, paged_attention_triton, write_kv_triton)
+        scheduler = Scheduler(BlockAllocator(num_blocks, 16), 12, 512, 256)
+
+        def forward(batch):
+            return eager(batch).float()
+
+        options = {"draw": draw_tokens_triton}
+        if engine_class is AheadEngine:
+            sizes = recorded_sizes(12)
+            forward = GraphForward(cache, forward, sizes, 256, sampler=sample_triton)
+            options |= {"decode": forward.decode}
+        eos = tokenizer.eos_token_id
+        engine = engine_class(
+            forward, cache, scheduler, config.vocab_size, tokenizer, eos, **options
+        )
+        to_come, finished = list(requests), {}
+        while to_come or engine.has_unfinished():
+            for text, params in to_come[:2]:
+                engine.add_request(text, SamplingParams(**params))
+            del to_come[:2]
+            for output in engine.step().outputs:
+                finished[output.request_id] = output
+            scheduler.check_integrity()
+        assert scheduler.allocator.num_free == num_blocks
+        return {request_id: told(output) for request_id, output in finished.items()}, engine
+
+    (want, _), (got, engine) = serve(InferenceEngine), serve(AheadEngine)
+    assert got == want
+    assert (engine.num_wasted_tokens > 0) or num_blocks == 24
+    assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 24)
+    assert len({token_id for _, texts, _ in want.values() for token_id in texts[0][1]}) > 100
+
+
+def test_the_demo_ends_with_ok(capsys):
+    plan_ahead.demo()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("ok:") and len(lines) <= 25
