@@ -35,7 +35,7 @@ SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 # Registers that do not fit are spilled to the stack, in slow memory. A few bytes do no harm.
 STACK_LIMIT_BYTES = 64
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-KERNELS = ("decode", "chunks", "prefill", "mixed", "write", "sample")
+KERNELS = ("decode", "chunks", "fused_decode", "prefill", "mixed", "write", "sample")
 
 
 class Case(NamedTuple):
@@ -76,6 +76,7 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("chunks", "bfloat16", 128, block_size=1, group=4, starts=True),
     Case("prefill", "float16", 128, block_size=256, starts=True),
     Case("prefill", "bfloat16", 256),
+    Case("fused_decode", "bfloat16", 128, block_size=1, group=20),
     Case("decode", "float32", 64),
     Case("prefill", "float32", 64),
     Case("write", "float32", 80, block_size=3),
@@ -103,9 +104,10 @@ FULL = [
     *every(("decode", "prefill", "write"), WIDTHS, HEAD_SIZES),
     *every(("decode",), WIDTHS, HEAD_SIZES, group=4),
     *every(("chunks",), WIDTHS, HEAD_SIZES, group=4, starts=True),
+    *every(("fused_decode",), WIDTHS, HEAD_SIZES, group=4),
     *every(("mixed",), WIDTHS, GPT2, starts=True),
-    *every(("decode", "chunks", "prefill", "write"), ("float16",), WIDEST, group=3),
-    *every(("decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
+    *every(("decode", "chunks", "fused_decode", "prefill", "write"), ("float16",), WIDEST, group=3),
+    *every(("decode", "fused_decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
     *(Case("sample", dtype, vocab_size=V) for dtype in DTYPES[:3] for V in VOCAB_SIZES),
 ]
 
@@ -176,6 +178,8 @@ def call(case: Case) -> None:
     caches = pool[:, 0], pool[:, 1]
     if case.kernel == "write":
         return prefill.write_kv_triton(k, v, *caches, empty(N, dtype=torch.int64))
+    if case.kernel == "fused_decode":
+        return call_fused_decode(q, k, v, *caches)
     starts = empty(B) if case.starts else None
     arguments = (q, *caches, empty(B, 60), empty(B + 1), empty(B), D**-0.5, query_len, 900, starts)
     match case.kernel:
@@ -187,6 +191,18 @@ def call(case: Case) -> None:
             prefill.paged_prefill_triton(*arguments)
         case "mixed":
             prefill.paged_prefill_triton(*arguments, skip_decode=True)
+
+
+def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches) -> None:
+    """The same without chunks and with them: two kernels."""
+    from fused_decode_triton import fused_decode_triton, num_arrivals
+
+    B, lens = len(q), torch.empty(len(q), dtype=torch.int32, device="meta")
+    where = lens.long(), lens.new_empty(B, 60), lens
+    arrived = lens.new_empty(num_arrivals(B, q.shape[1], k.shape[1]))
+    for chunk_len in (0, 256):
+        step = (*where, q.shape[2] ** -0.5, 900, arrived)
+        fused_decode_triton(q, k, v, *caches, *step, chunk_len=chunk_len)
 
 
 def call_sample(case: Case) -> None:
@@ -298,9 +314,9 @@ def main() -> int:
     ]
     if not args.json:
         columns = (
-            "kernel           call     target dtype    D or V block  G  registers  stack   shared"
+            "kernel              call         target dtype    D or V block  G  registers  stack"
         )
-        print(columns + "  products  copies x bytes")
+        print(columns + "   shared  products  copies x bytes")
     failures = 0
     for r in reports(chosen, args.targets):
         wrong = problems(r)
@@ -308,7 +324,7 @@ def main() -> int:
         if args.json:
             print(json.dumps(asdict(r) | {"problems": wrong}), flush=True)
             continue
-        shape = f"{r.kernel:17}{r.call:9}sm_{r.target}  {r.dtype:8}{r.head_dim or r.vocab_size:7}"
+        shape = f"{r.kernel:20}{r.call:13}sm_{r.target}  {r.dtype:8}{r.head_dim or r.vocab_size:7}"
         shape += f"{r.block_size:6}{r.group:3}"
         takes = f"{r.registers:11}{r.stack_bytes:7}{r.shared_bytes:9}{r.tensor_core_products:10}"
         copies = ", ".join(f"{n} x {size}" for size, n in sorted(r.copies.items()))

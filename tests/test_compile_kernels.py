@@ -21,6 +21,7 @@ from compile_kernels import FULL, QUICK, Case, Report, parse_usage, problems
 
 SCRIPT = Path(compile_kernels.__file__)
 TARGETS = (80, 90)
+GPT2_IN_16 = ("bfloat16", 64)
 
 
 def compile_in_a_process_of_its_own(*flags, env=None):
@@ -42,14 +43,16 @@ def quick():
 
 def check(reports, cases):
     """What holds for every kernel that ships."""
-    # Chunks are two kernels, decode and merge; every other case is one.
-    expected = sum(2 if case.kernel == "chunks" else 1 for case in dict.fromkeys(cases))
+    # Chunks are two kernels, decode and merge, and a fused decode is called without chunks and with
+    # them, one launch each; every other case is one.
+    twice = ("chunks", "fused_decode")
+    expected = sum(2 if case.kernel in twice else 1 for case in dict.fromkeys(cases))
     assert len(reports) == expected * len(TARGETS)
     over = [r for r in reports if r["problems"] or r["stack_bytes"] > 64]
     assert over == []
     assert {r["target"] for r in reports} == set(TARGETS)
     for r in reports:
-        if r["kernel"] not in ("decode_kernel", "prefill_kernel"):
+        if r["kernel"] not in ("decode_kernel", "fused_decode_kernel", "prefill_kernel"):
             continue
         assert r["shared_bytes"] <= {80: 166_912, 90: 232_448}[r["target"]]
         if r["dtype"] in ("float16", "bfloat16"):
@@ -63,8 +66,9 @@ def test_the_kernels_compile_for_both_targets_and_stay_within_their_limits(quick
     check(quick, QUICK)
 
 
-def test_every_kernel_of_the_three_files_was_compiled(quick):
+def test_every_kernel_was_compiled(quick):
     names = {"decode_kernel", "merge_kernel", "prefill_kernel", "write_kv_kernel", "sample_kernel"}
+    names |= {"fused_decode_kernel"}
     assert {r["kernel"] for r in quick} == names
     assert {r["dtype"] for r in quick} == {"float16", "bfloat16", "float32", "float64"}
 
@@ -81,7 +85,8 @@ def test_an_h100_multiplies_tiles_of_queries_with_the_instructions_made_for_it(q
 
 def test_six_decode_programs_of_gpt2_fit_on_one_processor_of_the_gpu(quick):
     """65,536 registers for 128 threads a program, and 16 KB or so of shared memory each."""
-    rows = [r for r in quick if r["call"] == "decode" and r["dtype"] == "bfloat16"]
+    decodes = ("decode", "fused_decode")
+    rows = [r for r in quick if r["call"] in decodes and (r["dtype"], r["head_dim"]) == GPT2_IN_16]
     assert rows
     for r in rows:
         assert 6 * 128 * r["registers"] <= 65_536
@@ -203,7 +208,7 @@ def test_an_interpreting_process_refuses_to_compile():
 
 def test_the_full_matrix_meets_every_kernel_type_and_head_size():
     shapes = {(case.kernel, case.dtype, case.head_dim) for case in FULL}
-    for kernel in ("decode", "chunks", "prefill", "write"):
+    for kernel in ("decode", "chunks", "fused_decode", "prefill", "write"):
         for dtype in ("bfloat16", "float32", "float64"):
             assert {d for k, t, d in shapes if (k, t) == (kernel, dtype)} >= {
                 16,

@@ -33,6 +33,7 @@ LADDER = [
     "paged_attention_cpu",
     "paged_prefill_triton",
     "paged_attention_triton",
+    "fused_decode_triton",
     "backends",
     "baselines",
     "sampling",
