@@ -80,6 +80,7 @@ HELP = {
     "max_num_batched_tokens": "tokens in one step",
     "max_seq_len": "tokens in one sequence; default: the model's",
     "cuda_graphs": "on a GPU, record decode steps once and replay them (on if nothing is said)",
+    "fused": "on a GPU, join a decode step's small operations (off if not said)",
     "plan_ahead": "launch the next step before the last one's tokens are read (off if not said)",
 }
 

@@ -37,6 +37,7 @@ from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from cuda_graphs import GraphForward, recorded_sizes, rehearse
 from engine import Forward, InferenceEngine, eager_forward
+from fused_triton import fused_forward
 from hub import find_folder
 from kv_cache import KVCache, choose_num_blocks
 from model import GPT
@@ -69,6 +70,9 @@ class EngineConfig:
     max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
     cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
     plan_ahead: bool = False  # launch a decode step before the tokens of the last one were read
+    fused: bool = (
+        False  # join a decode step's small operations: fewer launches, by Triton's kernels
+    )
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self):
@@ -85,7 +89,7 @@ class EngineConfig:
             raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
-        for name in ("cuda_graphs", "plan_ahead"):
+        for name in ("cuda_graphs", "plan_ahead", "fused"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
 
@@ -202,7 +206,7 @@ class LLM:
         return InferenceEngine(*parts, config.seed, draw)
 
     def _build_forward(self, num_blocks: int) -> tuple[KVCache, Forward]:
-        """A pool of so many blocks, and the eager forward over it."""
+        """A pool of so many blocks, and the forward over it."""
         shape, weight, kernels = self.model.config, self.model.wte.weight, BACKENDS[self.backend]
         cache = KVCache(
             num_layers=shape.n_layer,
@@ -213,7 +217,10 @@ class LLM:
             dtype=weight.dtype,
             device=weight.device,
         )
-        return cache, eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
+        forward = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
+        if self.config.fused:
+            forward = fused_forward(self.model, cache, otherwise=forward)
+        return cache, forward
 
     def generate(
         self,

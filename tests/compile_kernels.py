@@ -36,6 +36,7 @@ SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 STACK_LIMIT_BYTES = 64
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNELS = ("decode", "chunks", "fused_decode", "prefill", "mixed", "write", "sample")
+KERNELS += ("small_linear", "add_norm")
 
 
 class Case(NamedTuple):
@@ -48,6 +49,8 @@ class Case(NamedTuple):
     group: int = 1  # query heads for each head of K and V
     starts: bool = False  # with context_starts
     vocab_size: int = 0  # of `sample`
+    rows: int = 0  # of `small_linear`, which also has inputs and outputs
+    sizes: tuple[int, int] = (0, 0)  # of `add_norm` the first is the length of a row
 
 
 @dataclass
@@ -68,10 +71,12 @@ class Report:
     copies: dict[int, int]  # asynchronous ones to shared memory: bytes each -> how many in the code
     triton: str
     vocab_size: int = 0
+    rows: int = 0
+    sizes: tuple[int, int] = (0, 0)
 
 
 QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest to the limits
-    *(Case(kernel, "bfloat16", 64) for kernel in KERNELS if kernel != "sample"),
+    *(Case(kernel, "bfloat16", 64) for kernel in KERNELS[:6]),
     Case("decode", "float16", 64, block_size=3, group=4),
     Case("chunks", "bfloat16", 128, block_size=1, group=4, starts=True),
     Case("prefill", "float16", 128, block_size=256, starts=True),
@@ -85,6 +90,15 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("sample", "bfloat16", vocab_size=50_257),  # GPT-2's, its rows aligned to single numbers
     Case("sample", "float32", vocab_size=50_257),
     Case("sample", "float16", vocab_size=3_072),
+    # One row, and two: with a norm in front; then tensor cores, and what they do not multiply.
+    Case("small_linear", "bfloat16", rows=1, sizes=(768, 2304)),
+    Case("small_linear", "bfloat16", rows=2, sizes=(1600, 6400)),
+    Case("small_linear", "bfloat16", rows=8, sizes=(768, 768)),
+    Case("small_linear", "float16", rows=16, sizes=(3072, 768)),
+    Case("small_linear", "float32", rows=16, sizes=(1600, 6400)),
+    Case("small_linear", "float64", rows=2, sizes=(768, 2304)),
+    Case("add_norm", "bfloat16", sizes=(768, 0)),
+    Case("add_norm", "float64", sizes=(1600, 0)),
 ]
 # The head size decides about tiles and registers, so it meets every kernel and every width of type.
 # fp16 and bf16 differ in one instruction, block sizes in a division, the group in a few registers.
@@ -109,6 +123,12 @@ FULL = [
     *every(("decode", "chunks", "fused_decode", "prefill", "write"), ("float16",), WIDEST, group=3),
     *every(("decode", "fused_decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
     *(Case("sample", dtype, vocab_size=V) for dtype in DTYPES[:3] for V in VOCAB_SIZES),
+    *(Case("add_norm", dtype, sizes=(C, 0)) for dtype in DTYPES for C in (5, 48, 768, 1600)),
+    *(
+        Case("small_linear", dtype, rows=rows, sizes=sizes)
+        for dtype, rows in itertools.product(WIDTHS, (1, 2, 4, 8, 16))
+        for sizes in ((5, 7), (768, 768), (1600, 6400), (6400, 1600))
+    ),
 ]
 
 
@@ -165,6 +185,8 @@ def call(case: Case) -> None:
 
     if case.kernel == "sample":
         return call_sample(case)
+    if case.kernel in ("small_linear", "add_norm"):
+        return call_joined(case)
     D, H_kv, B = case.head_dim, 4, 8
     H, query_len = H_kv * case.group, 100 if case.kernel in ("prefill", "mixed") else 1
     N, dtype = B * query_len, getattr(torch, case.dtype)
@@ -216,6 +238,25 @@ def call_sample(case: Case) -> None:
     sample_triton(logits, *rows, peaks=torch.empty_like(rows[-1]))
 
 
+def call_joined(case: Case) -> None:
+    """The same for what stands around attention, with all that a call may be given."""
+    from fused_triton import add_norm
+    from small_linear_triton import MOST_NORM_ROWS, small_linear
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
+
+    IN, OUT = case.sizes
+    norm = (empty(IN), empty(IN), 1e-5)
+    if case.kernel == "add_norm":
+        add_norm(empty(8, IN), empty(8, IN), *norm)
+        return
+    options = {"gelu": True, "residual": empty(case.rows, OUT)}
+    if case.rows <= MOST_NORM_ROWS:
+        options["norm"] = norm
+    small_linear(empty(case.rows, IN), empty(OUT, IN), empty(OUT), **options)
+
+
 def cuobjdump() -> Path:
     """The program beside Triton's compiler that reads binaries."""
     import triton
@@ -253,6 +294,8 @@ def describe(kernel, case: Case, target: int) -> Report:
         copies=dict(Counter(int(size, 0) for size in sizes)),
         triton=triton.__version__,
         vocab_size=case.vocab_size,
+        rows=case.rows,
+        sizes=case.sizes,
     )
 
 
@@ -324,7 +367,8 @@ def main() -> int:
         if args.json:
             print(json.dumps(asdict(r) | {"problems": wrong}), flush=True)
             continue
-        shape = f"{r.kernel:20}{r.call:13}sm_{r.target}  {r.dtype:8}{r.head_dim or r.vocab_size:7}"
+        width = r.head_dim or r.vocab_size or r.sizes[0]
+        shape = f"{r.kernel:20}{r.call:13}sm_{r.target}  {r.dtype:8}{width:7}"
         shape += f"{r.block_size:6}{r.group:3}"
         takes = f"{r.registers:11}{r.stack_bytes:7}{r.shared_bytes:9}{r.tensor_core_products:10}"
         copies = ", ".join(f"{n} x {size}" for size, n in sorted(r.copies.items()))

@@ -68,7 +68,7 @@ def test_the_kernels_compile_for_both_targets_and_stay_within_their_limits(quick
 
 def test_every_kernel_was_compiled(quick):
     names = {"decode_kernel", "merge_kernel", "prefill_kernel", "write_kv_kernel", "sample_kernel"}
-    names |= {"fused_decode_kernel"}
+    names |= {"fused_decode_kernel", "small_linear_kernel", "add_norm_kernel"}
     assert {r["kernel"] for r in quick} == names
     assert {r["dtype"] for r in quick} == {"float16", "bfloat16", "float32", "float64"}
 
@@ -99,6 +99,32 @@ def test_the_512_threads_of_a_sampling_program_find_enough_registers(quick):
     assert {(r["target"], r["vocab_size"]) for r in rows} >= {(80, 50_257), (90, 50_257)}
     for r in rows:
         assert 512 * r["registers"] <= 65_536
+
+
+def test_small_products_fetch_weights_ahead_16_bytes_at_a_time(quick):
+    """And two programs have room on one processor: 132 of them share up to 200."""
+    rows = [r for r in quick if r["call"] == "small_linear" and r["sizes"] != [768, 768]]
+    assert {r["rows"] for r in rows} >= {1, 2, 16}
+    for r in rows:
+        assert r["copies"]["16"] >= 8, r
+        assert 2 * 128 * r["registers"] <= 65_536
+        assert 2 * r["shared_bytes"] <= {80: 166_912, 90: 232_448}[r["target"]]
+
+
+def test_small_products_of_16_bits_and_many_rows_are_on_tensor_cores(quick):
+    on = {
+        (r["dtype"], r["rows"]): r["tensor_core_products"] > 0
+        for r in quick
+        if r["call"] == "small_linear"
+    }
+    assert on == {
+        ("bfloat16", 1): False,
+        ("bfloat16", 2): False,
+        ("bfloat16", 8): True,
+        ("float16", 16): True,
+        ("float32", 16): False,
+        ("float64", 2): False,
+    }
 
 
 @pytest.mark.slow
@@ -222,3 +248,7 @@ def test_the_full_matrix_meets_every_kernel_type_and_head_size():
     sampled = {(case.dtype, case.vocab_size) for case in FULL if case.kernel == "sample"}
     assert sampled >= {(dtype, V) for dtype in ("float16", "float32") for V in (1, 50_257, 50_304)}
     assert Case("mixed", "bfloat16", 64, starts=True) in FULL
+    joined = {(case.kernel, case.dtype, case.rows) for case in FULL if case.sizes[0] == 768}
+    for dtype in ("bfloat16", "float32", "float64"):
+        assert joined >= {("small_linear", dtype, rows) for rows in (1, 2, 4, 8, 16)}
+        assert ("add_norm", dtype, 0) in joined

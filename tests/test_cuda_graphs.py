@@ -857,15 +857,6 @@ def test_a_pool_is_measured_while_a_rehearsal_holds_its_memory(recording_llm, mo
     assert happened == ["rehearsed", "measured", "made"]
 
 
-def test_cuda_graphs_is_true_or_false():
-    from llm import EngineConfig
-
-    assert EngineConfig().cuda_graphs is True
-    for value in ("no", 0, None):
-        with pytest.raises(ValueError, match=f"cuda_graphs is {value!r}: it must be True or False"):
-            EngineConfig(cuda_graphs=value)
-
-
 def test_the_flag_reaches_the_engine(monkeypatch, capsys):
     import generate
 

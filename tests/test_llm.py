@@ -17,9 +17,12 @@ import llm as llm_module
 from backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
 from baselines import generate_no_cache
 from checkpoint import load_model, save_model
-from llm import LLM, RequestOutput, SamplingParams
+from engine import InferenceEngine
+from llm import LLM, EngineConfig, RequestOutput, SamplingParams
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
+from paged_prefill_triton import HAS_TRITON, INTERPRETED
+from plan_ahead import AheadEngine
 from tokenizer import save_vocabulary
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -642,3 +645,41 @@ def test_a_model_of_gpt2s_vocabulary_without_files_gets_tiktokens_own(
     assert (llm_module.find_tokenizer(None, vocab_size) is ours) == (vocab_size != 257)
     beside = llm_module.find_tokenizer(folder, vocab_size)  # what lies beside it is believed first
     assert beside is not ours and beside.vocab_size == 257
+
+
+# ---- how steps are run ---------------------------------------------------------------------------
+def texts_of(folder, **config):
+    """Token ids of eight prompts, some of which end by themselves, and the LLM that wrote them."""
+    llm = LLM(folder, dtype="float64", num_blocks=24, block_size=4, max_num_seqs=5, **config)
+    prompts = [[n, 2 * n, 3 * n] for n in range(1, 9)]
+    params = [SamplingParams(temperature=n % 2, seed=n, max_tokens=5 + n) for n in range(8)]
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, params)], llm
+
+
+def test_planning_ahead_writes_the_same_texts(folder):
+    expected, plain = texts_of(folder)
+    got, ahead = texts_of(folder, plan_ahead=True)
+    assert type(plain.engine) is InferenceEngine and type(ahead.engine) is AheadEngine
+    assert got == expected and len({token for text in got for token in text}) > 8
+    assert ahead.engine.scheduler.allocator.num_free == 24
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
+def test_joined_steps_write_the_same_texts(folder):
+    expected, _ = texts_of(folder)
+    got, fused = texts_of(folder, fused=True, plan_ahead=True)
+    assert got == expected and fused.config.fused
+
+
+def test_a_model_whose_steps_cannot_be_joined_is_refused_with_the_reason():
+    model = GPT(GPTConfig(**SHAPE, activation_function="relu")).eval()
+    with pytest.raises(ValueError, match="this model's steps can't be joined: "):
+        LLM(model, fused=True)
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "plan_ahead", "fused"])
+def test_a_way_to_run_steps_is_on_or_off(name):
+    assert getattr(EngineConfig(), name) is (name == "cuda_graphs")
+    for value in (None, 1, "yes"):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):
+            EngineConfig(**{name: value})
