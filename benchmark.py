@@ -17,6 +17,7 @@ five times over. Each further experiment is a file in `experiments/`, with flags
     python benchmark.py sweep                which tiles are fastest, on a GPU
     python benchmark.py peers                the engine against transformers, same weights
     python benchmark.py anatomy              where a decode step goes, and what is possible
+    python benchmark.py latency              a decode step: eager, recorded, joined; its floor
     python benchmark.py bookkeeping          what allocator and scheduler cost
     python benchmark.py verify FILE ...      whether files of rows are whole
 
@@ -38,6 +39,7 @@ from experiments import (
     ceilings,
     concurrency,
     kernels,
+    latency,
     memory,
     peers,
     speed,
@@ -59,6 +61,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     "sweep": sweep,
     "peers": peers,
     "anatomy": anatomy,
+    "latency": latency,
     "bookkeeping": bookkeeping,
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"

@@ -3,12 +3,16 @@
 Without a GPU the Triton kernels are interpreted, one program after another, and compiled but never
 run. What that cannot show, a race, a driver's limit, a speed, only the device shows. Whoever has
 one for half an hour should not spend it on installing: this needs python3, torch, triton, numpy and
-pytest, no network, no git, no virtual environment, and ends within 8 minutes:
+pytest, no network, no git, no virtual environment, and ends within 8 minutes. There are three runs:
 
-    environment ─> tests ─> ceilings ─> kernels ─> table        or, with --sweep, to tune:
-     versions,     fresh    copy, read,  the ladder,
-     clocks,       random   launch,      t0 and           environment ─> sweep ─> table
-     compiled?     inputs   products     bandwidth
+                environment ─> tests ─> ceilings ─> kernels ─> table     are the kernels right?
+    --sweep     environment ─> sweep ─> table                            which tiles are fastest?
+    --engine    environment ─> engine tests ─> latency ─> table          how good is the engine?
+                 versions,      fresh           steps, requests,
+                 compiled?      inputs          a profile
+
+The last one needs what the engine imports too: safetensors, tiktoken and tqdm; with transformers
+the peers run as well.
 
 Each stage is a process with a time limit of its own. One that fails, or runs over and is killed, is
 named, the others still run, and the exit code says so. A test that was skipped is a failure here:
@@ -16,7 +20,7 @@ it is exactly what nobody would miss. Rows are written as they are measured, int
 results/<device>): whatever ends this early, what was measured is kept.
 
 Run: python gpu_check.py
-     OUT=/tmp/run PAGEDGPT_COMMIT=abc1234 python3 gpu_check.py --sweep
+     OUT=/tmp/run PAGEDGPT_COMMIT=abc1234 python3 gpu_check.py --engine
 Try: PAGEDGPT_SEED=<the seed that a failed run printed>, for the same inputs again.
 """
 
@@ -38,11 +42,25 @@ from typing import NamedTuple
 
 import torch
 
-from results import commit, provenance, read
+from experiments.summary import summarise
+from results import commit, provenance
 
 ROOT = Path(__file__).resolve().parent
+CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
 TESTS = ["tests/test_paged_prefill_triton.py", "tests/test_paged_attention_triton.py"]
-KERNEL_FILES = ["paged_prefill_triton", "paged_attention_triton", "experiments.rungs_triton"]
+# Of these only what nothing but a GPU can show: the rest runs without one.
+ENGINE_TESTS = [
+    "tests/test_cuda_graphs.py",
+    "tests/test_sampling_triton.py",
+    "tests/test_gpu_engine.py",
+    "tests/test_fused_decode_triton.py",
+    "tests/test_small_linear_triton.py",
+    "tests/test_fused_triton.py",
+    "tests/test_plan_ahead.py",
+]
+KERNEL_FILES = ["paged_prefill_triton", "paged_attention_triton", "sampling_triton"]
+KERNEL_FILES += ["fused_decode_triton", "small_linear_triton", "experiments.rungs_triton"]
+ENGINE_KERNEL_FILES = ["fused_triton"]  # imports the engine
 MOST_FILES, MOST_SECONDS, MOST_LINES = 8, 480, 60
 
 
@@ -54,24 +72,34 @@ class Stage(NamedTuple):
     limit_s: int
 
 
-def stages(out: Path, sweep: bool) -> list[Stage]:
+def stages(out: Path, run: str) -> list[Stage]:
     """In the order of what matters most, should the machine be taken away; 8 minutes in all.
 
     Nearly all of the tests' time is Triton's, compiling some 380 kernels one after another.
     """
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
     environment = ["gpu_check.py", "--environment", str(out / "environment.json")]
-    first = Stage("environment", environment, 40)
-    if sweep:
+
+    def rows(name: str, file: str) -> list[str]:
+        return [f"experiments/{name}.py", "--out", str(out / file)]
+
+    if run == SWEEP:
         return [
-            first,
-            Stage("sweep", ["experiments/sweep.py", "--out", str(out / "sweep.csv")], 400),
+            Stage("environment", environment, 40),
+            Stage("sweep", rows("sweep", "sweep.csv"), 400),
+        ]
+    if run == ENGINE:
+        latency = [*rows("latency", "engine.csv"), "--rounds", "3"]
+        return [
+            Stage("environment", [*environment, "--engine"], 40),
+            Stage("engine tests", [*pytest, "-m", "gpu", *ENGINE_TESTS], 190),
+            Stage("latency", [*latency, "--profile", str(out / "profile.txt")], 230),
         ]
     return [
-        first,
+        Stage("environment", environment, 40),
         Stage("tests", [*pytest, *TESTS], 230),
-        Stage("ceilings", ["experiments/ceilings.py", "--out", str(out / "ceilings.csv")], 50),
-        Stage("kernels", ["experiments/kernels.py", "--out", str(out / "kernels.csv")], 140),
+        Stage("ceilings", rows("ceilings", "ceilings.csv"), 50),
+        Stage("kernels", rows("kernels", "kernels.csv"), 140),
     ]
 
 
@@ -134,11 +162,11 @@ def nvidia_smi() -> str:
         return f"nvidia-smi: {error}"
 
 
-def write_environment(path: Path) -> None:
+def write_environment(path: Path, kernel_files: list[str]) -> None:
     """Say where this runs, warm the chip, and refuse kernels that are not compiled."""
     from experiments.ceilings import warm_up
 
-    kernels = kernels_of([importlib.import_module(name) for name in KERNEL_FILES])
+    kernels = kernels_of([importlib.import_module(name) for name in kernel_files])
     refuse_interpreted(kernels)
     warm_up(torch.device("cuda"), seconds=3)  # a cold one idles at a fifth of its clock
     properties = torch.cuda.get_device_properties(0)
@@ -182,64 +210,6 @@ def judge_tests(path: Path, since: float) -> tuple[str, str | None]:
     return line, None if counts["ran"] else "no GPU test ran"
 
 
-# ---- the table -----------------------------------------------------------------------------------
-def rows_since(path: Path, date: str) -> list[dict]:
-    """The rows of this run, of a file that may hold those of earlier ones."""
-    return [row for row in read(path) if row["date"] >= date] if path.exists() else []
-
-
-def pivot(rows: list[dict], metrics: list[str]) -> list[str]:
-    """A contender a line, a workload a column; a cell holds the medians of the metrics."""
-    rows = [row for row in rows if row["metric"] in metrics]
-    columns = list(dict.fromkeys(shape_of(row) for row in rows))
-    width = max((len(name) for name in columns), default=0)
-    cells: dict[str, dict[str, list[str]]] = {}
-    for row in rows:
-        unit = "" if row["unit"] in ("ms", "us") else row["unit"]
-        line = cells.setdefault(row["contender"], {})
-        line.setdefault(shape_of(row), []).append(f"{row['median']:.4g}{unit}")
-    texts = {name: {k: " ".join(v) for k, v in line.items()} for name, line in cells.items()}
-    width = max([width, *(len(text) for line in texts.values() for text in line.values())])
-    lines = [f"{'':34}" + "  ".join(f"{name:>{width}}" for name in columns)]
-    for name, line in texts.items():
-        lines.append(f"{name:34}" + "  ".join(f"{line.get(c, ''):>{width}}" for c in columns))
-    return [line.rstrip() for line in lines]
-
-
-def shape_of(row: dict) -> str:
-    """The head of a row's column: "batch=64 context=512 block_size=16" -> "64x512"."""
-    found = re.match(r"(prefill |write prefill )?batch=(\d+) context=(\d+)", row["workload"])
-    return f"{found[2]}x{found[3]}" if found else row["workload"]
-
-
-def summarise(out: Path, date: str) -> list[str]:
-    """The figures of this run in under 50 lines."""
-    ceilings, kernels = (rows_since(out / f"{name}.csv", date) for name in ("ceilings", "kernels"))
-    lines = []
-    for row in ceilings:
-        if row["workload"] != "products":
-            lines.append(f"{row['contender']:34}{row['median']:.4g} {row['unit']}")
-    products = [row for row in ceilings if row["workload"] == "products"]
-    for row in products:  # a column for each number of rows
-        row["contender"], row["workload"] = row["contender"].rsplit(", ", 1)
-    if products:
-        lines += ["", "products, ms a call", *pivot(products, ["time a call"])]
-    decode = [row for row in kernels if row["workload"].startswith("batch=")]
-    if decode:
-        lines += ["", "decode attention, ms a call and share of the plain read"]
-        lines += pivot(decode, ["time a call", "share of the read"])
-        lines += ["", "the same, speed against the contiguous library kernel"]
-        lines += pivot(decode, ["speed against contiguous"])
-    rest = ("time a call", "operations", "scatter bandwidth", "speed against contiguous")
-    prompts = [row for row in kernels if "prefill" in row["workload"]]
-    if prompts:
-        lines += ["", "prompts, ms a call", *pivot(prompts, list(rest))]
-    for row in kernels:
-        if row["workload"].startswith("t0"):
-            lines.append(f"decode kernel, {row['metric']}: {row['median']:.4g} {row['unit']}")
-    return lines
-
-
 # ---- all of it -----------------------------------------------------------------------------------
 def run_all(found: list[Stage], out: Path, env: dict[str, str]) -> int:
     """Run the stages, print the table, return the exit code."""
@@ -251,7 +221,7 @@ def run_all(found: list[Stage], out: Path, env: dict[str, str]) -> int:
         wrong.append(run_stage(stage, env))
         spent_s[stage.name] = time.monotonic() - started
     line, failure = "no tests in this run", None
-    if "tests" in spent_s:
+    if any(name.endswith("tests") for name in spent_s):
         line, failure = judge_tests(out / "tests.xml", since)
     reasons = [reason for reason in (*wrong, failure) if reason]
     head = f"commit {commit()}, seed {env['PAGEDGPT_SEED']}, " + ", ".join(
@@ -269,7 +239,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sweep", action="store_true", help="only try tiles of the decode kernel")
+    runs = parser.add_mutually_exclusive_group()
+    options = {"action": "store_const", "dest": "run", "default": CHECK}
+    runs.add_argument("--sweep", const=SWEEP, **options, help="try tiles of the decode kernel")
+    runs.add_argument("--engine", const=ENGINE, **options, help="check and time the whole engine")
     parser.add_argument("--environment", type=Path, help=argparse.SUPPRESS)  # a stage of its own
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -278,10 +251,11 @@ def main(argv: list[str] | None = None) -> None:
     env |= {"PAGEDGPT_SEED": os.environ.get("PAGEDGPT_SEED") or str(secrets.randbelow(2**31))}
     try:
         if args.environment:
-            write_environment(args.environment)
+            engine = ENGINE_KERNEL_FILES if args.run == ENGINE else []
+            write_environment(args.environment, KERNEL_FILES + engine)
             return
         out = Path(os.environ.get("OUT") or ROOT / "results" / slug(torch.cuda.get_device_name(0)))
-        raise SystemExit(run_all(stages(out.resolve(), args.sweep), out.resolve(), env))
+        raise SystemExit(run_all(stages(out.resolve(), args.run), out.resolve(), env))
     except (ValueError, ImportError) as error:
         raise SystemExit(f"gpu_check.py: {error}") from None
 

@@ -15,7 +15,18 @@ import torch
 from conftest import ROOT
 
 import gpu_check
-from gpu_check import Stage, count_tests, judge_tests, run_all, run_stage, stages
+from experiments import summary
+from gpu_check import (
+    CHECK,
+    ENGINE,
+    SWEEP,
+    Stage,
+    count_tests,
+    judge_tests,
+    run_all,
+    run_stage,
+    stages,
+)
 from results import Measurement, append
 
 XML = """<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="{errors}"
@@ -43,18 +54,28 @@ def test_without_a_gpu_it_fails_with_one_sentence():
     assert found.stderr == sentence
 
 
-def test_it_needs_nothing_but_torch_triton_numpy_and_pytest():
-    """All modules of a virtual environment's own that its stages import, tests' modules too."""
-    code = """
-import sys
-known = {"torch", "triton", "numpy", "pytest", "_pytest", "pluggy", "iniconfig", "packaging"}
-absent = ["hypothesis", "tqdm", "safetensors", "tiktoken", "tokenizers", "transformers", "numba"]
-sys.modules.update(dict.fromkeys(absent))  # importing one of them is an ImportError
-sys.path[:0] = [".", "tests"]
-import gpu_check, experiments.ceilings, experiments.kernels, experiments.sweep, conftest
-import paged_prefill_triton, paged_attention_triton
+KERNELS_ALONE = """
+import gpu_check, experiments.ceilings, experiments.kernels, experiments.sweep, conftest, importlib
 import test_paged_prefill_triton, test_paged_attention_triton
+for name in gpu_check.KERNEL_FILES: importlib.import_module(name)
 """
+WHOLE_ENGINE = """
+import gpu_check, experiments.latency, conftest, importlib
+import test_cuda_graphs, test_sampling_triton, test_gpu_engine
+for name in gpu_check.ENGINE_KERNEL_FILES: importlib.import_module(name)
+"""
+# What an engine is made of, beside torch, triton, numpy and pytest.
+OF_AN_ENGINE = {"safetensors", "tiktoken", "tiktoken_ext", "tqdm"}
+
+
+@pytest.mark.parametrize("code, more", [(KERNELS_ALONE, set()), (WHOLE_ENGINE, OF_AN_ENGINE)])
+def test_it_needs_nothing_but_torch_triton_numpy_and_pytest(code, more):
+    """All modules of a virtual environment's own that its stages import, tests' modules too."""
+    absent = {"hypothesis", "tokenizers", "transformers", "numba", "huggingface_hub", "matplotlib"}
+    absent |= OF_AN_ENGINE - more
+    # Importing one of them is an ImportError.
+    code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n" + code
+    code = code.replace("import gpu_check", 'sys.path[:0] = [".", "tests"]\nimport gpu_check', 1)
     if not all((ROOT / name).exists() for name in gpu_check.TESTS):
         pytest.fail(f"{gpu_check.TESTS} are named and not there")
     env = os.environ | {"TRITON_INTERPRET": "1"}
@@ -63,26 +84,78 @@ import test_paged_prefill_triton, test_paged_attention_triton
 
 
 # ---- the stages ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("sweep", [False, True])
-def test_the_limits_sum_to_under_8_minutes_and_the_files_to_at_most_8(tmp_path, sweep):
-    found = stages(tmp_path, sweep)
-    after = ["sweep"] if sweep else ["tests", "ceilings", "kernels"]
-    assert [stage.name for stage in found] == ["environment", *after]
+AFTER = {
+    CHECK: ["tests", "ceilings", "kernels"],
+    SWEEP: ["sweep"],
+    ENGINE: ["engine tests", "latency"],
+}
+
+
+@pytest.mark.parametrize("run", AFTER)
+def test_the_limits_sum_to_under_8_minutes_and_the_files_to_at_most_8(tmp_path, run):
+    found = stages(tmp_path, run)
+    assert [stage.name for stage in found] == ["environment", *AFTER[run]]
     # Beside the stages there are the imports of the parent, and a kill.
     assert sum(stage.limit_s for stage in found) <= gpu_check.MOST_SECONDS - 20
     written = [word for stage in found for word in stage.command if str(tmp_path) in word]
+    assert len(set(written)) == len(written)
     assert len(written) + 1 <= gpu_check.MOST_FILES  # and summary.txt
 
 
 def test_the_tests_it_runs_exist():
-    assert all((ROOT / name).is_file() for name in gpu_check.TESTS)
+    named = gpu_check.TESTS + gpu_check.ENGINE_TESTS
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    assert len(set(named)) == len(named) == 9
 
 
-@pytest.mark.parametrize("name", ["ceilings", "kernels", "sweep"])
-def test_a_stage_accepts_the_flags_it_is_given(name, tmp_path):
-    (stage,) = [stage for stage in stages(tmp_path, name == "sweep") if stage.name == name]
+def test_of_the_engine_only_tests_for_a_gpu_are_run_and_every_file_has_some(tmp_path):
+    """They are collected, not run; what would be skipped on a GPU is told by its marks' reasons."""
+    (stage,) = [stage for stage in stages(tmp_path, ENGINE) if stage.name == "engine tests"]
+    command = [sys.executable, *stage.command, "--collect-only"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert stage.command[stage.command.index("-m", 1) + 1] == "gpu"
+    ids = [line for line in found.stdout.splitlines() if "::" in line]
+    assert {line.split("::")[0] for line in ids} == set(gpu_check.ENGINE_TESTS)
+
+
+@pytest.mark.parametrize(
+    "run, name",
+    [(CHECK, "ceilings"), (CHECK, "kernels"), (SWEEP, "sweep"), (ENGINE, "latency")],
+)
+def test_a_stage_accepts_the_flags_it_is_given(run, name, tmp_path):
+    (stage,) = [stage for stage in stages(tmp_path, run) if stage.name == name]
     command = [sys.executable, *stage.command, "--help"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_one_run_is_asked_for_at_a_time(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run_all", lambda found, out, env: seen.append(found) or 0)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    for flags, run in (([], CHECK), (["--sweep"], SWEEP), (["--engine"], ENGINE)):
+        with pytest.raises(SystemExit):
+            gpu_check.main(flags)
+        assert seen.pop() == stages(tmp_path, run)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--sweep", "--engine"])
+    assert seen == [] and "not allowed with" in capsys.readouterr().err
+
+
+def test_each_run_looks_at_the_kernels_that_it_launches(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "write_environment", lambda path, files: seen.append(files))
+    for run in (CHECK, ENGINE):
+        environment = stages(tmp_path, run)[0]
+        gpu_check.main(environment.command[1:])
+    assert seen == [
+        gpu_check.KERNEL_FILES, gpu_check.KERNEL_FILES + gpu_check.ENGINE_KERNEL_FILES
+    ]  # fmt: skip
+    # Each file of Triton kernels is looked at.
+    holders = [path.stem for path in ROOT.glob("*.py") if "@triton.jit" in path.read_text("utf-8")]
+    assert set(holders) == {name for name in seen[1] if "." not in name}
 
 
 def test_a_stage_that_ends_well_says_nothing_and_one_that_fails_its_code():
@@ -184,7 +257,8 @@ def test_the_kernels_of_this_project_are_seen_as_what_they_are(value, kind):
     pytest.importorskip("triton")
     code = """
 import importlib, gpu_check
-kernels = gpu_check.kernels_of([importlib.import_module(name) for name in gpu_check.KERNEL_FILES])
+names = gpu_check.KERNEL_FILES + gpu_check.ENGINE_KERNEL_FILES
+kernels = gpu_check.kernels_of([importlib.import_module(name) for name in names])
 print(len(kernels), *sorted(set(kernels.values())))
 """
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -192,7 +266,7 @@ print(len(kernels), *sorted(set(kernels.values())))
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     count, *kinds = found.stdout.split()
-    assert int(count) >= 6 and kinds == [kind]
+    assert int(count) >= 10 and kinds == [kind]
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -209,6 +283,15 @@ def test_a_run_goes_on_after_a_failure_names_it_and_fails(tmp_path, capsys):
     assert (tmp_path / "out" / "summary.txt").read_text() in printed
     assert run_all(found[1:2], tmp_path / "out", ENV) == 0
     assert "all is well" in capsys.readouterr().out
+
+
+def test_the_engines_tests_are_judged_as_the_others_are(tmp_path, capsys):
+    source = xml(tmp_path / "source.xml", skipped=1)
+    copy = f"import shutil; shutil.copyfile({str(source)!r}, {str(tmp_path / 'out/tests.xml')!r})"
+    assert run_all([python("engine tests", copy)], tmp_path / "out", ENV) == 1
+    assert "WRONG: 1 GPU tests were skipped" in capsys.readouterr().out
+    assert run_all([python("latency", "pass")], tmp_path / "other", ENV) == 0
+    assert "no tests in this run" in capsys.readouterr().out
 
 
 def test_no_stage_sees_the_interpreter_and_each_run_has_a_seed_of_its_own(monkeypatch, tmp_path):
@@ -266,3 +349,93 @@ def test_the_table_of_a_whole_run_has_under_60_lines(tmp_path):
     for word in ("read 3", "MLP down", "256 rows", "rung 8", "256x512", "write prefill 1", "t0"):
         assert word in text
     assert gpu_check.summarise(tmp_path, "2999") == []  # rows of earlier runs are not this one's
+
+
+# ---- the engine's table --------------------------------------------------------------------------
+def engine_rows(batches=(1, 8, 64, 256), contexts=(128, 512, 1024)):
+    """Rows as latency.py makes them on a GPU with everything installed; figures are made up."""
+    common = {"experiment": "latency", "backend": "triton", "dtype": "bfloat16", "threads": 16}
+    common |= {"device": "a GPU"}
+    rows = []
+
+    def add(contender, workload, metric, unit, value):
+        what = {"contender": contender, "workload": workload, "metric": metric, "unit": unit}
+        rows.append(Measurement.of([value], **what, **common))
+
+    ours = ["eager", "captured", "captured, fused", "captured, fused, small linears"]
+    ours.append("captured, contiguous")
+    peers = "transformers DynamicCache", "transformers StaticCache, compiled"
+    for name in ours[1:]:
+        sizes = f"recording sizes=1..{16 if 'small' in name else 256}"
+        add(name, sizes, "recording", "s", 4.25)
+        add(name, sizes, "memory taken", "MB", 301.0)
+    for B in batches:
+        for T in contexts:
+            workload = f"decode batch={B} context={T} block_size=16"
+            add("byte floor", workload, "time a step", "ms", 0.0593)
+            for name in ours if B <= 16 else [ours[0], *ours[1:3], ours[4]]:
+                add(name, workload, "time a step", "ms", 0.4567)
+                add(name, workload, "share of the byte floor", "%", 12.34)
+                add(name, workload, "token to token", "ms", 0.5123)
+                add(name, workload, "token to token p99", "ms", 0.7)
+                add(name, workload, "launches a step", "launches", 138)
+                add(name, workload, f"speed against {peers[0]}", "x", 15.5)
+            add(peers[0], workload, "token to token", "ms", 7.089)
+            add("captured", workload, "speed against captured, contiguous", "x", 0.987)
+    for way in ("serial", "one step ahead", "one step ahead, fused"):
+        add(
+            way,
+            "requests=256 prompts and texts of 64..512 tokens",
+            "output tokens",
+            "tokens/s",
+            1e5,
+        )
+        for B in (1, 256):
+            workload = f"profile batch={B} context=128"
+            for metric, unit in (("kernels a step", "launches"), ("waits a step", "waits")):
+                add(way, workload, metric, unit, 88.0)
+            add(way, workload, "device idle", "%", 5.5)
+    add("serial", "prefill batch=16 prompt=512", "prompt tokens", "tokens/s", 1_654_321.0)
+    first = f"decode batch={batches[0]} context={contexts[0]} block_size=16"
+    add(peers[1], first, "token to token", "ms", 0.888)
+    for name in ours:
+        add(name, first, f"speed against {peers[1]}", "x", 1.75)
+    return rows
+
+
+def test_the_table_of_an_engines_run_has_under_60_lines_and_each_time_beside_its_floor(tmp_path):
+    list(append(tmp_path / "engine.csv", engine_rows()))
+    lines = gpu_check.summarise(tmp_path, "2020")
+    assert len(lines) + 8 < gpu_check.MOST_LINES
+    heads = lines[1].split()
+    assert heads[:2] == ["byte", "floor"] and heads[2:] == [
+        "eager", "captured", "fused", "small", "linears", "contiguous", "DynamicCache", "compiled",
+    ]  # fmt: skip
+    (first,) = [line for line in lines if line.startswith("1x128 ")]
+    five = ["0.4567", "12.34%", "0.5123"] * 5
+    assert first.split() == ["1x128", "0.0593", *five, "7.089", "0.888"]
+    (last,) = [line for line in lines if line.startswith("256x1024 ")]
+    assert last.split() == ["256x1024", "0.0593", *five[:12], "7.089"]  # and no small linears
+    text = "\n".join(lines)
+    assert "one step ahead, fused: 100,000 output tokens a second" in text
+    assert "prefill batch=16 prompt=512, serial: 1,654,321 prompt tokens a second" in text
+    captured = [line.split() for line in lines if line.startswith("captured  ")]
+    assert captured[0] == ["captured", *["0.987x"] * 12]
+    assert captured[1] == ["captured", *["138"] * 4]  # of one context: the others are recorded too
+    assert captured[2] == ["captured", "15.5x", "1.75x"]
+    assert captured[3] == ["captured", "4.25", "301"]
+    serial = [line.split() for line in lines if line.startswith("serial ")]
+    assert serial == [["serial", "88", "88", "5.5%", "88", "88", "5.5%"]]
+    assert max(map(len, lines)) <= 210
+    assert gpu_check.summarise(tmp_path, "2999") == []  # rows of earlier runs are not this one's
+
+
+def test_a_run_of_the_engine_that_ended_early_shows_what_there_is(tmp_path):
+    """Rows come one by one, and the machine may go after any of them."""
+    rows = engine_rows(batches=(1, 64), contexts=(128,))
+    for number in range(len(rows) + 1):
+        folder = tmp_path / str(number)
+        list(append(folder / "engine.csv", rows[:number]))
+        lines = gpu_check.summarise(folder, "2020")
+        assert bool(lines) is bool(number)
+    assert summary.steps_lines([]) == []
