@@ -13,8 +13,8 @@ results instead of one. They merge by the equations that they were made by:
 
 The query heads that share a head of K and V are rows of one small matrix product, so the shared
 head is read once. The end of the file is the dispatch between this kernel and the one for many
-queries: what an engine calls. What a production engine does beyond this: merging in the last
-program to arrive, writing the new key and value in the same launch, 8-bit keys and values.
+queries: what an engine calls. (`fused_decode_triton.py` writes the new key and value and merges in
+the same launch.) What a production engine does beyond this: 8-bit keys and values.
 
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov and Gimelshein 2018,
 arXiv:1805.02867, section 3.1: the merge is associative.
