@@ -1,6 +1,6 @@
 """Record a decode step once, replay it without Python.
 
-A decode step of the 124M GPT-2 is about 140 small kernels. Python asks the GPU for them one by one,
+A decode step of the 124M GPT-2 is about 150 small kernels. Python asks the GPU for them one by one,
 and with few sequences each is done sooner than the next is asked for. But it is the same list every
 time. A CUDA graph is that list, recorded with all arguments and launched by one call. So nothing
 may move: the inputs have to lie where they lay when they were recorded, which takes one copy a
@@ -8,7 +8,7 @@ step, and there are as many rows as there were then:
 
     5 sequences      host memory, packed     device, packed         recorded for 8 rows
     token ids    ┐       ┌────────┐           ┌────────┐             ┌─────────────┐
-    slots        ├ fill  │ 5 rows │ one copy  │ always │  read there │ 140 kernels │   logits
+    slots        ├ fill  │ 5 rows │ one copy  │ always │  read there │ 150 kernels │   logits
     block tables ┘ ────> │ 3      │ ────────> │ in one │ ──────────> │ one launch  │ ─> [:5]
                          │ padded │           │ place  │             └─────────────┘
                          └────────┘           └────────┘

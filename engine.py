@@ -58,7 +58,7 @@ def eager_forward(
     return forward
 
 
-def sample_rows(sequences: list[Sequence]) -> list[SampleRow]:
+def rows_to_draw(sequences: list[Sequence]) -> list[SampleRow]:
     """What a sampler has to know of each sequence, to draw its next token."""
     return [
         SampleRow(
@@ -77,7 +77,7 @@ def sample_next(
     sequences: list[Sequence], logits: Tensor, draw: Draw = draw_tokens
 ) -> list[Continuation]:
     """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
-    rows = sample_rows(sequences)
+    rows = rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = conclude(logits, rows, token_ids, peaks)
     return [

@@ -232,6 +232,8 @@ def run(args: Namespace) -> None:
     # Rather now than after the work:
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise ValueError(f"--out {args.out} is a folder, or there is no folder {args.out.parent}")
+    if args.plan_ahead and (args.explain or args.record is not None):
+        raise ValueError("--explain and --record want one step at a time: leave out --plan-ahead")
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
     config |= {name: getattr(args, name) for name in ("device", "dtype", "backend", "threads")}
     if args.threads is None and args.model == str(SHIPPED_MODEL):

@@ -45,6 +45,14 @@ class Row(NamedTuple):
     num_sample_rows: int  # how many of its last rows want logits: 0 in the middle of a prompt
 
 
+def to_device(x: Tensor, device: str | torch.device) -> Tensor:
+    """The same tensor on a device; itself where it lies there. A GPU is not waited for."""
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    # From memory that may be swapped out, PyTorch would wait until the GPU has done all before.
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass
 class Batch:
     """One step's inputs: the new tokens of all sequences laid end to end, and where they live.
@@ -68,8 +76,8 @@ class Batch:
         """The same step with its tensors on a device; itself where they lie there already."""
         if self.positions.device == torch.device(device):
             return self
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: to_device(x, device) for name, x in tensors.items()})
 
 
 def make_batch(rows: list[Row], block_size: int, scratch_block: int) -> Batch:

@@ -70,9 +70,7 @@ class EngineConfig:
     max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
     cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
     plan_ahead: bool = False  # launch a decode step before the tokens of the last one were read
-    fused: bool = (
-        False  # join a decode step's small operations: fewer launches, by Triton's kernels
-    )
+    fused: bool = False  # join a decode step's small operations, with Triton's kernels
     seed: int = 0  # of requests that bring none
 
     def __post_init__(self):
@@ -171,19 +169,7 @@ class LLM:
         ahead = config.plan_ahead and can_draw
         records = config.cuda_graphs and can_record(self.backend, weight.device)
         sizes = recorded_sizes(config.max_num_seqs) if records else []
-        # The pool's place is part of a recording, and what a recording takes is no longer free for
-        # the pool: so record over a pool of one block, and hold that while the pool is measured.
-        held = rehearse(*self._build_forward(1), sizes, self.max_seq_len) if records else None
-        block_bytes = shape.kv_bytes_per_token(weight.dtype) * config.block_size
-        num_blocks = choose_num_blocks(
-            block_bytes,
-            most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
-            num_blocks=config.num_blocks,
-            kv_cache_mb=config.kv_cache_mb,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            device=weight.device,
-        )
-        del held
+        num_blocks = self._measure_pool(sizes)
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
         cache, forward = self._build_forward(num_blocks)
         if records:
@@ -205,6 +191,24 @@ class LLM:
             return AheadEngine(*parts, config.seed, draw=draw, decode=decode)
         return InferenceEngine(*parts, config.seed, draw)
 
+    def _measure_pool(self, sizes: list[int]) -> int:
+        """How many blocks the pool gets, where steps of these sizes will be recorded."""
+        shape, config, weight = self.model.config, self.config, self.model.wte.weight
+        # The pool's place is part of a recording, and what a recording takes is no longer free for
+        # the pool: so record over a pool of one block, and hold that while the pool is measured.
+        held = rehearse(*self._build_forward(1), sizes, self.max_seq_len) if sizes else None
+        block_bytes = shape.kv_bytes_per_token(weight.dtype) * config.block_size
+        num_blocks = choose_num_blocks(
+            block_bytes,
+            most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
+            num_blocks=config.num_blocks,
+            kv_cache_mb=config.kv_cache_mb,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            device=weight.device,
+        )
+        del held
+        return num_blocks
+
     def _build_forward(self, num_blocks: int) -> tuple[KVCache, Forward]:
         """A pool of so many blocks, and the forward over it."""
         shape, weight, kernels = self.model.config, self.model.wte.weight, BACKENDS[self.backend]
@@ -219,6 +223,8 @@ class LLM:
         )
         forward = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if self.config.fused:
+            if self.backend != "triton":
+                raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
             forward = fused_forward(self.model, cache, otherwise=forward)
         return cache, forward
 

@@ -31,6 +31,7 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import Batch, KVCache
 from outputs import StepOutput
+from plan_ahead import AheadEngine
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import FINISHED, Sequence
@@ -71,10 +72,13 @@ class Recorder:
 
     What stood at `path` is replaced. `about` are further words of the header, for example
     `model="assets/tiny-gpt2"`. A request that was queued before the recorder came is recorded
-    from its first step on. Raises OSError where the file cannot be written.
+    from its first step on. Raises OSError where the file cannot be written, ValueError for an
+    engine that plans ahead: what is seen after its steps belongs to the next ones.
     """
 
     def __init__(self, engine: InferenceEngine, path: str | Path, **about: str):
+        if isinstance(engine, AheadEngine):
+            raise ValueError("steps that were planned ahead overlap: record without plan_ahead")
         self.engine, self.path = engine, Path(path)
         self._num_steps = 0
         self._added: list[tuple[str, int]] = []

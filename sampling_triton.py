@@ -36,6 +36,7 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
+from kv_cache import to_device
 from paged_prefill_triton import INTERPRETED, can_launch, check_launch, tl, triton
 from sampling import (
     GREEDY_BELOW,
@@ -319,10 +320,8 @@ def row_tensors(rows: list[SampleRow], vocab_size: int, device: torch.device) ->
         "top_ps": [p.top_p for p in params],
         "min_ps": [p.min_p for p in params],
     }
-    return [
-        torch.tensor(values, dtype=ROW_DTYPES[name][0], device=device)
-        for name, values in columns.items()
-    ]
+    tensors = (torch.tensor(values, dtype=ROW_DTYPES[n][0]) for n, values in columns.items())
+    return [to_device(tensor, device) for tensor in tensors]
 
 
 def draw_tokens_triton(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:

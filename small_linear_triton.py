@@ -167,9 +167,9 @@ def linear_tiles(
 ) -> dict[str, int]:
     """Outputs a program, inputs at a time, and by which of the two products.
 
-    A GPU's 132 processors want at least one program each, and few outputs a program are enough to
-    read at full speed: 4 x 3,072 or 16 x 768 weights of 16 bits are 24 KB. They come in pieces of 8
-    KB, three of which are on their way at a time.
+    A GPU's 132 processors want at least one program each, and few outputs a program still
+    read long stretches: 4 x 3,072 or 16 x 768 weights of 16 bits are 24 KB. They come in pieces of
+    8 KB, three of which are on their way at a time.
     """
     ROWS, TILE_OUT = triton.next_power_of_2(num_rows), 16
     while TILE_OUT > 4 and triton.cdiv(out_features, TILE_OUT) < 128:

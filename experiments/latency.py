@@ -1,10 +1,10 @@
 """How long a decode step takes, and what each way to run it is worth: the same step, in turn.
 
     eager                            every kernel asked for by Python, one by one
-    captured                         the same kernels, recorded once, replayed (cuda_graphs.py)
-    captured, fused                  fewer kernels that do more each (fused_triton.py)
-    captured, fused, small linears   and products of our own, for up to 16 rows
-    captured, contiguous             as captured, over slabs: what paging is compared with
+    recorded                         the same kernels, recorded once, replayed (cuda_graphs.py)
+    recorded, fused                  fewer kernels that do more each (fused_triton.py)
+    recorded, fused, small linears   and products of our own, for up to 16 rows
+    recorded, contiguous             as recorded, over slabs: what paging is compared with
     transformers DynamicCache        the peer's bare loop
     transformers StaticCache, compiled    the same, its step recorded by torch.compile
 
@@ -22,7 +22,7 @@ because it compiles for a minute.
 Then whole workloads: requests of mixed lengths, served one step after the other and planned one
 step ahead; prompts alone; and a profile of what a step launches, copies and waits for.
 Run: python experiments/latency.py --batches 1 8 --contexts 128
-     python experiments/latency.py --contenders captured contiguous --profile profile.txt
+     python experiments/latency.py --contenders recorded contiguous --profile profile.txt
 """
 
 import argparse
@@ -46,12 +46,12 @@ from experiments.kernels import parse_shape  # noqa: E402
 from experiments.serving import prefill, profiles, throughput  # noqa: E402
 from experiments.speed import percentile  # noqa: E402
 from experiments.steps import (  # noqa: E402
-    CAPTURED,
     COMPILED,
     CONTIGUOUS,
     DYNAMIC,
     OURS,
     PEERS,
+    RECORDED,
     Compiled,
     Contender,
     build,
@@ -187,9 +187,9 @@ def rows_of_steps(times: dict[str, Times], floor_ms: float, what: dict) -> Itera
         yield Measurement.of(step_ms, metric="time a step", unit="ms", **whose)
         shares = [100 * floor_ms / t for t in step_ms]
         yield Measurement.of(shares, metric="share of the byte floor", unit="%", **whose)
-    if CAPTURED in steps and CONTIGUOUS in steps:
-        against = {"contender": CAPTURED, "metric": f"speed against {CONTIGUOUS}", "unit": "x"}
-        yield Measurement.ratio_of(steps[CONTIGUOUS], steps[CAPTURED], **against, **what)
+    if RECORDED in steps and CONTIGUOUS in steps:
+        against = {"contender": RECORDED, "metric": f"speed against {CONTIGUOUS}", "unit": "x"}
+        yield Measurement.ratio_of(steps[CONTIGUOUS], steps[RECORDED], **against, **what)
 
 
 def rows_of_tokens(name: str, token_ms: list[list[float]], what: dict) -> Iterator[Measurement]:

@@ -31,15 +31,15 @@ from model import GPT
 from sampling import draw_tokens
 from sampling_triton import draw_tokens_triton
 from scheduler import Scheduler
+from small_linear_triton import MOST_ROWS
 
-EAGER, CAPTURED, FUSED = "eager", "captured", "captured, fused"
-SMALL, CONTIGUOUS = "captured, fused, small linears", "captured, contiguous"
+EAGER, RECORDED, FUSED = "eager", "recorded", "recorded, fused"
+SMALL, CONTIGUOUS = "recorded, fused, small linears", "recorded, contiguous"
 DYNAMIC, COMPILED = peers.THEIRS, "transformers StaticCache, compiled"
 # What the flag calls them: each is an engine of ours, or another one's.
-OURS = {"eager": EAGER, "captured": CAPTURED, "fused": FUSED, "small": SMALL}
+OURS = {"eager": EAGER, "recorded": RECORDED, "fused": FUSED, "small": SMALL}
 OURS |= {"contiguous": CONTIGUOUS}
 PEERS = {"transformers": DYNAMIC, "compiled": COMPILED}
-MOST_FEW_ROWS = 16  # small linears serve no more: beyond that the library's products are as good
 MOST_PROMPT_TOKENS = 2**16  # in one forward that fills the pool
 
 
@@ -69,8 +69,8 @@ def choose(args: argparse.Namespace, model: GPT) -> tuple[list[str], list[str]]:
             (ours if word in OURS else others).append(name)
     if not ours:
         raise ValueError(f"{', '.join(args.contenders)}: none of ours is among them and runs here")
-    if ours == [SMALL] and max(args.batches) > MOST_FEW_ROWS:
-        limits = f"small linears serve {MOST_FEW_ROWS} rows, a batch has {max(args.batches)}"
+    if ours == [SMALL] and max(args.batches) > MOST_ROWS:
+        limits = f"small linears serve {MOST_ROWS} rows, a batch has {max(args.batches)}"
         raise ValueError(f"{limits}: name another contender too")
     return ours, others
 
@@ -102,9 +102,9 @@ def build(name: str, model: GPT, cache: KVCache, args: argparse.Namespace) -> Co
     most_rows, recording = max(args.batches), None
     forward: Forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
     if name in (FUSED, SMALL):
-        few_rows = MOST_FEW_ROWS if name == SMALL else 0
+        few_rows = MOST_ROWS if name == SMALL else 0
         forward = fused_forward(model, cache, forward, few_rows)
-        most_rows = min(most_rows, MOST_FEW_ROWS) if name == SMALL else most_rows
+        most_rows = min(most_rows, MOST_ROWS) if name == SMALL else most_rows
     if name != EAGER:
         free, started = free_bytes(args.device), time.perf_counter()
         forward = GraphForward(cache, forward, recorded_sizes(most_rows), max_seq_len)

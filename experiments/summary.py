@@ -1,4 +1,4 @@
-"""A run of gpu_check.py on one screen: under 50 lines from the rows of its CSV files.
+"""A run of gpu_check.py on one screen: under 60 lines from the rows of its CSV files.
 
 A figure alone says little, so each stands beside what it is to be held against: kernels beside the
 plain read and the contiguous library kernel, steps beside their byte floor and the peers.
@@ -80,7 +80,7 @@ def kernels_lines(rows: list[dict]) -> list[str]:
 def turned(rows: list[dict]) -> list[dict]:
     """The same figures with a shape a line and a contender a column, by its last words.
 
-    "captured, fused" is called "fused", "transformers DynamicCache" "DynamicCache".
+    "recorded, fused" is called "fused", "transformers DynamicCache" "DynamicCache".
     """
     last = [re.split(", |transformers ", row["contender"])[-1] for row in rows]
     pairs = zip(rows, last, strict=True)
@@ -95,7 +95,7 @@ def steps_lines(rows: list[dict]) -> list[str]:
     title = "a decode step: ms on the device, share of the byte floor, ms token to token"
     metrics = "time a step", "share of the byte floor", "token to token"
     lines = section(f"{title} (a peer: this alone)", turned(rows), *metrics)
-    lines += section("paged against slabs", rows, "speed against captured, contiguous")
+    lines += section("paged against slabs", rows, "speed against recorded, contiguous")
     short = [row for row in rows if shape_of(row).split("x")[1] == first.split("x")[1]]
     lines += section("launches of its forward, copies included", short, "launches a step")
     words = "speed against transformers "
@@ -121,7 +121,7 @@ def engine_lines(rows: list[dict]) -> list[str]:
 
 
 def summarise(out: Path, date: str) -> list[str]:
-    """The figures of this run in under 50 lines, from the files of rows in a folder."""
+    """The figures of this run from the files of rows in a folder."""
     parts = [
         of_rows(rows_since(out / f"{name}.csv", date))
         for name, of_rows in (

@@ -42,7 +42,9 @@ from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from sampling import SamplingParams
 from scheduler import Scheduler
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
+# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
 SHAPE = {"max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "tie_word_embeddings": False}
 BLOCK_SIZE = 4
 # In 64 bits the order of sums is all that differs; a GPU's library may take a coarser tanh.

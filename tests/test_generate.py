@@ -408,6 +408,13 @@ def test_as_a_process_it_reads_standard_input_and_streams_to_standard_output():
     assert int(summary_of(done.stderr).tokens) <= 8
 
 
+@pytest.mark.parametrize("flag", ["--explain", "--record=steps.jsonl"])
+def test_steps_that_overlap_are_neither_explained_nor_recorded(flag, monkeypatch):
+    monkeypatch.setattr(generate, "LLM", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(SystemExit, match="leave out --plan-ahead"):
+        main(["a prompt", "--plan-ahead", flag])
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 def test_help_mentions_every_flag(capsys):
     with pytest.raises(SystemExit) as end:

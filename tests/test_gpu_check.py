@@ -362,8 +362,8 @@ def engine_rows(batches=(1, 8, 64, 256), contexts=(128, 512, 1024)):
         what = {"contender": contender, "workload": workload, "metric": metric, "unit": unit}
         rows.append(Measurement.of([value], **what, **common))
 
-    ours = ["eager", "captured", "captured, fused", "captured, fused, small linears"]
-    ours.append("captured, contiguous")
+    ours = ["eager", "recorded", "recorded, fused", "recorded, fused, small linears"]
+    ours.append("recorded, contiguous")
     peers = "transformers DynamicCache", "transformers StaticCache, compiled"
     for name in ours[1:]:
         sizes = f"recording sizes=1..{16 if 'small' in name else 256}"
@@ -381,7 +381,7 @@ def engine_rows(batches=(1, 8, 64, 256), contexts=(128, 512, 1024)):
                 add(name, workload, "launches a step", "launches", 138)
                 add(name, workload, f"speed against {peers[0]}", "x", 15.5)
             add(peers[0], workload, "token to token", "ms", 7.089)
-            add("captured", workload, "speed against captured, contiguous", "x", 0.987)
+            add("recorded", workload, "speed against recorded, contiguous", "x", 0.987)
     for way in ("serial", "one step ahead", "one step ahead, fused"):
         add(
             way,
@@ -409,7 +409,7 @@ def test_the_table_of_an_engines_run_has_under_60_lines_and_each_time_beside_its
     assert len(lines) + 8 < gpu_check.MOST_LINES
     heads = lines[1].split()
     assert heads[:2] == ["byte", "floor"] and heads[2:] == [
-        "eager", "captured", "fused", "small", "linears", "contiguous", "DynamicCache", "compiled",
+        "eager", "recorded", "fused", "small", "linears", "contiguous", "DynamicCache", "compiled",
     ]  # fmt: skip
     (first,) = [line for line in lines if line.startswith("1x128 ")]
     five = ["0.4567", "12.34%", "0.5123"] * 5
@@ -419,11 +419,11 @@ def test_the_table_of_an_engines_run_has_under_60_lines_and_each_time_beside_its
     text = "\n".join(lines)
     assert "one step ahead, fused: 100,000 output tokens a second" in text
     assert "prefill batch=16 prompt=512, serial: 1,654,321 prompt tokens a second" in text
-    captured = [line.split() for line in lines if line.startswith("captured  ")]
-    assert captured[0] == ["captured", *["0.987x"] * 12]
-    assert captured[1] == ["captured", *["138"] * 4]  # of one context: the others are recorded too
-    assert captured[2] == ["captured", "15.5x", "1.75x"]
-    assert captured[3] == ["captured", "4.25", "301"]
+    recorded = [line.split() for line in lines if line.startswith("recorded  ")]
+    assert recorded[0] == ["recorded", *["0.987x"] * 12]
+    assert recorded[1] == ["recorded", *["138"] * 4]  # of one context: the others are recorded too
+    assert recorded[2] == ["recorded", "15.5x", "1.75x"]
+    assert recorded[3] == ["recorded", "4.25", "301"]
     serial = [line.split() for line in lines if line.startswith("serial ")]
     assert serial == [["serial", "88", "88", "5.5%", "88", "88", "5.5%"]]
     assert max(map(len, lines)) <= 210

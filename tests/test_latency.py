@@ -19,13 +19,13 @@ from engine import eager_forward
 from experiments import latency, peers, profiles, roads, serving, steps
 from experiments.profiles import MARK, Event, busy_us, count
 from experiments.steps import (
-    CAPTURED,
     COMPILED,
     CONTIGUOUS,
     DYNAMIC,
     EAGER,
     FUSED,
     OURS,
+    RECORDED,
     SMALL,
     check_equal,
     choose,
@@ -36,7 +36,7 @@ from paged_prefill_triton import INTERPRETED
 from results import read
 
 TINY = "--device cpu --batches 1 3 --contexts 9 --steps 2 --rounds 3 --block-size 4 --threads 1"
-PLAIN = "--contenders eager captured contiguous"
+PLAIN = "--contenders eager recorded contiguous"
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_each_contender_has_its_times_beside_the_floor(tmp_path, tiny):
         found = pick(rows, workload=f"decode batch={B} context=9 block_size=4")
         (floor,) = pick(found, contender="byte floor")
         assert (floor["metric"], floor["unit"]) == ("time a step", "ms")
-        for name in (EAGER, CAPTURED, CONTIGUOUS):
+        for name in (EAGER, RECORDED, CONTIGUOUS):
             (step,) = pick(found, contender=name, metric="time a step")
             (share,) = pick(found, contender=name, metric="share of the byte floor")
             (token,) = pick(found, contender=name, metric="token to token")
@@ -85,10 +85,10 @@ def test_each_contender_has_its_times_beside_the_floor(tmp_path, tiny):
             assert (step["repeats"], token["repeats"], tail["repeats"]) == (3, 3 * 2, 3)
             assert tail["max"] == token["max"]
         (ratio,) = pick(found, unit="x")
-        assert ratio["contender"] == CAPTURED
-        assert ratio["metric"] == "speed against captured, contiguous"
+        assert ratio["contender"] == RECORDED
+        assert ratio["metric"] == "speed against recorded, contiguous"
         medians = (
-            pick(found, contender=n, metric="time a step")[0] for n in (CONTIGUOUS, CAPTURED)
+            pick(found, contender=n, metric="time a step")[0] for n in (CONTIGUOUS, RECORDED)
         )
         slabs, blocks = (row["median"] for row in medians)
         assert ratio["median"] == pytest.approx(slabs / blocks)
@@ -162,22 +162,22 @@ def test_a_peer_that_takes_five_times_as_long_makes_ours_five_times_as_fast():
     common = {"experiment": "latency", "workload": "x", "backend": "numba", "dtype": "float32"}
     common |= {"threads": 1, "device": "a CPU"}
     times = {
-        CAPTURED: latency.Times([1.0], [[2.0, 9.0, 2.0]]),
+        RECORDED: latency.Times([1.0], [[2.0, 9.0, 2.0]]),
         DYNAMIC: latency.Times([], [[10.0, 10.0, 10.0]]),
     }
     (row,) = latency.rows_against(DYNAMIC, times, common)
-    assert (row.contender, row.median, row.unit) == (CAPTURED, 5.0, "x")
+    assert (row.contender, row.median, row.unit) == (RECORDED, 5.0, "x")
 
 
 def test_transformers_runs_beside_ours_and_is_compared(tmp_path, shipped_model_folder):
     pytest.importorskip("transformers")
-    words = f"--model {shipped_model_folder} --contenders captured transformers"
+    words = f"--model {shipped_model_folder} --contenders recorded transformers"
     rows = run(tmp_path, f"{TINY} {words}")
     found = pick(rows, workload="decode batch=3 context=9 block_size=4")
     metrics = [row["metric"] for row in pick(found, contender=DYNAMIC)]
     assert metrics == ["token to token", "token to token p99"]  # its device's time is not known
     (ratio,) = pick(found, unit="x")
-    assert (ratio["contender"], ratio["metric"]) == (CAPTURED, f"speed against {DYNAMIC}")
+    assert (ratio["contender"], ratio["metric"]) == (RECORDED, f"speed against {DYNAMIC}")
     assert {row["model"] for row in rows} == {"tiny-gpt2"}
 
 
@@ -228,7 +228,7 @@ def test_who_cannot_run_here_is_left_out_and_it_is_said_why(tiny, monkeypatch, c
     assert said[:2] == [f"{name} is left out: there is no GPU" for name in (FUSED, SMALL)]
     assert said[2].startswith(f"{COMPILED} is left out: ")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert choose(complete(f"{TINY} --contenders captured transformers"), tiny) == ([CAPTURED], [])
+    assert choose(complete(f"{TINY} --contenders recorded transformers"), tiny) == ([RECORDED], [])
     assert capsys.readouterr().err == f"{DYNAMIC} is left out: transformers is not installed\n"
 
 
@@ -259,7 +259,7 @@ def test_the_step_reads_just_the_context_in_shuffled_blocks_and_all_else_is_nan(
 
 
 def test_slabs_are_one_block_a_sequence_and_the_same_step(tiny):
-    found = contenders(tiny, CAPTURED, CONTIGUOUS)
+    found = contenders(tiny, RECORDED, CONTIGUOUS)
     outcomes = {name: fill_and_step(c.engine, ids(3, 9), seed=1) for name, c in found.items()}
     assert found[CONTIGUOUS].engine.cache.block_size == 64  # the longest that a sequence gets
     assert outcomes[CONTIGUOUS][0].block_tables.shape == (3, 1)
@@ -288,12 +288,12 @@ def test_who_writes_nothing_does_not_find_what_another_one_wrote(tiny, monkeypat
     found = contenders(tiny, EAGER)
     monkeypatch.setattr(steps, "eager_forward", forgetful(forgets))
     args = complete()
-    spoiled = steps.build(CAPTURED, tiny, found[EAGER].engine.cache, args)  # the same pool
+    spoiled = steps.build(RECORDED, tiny, found[EAGER].engine.cache, args)  # the same pool
     logits = {
         name: fill_and_step(c.engine, ids(3, 9), seed=1)[1]
-        for name, c in (found | {CAPTURED: spoiled}).items()
+        for name, c in (found | {RECORDED: spoiled}).items()
     }
-    with pytest.raises(ValueError, match="the logits of 'captured' are not all numbers: x"):
+    with pytest.raises(ValueError, match="the logits of 'recorded' are not all numbers: x"):
         check_equal(logits, "x")
 
 
@@ -416,7 +416,7 @@ class FakeEvent:
         return float(later.at - self.at)
 
 
-@pytest.mark.parametrize("name", [EAGER, CAPTURED])
+@pytest.mark.parametrize("name", [EAGER, RECORDED])
 def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, monkeypatch, name):
     (contender,) = contenders(tiny, name).values()
     engine, filled = contender.engine, []
@@ -438,7 +438,7 @@ def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, mo
     measure = steps.step_timer(engine, batch, 5, torch.device("cuda"))
     assert measure() == 1.0 and FakeEvent.calls == 5  # 5 ms, a fifth of it each
     measure()  # the engine's own steps wrote over the inputs: they are laid out anew
-    assert len(filled) == (2 if name == CAPTURED else 0)
+    assert len(filled) == (2 if name == RECORDED else 0)
 
 
 def test_a_compiled_peer_keeps_one_cache_for_each_number_of_sequences(
@@ -482,14 +482,14 @@ def test_the_compiled_peer_has_rows_of_its_own_for_the_first_shape(
     pytest.importorskip("transformers")
     monkeypatch.setattr(torch, "compile", lambda model, mode: model)
     monkeypatch.setattr(steps, "why_not", lambda name, model, device: None)
-    words = f"--model {shipped_model_folder} --contenders captured compiled"
+    words = f"--model {shipped_model_folder} --contenders recorded compiled"
     rows = run(tmp_path, f"{TINY} {words}")
     assert {row["workload"] for row in pick(rows, contender=COMPILED)} == {
         "decode batch=1 context=9 block_size=4"
     }
     (ratio,) = pick(rows, unit="x")
-    assert (ratio["contender"], ratio["metric"]) == (CAPTURED, f"speed against {COMPILED}")
-    times = pick(rows, contender=CAPTURED, metric="time a step")
+    assert (ratio["contender"], ratio["metric"]) == (RECORDED, f"speed against {COMPILED}")
+    times = pick(rows, contender=RECORDED, metric="time a step")
     assert len(times) == 2  # one for each batch: measuring beside a peer gives no second row
 
 

@@ -667,14 +667,17 @@ def test_planning_ahead_writes_the_same_texts(folder):
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
 def test_joined_steps_write_the_same_texts(folder):
     expected, _ = texts_of(folder)
-    got, fused = texts_of(folder, fused=True, plan_ahead=True)
+    got, fused = texts_of(folder, backend="triton", fused=True, plan_ahead=True)
     assert got == expected and fused.config.fused
 
 
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
 def test_a_model_whose_steps_cannot_be_joined_is_refused_with_the_reason():
     model = GPT(GPTConfig(**SHAPE, activation_function="relu")).eval()
     with pytest.raises(ValueError, match="this model's steps can't be joined: "):
-        LLM(model, fused=True)
+        LLM(model, backend="triton", fused=True)
+    with pytest.raises(ValueError, match="fused is for backend triton, it is torch"):
+        LLM(model, backend="torch", fused=True)
 
 
 @pytest.mark.parametrize("name", ["cuda_graphs", "plan_ahead", "fused"])

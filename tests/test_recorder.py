@@ -11,6 +11,7 @@ import generate
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
+from llm import LLM
 from recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
 from sampling import SamplingParams
 from scheduler import Scheduler
@@ -212,6 +213,12 @@ def test_a_sequence_that_its_strategy_drops_ends_as_dropped(path):
 def test_what_stood_in_the_file_is_replaced(five):
     Recorder(stand_in(), five)
     assert read_recording(five) == ({"format": "PagedGPT recording", "version": 1} | POOL, [])
+
+
+def test_an_engine_that_plans_ahead_is_refused(tiny_gpt, path):
+    llm = LLM(tiny_gpt(), num_blocks=8, block_size=4, plan_ahead=True)
+    with pytest.raises(ValueError, match="steps that were planned ahead overlap"):
+        Recorder(llm.engine, path)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):

@@ -14,7 +14,9 @@ import small_linear_triton as module
 from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from small_linear_triton import linear_tiles, plain_small_linear, small_linear
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
+# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
 OPTIONS = ["", "norm", "gelu", "residual", "norm gelu", "norm residual", "gelu residual"]
 OPTIONS += ["norm gelu residual"]
 
