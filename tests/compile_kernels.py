@@ -127,7 +127,7 @@ FULL = [
     *(
         Case("small_linear", dtype, rows=rows, sizes=sizes)
         for dtype, rows in itertools.product(WIDTHS, (1, 2, 4, 8, 16))
-        for sizes in ((5, 7), (768, 768), (1600, 6400), (6400, 1600))
+        for sizes in (((5, 7), (768, 768), (6400, 1600)) if rows in (2, 16) else ((768, 768),))
     ),
 ]
 

@@ -79,6 +79,7 @@ def test_verify_names_the_line_and_the_reason(tmp_path):
         benchmark.main(["verify", str(path)])
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_keeps_its_rows_and_shows_them(tmp_path, monkeypatch, capsys):
     whole = speed.run
 

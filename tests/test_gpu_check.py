@@ -108,6 +108,7 @@ def test_the_tests_it_runs_exist():
     assert len(set(named)) == len(named) == 9
 
 
+@pytest.mark.slow
 def test_of_the_engine_only_tests_for_a_gpu_are_run_and_every_file_has_some(tmp_path):
     """They are collected, not run; what would be skipped on a GPU is told by its marks' reasons."""
     (stage,) = [stage for stage in stages(tmp_path, ENGINE) if stage.name == "engine tests"]

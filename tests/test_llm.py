@@ -664,6 +664,7 @@ def test_planning_ahead_writes_the_same_texts(folder):
     assert ahead.engine.scheduler.allocator.num_free == 24
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
 def test_joined_steps_write_the_same_texts(folder):
     expected, _ = texts_of(folder)

@@ -449,6 +449,7 @@ if not ON_GPU:  # where Hypothesis may be missing, and a test that is skipped co
         search()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
     """In 16 bits, of 50,257 tokens thousands are tied: the cut has to look at ids."""
@@ -466,6 +467,7 @@ def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
     check_weights(logits.float()[settled], [rows[i] for i in settled])
 
 
+@pytest.mark.slow
 def test_draws_from_gpt2s_vocabulary_differ_at_most_at_the_ends_of_tokens():
     """Plain draws of random logits: each disagreement is proven to be one, and there are few."""
     num, per_row = (20_000, 1000) if ON_GPU else (24, 8)
