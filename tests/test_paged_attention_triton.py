@@ -30,7 +30,9 @@ from paged_attention import paged_attention
 from paged_attention_triton import paged_attention_triton, paged_decode_triton
 from paged_prefill_triton import HAS_TRITON, paged_prefill_triton
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
+# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
 CHUNK_LENS = [0, 33, 64, 100]  # no chunks, less than a tile, a tile, more than one
 EACH_CHUNK_LEN = pytest.mark.parametrize("chunk_len", CHUNK_LENS)
 

@@ -29,7 +29,9 @@ from kv_cache import KVCache, free_memory_bytes, write_kv
 from paged_attention import paged_attention
 from paged_prefill_triton import HAS_TRITON, paged_prefill_triton, write_kv_triton
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
+# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
 
 
 def check(world, **changes):

@@ -48,7 +48,9 @@ from sampling_triton import (
     weigh,
 )
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="the GPU's kernels need triton (Linux only)")
+NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
+# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
 GPT2_VOCAB = 50_257
 # A weight e^z is right to about |z| / 2**23 of itself here, and to 2**-23 there. Where |z| is large
 # there is little weight: no sum of weights, as a share of all, is off by more than this.
