@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_allocator import BlockAllocator, NoFreeBlocks, draw_pool
+from kv_cache import preallocate
 from model import GPT, Attend, GPTConfig, attend_one_sequence
 
 # plug(starts, counts): the socket's function for a step that computes positions
@@ -134,7 +135,7 @@ class ContiguousCache:
     ):
         self.max_num_seqs, self.max_seq_len = max_num_seqs, max_seq_len
         shape = (num_layers, 2, max_num_seqs, num_kv_heads, max_seq_len, head_dim)
-        self.slabs = torch.empty(shape, dtype=dtype, device=device)
+        self.slabs = preallocate(shape, dtype, device)
         self._num_clean = 0  # tokens from the start of every slab that are written or zero
 
     def attend(self, starts: list[int], counts: list[int]) -> Attend:
@@ -185,8 +186,7 @@ class ContiguousCache:
         device = self.slabs.device
         last = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
         ahead = torch.arange(self.max_seq_len, device=device) > last[:, None, :, None]
-        mask = torch.zeros(ahead.shape, dtype=self.slabs.dtype, device=device)
-        return mask.masked_fill_(ahead, -math.inf)[..., :longest]
+        return self.slabs.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf)[..., :longest]
 
 
 def generate_contiguous(

@@ -144,10 +144,14 @@ if HAS_NUMBA:
             kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
             function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
             first = builder.bitcast(builder.gep(data, [args[1]]), pointer)
-            num_bytes = PREFETCHED * signature.args[0].dtype.bitwidth // 8
+            bits = signature.args[0].dtype.bitwidth
+            # Into the second cache, whose queue is longer; numbers that take longer to compute with
+            # than to read (to widen and multiply 16 bits) into the first.
+            closeness = i32(2 if bits >= 32 else 3)
+            num_bytes = PREFETCHED * bits // 8
             for offset in range(0, num_bytes, CACHE_LINE):
                 address = builder.gep(first, [i32(offset)])
-                builder.call(function, [address, i32(0), i32(3), i32(1)])  # read, keep close, data
+                builder.call(function, [address, i32(0), closeness, i32(1)])  # to read, as data
             return context.get_dummy_value()
 
         return types.void(array, types.int64), generate

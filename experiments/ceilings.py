@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from compiled_cpu import HAS_NUMBA  # noqa: E402
+from kv_cache import preallocate  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 from roofline import timer, warm_up  # noqa: E402
 
@@ -74,7 +75,8 @@ def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, l
 def readers(device: torch.device, read_mb: int | None) -> tuple[dict[str, Callable], int]:
     """Ways to read one buffer once, name -> call(i), and its bytes: far beyond the caches."""
     num_bytes = (read_mb or (8192 if device.type == "cuda" else 1024)) << 20
-    numbers = torch.ones(num_bytes // 4, device=device)  # written, or no memory is behind it
+    # Memory of the pool's kind, and written, or nothing is behind it.
+    numbers = preallocate((num_bytes // 4,), torch.float32, device).fill_(1)
     found = {"read, torch": lambda i: numbers.sum()}
     if device.type == "cuda":
         from experiments.rungs_triton import sum_triton

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compiled_cpu import HAS_NUMBA
-from kv_cache import write_kv
+from kv_cache import preallocate, write_kv
 from paged_attention import paged_attention
 
 CONTIGUOUS = "contiguous library kernel"
@@ -66,7 +66,7 @@ class World:
         num_blocks = self.num_sets * s.B * per_sequence
         options = {"dtype": s.dtype, "device": s.device}
         shape = (s.num_layers, num_blocks + 1, 2, s.H, s.block_size, s.D)
-        self.pool = torch.empty(shape, **options)
+        self.pool = preallocate(shape, **options)
         self.pool[0].normal_(generator=generator)
         self.pool[1:] = self.pool[0]
         ids = torch.randperm(num_blocks, generator=generator, device=s.device).int()
@@ -80,7 +80,7 @@ class World:
         locs = torch.arange(s.B + 1, device=s.device) * s.num_queries
         self.locs, self.lens = locs.int(), torch.full((s.B,), s.T, device=s.device).int()
         slab_shape = (s.num_layers, 2, self.num_sets, s.B, s.H, s.T, s.D)
-        self.slabs = torch.empty(slab_shape if slabs else 0, **options)
+        self.slabs = preallocate(slab_shape if slabs else (0,), **options)
         if slabs:
             for number in range(self.num_sets):
                 for which in range(2):

@@ -4,14 +4,18 @@ The pool is filled with NaN before anything is written: zeros would hide a slot 
 one that was written and should not have been.
 """
 
+import gc
 import math
+import mmap
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import kv_cache
 from block_allocator import BlockAllocator
-from kv_cache import KVCache, Row, choose_num_blocks, make_batch, write_kv
+from kv_cache import KVCache, Row, choose_num_blocks, make_batch, preallocate, write_kv
 
 BLOCK_SIZES = [1, 2, 3, 4, 7, 16]
 
@@ -304,6 +308,78 @@ def test_the_plug_writes_first_and_then_reads_through_the_tables():
     assert lens is batch.context_lens
     assert rest == [0.25, 6, 9]  # 16 ** -0.5, and the host's two numbers
     assert cache.pool[0].isnan().all(), "another layer's cache is another layer's"
+
+
+# ---- where the pool lies -------------------------------------------------------------------------
+LARGE = (33, 1 << 20)  # 132 MiB of float32 that no page size divides evenly into rows
+HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def test_large_memory_is_of_the_shape_and_type_asked_for():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        memory = preallocate((3, 5, 1 << 18), dtype)
+        assert memory.shape == (3, 5, 1 << 18) and memory.dtype == dtype
+        assert memory.is_contiguous() and memory.device.type == "cpu"
+        memory[2, 4, -1] = 1.5
+        assert memory[2, 4, -1] == 1.5 and memory.flatten()[-1] == 1.5
+
+
+def test_two_pieces_of_large_memory_are_two():
+    a, b = (preallocate((1 << 20,), torch.float32).zero_() for _ in range(2))
+    a.fill_(1)
+    assert not b.any() and a.data_ptr() != b.data_ptr()
+
+
+@pytest.mark.skipif(
+    not HAS_HUGE_PAGES.exists() or "[never]" in HAS_HUGE_PAGES.read_text(),
+    reason="this system has no huge pages",
+)
+def test_a_large_pool_lies_in_huge_pages():
+    def in_huge_pages() -> int:
+        kilobytes = re.findall(r"AnonHugePages: +(\d+)", Path("/proc/self/smaps").read_text())
+        return sum(map(int, kilobytes)) * 1024
+
+    before = in_huge_pages()
+    cache = KVCache(2, num_blocks=671, block_size=16, num_kv_heads=12, head_dim=64)
+    gained = in_huge_pages() - before
+    # All but the two ends; and a busy machine may be short of whole free pieces of 2 MB.
+    assert gained > cache.pool.nbytes / 2, f"{gained} of {cache.pool.nbytes} bytes"
+    assert not cache.pool.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own count")
+def test_large_memory_goes_with_its_last_tensor():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    num_bytes = math.prod(LARGE) * 4
+    before = resident()
+    memory = preallocate(LARGE, torch.float32).zero_()
+    assert resident() - before > 0.9 * num_bytes
+    view = memory[3]
+    del memory
+    assert resident() - before > 0.9 * num_bytes, "a view still reads it"
+    del view
+    gc.collect()
+    assert resident() - before < 0.5 * num_bytes
+
+
+def test_a_system_without_huge_pages_gives_ordinary_ones(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(kv_cache.mmap, "mmap", Refusing)
+    assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
+    monkeypatch.setattr(kv_cache.mmap, "mmap", None)  # never asked where there is no such advice
+    monkeypatch.delattr(kv_cache.mmap, "MADV_HUGEPAGE", raising=False)
+    assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
+
+
+def test_small_memory_is_not_worth_a_mapping(monkeypatch):
+    monkeypatch.setattr(kv_cache.mmap, "mmap", None)
+    assert preallocate((2, 3), torch.float32).shape == (2, 3)
+    assert preallocate((0,), torch.float32).numel() == 0
 
 
 # ---- how large a pool ----------------------------------------------------------------------------
