@@ -4,7 +4,7 @@ Decoding is bound by memory: a step of 32 sequences at 1,000 tokens reads 2.4 GB
 in float32 and does little with each number. Gathering the blocks into one piece first would move
 those bytes three times. In the pool a block's K and V, all heads of both, lie side by side, so a
 compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB, and a
-prefetch one head ahead hides the jump:
+prefetch two heads ahead hides the jump:
 
     table [ 5, 0, 7 ]    block 5: K head 0 1 2 .. 11 | V head 0 1 2 .. 11     then block 0, block 7
                                   └─ scores ─┐            └─ weighted sum
@@ -53,7 +53,7 @@ __all__ = ["paged_attention_cpu", "write_kv_cpu"]
 
 CHUNK_LEN = 256  # tokens of context that one thread walks: 1.6 MB of GPT-2's K and V in float32
 MANY_QUERIES = 10  # from here on a sequence's new tokens are a prompt: worth one copy and a BLAS
-PREFETCH = True  # one head ahead of what is read now
+PREFETCH, AHEAD = True, 2  # so many heads ahead of what is read now
 LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
 
 
@@ -140,7 +140,8 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
         next_block = np.int64(table[min(i + 1, final)]) * block_stride
         for h_kv in range(H_kv):
             tile = block + h_kv * head_stride
-            ahead = tile + head_stride if h_kv + 1 < H_kv else next_block  # what is read after it
+            later = h_kv + AHEAD  # in the order of reading
+            ahead = (block if later < H_kv else next_block) + later % H_kv * head_stride
             for t in range(T):
                 # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
                 readable = min(end, last + t + 1 - i * block_size) - begin
