@@ -382,6 +382,12 @@ def test_small_memory_is_not_worth_a_mapping(monkeypatch):
     assert preallocate((0,), torch.float32).numel() == 0
 
 
+def test_another_device_has_memory_of_its_own(monkeypatch):
+    monkeypatch.setattr(kv_cache.mmap, "mmap", None)
+    assert preallocate(LARGE, torch.bfloat16, "meta").is_meta
+    assert preallocate(LARGE, torch.bfloat16, torch.device("meta")).dtype == torch.bfloat16
+
+
 # ---- how large a pool ----------------------------------------------------------------------------
 def test_gpt2_takes_36864_bytes_a_token_and_589824_a_block_of_16():
     cache = KVCache(12, num_blocks=1, block_size=16, num_kv_heads=12, head_dim=64, dtype=torch.half)
