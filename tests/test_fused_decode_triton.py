@@ -25,6 +25,7 @@ from worlds import (
     ON_GPU,
     SEED,
     check_on_device,
+    kernel_marks,
     needs_gpu,
     some,
     world_of,
@@ -35,9 +36,7 @@ from fused_decode_triton import fused_decode, fused_decode_triton, num_arrivals
 from kv_cache import free_memory_bytes, write_kv
 from paged_prefill_triton import HAS_TRITON
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 CHUNK_LENS = [0, 7, 64, 100]  # no chunks, less than a tile, a tile, more than one
 EACH_CHUNK_LEN = pytest.mark.parametrize("chunk_len", CHUNK_LENS)
 GPT2 = {"num_kv_heads": 12, "head_dim": 64, "block_size": 16}

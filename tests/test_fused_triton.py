@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from test_small_linear_triton import launched_by
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, some
+from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
 
 import fused_triton as module
 from block_allocator import BlockAllocator
@@ -42,9 +42,7 @@ from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from sampling import SamplingParams
 from scheduler import Scheduler
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 SHAPE = {"max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "tie_word_embeddings": False}
 BLOCK_SIZE = 4
 # In 64 bits the order of sums is all that differs; a GPU's library may take a coarser tanh.

@@ -18,6 +18,7 @@ from worlds import (
     ON_GPU,
     SEED,
     check_on_device,
+    kernel_marks,
     needs_gpu,
     random_world,
     some,
@@ -30,9 +31,7 @@ from paged_attention import paged_attention
 from paged_attention_triton import paged_attention_triton, paged_decode_triton
 from paged_prefill_triton import HAS_TRITON, paged_prefill_triton
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 CHUNK_LENS = [0, 33, 64, 100]  # no chunks, less than a tile, a tile, more than one
 EACH_CHUNK_LEN = pytest.mark.parametrize("chunk_len", CHUNK_LENS)
 

@@ -18,6 +18,7 @@ from worlds import (
     ON_GPU,
     SEED,
     check_on_device,
+    kernel_marks,
     needs_gpu,
     random_world,
     some,
@@ -29,9 +30,7 @@ from kv_cache import KVCache, free_memory_bytes, write_kv
 from paged_attention import paged_attention
 from paged_prefill_triton import HAS_TRITON, paged_prefill_triton, write_kv_triton
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 
 
 def check(world, **changes):

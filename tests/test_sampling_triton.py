@@ -24,7 +24,7 @@ from draws import (
     rows_at_many_u,
     rows_of,
 )
-from worlds import DEVICE, ON_GPU, SEED, needs_gpu
+from worlds import DEVICE, ON_GPU, SEED, kernel_marks, needs_gpu
 
 import sampling_triton as module
 from paged_prefill_triton import HAS_TRITON, tl, triton
@@ -48,9 +48,7 @@ from sampling_triton import (
     weigh,
 )
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 GPT2_VOCAB = 50_257
 # A weight e^z is right to about |z| / 2**23 of itself here, and to 2**-23 there. Where |z| is large
 # there is little weight: no sum of weights, as a share of all, is off by more than this.
@@ -451,7 +449,6 @@ if not ON_GPU:  # where Hypothesis may be missing, and a test that is skipped co
         search()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
     """In 16 bits, of 50,257 tokens thousands are tied: the cut has to look at ids."""
@@ -469,7 +466,6 @@ def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
     check_weights(logits.float()[settled], [rows[i] for i in settled])
 
 
-@pytest.mark.slow
 def test_draws_from_gpt2s_vocabulary_differ_at_most_at_the_ends_of_tokens():
     """Plain draws of random logits: each disagreement is proven to be one, and there are few."""
     num, per_row = (20_000, 1000) if ON_GPU else (24, 8)

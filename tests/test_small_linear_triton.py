@@ -8,15 +8,13 @@ import math
 
 import pytest
 import torch
-from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, some
+from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
 
 import small_linear_triton as module
 from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from small_linear_triton import linear_tiles, plain_small_linear, small_linear
 
-NEEDS_TRITON = "the GPU's kernels need triton (Linux only)"
-# Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-pytestmark = [pytest.mark.skipif(not HAS_TRITON, reason=NEEDS_TRITON), pytest.mark.slow]
+pytestmark = kernel_marks(HAS_TRITON)
 OPTIONS = ["", "norm", "gelu", "residual", "norm gelu", "norm residual", "gelu residual"]
 OPTIONS += ["norm gelu residual"]
 

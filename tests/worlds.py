@@ -32,6 +32,15 @@ def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
 
 
+def kernel_marks(has_triton: bool) -> list:
+    """What all tests of a file of Triton's kernels are marked with.
+
+    Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
+    """
+    needs = "the GPU's kernels need triton (Linux only)"
+    return [pytest.mark.skipif(not has_triton, reason=needs), pytest.mark.slow]
+
+
 def some(count: int, *choices) -> list[tuple]:
     """About `count` combinations of the choices: each choice once at least, with what others the
     seed decides. A kernel is interpreted slowly, and compiled anew for almost every combination.
