@@ -107,7 +107,7 @@ def weight_bytes(model: GPT, num_rows: int, num_sample_rows: int) -> int:
     every, sampled = split_parts(model)
     parts = nn.ModuleList(every + sampled if num_sample_rows else every).parameters()
     looked_up = 2 * num_rows * model.config.n_embd * model.wte.weight.dtype.itemsize
-    # Of packed weights only sizes and type are asked for: their order is oneDNN's own.
+    # Of packed weights only sizes and type are asked for, not their order.
     return looked_up + sum(weight.numel() * weight.dtype.itemsize for weight in parts)
 
 

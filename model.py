@@ -159,6 +159,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
+        # Counted now: a layer may come to hold its weights in another shape, filled up with zeros.
+        self._num_parameters = sum(parameter.numel() for parameter in self.parameters())
 
     def init_weights(self, std: float = 0.02, seed: int = 0) -> "GPT":
         """Fill all weights at random, as GPT-2 does with std 0.02.
@@ -204,9 +206,7 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """How many numbers the model holds, the tied output head counted once."""
-        head_again = self.lm_head.weight.numel() if self.config.tie_word_embeddings else 0
-        named = self.named_parameters(remove_duplicate=False)
-        return sum(parameter.numel() for _, parameter in named) - head_again
+        return self._num_parameters
 
 
 def attend_one_sequence(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

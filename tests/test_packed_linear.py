@@ -11,9 +11,10 @@ from torch import nn
 
 import packed_linear
 from baselines import attend_without_cache
+from linear_cpu import PanelLinear, can_use_panels
 from llm import LLM, SamplingParams
 from model import ACTIVATIONS, GPT, GPTConfig
-from packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, pack
+from packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, is_packed, pack
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number; bfloat16 has 8 bits
 
@@ -35,8 +36,30 @@ def logits_of(model, rows=7):
     return model.logits(model(ids, torch.arange(rows), plug)).double()
 
 
-def is_packed(model):
-    return isinstance(model.lm_head, PackedLinear)
+def without_panels(monkeypatch):
+    """As where the processor lacks AVX-512, or has a matrix unit for bfloat16."""
+    monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: False)
+
+
+@pytest.fixture(params=[PanelLinear, PackedLinear])
+def kind(request, monkeypatch):
+    """Each kind of layer that `pack` may choose for the test's dtype here, made its choice."""
+    dtype = request.node.callspec.params.get("dtype", torch.float32)
+    dtype = dtype if dtype in PAYS_FROM else torch.float32
+    if request.param is PackedLinear:
+        without_panels(monkeypatch)
+        if not can_pack("cpu", dtype):
+            pytest.skip("PyTorch packs no weights on this machine")
+    elif not can_use_panels(dtype):
+        pytest.skip(f"no panels of {dtype} on this machine")
+    return request.param
+
+
+def linear_layers(model):
+    """All of a model's layers that multiply by weights, by name."""
+    return {
+        name: module for name, module in model.named_modules() if hasattr(module, "in_features")
+    }
 
 
 # ---- one layer -----------------------------------------------------------------------------------
@@ -80,22 +103,63 @@ def test_every_activation_of_the_model_has_a_name_in_the_library():
 
 
 # ---- a model -------------------------------------------------------------------------------------
-@here
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_a_packed_model_gives_the_same_logits(dtype, activation, tied):
+def test_a_packed_model_gives_the_same_logits(kind, dtype, activation, tied):
     options = {"activation_function": activation, "tie_word_embeddings": tied}
     plain, packed = wide_gpt(dtype, **options), wide_gpt(dtype, **options)
     assert pack(packed, 8) is packed and is_packed(packed) and not is_packed(plain)
+    assert {type(layer) for layer in linear_layers(packed).values()} == {kind}
     want, got = logits_of(plain), logits_of(packed)
     assert (got - want).abs().max() <= BOUNDS[dtype] * want.abs().max()
     assert len(set(want.argmax(-1).tolist())) > 1
-    assert packed.num_parameters() == plain.num_parameters()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_packing_changes_neither_the_number_of_parameters_nor_any_layers_sizes(kind, dtype, tied):
+    model = wide_gpt(dtype, tie_word_embeddings=tied)
+    number, layers = model.num_parameters(), linear_layers(model)
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    assert number == sum(parameter.numel() for parameter in model.parameters())
+    pack(model, 8)
+    assert is_packed(model) and model.num_parameters() == number
+    layers = linear_layers(model).items()
+    assert {name: (layer.in_features, layer.out_features) for name, layer in layers} == sizes
+    assert len(sizes) == 2 * 4 + 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not can_use_panels(torch.float32), reason="no panels on this machine")
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_panels_are_chosen_where_they_can_be_used_and_the_activation_stays(dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: not asked.append(dtype))
+    monkeypatch.setattr(packed_linear, "can_pack", lambda *args: False)  # not needed
+    model = wide_gpt(dtype)
+    activations = [layer.mlp.activation for layer in model.h]
+    pack(model, 8)
+    assert asked == [dtype]
+    assert {type(layer) for layer in linear_layers(model).values()} == {PanelLinear}
+    for layer, activation in zip(model.h, activations, strict=True):
+        assert layer.mlp.activation is activation and not isinstance(activation, nn.Identity)
 
 
 @here
-def test_the_embedding_stays_where_it_was_and_the_plain_weights_are_gone():
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_without_panels_the_librarys_layers_are_chosen_and_compute_the_activation(
+    dtype, monkeypatch
+):
+    without_panels(monkeypatch)
+    model = pack(wide_gpt(dtype), 8)
+    assert {type(layer) for layer in linear_layers(model).values()} == {PackedLinear}
+    for layer in model.h:
+        assert isinstance(layer.mlp.activation, nn.Identity)
+        assert layer.mlp.c_fc.operation == "gelu" and layer.mlp.c_proj.operation == "none"
+
+
+def test_the_embedding_stays_where_it_was_and_the_plain_weights_are_gone(kind):
     model = wide_gpt()
     embedding, tied = model.wte.weight.data_ptr(), model.lm_head.weight
     gone = [weakref.ref(p) for name, p in model.named_parameters() if name.endswith("c_fc.weight")]
@@ -106,8 +170,7 @@ def test_the_embedding_stays_where_it_was_and_the_plain_weights_are_gone():
     assert len(gone) == 2 and all(reference() is None for reference in gone)
 
 
-@here
-def test_packing_twice_changes_nothing():
+def test_packing_twice_changes_nothing(kind):
     model = pack(wide_gpt(), 8)
     layers = [id(module) for module in model.modules()]
     want = logits_of(model)
@@ -116,7 +179,6 @@ def test_packing_twice_changes_nothing():
 
 
 # ---- where it pays -------------------------------------------------------------------------------
-@here
 @pytest.mark.parametrize(
     ("dtype", "n_embd", "decode_rows", "is_to_be_packed"),
     [
@@ -128,7 +190,7 @@ def test_packing_twice_changes_nothing():
         (torch.float16, 768, 32, False),
     ],
 )
-def test_packed_where_it_was_measured_to_pay(dtype, n_embd, decode_rows, is_to_be_packed):
+def test_packed_where_it_was_measured_to_pay(kind, dtype, n_embd, decode_rows, is_to_be_packed):
     config = GPTConfig(vocab_size=97, n_layer=1, n_head=1, n_embd=n_embd, n_inner=16)
     assert is_packed(pack(GPT(config).to(dtype), decode_rows)) == is_to_be_packed
 
@@ -151,12 +213,19 @@ def test_nothing_is_packed_on_a_gpu_or_on_another_kind_of_processor(monkeypatch)
     can_pack.cache_clear()
 
 
+def test_a_model_that_is_not_in_host_memory_is_not_packed():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=1))
+    assert not is_packed(pack(model, 8))
+
+
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError])
 def test_a_pytorch_without_these_operators_keeps_its_plain_layers(monkeypatch, error):
     def missing(self, *args):
         raise error("no such operator")
 
     can_pack.cache_clear()
+    without_panels(monkeypatch)
     monkeypatch.setattr(PackedLinear, "__init__", missing)
     model = wide_gpt()
     assert not is_packed(pack(model, 8))
@@ -173,8 +242,7 @@ def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
 
 
 # ---- in the engine -------------------------------------------------------------------------------
-@here
-def test_an_llm_packs_what_it_loads_and_says_the_same(tmp_path):
+def test_an_llm_packs_what_it_loads_and_says_the_same(kind, tmp_path):
     from checkpoint import save_model
 
     save_model(wide_gpt(), tmp_path, torch.float32)
@@ -189,8 +257,31 @@ def test_an_llm_packs_what_it_loads_and_says_the_same(tmp_path):
     assert len({token for text in texts[0] for token in text}) > 2
 
 
-@here
-def test_a_gpt_that_is_given_is_served_as_it_is():
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_in_panels_a_requests_probabilities_are_the_same_bits_alone_and_among_others(
+    dtype, tmp_path
+):
+    """Attention and panels add in an order of their own for each row, whoever else is there.
+
+    (In float32 neither the plain product nor oneDNN's of 3,072 inputs passes this.)
+    """
+    from checkpoint import save_model
+
+    if not can_use_panels(dtype):
+        pytest.skip(f"no panels of {dtype} on this machine")
+    config = GPTConfig(vocab_size=97, max_seq_len=64, n_layer=2)  # as wide as GPT-2
+    save_model(GPT(config).init_weights(), tmp_path, torch.float32)
+    llm = LLM(tmp_path, dtype=str(dtype)[6:], max_num_seqs=16, kv_cache_mb=8)
+    prompts = [[5 + i * 7 % 90] * n for i, n in enumerate((1, 2, 3, 8, 9, 17, 30, 33, 40, 4, 5))]
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=3)
+    together = llm.generate(prompts, params)
+    for prompt, among_others in zip(prompts, together, strict=True):
+        (alone,) = llm.generate([prompt], params)
+        assert alone.outputs[0].token_ids == among_others.outputs[0].token_ids
+        assert alone.outputs[0].logprobs == among_others.outputs[0].logprobs
+
+
+def test_a_gpt_that_is_given_is_served_as_it_is(kind):
     model = wide_gpt()
     assert LLM(model, kv_cache_mb=4).model is model and not is_packed(model)
 

@@ -44,6 +44,7 @@ LADDER = [
     "scheduler",
     "outputs",
     "engine",
+    "linear_cpu",
     "packed_linear",
     "fused_triton",
     "cuda_graphs",

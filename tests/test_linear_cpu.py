@@ -1,0 +1,485 @@
+"""linear_cpu.py: the float64 product, a sum's exact order, and the memory around it untouched.
+
+A sum is said to take its inputs one after the other, with one rounding each. That says every bit of
+a result, so here it is added up once more in exactly this way, and compared bit for bit.
+"""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import linear_cpu
+from compiled_cpu import HAS_NUMBA
+from linear_cpu import PANEL, TURN, PanelLinear, can_use_panels, multiply
+
+DTYPES = [torch.float32, torch.bfloat16]
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+ROW_COUNTS = [0, 1, 7, 8, 9, 64, 65, 200]
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number
+SENTINEL = 1234.5
+
+here = pytest.mark.skipif(
+    not can_use_panels(torch.float32), reason="panels need AVX-512, numba and OpenMP's threads"
+)
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="the processor is asked through numba")
+
+
+# ---- inputs and their oracles --------------------------------------------------------------------
+def plain_layer(inputs, outputs, dtype, bias=True, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def random_x(rows, inputs, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, inputs, generator=generator).to(dtype)
+
+
+def product(x, linear):
+    """In float64, from the very numbers that the layer gets."""
+    want = x.double() @ linear.weight.double().t()
+    return want if linear.bias is None else want + linear.bias.double()
+
+
+def check(got, want, dtype):
+    """The right shape and type, and as near to the float64 product as it has to be."""
+    assert got.dtype == dtype and got.shape == want.shape
+    assert not got.requires_grad
+    if want.numel() == 0:
+        return
+    largest, error = want.abs().max(), (got.double() - want).abs()
+    assert error.max() <= BOUNDS[dtype] * largest
+    if dtype == torch.bfloat16:
+        # Rounded once, and at most into the neighbour: the sum itself is one of float32.
+        one_place = torch.finfo(torch.bfloat16).eps * want.abs()
+        assert (error <= one_place + BOUNDS[torch.float32] * largest).all()
+
+
+def rounded_once(products, sums):
+    """float32(products + sums) from float64 products and float32 sums, rounded only at the end.
+
+    The sum in float64 would be the first of two roundings. Where it is not exact its last bit is
+    made odd, on the side on which the rest lies: then it is no tie that the second one may break.
+    """
+    exact = products + sums
+    back = exact - products
+    rest = (products - (exact - back)) + (sums - back)
+    is_even = exact.view(np.int64) % 2 == 0
+    beside = np.nextafter(exact, np.copysign(np.inf, rest))
+    return np.where((rest != 0) & is_even, beside, exact).astype(np.float32)
+
+
+def sums_in_order(x, linear):
+    """In float32: from the bias on one input after the other, with one rounding each."""
+    outputs = len(linear.weight)
+    start = torch.zeros(outputs) if linear.bias is None else linear.bias.float()
+    sums = start.expand(len(x), outputs).numpy().astype(np.float64)
+    columns = zip(x.double().t().numpy(), linear.weight.double().t().numpy(), strict=True)
+    for numbers, weights in columns:
+        sums = rounded_once(np.outer(numbers, weights), sums).astype(np.float64)
+    return torch.from_numpy(sums).float()
+
+
+def sums_of(layer, x):
+    """In float32: what the compiled loop makes of x, before a result is rounded to bfloat16."""
+    rows = F.pad(x.float(), (0, layer.room_in)).numpy()
+    out = np.full((len(x), len(layer.first_sums)), math.nan, np.float32)
+    multiply(rows, layer.words, layer.first_sums, out)
+    return torch.from_numpy(out[:, : layer.out_features])
+
+
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# ---- it is a product -----------------------------------------------------------------------------
+@here
+@EACH_DTYPE
+def test_two_outputs_by_hand(dtype):
+    linear = plain_layer(3, 2, dtype)
+    linear.weight[:] = torch.tensor([[1, 10, 100], [-1, 0.5, 0]], dtype=dtype)
+    linear.bias[:] = torch.tensor([0.5, 2], dtype=dtype)
+    x = torch.tensor([[1, 2, 1], [0, 0, 0], [-4, 8, 0]], dtype=dtype)
+    assert PanelLinear(linear)(x).tolist() == [[121.5, 2.0], [0.5, 2.0], [76.5, 10.0]]
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("outputs", [1, 47, 48, 49, 97])
+@pytest.mark.parametrize("inputs", [1, 3, 47, 768, 769, 1537])
+def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtype):
+    x = random_x(max(ROW_COUNTS), inputs, dtype)
+    for bias in (True, False):
+        linear = plain_layer(inputs, outputs, dtype, bias)
+        layer, want = PanelLinear(linear), product(x, linear)
+        for rows in ROW_COUNTS:
+            check(layer(x[:rows]), want[:rows], dtype)
+
+
+@here
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 150),
+    inputs=st.integers(1, 1700),
+    outputs=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_any_size_is_the_float64_product(rows, inputs, outputs, dtype, bias, seed):
+    linear, x = plain_layer(inputs, outputs, dtype, bias, seed), random_x(rows, inputs, dtype, seed)
+    check(PanelLinear(linear)(x), product(x, linear), dtype)
+
+
+@here
+def test_every_finite_bfloat16_comes_through_as_it_is():
+    """As the lower and as the upper half of a word, and as an input: 1 times it, and 0 more."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    every = bits.view(torch.bfloat16)
+    every = every[every.isfinite()]
+    assert len(every) == 2**16 - 2**8
+    linear = plain_layer(2, len(every), torch.bfloat16, bias=False)
+    linear.weight[:, 0], linear.weight[:, 1] = every, every.flip(0)
+    got = PanelLinear(linear)(torch.eye(2, dtype=torch.bfloat16))
+    assert torch.equal(got[0], every) and torch.equal(got[1], every.flip(0))
+
+    one = plain_layer(1, 1, torch.bfloat16, bias=False)
+    one.weight[:] = 1
+    assert torch.equal(PanelLinear(one)(every[:, None])[:, 0], every)
+
+
+@here
+@EACH_DTYPE
+def test_a_view_of_a_wider_tensor_is_multiplied_and_only_read(dtype):
+    linear = plain_layer(47, 50, dtype)
+    wide = torch.full((30, 3 * 47), math.nan, dtype=dtype)
+    wide[::3, 47:94] = random_x(10, 47, dtype)
+    part, before = wide[::3, 47:94], wide.clone()
+    assert not part.is_contiguous()
+    check(PanelLinear(linear)(part), product(part, linear), dtype)
+    turned = random_x(47, 10, dtype).t()
+    check(PanelLinear(linear)(turned), product(turned, linear), dtype)
+    repeated = random_x(1, 47, dtype).expand(9, 47)
+    check(PanelLinear(linear)(repeated), product(repeated, linear), dtype)
+    assert torch.equal(wide.nan_to_num(99.0), before.nan_to_num(99.0))
+
+
+@here
+@EACH_DTYPE
+def test_the_plain_weights_may_be_a_view_and_are_not_changed(dtype):
+    linear = plain_layer(48, 96, dtype)
+    turned = random_x(48, 96, dtype).t()
+    linear.weight = nn.Parameter(turned, requires_grad=False)
+    before, x = turned.clone(), random_x(9, 48, dtype)
+    layer = PanelLinear(linear)
+    want = product(x, linear)
+    check(layer(x), want, dtype)
+    assert torch.equal(turned, before)
+    turned.fill_(math.nan)  # panels are a copy
+    check(layer(x), want, dtype)
+
+
+# ---- a sum's order -------------------------------------------------------------------------------
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("inputs", [1, 2, 3, 769, 1537, 3075])
+def test_a_sum_takes_its_inputs_one_after_the_other_with_one_rounding_each(inputs, bias, dtype):
+    linear, x = plain_layer(inputs, 50, dtype, bias), random_x(70, inputs, dtype)
+    layer, want = PanelLinear(linear), sums_in_order(x, linear)
+    for rows in (1, 9, 70):
+        assert torch.equal(sums_of(layer, x[:rows]), want[:rows])
+        assert torch.equal(layer(x[:rows]), want[:rows].to(dtype))
+
+
+def test_the_oracle_of_the_order_rounds_once():
+    """1 + 2**-24 is a tie in float32, and what comes behind it decides; float64 would lose it."""
+    products, sums = np.array([2.0**-24 + 2.0**-60, 2.0**-24 - 2.0**-60]), np.ones(2)
+    assert rounded_once(products, sums).tolist() == [1 + 2.0**-23, 1.0]
+    assert rounded_once(-products, -sums).tolist() == [-1 - 2.0**-23, -1.0]
+    assert (products + sums).astype(np.float32).tolist() == [1.0, 1.0]
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("inputs", [769, 1537])
+def test_a_row_alone_among_others_and_on_any_number_of_threads_is_the_same(
+    inputs, dtype, set_threads
+):
+    layer, x = PanelLinear(plain_layer(inputs, 145, dtype)), random_x(200, inputs, dtype)
+    want = layer(x)
+    for threads in (1, 2):
+        set_threads(threads)
+        assert torch.equal(layer(x), want)
+        for row in (0, 1, 7, 8, 63, 64, 65, 127, 128, 192, 199):
+            assert torch.equal(layer(x[row : row + 1]), want[row : row + 1])
+        for begin, end in ((0, 7), (0, 8), (3, 12), (60, 125), (8, 200), (199, 200)):
+            assert torch.equal(layer(x[begin:end]), want[begin:end])
+    assert torch.equal(layer(x.flip(0)).flip(0), want)
+
+
+@here
+def test_it_runs_on_as_many_threads_as_pytorch_does(set_threads):
+    import numba
+
+    layer, x = PanelLinear(plain_layer(8, 100, torch.float32)), random_x(3, 8, torch.float32)
+    for threads in (1, 2, 64):
+        set_threads(threads)
+        layer(x)
+        assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+        assert torch.get_num_threads() == threads
+
+
+# ---- nothing leaks -------------------------------------------------------------------------------
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("inputs", [3, 48, 769])
+def test_what_is_not_finite_stays_in_its_own_row(inputs, bad, dtype):
+    layer, x = PanelLinear(plain_layer(inputs, 50, dtype)), random_x(70, inputs, dtype)
+    want = layer(x)
+    assert want.isfinite().all()
+    x[0, 0] = x[9, inputs // 2] = x[64, -1] = x[69] = bad
+    is_bad = torch.tensor([row in (0, 9, 64, 69) for row in range(70)])
+    got = layer(x)
+    assert torch.equal(got[~is_bad], want[~is_bad])
+    assert (got[is_bad].isnan() if math.isnan(bad) else ~got[is_bad].isfinite()).all()
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("inputs", [3, 48, 769])
+def test_a_weight_that_is_not_finite_reaches_its_own_output_alone(inputs, dtype):
+    linear, x = plain_layer(inputs, 97, dtype), random_x(70, inputs, dtype)
+    want = PanelLinear(linear)(x)
+    linear.weight[0, 0] = linear.weight[47, 1] = linear.weight[96, -1] = math.nan
+    linear.weight[48, -1] = math.inf
+    linear.bias[50] = math.nan
+    is_bad = torch.tensor([output in (0, 47, 48, 50, 96) for output in range(97)])
+    got = PanelLinear(linear)(x)
+    assert torch.equal(got[:, ~is_bad], want[:, ~is_bad])
+    assert not got[:, is_bad].isfinite().any()
+
+
+def between_guards(values, guard, behind=2):
+    """A contiguous copy of an array, with `behind` times its last row of `guard` on both sides."""
+    around = np.full((len(values) + 2 * behind, *values.shape[1:]), guard, values.dtype)
+    around[behind : len(values) + behind] = values
+    return around, around[behind : len(values) + behind]
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("num_words", [4, 20, 768, 772, 1540])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 15, 64, 65, 71, 130])
+def test_only_the_results_rows_are_written_and_nothing_beside_the_inputs_is_read(
+    rows, num_words, dtype
+):
+    """Beside x, the panels and the bias lies NaN; beside the result a number that has to stay."""
+    per_word = 4 // dtype.itemsize
+    linear = plain_layer(num_words * per_word, 2 * PANEL, dtype)
+    layer, x = PanelLinear(linear), random_x(rows, num_words * per_word, dtype)
+    nan = math.nan if per_word == 1 else 0x7FC07FC0  # two of bfloat16's
+    _, words = between_guards(layer.words, nan)
+    _, first_sums = between_guards(layer.first_sums, math.nan, 3 * PANEL)
+    _, numbers = between_guards(x.float().numpy(), math.nan, 20)
+    around, out = between_guards(np.full((rows, 2 * PANEL), SENTINEL, np.float32), SENTINEL, 20)
+    multiply(numbers, words, first_sums, out)
+    assert torch.equal(torch.from_numpy(out).to(dtype), layer(x))
+    check(torch.from_numpy(out).to(dtype), product(x, linear), dtype)
+    assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("shape", [(4, 46), (4, 48), (47, 4), (47,), (47, 47, 47), (1, 4, 47)])
+def test_an_x_of_another_shape_is_refused_with_both(shape, dtype):
+    layer = PanelLinear(plain_layer(47, 50, dtype))
+    with pytest.raises(ValueError) as error:
+        layer(torch.zeros(shape, dtype=dtype))
+    assert str(shape) in str(error.value) and f"(N, 47) of {dtype}" in str(error.value)
+
+
+@here
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.int64),
+    ],
+)
+def test_an_x_of_another_dtype_is_refused_with_both(dtype, other):
+    layer = PanelLinear(plain_layer(47, 50, dtype))
+    with pytest.raises(ValueError) as error:
+        layer(torch.zeros(4, 47, dtype=other))
+    assert f"(4, 47) of {other}" in str(error.value) and f"(N, 47) of {dtype}" in str(error.value)
+
+
+# ---- a module ------------------------------------------------------------------------------------
+@here
+@EACH_DTYPE
+def test_with_and_without_gradients_it_computes_the_same(dtype):
+    linear, x = plain_layer(47, 50, dtype), random_x(9, 47, dtype)
+    want = PanelLinear(linear)(x)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            made_there = PanelLinear(linear)
+            assert torch.equal(made_there(x), want)
+        assert torch.equal(made_there(x), want)
+    needs_gradients = plain_layer(47, 50, dtype).requires_grad_()
+    assert torch.equal(PanelLinear(needs_gradients)(x), want)
+
+
+@here
+@EACH_DTYPE
+def test_a_copy_computes_the_same_and_from_its_own_weights(dtype):
+    layer, x = PanelLinear(plain_layer(47, 50, dtype)), random_x(9, 47, dtype)
+    want, copied = layer(x), copy.deepcopy(layer)
+    layer.words.fill(0)
+    layer.first_sums.fill(0)
+    assert torch.equal(copied(x), want)
+    assert layer(x).abs().max() == 0
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (47, 49), (48, 48), (769, 97)])
+def test_the_weights_are_there_once_in_panels_of_48_and_filled_up_with_zeros(
+    inputs, outputs, dtype
+):
+    linear = plain_layer(inputs, outputs, dtype)
+    layer, per_word = PanelLinear(linear), 4 // dtype.itemsize
+    panels, words = math.ceil(outputs / 48), math.ceil(inputs / per_word / TURN) * TURN
+    assert layer.weight.shape == (panels, words, 48, per_word) and layer.weight.dtype == dtype
+    assert not layer.weight.requires_grad and layer.bias is linear.bias
+    assert (layer.in_features, layer.out_features) == (inputs, outputs)
+    assert layer.words.ctypes.data == layer.weight.data_ptr()
+    assert layer.words.nbytes == layer.weight.nbytes
+    in_rows = layer.weight.transpose(1, 2).reshape(panels * 48, words * per_word)
+    assert torch.equal(in_rows[:outputs, :inputs], linear.weight)
+    assert in_rows.count_nonzero() == linear.weight.count_nonzero()
+
+
+@here
+def test_several_threads_multiply_at_once(set_threads):
+    set_threads(2)
+    kinds = [(769, 145, torch.float32), (96, 300, torch.bfloat16), (47, 50, torch.float32)]
+    layers = [PanelLinear(plain_layer(*kind)) for kind in kinds]
+    xs = [[random_x(r, i, d, seed=r) for i, _, d in kinds] for r in (33, 9)]
+    want = [[layer(x) for layer, x in zip(layers, mine, strict=True)] for mine in xs]
+    together, wrong, done = threading.Barrier(2, timeout=20), [], []
+
+    def work(which):
+        set_threads(2)
+        for _ in range(30):
+            together.wait()
+            for layer, x, right in zip(layers, xs[which], want[which], strict=True):
+                if not torch.equal(layer(x), right):
+                    wrong.append((which, layer.in_features))
+        done.append(which)
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1] and wrong == []
+
+
+# ---- where it is used ----------------------------------------------------------------------------
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes the processor have these features, and OpenMP's threads or not; it is asked anew."""
+
+    def have(*features, team=True):
+        can_use_panels.cache_clear()
+        asked = SimpleNamespace(get_host_cpu_features=lambda: dict.fromkeys(features, True))
+        monkeypatch.setattr(linear_cpu, "binding", asked)
+        monkeypatch.setattr(linear_cpu, "has_openmp_team", lambda: team)
+
+    yield have
+    can_use_panels.cache_clear()
+
+
+@needs_numba
+def test_avx512_and_openmp_are_what_it_takes(machine):
+    machine("sse2", "avx2", "avx512f", "avx512bw")
+    assert can_use_panels(torch.float32) and can_use_panels(torch.bfloat16)
+    machine("sse2", "avx2")
+    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
+    machine("avx512f", team=False)
+    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
+
+
+@needs_numba
+def test_a_feature_that_is_named_but_absent_is_none(machine, monkeypatch):
+    machine()
+    for features, wanted in (
+        ({"avx512f": False}, False),
+        ({"avx512f": True, "amx-bf16": False}, True),
+    ):
+        can_use_panels.cache_clear()
+        monkeypatch.setattr(linear_cpu.binding, "get_host_cpu_features", lambda f=features: f)
+        assert can_use_panels(torch.bfloat16) == wanted
+
+
+@needs_numba
+def test_a_matrix_unit_multiplies_bfloat16_and_panels_float32(machine):
+    machine("avx512f", "amx-bf16")
+    assert can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
+def test_no_other_type_is_put_into_panels(machine, dtype):
+    machine("avx512f")
+    assert not can_use_panels(dtype)
+
+
+@needs_numba
+def test_without_numba_there_are_no_panels(machine, monkeypatch):
+    machine("avx512f")
+    assert can_use_panels(torch.float32)
+    can_use_panels.cache_clear()
+    monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
+    monkeypatch.delattr(linear_cpu, "binding")  # nor was it imported
+    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
+
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+import linear_cpu
+linear_cpu.demo()
+"""
+
+
+def test_without_numba_the_file_imports_and_its_demo_says_what_is_missing():
+    command = [sys.executable, "-c", WITHOUT_NUMBA]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ok:") and "numba" in done.stdout
