@@ -51,8 +51,8 @@ if HAS_NUMBA:
 # 24 sums, 3 of the weights and one of x are 28 of AVX-512's 32 registers of 16 numbers.
 LANES, VECTORS, ROWS = 16, 3, 8
 PANEL = VECTORS * LANES  # outputs
-WORDS_AT_ONCE = 768  # so many of each output: these and the next fit into the second cache
-TURN = 4  # of them in one turn of the innermost loop: counting takes time too
+WORDS_AT_ONCE = 768  # of each output: these and the next fit into the second cache; see TURN
+TURN = 4  # words in one turn of the innermost loop, since counting takes time; divides the above
 TILES_AT_ONCE = 8  # 64 rows meet a piece of a panel before it is the next one's turn
 SECOND_CACHE = 2  # what a prefetch calls it
 
@@ -166,7 +166,8 @@ def multiply(x, w, bias, out):
         for begin in range(0, num_words, WORDS_AT_ONCE):
             words = min(WORDS_AT_ONCE, num_words - begin)
             w_at = at * num_words + begin * PANEL
-            # What is needed next lies right behind, three lines a word: an equal share for each.
+            # What is needed next lies right behind, three lines a word. Each tile fetches a share;
+            # of four and more the last ones begin with what comes after that.
             turns = (last - first) * words
             each = (words * VECTORS + turns - 1) // turns
             for tile in range(first, last):
@@ -191,27 +192,27 @@ class PanelLinear(nn.Module):
         rows, self.dtype = linear.weight.detach(), linear.weight.dtype
         per_word = 4 // self.dtype.itemsize
         num_panels = -(-self.out_features // PANEL)
-        num_words = -(-self.in_features // (per_word * TURN)) * TURN
+        num_words = -(-max(1, self.in_features) // (per_word * TURN)) * TURN
         self.room_in = num_words * per_word - self.in_features
         self.room_out = num_panels * PANEL - self.out_features
         padded = F.pad(rows, (0, self.room_in, 0, self.room_out))
         panels = padded.view(num_panels, PANEL, num_words, per_word).transpose(1, 2).contiguous()
         self.weight, self.bias = nn.Parameter(panels, requires_grad=False), linear.bias
-        bias = torch.zeros(len(rows)) if self.bias is None else self.bias.detach().float()
+        bias = rows.new_zeros(len(rows)) if self.bias is None else self.bias.detach()
         # As the compiled loop takes them.
         as_words = torch.float32 if per_word == 1 else torch.int32
         self.words = panels.view(as_words).view(num_panels, num_words, PANEL).numpy()
         self.words = self.words if per_word == 1 else self.words.view(np.uint32)
-        self.first_sums = F.pad(bias, (0, self.room_out)).numpy()
+        self.first_sums = F.pad(bias.float(), (0, self.room_out)).numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         # Between two products the caches are full of weights, and each line of Python takes 10 us.
-        if x.shape != (len(x), self.in_features) or x.dtype != self.dtype:
+        if x.shape[1:] != (self.in_features,) or x.dtype != self.dtype:
             want = f"(N, {self.in_features}) of {self.dtype}"
             raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}: this layer takes {want}")
         rows = x.float().contiguous()
         rows = F.pad(rows, (0, self.room_in)) if self.room_in else rows
-        out = torch.empty(len(x), len(self.first_sums))
+        out = torch.empty(len(x), len(self.first_sums), dtype=torch.float32)
         use_openmp_team(torch.get_num_threads())
         multiply(rows.numpy(), self.words, self.first_sums, out.numpy())
         out = out[:, : self.out_features] if self.room_out else out

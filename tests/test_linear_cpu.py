@@ -5,6 +5,7 @@ a result, so here it is added up once more in exactly this way, and compared bit
 """
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -23,7 +24,15 @@ from torch import nn
 
 import linear_cpu
 from compiled_cpu import HAS_NUMBA
-from linear_cpu import PANEL, TURN, PanelLinear, can_use_panels, multiply
+from linear_cpu import (
+    PANEL,
+    ROWS,
+    TURN,
+    WORDS_AT_ONCE,
+    PanelLinear,
+    can_use_panels,
+    multiply,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -307,10 +316,30 @@ def test_only_the_results_rows_are_written_and_nothing_beside_the_inputs_is_read
     assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
 
 
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("num_words", [4, 768, 772, 1540])
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 64, 65, 130])
+def test_rows_meet_each_piece_of_each_panel_once_and_in_order(rows, num_words, dtype, monkeypatch):
+    """Twice would give the same on one thread, but two would take turns with one sum."""
+    calls, per_word = [], 4 // dtype.itemsize
+    monkeypatch.setattr(linear_cpu, "multiply_tile", lambda *args: calls.append(args))
+    x, w = np.empty((rows, num_words * per_word)), np.empty((3, num_words, PANEL))
+    multiply.py_func(x, w, np.empty(3 * PANEL), np.empty((rows, 3 * PANEL)))
+    met = []
+    for _, _, _, _, (x_at, w_at, *_), _, _ in calls:
+        row, number = divmod(x_at, num_words * per_word)
+        met.append((row, w_at // (num_words * PANEL), number // per_word))
+    pieces = range(0, num_words, WORDS_AT_ONCE)
+    want = list(itertools.product(range(0, rows, ROWS), range(3), pieces))
+    assert sorted(met) == want
+    assert sorted(met, key=lambda one: one[:2]) == want  # sorted by row and panel only
+
+
 # ---- arguments -----------------------------------------------------------------------------------
 @here
 @EACH_DTYPE
-@pytest.mark.parametrize("shape", [(4, 46), (4, 48), (47, 4), (47,), (47, 47, 47), (1, 4, 47)])
+@pytest.mark.parametrize("shape", [(4, 46), (4, 48), (47, 4), (), (47,), (47, 47, 47), (1, 4, 47)])
 def test_an_x_of_another_shape_is_refused_with_both(shape, dtype):
     layer = PanelLinear(plain_layer(47, 50, dtype))
     with pytest.raises(ValueError) as error:
@@ -379,6 +408,30 @@ def test_the_weights_are_there_once_in_panels_of_48_and_filled_up_with_zeros(
     in_rows = layer.weight.transpose(1, 2).reshape(panels * 48, words * per_word)
     assert torch.equal(in_rows[:outputs, :inputs], linear.weight)
     assert in_rows.count_nonzero() == linear.weight.count_nonzero()
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_pytorchs_default_type_changes_nothing(default, bias, dtype):
+    linear, x = plain_layer(40, 50, dtype, bias=bias), random_x(9, 40, dtype)
+    want = PanelLinear(linear)(x)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(PanelLinear(linear)(x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_without_inputs_a_result_is_the_bias(dtype):
+    linear = plain_layer(0, 50, dtype)
+    linear.bias.copy_(torch.arange(50))
+    got = PanelLinear(linear)(torch.empty(9, 0, dtype=dtype))
+    assert torch.equal(got, linear.bias.expand(9, 50))
 
 
 @here
