@@ -7,11 +7,11 @@ at a time:
 
     a panel: 48 outputs of every input    ███ ███ ███ ███ ..   768 inputs are 147 KB of float32
     8 rows of x:  x[0]  x[1]  x[2]  ..  ───┴───┴───┴──> 8 x 3 vector registers hold the 384 sums,
-                                          and each turn asks for a line of the panel that is next
+                                          and each turn asks for lines of the panel that is next
 
 The first 8 rows, the next 8 and so on walk the same panel, which the second cache still holds, and
-each of them fetches its share of the next one. So memory delivers all the time and nobody waits for
-it: 8 rows take as long as reading the weights does, 32 as long as multiplying.
+each of them fetches its share of the next one. So memory delivers while there is work to do: 8 rows
+take hardly longer than reading the weights, and 32 less than reading and multiplying in turn.
 
 A sum takes its inputs one after the other, with one rounding each, whatever else is in the batch: a
 row's result depends neither on the rows beside it nor on the number of threads. (A library may add
