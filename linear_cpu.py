@@ -28,7 +28,6 @@ import functools
 import statistics
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,9 +199,8 @@ class PanelLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(panels, requires_grad=False), linear.bias
         bias = rows.new_zeros(len(rows)) if self.bias is None else self.bias.detach()
         # As the compiled loop takes them.
-        as_words = torch.float32 if per_word == 1 else torch.int32
-        self.words = panels.view(as_words).view(num_panels, num_words, PANEL).numpy()
-        self.words = self.words if per_word == 1 else self.words.view(np.uint32)
+        word = torch.float32 if per_word == 1 else torch.uint32
+        self.words = panels.view(word).view(num_panels, num_words, PANEL).numpy()
         self.first_sums = F.pad(bias.float(), (0, self.room_out)).numpy()
 
     def forward(self, x: Tensor) -> Tensor:
