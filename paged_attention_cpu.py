@@ -15,19 +15,18 @@ chunk yields its own m, l and acc, and these merge by the same three equations: 
 feeds all threads, and a result depends neither on their number nor on the rest of the batch. A
 prompt has the arithmetic to pay for a copy: its blocks are laid out once and a BLAS does the rest.
 
-Numba compiles this at the first call, in seconds, and keeps it on disk. What a production engine
-does beyond this: hand-written vector code for each kind of processor, and one thread team a socket.
+Numba compiles this at the first call, in seconds, and keeps it on disk; what is in a register is
+said in the words of vector_cpu.py. What a production engine does beyond this: vector code for each
+kind of processor, and one thread team a socket.
 
 Dao et al. 2023, "Flash-Decoding for long-context inference" (chunks and merge).
 Run: python paged_attention_cpu.py
 Try: PREFETCH = False, or CHUNK_LEN = 16, and time experiments/kernels.py again.
 """
 
-import functools
 import math
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -36,24 +35,31 @@ from torch import Tensor
 
 from compiled_cpu import (
     HAS_NUMBA,
+    bits,
     compiled,
     compiled_parallel,
     flat,
     inlined,
-    power_of_two,
     prange,
     prefetch,
     use_openmp_team,
     widen,
+    workers,
 )
 from paged_attention import paged_attention
 from paged_prefill_cpu import attend_prompt, check, write_kv_cpu
+from vector_cpu import first, lanes, largest, load, power_of_two, store, store_totals, total, zeros
 
 __all__ = ["paged_attention_cpu", "write_kv_cpu"]
 
 CHUNK_LEN = 256  # tokens of context that one thread walks: 1.6 MB of GPT-2's K and V in float32
 MANY_QUERIES = 10  # from here on a sequence's new tokens are a prompt: worth one copy and a BLAS
 PREFETCH, AHEAD = True, 2  # so many heads ahead of what is read now
+ROUNDED_ONCE = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+]  # sums and results
 LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
 
 
@@ -63,62 +69,50 @@ def fold_block(D, q, k, v, where, so_far, acc, scores):
     """`paged_attention.fold_block` for one query and one head of a block; returns the new m, l.
 
     q and acc are (D,), k and v the whole pool as flat arrays. `where` says which element of them
-    begins the head's first readable token, how many tokens there are, the stride from one to the
-    next, and where to fetch ahead (negative: nowhere). Tokens go four at a time: q is loaded
-    once for four products, acc once for four sums. Unsigned indices, because Numba gives a signed
-    one the meaning of Python's (counting from the end), and that stops the compiler.
+    begins the first token, how many tokens there are (as many as a register has lanes, at most),
+    the stride from one to the next, and where to fetch ahead (negative: nowhere). Tokens go four
+    at a time: q is loaded once for four products, acc once for four sums. Where fewer are left the
+    last one is taken again, and its score does not count.
     """
     row, num_tokens, stride, ahead = where
     m, l = so_far
-    U, D, step = np.uint64, np.uint64(D), np.uint64(stride)
-    zero = acc.dtype.type(0)
-    fours = num_tokens // 4 * 4
-    # q . k for each token, and the new maximum m'. (A sum over D is reordered to fill registers.)
-    top = m
-    for t in range(0, fours, 4):
+    W, last = lanes(acc), row + (num_tokens - 1) * stride
+    # q . k for each token, and the new maximum m'.
+    for t in range(0, num_tokens, 4):
         if ahead >= 0:
             prefetch(k, ahead + t * stride)
-        r0 = U(row + t * stride)
-        r1, r2, r3 = r0 + step, r0 + step + step, r0 + step + step + step
-        s0 = s1 = s2 = s3 = zero
-        for d in range(D):
-            s0 += q[d] * widen(k[r0 + d])
-            s1 += q[d] * widen(k[r1 + d])
-            s2 += q[d] * widen(k[r2 + d])
-            s3 += q[d] * widen(k[r3 + d])
-        scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = s0, s1, s2, s3
-        top = max(top, s0, s1, s2, s3)
-    for t in range(fours, num_tokens):
-        r0, s0 = U(row + t * stride), zero
-        for d in range(D):
-            s0 += q[d] * widen(k[r0 + d])
-        scores[t] = s0
-        top = max(top, s0)
+        r0 = row + t * stride
+        r1, r2, r3 = min(r0 + stride, last), min(r0 + 2 * stride, last), min(r0 + 3 * stride, last)
+        s0 = s1 = s2 = s3 = zeros(acc)
+        for d in range(0, D, W):
+            x = load(q, d, D - d)
+            s0 += x * load(k, r0 + d, D - d)
+            s1 += x * load(k, r1 + d, D - d)
+            s2 += x * load(k, r2 + d, D - d)
+            s3 += x * load(k, r3 + d, D - d)
+        store_totals(scores, t, s0, s1, s2, s3)
+    s = first(load(scores, 0, W), num_tokens)
+    top = max(m, largest(s))
 
     # l' = l 2^(m - m') + sum(2^(s - m')): before the first token m is -inf, and l and acc are 0.
-    shrink, total = power_of_two(m - top), zero
-    for d in range(D):
-        acc[d] *= shrink
-    for t in range(num_tokens):
-        scores[t] = power_of_two(scores[t] - top)
-        total += scores[t]
+    shrink, p = power_of_two(m - top), power_of_two(s - top)
+    store(scores, 0, W, p)
+    for d in range(0, D, W):
+        store(acc, d, D - d, load(acc, d, D - d) * shrink)
 
     # acc' = acc 2^(m - m') + 2^(s - m') V
-    for t in range(0, fours, 4):
+    for t in range(0, num_tokens, 4):
         if ahead >= 0:
             prefetch(v, ahead + t * stride)
-        r0 = U(row + t * stride)
-        r1, r2, r3 = r0 + step, r0 + step + step, r0 + step + step + step
+        r0 = row + t * stride
+        r1, r2, r3 = min(r0 + stride, last), min(r0 + 2 * stride, last), min(r0 + 3 * stride, last)
         p0, p1, p2, p3 = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
-        for d in range(D):
-            acc[d] += (p0 * widen(v[r0 + d]) + p1 * widen(v[r1 + d])) + (
-                p2 * widen(v[r2 + d]) + p3 * widen(v[r3 + d])
-            )
-    for t in range(fours, num_tokens):
-        r0, p0 = U(row + t * stride), scores[t]
-        for d in range(D):
-            acc[d] += p0 * widen(v[r0 + d])
-    return top, l * shrink + total
+        for d in range(0, D, W):
+            a = load(acc, d, D - d) + p0 * load(v, r0 + d, D - d)
+            a += p1 * load(v, r1 + d, D - d)
+            a += p2 * load(v, r2 + d, D - d)
+            store(acc, d, D - d, a + p3 * load(v, r3 + d, D - d))
+    return top, l * shrink + total(p)
 
 
 @compiled
@@ -130,49 +124,56 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
     while it is in the cache.
     """
     H_kv, block_size, block_stride, head_stride, token_stride = shape
-    T, G, D = len(q) // H, H // H_kv, q.shape[1]
+    T, G, D, W = len(q) // H, H // H_kv, q.shape[1], lanes(q)
     final = (stop - 1) // block_size
-    for i in range(start // block_size, final + 1):
-        # Offsets [begin, end) of block i: a chunk may begin and end inside one.
-        begin = max(start - i * block_size, 0)
-        end = min(stop - i * block_size, block_size)
-        block = np.int64(table[i]) * block_stride  # int64: a pool has more than 2^31 elements
-        next_block = np.int64(table[min(i + 1, final)]) * block_stride
+    for b in range(start // block_size, final + 1):
+        # Offsets [begin, end) of block b: a chunk may begin and end inside one.
+        begin = max(start - b * block_size, 0)
+        end = min(stop - b * block_size, block_size)
+        block = np.int64(table[b]) * block_stride  # int64: a pool has more than 2^31 elements
+        next_block = np.int64(table[min(b + 1, final)]) * block_stride
         for h_kv in range(H_kv):
             tile = block + h_kv * head_stride
             later = h_kv + AHEAD  # in the order of reading
             ahead = (block if later < H_kv else next_block) + later % H_kv * head_stride
             for t in range(T):
                 # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
-                readable = min(end, last + t + 1 - i * block_size) - begin
+                readable = min(end, last + t + 1 - b * block_size) - begin
                 if readable <= 0:
                     continue
-                first = t * H + h_kv * G
-                for h in range(first, first + G):
-                    fetch = ahead if PREFETCH and h == h_kv * G else -1
-                    where = tile + begin * token_stride, readable, token_stride, fetch
-                    so_far = m[h], l[h]
-                    if D == 64:  # GPT-2 in all its sizes: loops of a known length have no ends
-                        m[h], l[h] = fold_block(64, q[h], k, v, where, so_far, acc[h], scores)
-                    else:
-                        m[h], l[h] = fold_block(D, q[h], k, v, where, so_far, acc[h], scores)
+                for h in range(t * H + h_kv * G, t * H + h_kv * G + G):
+                    for i in range(0, readable, W):
+                        fetch = ahead + i * token_stride if PREFETCH and h == h_kv * G else -1
+                        begins = tile + (begin + i) * token_stride
+                        where = begins, min(readable - i, W), token_stride, fetch
+                        so_far = m[h], l[h]
+                        if D == 64:  # GPT-2 in all its sizes: loops of a known length have no ends
+                            m[h], l[h] = fold_block(64, q[h], k, v, where, so_far, acc[h], scores)
+                        else:
+                            m[h], l[h] = fold_block(D, q[h], k, v, where, so_far, acc[h], scores)
 
 
 @compiled
-def cut_into_chunks(query_start_locs, context_lens, context_starts, few, q):
+def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, queries):
     """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row.
 
-    Also returns room for the partial results, m, l (rows, H) and acc (rows, H, D): each chunk has
-    one row for each query of its sequence. Sequences of no queries, or of `few` and more, are left
-    out. Chunks are cut at multiples of CHUNK_LEN whatever else runs, so a result does not depend on
-    the batch.
+    Also puts q, flat, times `scale` into queries (N, H, D), and returns room for the partial
+    results, m, l (rows, H) and acc (rows, H, D): each chunk has one row for each query of its
+    sequence. Sequences of no queries, or of `few` and more, are left out. Chunks are cut at
+    multiples of CHUNK_LEN whatever else runs, so a result does not depend on the batch.
     """
+    (N, H, D), dtype = queries.shape, queries.dtype
+    for n in range(N):
+        for h in range(H):
+            for d in range(D):
+                number = widen(q[n * strides[0] + h * strides[1] + d])
+                queries[n, h, d] = dtype.type(number) * dtype.type(scale)
     num_chunks = 0
     for context_len in context_lens:
         num_chunks += (context_len + CHUNK_LEN - 1) // CHUNK_LEN
     chunks, n, row = np.empty((num_chunks, 4), np.int64), 0, 0
     for i in range(len(context_lens)):
-        num_queries = query_start_locs[i + 1] - query_start_locs[i]
+        num_queries = locs[i + 1] - locs[i]
         if 0 < num_queries < few:
             for begin in range(0, context_lens[i], CHUNK_LEN):
                 start = max(begin, context_starts[i])
@@ -180,15 +181,14 @@ def cut_into_chunks(query_start_locs, context_lens, context_starts, few, q):
                 if start < stop:
                     chunks[n] = i, start, stop, row
                     n, row = n + 1, row + num_queries
-    shape, dtype = (row, q.shape[1]), q.dtype
-    acc = np.zeros((row, q.shape[1], q.shape[2]), dtype)
-    return chunks[:n], np.full(shape, -np.inf, dtype), np.zeros(shape, dtype), acc
+    m, l = np.full((row, H), -np.inf, dtype), np.zeros((row, H), dtype)
+    return chunks[:n], m, l, np.zeros((row, H, D), dtype)
 
 
 @compiled
 def walk_chunks(chunks, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc):
     """One thread's share of the work list; m, l (rows, H) and acc (rows, H, D) are its results."""
-    scores, (_, H, D) = np.empty(shape[1], q.dtype), q.shape
+    scores, (_, H, D) = np.empty(lanes(q), q.dtype), q.shape
     for i, start, stop, row in chunks:
         begin, T = query_start_locs[i], query_start_locs[i + 1] - query_start_locs[i]
         sizes = shape, tables[i], start, stop, context_lens[i] - T
@@ -223,38 +223,35 @@ def walk_all(num_threads, chunks, *arguments):
             other.result()
 
 
-@functools.cache
-def workers(process: int, num_threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep between calls: one team a process, because a fork does not copy it."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="paged-attention")
-
-
 @compiled
 def merge_chunks(chunks, query_start_locs, m, l, acc, out):
     """Put the chunks' partial results together in out (N, H, D): the same equations, a last time.
 
-    A partial result summed under its own maximum m counts 2^(m - the largest m).
+    A partial result summed under its own maximum m counts 2^(m - the largest m); this takes the
+    place of its l. Rows of no chunk become 0.
     """
-    a = 0
+    out[:], (_, H, D), W, a = 0, out.shape, lanes(acc), 0
     while a < len(chunks):  # the chunks of one sequence are [a, b)
         b, begin = a, query_start_locs[chunks[a, 0]]
         while b < len(chunks) and chunks[b, 0] == chunks[a, 0]:
             b += 1
         for t in range(query_start_locs[chunks[a, 0] + 1] - begin):
-            for h in range(m.shape[1]):
-                top, total = m[chunks[a, 3] + t, h], out.dtype.type(0)
-                for c in range(a, b):
-                    top = max(top, m[chunks[c, 3] + t, h])
-                for c in range(a, b):
-                    row = chunks[c, 3] + t
+            rows = chunks[a:b, 3] + t
+            for h in range(H):
+                top, total = m[rows[0], h], m.dtype.type(0)
+                for row in rows:
+                    top = max(top, m[row, h])
+                for row in rows:
                     if l[row, h] != 0:  # else this query sits before the chunk and read nothing
                         weight = power_of_two(m[row, h] - top)
                         total += weight * l[row, h]
-                        for d in range(out.shape[2]):
-                            out[begin + t, h, d] += weight * acc[row, h, d]
+                        l[row, h] = weight
                 if total != 0:
-                    for d in range(out.shape[2]):
-                        out[begin + t, h, d] /= total
+                    for d in range(0, D, W):
+                        s = zeros(acc)
+                        for row in rows:
+                            s += l[row, h] * load(acc[row, h], d, D - d)
+                        store(out[begin + t, h], d, D - d, s / total)
         a = b
 
 
@@ -285,19 +282,20 @@ def paged_attention_cpu(
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
     # Sums are 32 bits or 64: a bfloat16 result is rounded once, at the end.
-    in_place = out.dtype == dtype and out.is_contiguous()
-    result = out.zero_() if in_place else torch.zeros(q.shape, dtype=dtype)
-    queries = torch.empty(q.shape, dtype=dtype)
-    torch.mul(q.detach().to(dtype), scale * LOG2_E, out=queries)
+    in_place = out.is_contiguous() and (dtype, out.dtype) in ROUNDED_ONCE
+    result = out if in_place else torch.empty(q.shape, dtype=dtype)
     shape = (*k_cache.shape[1:3], *k_cache.stride()[:3])
     k, v, tables = flat(k_cache), flat(v_cache), block_tables.numpy()
     locs, lens = query_start_locs.numpy(), context_lens.numpy()
     starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
 
-    chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, queries.numpy())
-    arguments = queries.numpy(), k, v, shape, tables, locs, lens, m, l, acc
+    # Few steps: after so much reading the caches hold nothing of Python, and each line takes 10 us.
+    queries = np.empty(q.shape, np.float64 if dtype == torch.float64 else np.float32)
+    scaled = flat(q), q.stride(), scale * LOG2_E, queries
+    chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, *scaled)
+    arguments = queries, k, v, shape, tables, locs, lens, m, l, acc
     walk_all(torch.get_num_threads(), chunks, *arguments)
-    merge_chunks(chunks, locs, m, l, acc, result.numpy())
+    merge_chunks(chunks, locs, m, l, acc, bits(result))
 
     if max_query_len >= MANY_QUERIES:
         for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():

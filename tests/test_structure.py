@@ -29,6 +29,7 @@ LADDER = [
     "kv_cache",
     "paged_attention",
     "compiled_cpu",
+    "vector_cpu",
     "paged_prefill_cpu",
     "paged_attention_cpu",
     "paged_prefill_triton",
