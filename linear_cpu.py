@@ -40,6 +40,7 @@ from compiled_cpu import (
     prange,
     use_openmp_team,
 )
+from vector_cpu import in_all_lanes
 
 if HAS_NUMBA:
     from llvmlite import binding, ir
@@ -77,12 +78,6 @@ if HAS_NUMBA:
         """The addresses of VECTORS times LANES numbers of an array."""
         first = builder.bitcast(builder.gep(array, [at]), VECTOR.as_pointer())
         return [builder.gep(first, [I64(i)]) for i in range(VECTORS)]
-
-    def in_all_lanes(builder, number):
-        """A vector of one number."""
-        nothing = VECTOR(ir.Undefined)
-        first = builder.insert_element(nothing, number, I32(0))
-        return builder.shuffle_vector(first, nothing, WORDS([0] * LANES))
 
     def halves(builder, vector):
         """Two bfloat16 in each lane, the lower and the upper one, as float32."""
@@ -137,7 +132,7 @@ if HAS_NUMBA:
                     for j in range(per_word):
                         at = add(multiply(word, I64(per_word)), I64(i * per_word + j))
                         for r in range(ROWS):
-                            number = in_all_lanes(builder, load(builder.gep(xs[r], [at])))
+                            number = in_all_lanes(builder, load(builder.gep(xs[r], [at])), LANES)
                             for v in range(VECTORS):
                                 total = builder.call(fma, [number, parts[v][j], load(sums[r][v])])
                                 builder.store(total, sums[r][v])
