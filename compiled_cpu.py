@@ -1,4 +1,4 @@
-"""Plain Python loops at the speed of the memory: Numba, and the two words that it lacks.
+"""Plain Python loops at the speed of the memory: Numba, and the three words that it lacks.
 
 A loop over tokens, heads and dimensions in Python runs at a few million numbers a second; memory
 delivers billions. Numba translates such a loop to machine code at its first call and keeps the
@@ -6,6 +6,7 @@ result on disk. What is left is to say things that NumPy has no word for:
 
     widen(x)          a bfloat16 is a float32 without its lower half:  0x3fc0 -> 0x3fc00000 = 1.5
     prefetch(a, i)    fetch 256 numbers early: a jump to the next block costs 100 ns if one waits
+    touch(a, i)       fetch one line earlier still, so that its page has been looked up by then
 
 and to hand it a view of the pool as a flat array, because only elements known to be adjacent are
 loaded 8 or 16 at a time. Without Numba this file is imported all the same, and nothing is compiled.
@@ -100,13 +101,17 @@ def inlined(function: Callable) -> Callable:
     return njit(inline="always", fastmath=FASTMATH)(function) if HAS_NUMBA else function
 
 
-# ---- two small things that Numba has no word for -----------------------------------------------
+# ---- three small things that Numba has no word for -----------------------------------------------
 def widen(x):
     """A pool's number as one that can be computed with: bfloat16 is the upper half of a float32."""
 
 
 def prefetch(array, index):
     """Ask for PREFETCHED numbers from array[index] on and do not wait; any index is harmless."""
+
+
+def touch(array, index):
+    """The same for a single line of the memory."""
 
 
 if HAS_NUMBA:
@@ -117,23 +122,34 @@ if HAS_NUMBA:
             return lambda x: np.uint32(np.uint32(x) << 16).view(np.float32)
         return lambda x: x
 
+    def fetch(context, builder, array, args, num_bytes):
+        """Prefetch instructions for some lines from array[index] on."""
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        data = context.make_array(array)(context, builder, args[0]).data
+        kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        first = builder.bitcast(builder.gep(data, [args[1]]), pointer)
+        # Into the second cache, whose queue is longer; numbers that take longer to compute with
+        # than to read (to widen and multiply 16 bits) into the first.
+        closeness = i32(2 if array.dtype.bitwidth >= 32 else 3)
+        for offset in range(0, num_bytes, CACHE_LINE):
+            address = builder.gep(first, [i32(offset)])
+            builder.call(function, [address, i32(0), closeness, i32(1)])  # to read, as data
+        return context.get_dummy_value()
+
     @intrinsic
     def prefetch(typingctx, array, index):  # noqa: F811
+        num_bytes = PREFETCHED * array.dtype.bitwidth // 8
+
         def generate(context, builder, signature, args):
-            pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-            data = context.make_array(signature.args[0])(context, builder, args[0]).data
-            kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            first = builder.bitcast(builder.gep(data, [args[1]]), pointer)
-            bits = signature.args[0].dtype.bitwidth
-            # Into the second cache, whose queue is longer; numbers that take longer to compute with
-            # than to read (to widen and multiply 16 bits) into the first.
-            closeness = i32(2 if bits >= 32 else 3)
-            num_bytes = PREFETCHED * bits // 8
-            for offset in range(0, num_bytes, CACHE_LINE):
-                address = builder.gep(first, [i32(offset)])
-                builder.call(function, [address, i32(0), closeness, i32(1)])  # to read, as data
-            return context.get_dummy_value()
+            return fetch(context, builder, array, args, num_bytes)
+
+        return types.void(array, types.int64), generate
+
+    @intrinsic
+    def touch(typingctx, array, index):  # noqa: F811
+        def generate(context, builder, signature, args):
+            return fetch(context, builder, array, args, CACHE_LINE)
 
         return types.void(array, types.int64), generate
 
@@ -173,7 +189,7 @@ def sum_blocks(flat_pool, block_ids, block_len, fetch_early):
 
 
 def demo():
-    """The two words: a bfloat16 widened, a jump hidden."""
+    """A bfloat16 widened, a jump hidden."""
     if not HAS_NUMBA:
         print("ok: nothing to compile without numba")
         return

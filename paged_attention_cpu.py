@@ -3,8 +3,8 @@
 Decoding is bound by memory: a step of 32 sequences at 1,000 tokens reads 2.4 GB of keys and values
 in float32 and does little with each number. Gathering the blocks into one piece first would move
 those bytes three times. In the pool a block's K and V, all heads of both, lie side by side, so a
-compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB, and a
-prefetch two heads ahead hides the jump:
+compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB. A prefetch two
+heads ahead hides the jump; one line of each page, a block ahead, has the page looked up:
 
     table [ 5, 0, 7 ]    block 5: K head 0 1 2 .. 11 | V head 0 1 2 .. 11     then block 0, block 7
                                   └─ scores ─┐            └─ weighted sum
@@ -42,6 +42,7 @@ from compiled_cpu import (
     inlined,
     prange,
     prefetch,
+    touch,
     use_openmp_team,
     widen,
     workers,
@@ -136,6 +137,9 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
             tile = block + h_kv * head_stride
             later = h_kv + AHEAD  # in the order of reading
             ahead = (block if later < H_kv else next_block) + later % H_kv * head_stride
+            if PREFETCH:  # the next block's pages: where they lie takes longest to find out
+                touch(k, next_block + h_kv * head_stride)
+                touch(v, next_block + h_kv * head_stride)
             for t in range(T):
                 # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
                 readable = min(end, last + t + 1 - b * block_size) - begin
@@ -168,10 +172,8 @@ def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, 
             for d in range(D):
                 number = widen(q[n * strides[0] + h * strides[1] + d])
                 queries[n, h, d] = dtype.type(number) * dtype.type(scale)
-    num_chunks = 0
-    for context_len in context_lens:
-        num_chunks += (context_len + CHUNK_LEN - 1) // CHUNK_LEN
-    chunks, n, row = np.empty((num_chunks, 4), np.int64), 0, 0
+    most = context_lens.sum() // CHUNK_LEN + len(context_lens)
+    chunks, n, row = np.empty((most, 4), np.int64), 0, 0
     for i in range(len(context_lens)):
         num_queries = locs[i + 1] - locs[i]
         if 0 < num_queries < few:
