@@ -240,8 +240,9 @@ class Handler(BaseHTTPRequestHandler):
 
 # ---- a user's process ----------------------------------------------------------------------------
 WORKER = """
-import json, sys, time
+import json, signal, sys, time
 from hub import find_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 print("ready", flush=True)
 for line in sys.stdin:
     started = time.perf_counter()
