@@ -40,7 +40,7 @@ from compiled_cpu import (
     prange,
     use_openmp_team,
 )
-from vector_cpu import in_all_lanes
+from vector_cpu import call, in_all_lanes
 
 if HAS_NUMBA:
     from llvmlite import binding, ir
@@ -71,7 +71,6 @@ def multiply_tile(x, w, bias, out, where, strides, size):
 if HAS_NUMBA:
     I32, I64, BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
     VECTOR, WORDS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
-    FMA = ir.FunctionType(VECTOR, [VECTOR] * 3)
     PREFETCH = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
 
     def vectors(builder, array, at):
@@ -91,7 +90,6 @@ if HAS_NUMBA:
         def generate(context, builder, signature, args):
             load = functools.partial(builder.load, align=4)  # numbers begin anywhere
             add, multiply, declare = builder.add, builder.mul, cgutils.get_or_insert_function
-            fma = declare(builder.module, FMA, f"llvm.fma.v{LANES}f32")
             prefetch = declare(builder.module, PREFETCH, "llvm.prefetch.p0")
             arrays = zip(signature.args[:4], args[:4], strict=True)
             x, w, bias, out = (context.make_array(t)(context, builder, a).data for t, a in arrays)
@@ -134,7 +132,7 @@ if HAS_NUMBA:
                         for r in range(ROWS):
                             number = in_all_lanes(builder, load(builder.gep(xs[r], [at])), LANES)
                             for v in range(VECTORS):
-                                total = builder.call(fma, [number, parts[v][j], load(sums[r][v])])
+                                total = call(builder, "fma", number, parts[v][j], load(sums[r][v]))
                                 builder.store(total, sums[r][v])
             for r in range(ROWS):
                 for v in range(VECTORS):

@@ -107,12 +107,12 @@ def join_lanes(builder, vectors, join):
     width = vectors[0].type.count
     while width > 1:
         pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)]
-        vectors = [join(*halves(builder, pair, width)) for pair in pairs]
+        vectors = [join(*lower_and_upper(builder, pair, width)) for pair in pairs]
         width //= 2
     return vectors[0]
 
 
-def halves(builder, vectors, width):
+def lower_and_upper(builder, vectors, width):
     """Of each `width` numbers in one register or two: the lower halves and the upper ones."""
     count = sum(vector.type.count for vector in vectors)
     for begin in (0, width // 2):

@@ -3,7 +3,8 @@
 A share of a datasheet's bandwidth says little: nobody reads that fast. So the ceilings are measured
 in the same run: a loop that reads memory once and adds, a copy, GPT-2's four products of a layer
 and its logits at several numbers of rows, and on a GPU an empty kernel in a recorded chain. Decode
-attention can't be faster than the read; a decode step not faster than all its launches.
+attention is at its end where it is as fast as the read (a loop that fetches early can be a little
+faster than this one); a decode step can't be faster than all its launches.
 
 How a call is timed stands in roofline.py. On a GPU many calls over different memory are recorded,
 so that no cache is flushed by hand, whose write-back would fall into the time.

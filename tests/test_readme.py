@@ -80,7 +80,7 @@ LADDER = {  # as the README calls it: as the CSV does
     "one program per (sequence, head)": "one program per (sequence, head)",
     "whole blocks, all heads (`paged_attention_cpu.py`)": "whole blocks, all heads",
     "a contiguous slab, the library's kernel": "contiguous library kernel",
-    "nothing but reading": "read",
+    "PyTorch's sum, which only reads": "read",
 }
 WORK = {
     "decode, batch 1": "decode batch=1 ",
