@@ -3,7 +3,7 @@
 A decode step of 32 sequences reads 124 million weights and multiplies each of them 32 times. The
 reading takes about as long as the arithmetic, so what counts is that both go on at the same time.
 The weights lie in panels of 48 outputs, in the order of their use, and rows of x meet a panel eight
-at a time:
+at a time (24 and four on a processor whose registers are half as long and half as many):
 
     a panel: 48 outputs of every input    ███ ███ ███ ███ ..   768 inputs are 147 KB of float32
     8 rows of x:  x[0]  x[1]  x[2]  ..  ───┴───┴───┴──> 8 x 3 vector registers hold the 384 sums,
@@ -48,23 +48,33 @@ if HAS_NUMBA:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-# 24 sums, 3 of the weights and one of x are 28 of AVX-512's 32 registers of 16 numbers.
-LANES, VECTORS, ROWS = 16, 3, 8
+
+def processor_features() -> set[str]:
+    """What the processor has, as LLVM calls it; nothing without Numba."""
+    found = binding.get_host_cpu_features() if HAS_NUMBA else {}
+    return {name for name, is_there in found.items() if is_there}
+
+
+# 24 sums, 3 of the weights and one of x are 28 of AVX-512's 32 registers of 16 numbers; 12, 3 and
+# one are all of AVX2's, which hold 8.
+HAS_AVX512 = "avx512f" in processor_features()
+LANES, VECTORS, ROWS = (16, 3, 8) if HAS_AVX512 else (8, 3, 4)
 PANEL = VECTORS * LANES  # outputs
 WORDS_AT_ONCE = 768  # of each output: these and the next fit into the second cache; see TURN
 TURN = 4  # words in one turn of the innermost loop, since counting takes time; divides the above
-TILES_AT_ONCE = 8  # 64 rows meet a piece of a panel before it is the next one's turn
+LINES = TURN * LANES * 4 // CACHE_LINE  # of memory that hold one register's words of a turn
+TILES_AT_ONCE = 64 // ROWS  # 64 rows meet a piece of a panel before it is the next one's turn
 SECOND_CACHE = 2  # what a prefetch calls it
 
 
-# ---- 8 rows, 48 outputs --------------------------------------------------------------------------
+# ---- a few rows, a panel's outputs ---------------------------------------------------------------
 def multiply_tile(x, w, bias, out, where, strides, size):
-    """Add to 8 rows of out what 8 rows of x make of a piece of a panel, in vector registers.
+    """Add to ROWS rows of out what rows of x make of a piece of a panel, in vector registers.
 
     `where` says at which element of x, w, bias and out to begin, and from which of w to fetch; with
     a negative one of bias the sums go on that out holds. `strides` are those of the rows of x and
-    of out; `size` is how many rows there are, up to 8, how many words of w for each output (a
-    multiple of TURN), and how many lines of w to fetch at each word.
+    of out; `size` is how many rows there are, at most ROWS, how many words of w for each output (a
+    multiple of TURN), and how many of a turn's VECTORS bundles of LINES to fetch in each turn.
     """
 
 
@@ -78,12 +88,16 @@ if HAS_NUMBA:
         first = builder.bitcast(builder.gep(array, [at]), VECTOR.as_pointer())
         return [builder.gep(first, [I64(i)]) for i in range(VECTORS)]
 
-    def halves(builder, vector):
-        """Two bfloat16 in each lane, the lower and the upper one, as float32."""
-        pair = builder.bitcast(vector, WORDS)
-        lower = builder.shl(pair, WORDS([16] * LANES))
-        upper = builder.and_(pair, WORDS([0xFFFF0000] * LANES))
-        return [builder.bitcast(half, VECTOR) for half in (lower, upper)]
+    def once_more(builder, index):
+        """The same index, which the compiler can't know: what lies there is loaded once more."""
+        return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [index], side_effect=False)
+
+    def half(builder, vector, which):
+        """The lower (0) or the upper (1) of each lane's two bfloat16, as float32."""
+        pairs = builder.bitcast(vector, WORDS)
+        upper = builder.and_(pairs, WORDS([0xFFFF0000] * LANES))
+        lower = builder.shl(pairs, WORDS([16] * LANES))
+        return builder.bitcast(upper if which else lower, VECTOR)
 
     @intrinsic
     def multiply_tile(typingctx, x, w, bias, out, where, strides, size):  # noqa: F811
@@ -117,22 +131,26 @@ if HAS_NUMBA:
             fetched = builder.bitcast(builder.gep(w, [ahead]), BYTES)
             with cgutils.for_range(builder, builder.sdiv(num_words, I64(TURN)), intp=I64) as loop:
                 word = multiply(loop.index, I64(TURN))
-                line = builder.gep(fetched, [multiply(word, multiply(each, I64(CACHE_LINE)))])
+                bundle = multiply(loop.index, multiply(each, I64(LINES * CACHE_LINE)))
+                line = builder.gep(fetched, [bundle])
                 for i in range(VECTORS):
                     with builder.if_then(builder.icmp_signed("<", I64(i), each)):
-                        for j in range(i * TURN, (i + 1) * TURN):
+                        for j in range(i * LINES, (i + 1) * LINES):
                             address = builder.gep(line, [I64(j * CACHE_LINE)])
                             builder.call(prefetch, [address, I32(0), I32(SECOND_CACHE), I32(1)])
                 for i in range(TURN):
                     at = add(w_at, multiply(add(word, I64(i)), I64(PANEL)))
-                    words = [load(address) for address in vectors(builder, w, at)]
-                    parts = [halves(builder, one) if per_word == 2 else [one] for one in words]
                     for j in range(per_word):
-                        at = add(multiply(word, I64(per_word)), I64(i * per_word + j))
+                        if j == 1 and not HAS_AVX512:  # a kept word would take a sum's register
+                            at = once_more(builder, at)
+                        words = [load(address) for address in vectors(builder, w, at)]
+                        parts = [half(builder, one, j) if per_word == 2 else one for one in words]
+                        x_at = add(multiply(word, I64(per_word)), I64(i * per_word + j))
                         for r in range(ROWS):
-                            number = in_all_lanes(builder, load(builder.gep(xs[r], [at])), LANES)
+                            number = load(builder.gep(xs[r], [x_at]))
+                            number = in_all_lanes(builder, number, LANES)
                             for v in range(VECTORS):
-                                total = call(builder, "fma", number, parts[v][j], load(sums[r][v]))
+                                total = call(builder, "fma", number, parts[v], load(sums[r][v]))
                                 builder.store(total, sums[r][v])
             for r in range(ROWS):
                 for v in range(VECTORS):
@@ -158,8 +176,8 @@ def multiply(x, w, bias, out):
         for begin in range(0, num_words, WORDS_AT_ONCE):
             words = min(WORDS_AT_ONCE, num_words - begin)
             w_at = at * num_words + begin * PANEL
-            # What is needed next lies right behind, three lines a word. Each tile fetches a share;
-            # of four and more the last ones begin with what comes after that.
+            # What is needed next lies right behind, VECTORS bundles of lines a turn. Each tile
+            # fetches a share; of four and more the last ones begin with what comes after that.
             turns = (last - first) * words
             each = (words * VECTORS + turns - 1) // turns
             for tile in range(first, last):
@@ -214,20 +232,22 @@ class PanelLinear(nn.Module):
 def can_use_panels(dtype: torch.dtype) -> bool:
     """Whether this machine has the registers for it, and nothing that beats them.
 
-    AVX-512 and OpenMP's threads; but products in bfloat16 are the matrix unit's where there is one.
+    AVX-512 or AVX2, and OpenMP's threads; but products in bfloat16 are the matrix unit's where
+    there is one.
     """
     if not HAS_NUMBA or dtype not in (torch.float32, torch.bfloat16):
         return False
-    features = binding.get_host_cpu_features()
-    has_matrix_unit = dtype == torch.bfloat16 and features.get("amx-bf16", False)
-    return features.get("avx512f", False) and not has_matrix_unit and has_openmp_team()
+    features = processor_features()
+    has_matrix_unit = dtype == torch.bfloat16 and "amx-bf16" in features
+    has_registers = "avx512f" in features or {"avx2", "fma"} <= features
+    return has_registers and not has_matrix_unit and has_openmp_team()
 
 
 # --------------------------------------------------------------------------------------------------
 def demo():
     """8, 32 and 200 rows through six layers: the library's product and this one, bit for bit."""
     if not can_use_panels(torch.float32):
-        print("ok: nothing to multiply without AVX-512, numba and OpenMP")
+        print("ok: nothing to multiply without AVX2, numba and OpenMP")
         return
     torch.manual_seed(0)
     plain = [nn.Linear(768, 3072) for _ in range(6)]

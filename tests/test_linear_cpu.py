@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -36,12 +37,12 @@ from linear_cpu import (
 
 DTYPES = [torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-ROW_COUNTS = [0, 1, 7, 8, 9, 64, 65, 200]
+ROW_COUNTS = [0, 1, 3, 4, 5, 7, 8, 9, 64, 65, 200]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number
 SENTINEL = 1234.5
 
 here = pytest.mark.skipif(
-    not can_use_panels(torch.float32), reason="panels need AVX-512, numba and OpenMP's threads"
+    not can_use_panels(torch.float32), reason="panels need AVX2, numba and OpenMP's threads"
 )
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="the processor is asked through numba")
 
@@ -131,7 +132,7 @@ def test_two_outputs_by_hand(dtype):
 
 @here
 @EACH_DTYPE
-@pytest.mark.parametrize("outputs", [1, 47, 48, 49, 97])
+@pytest.mark.parametrize("outputs", [1, 23, 24, 25, 47, 48, 49, 97])
 @pytest.mark.parametrize("inputs", [1, 3, 47, 768, 769, 1537])
 def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtype):
     x = random_x(max(ROW_COUNTS), inputs, dtype)
@@ -394,18 +395,16 @@ def test_a_copy_computes_the_same_and_from_its_own_weights(dtype):
 @here
 @EACH_DTYPE
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (47, 49), (48, 48), (769, 97)])
-def test_the_weights_are_there_once_in_panels_of_48_and_filled_up_with_zeros(
-    inputs, outputs, dtype
-):
+def test_the_weights_are_there_once_in_panels_and_filled_up_with_zeros(inputs, outputs, dtype):
     linear = plain_layer(inputs, outputs, dtype)
     layer, per_word = PanelLinear(linear), 4 // dtype.itemsize
-    panels, words = math.ceil(outputs / 48), math.ceil(inputs / per_word / TURN) * TURN
-    assert layer.weight.shape == (panels, words, 48, per_word) and layer.weight.dtype == dtype
+    panels, words = math.ceil(outputs / PANEL), math.ceil(inputs / per_word / TURN) * TURN
+    assert layer.weight.shape == (panels, words, PANEL, per_word) and layer.weight.dtype == dtype
     assert not layer.weight.requires_grad and layer.bias is linear.bias
     assert (layer.in_features, layer.out_features) == (inputs, outputs)
     assert layer.words.ctypes.data == layer.weight.data_ptr()
     assert layer.words.nbytes == layer.weight.nbytes
-    in_rows = layer.weight.transpose(1, 2).reshape(panels * 48, words * per_word)
+    in_rows = layer.weight.transpose(1, 2).reshape(panels * PANEL, words * per_word)
     assert torch.equal(in_rows[:outputs, :inputs], linear.weight)
     assert in_rows.count_nonzero() == linear.weight.count_nonzero()
 
@@ -460,6 +459,57 @@ def test_several_threads_multiply_at_once(set_threads):
     assert sorted(done) == [0, 1] and wrong == []
 
 
+# ---- other processors ----------------------------------------------------------------------------
+INNERMOST_LOOP = """
+import re, sys
+import llvmlite.binding
+llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
+from numba import float32, uint32
+from linear_cpu import ROWS, TURN, VECTORS, multiply
+for word, per_word in ((float32, 1), (uint32, 2)):
+    multiply.compile((float32[:, ::1], word[:, :, ::1], float32[::1], float32[:, ::1]))
+    code = multiply.inspect_asm(multiply.signatures[-1])
+    loop = max(re.split(r"^\\S+:$", code, flags=re.M), key=lambda part: part.count("vfmadd"))
+    assert loop.count("vfmadd") == ROWS * VECTORS * TURN * per_word, "products in one turn"
+    until_last = loop[: loop.rindex("vfmadd")]  # behind it the sums are stored
+    stored = re.findall(r"vmov\\w+\\s+%[yz]mm\\d+, .*\\(.*", until_last)
+    assert len(stored) <= 2, "registers whose content has to wait in memory"
+print(ROWS, "rows", "zmm" in loop)
+"""
+
+
+@here
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 alone")
+@pytest.mark.parametrize(
+    ("processor", "features", "said"),
+    [
+        ("haswell", ["avx2", "fma"], "4 rows False"),
+        ("skylake-avx512", ["avx2", "fma", "avx512f"], "8 rows True"),
+    ],
+)
+def test_sums_stay_in_registers_of_either_kind(processor, features, said, tmp_path):
+    env = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run(INNERMOST_LOOP, *features, **env) == said + "\n"
+
+
+SHORTER = """
+import sys
+import llvmlite.binding
+llvmlite.binding.get_host_cpu_features = lambda: {"avx2": True, "fma": True}
+import pytest
+sys.exit(pytest.main([*sys.argv[1:], "-q", "-n", "0", "-p", "no:cacheprovider"]))
+"""
+
+
+@here
+@pytest.mark.skipif(linear_cpu.LANES == 8, reason="this processor's registers are the shorter ones")
+def test_on_a_processor_with_shorter_registers(tmp_path):
+    env = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    which = "one_rounding_each or nothing_beside or own_row or by_hand"
+    printed = run(SHORTER, "tests/test_linear_cpu.py", "-k", which, **env)
+    assert "passed" in printed and "skipped" not in printed
+
+
 # ---- where it is used ----------------------------------------------------------------------------
 @pytest.fixture
 def machine(monkeypatch):
@@ -476,12 +526,18 @@ def machine(monkeypatch):
 
 
 @needs_numba
-def test_avx512_and_openmp_are_what_it_takes(machine):
-    machine("sse2", "avx2", "avx512f", "avx512bw")
+@pytest.mark.parametrize("features", [{"avx512f", "avx512bw"}, {"sse2", "avx2", "fma"}])
+def test_long_registers_and_openmp_are_what_it_takes(features, machine):
+    machine(*features)
     assert can_use_panels(torch.float32) and can_use_panels(torch.bfloat16)
-    machine("sse2", "avx2")
+    machine(*features, team=False)
     assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
-    machine("avx512f", team=False)
+
+
+@needs_numba
+@pytest.mark.parametrize("features", [set(), {"sse2", "avx"}, {"avx2"}, {"fma"}, {"neon"}])
+def test_without_long_registers_there_are_no_panels(features, machine):
+    machine(*features)
     assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
 
 
@@ -520,6 +576,15 @@ def test_without_numba_there_are_no_panels(machine, monkeypatch):
     assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
 
 
+def run(code, *args, **env):
+    """What a Python of its own prints."""
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"} | env
+    options = {"env": env, "capture_output": True, "encoding": "utf-8", "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, **options)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
@@ -529,10 +594,5 @@ linear_cpu.demo()
 
 
 def test_without_numba_the_file_imports_and_its_demo_says_what_is_missing():
-    command = [sys.executable, "-c", WITHOUT_NUMBA]
-    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ok:") and "numba" in done.stdout
+    printed = run(WITHOUT_NUMBA)
+    assert printed.startswith("ok:") and "numba" in printed
