@@ -24,6 +24,7 @@ Run: python linear_cpu.py
 Try: `each = 0` in `multiply` (nothing is fetched early), ROWS = 4, or WORDS_AT_ONCE = 3072.
 """
 
+import contextlib
 import functools
 import statistics
 import time
@@ -62,7 +63,7 @@ LANES, VECTORS, ROWS = (16, 3, 8) if HAS_AVX512 else (8, 3, 4)
 PANEL = VECTORS * LANES  # outputs
 WORDS_AT_ONCE = 768  # of each output: these and the next fit into the second cache; see TURN
 TURN = 4  # words in one turn of the innermost loop, since counting takes time; divides the above
-LINES = TURN * LANES * 4 // CACHE_LINE  # of memory that hold one register's words of a turn
+LINES = TURN * PANEL * 4 // CACHE_LINE  # of memory that hold the words of a turn
 TILES_AT_ONCE = 64 // ROWS  # 64 rows meet a piece of a panel before it is the next one's turn
 SECOND_CACHE = 2  # what a prefetch calls it
 
@@ -74,7 +75,7 @@ def multiply_tile(x, w, bias, out, where, strides, size):
     `where` says at which element of x, w, bias and out to begin, and from which of w to fetch; with
     a negative one of bias the sums go on that out holds. `strides` are those of the rows of x and
     of out; `size` is how many rows there are, at most ROWS, how many words of w for each output (a
-    multiple of TURN), and how many of a turn's VECTORS bundles of LINES to fetch in each turn.
+    multiple of TURN), and how many lines of w to fetch in each turn, at most LINES.
     """
 
 
@@ -131,13 +132,13 @@ if HAS_NUMBA:
             fetched = builder.bitcast(builder.gep(w, [ahead]), BYTES)
             with cgutils.for_range(builder, builder.sdiv(num_words, I64(TURN)), intp=I64) as loop:
                 word = multiply(loop.index, I64(TURN))
-                bundle = multiply(loop.index, multiply(each, I64(LINES * CACHE_LINE)))
-                line = builder.gep(fetched, [bundle])
-                for i in range(VECTORS):
-                    with builder.if_then(builder.icmp_signed("<", I64(i), each)):
-                        for j in range(i * LINES, (i + 1) * LINES):
-                            address = builder.gep(line, [I64(j * CACHE_LINE)])
-                            builder.call(prefetch, [address, I32(0), I32(SECOND_CACHE), I32(1)])
+                line = builder.gep(fetched, [multiply(loop.index, multiply(each, I64(CACHE_LINE)))])
+                with contextlib.ExitStack() as inside:
+                    for i in range(LINES):
+                        is_some = builder.icmp_signed("<", I64(i), each)
+                        inside.enter_context(builder.if_then(is_some))
+                        address = builder.gep(line, [I64(i * CACHE_LINE)])
+                        builder.call(prefetch, [address, I32(0), I32(SECOND_CACHE), I32(1)])
                 for i in range(TURN):
                     at = add(w_at, multiply(add(word, I64(i)), I64(PANEL)))
                     for j in range(per_word):
@@ -176,13 +177,14 @@ def multiply(x, w, bias, out):
         for begin in range(0, num_words, WORDS_AT_ONCE):
             words = min(WORDS_AT_ONCE, num_words - begin)
             w_at = at * num_words + begin * PANEL
-            # What is needed next lies right behind, VECTORS bundles of lines a turn. Each tile
-            # fetches a share; of four and more the last ones begin with what comes after that.
-            turns = (last - first) * words
-            each = (words * VECTORS + turns - 1) // turns
+            # What is needed next lies right behind, LINES for each turn. Every tile fetches its
+            # share, a little in each turn: in a burst, memory is late and registers wait.
+            tiles = last - first
+            each = (LINES + tiles - 1) // tiles
             for tile in range(first, last):
                 row = tile * ROWS
-                ahead = w_at + (words + (tile - first) * words * each // VECTORS) * PANEL
+                share = each * (words // TURN) * CACHE_LINE // 4  # words of w
+                ahead = w_at + words * PANEL + (tile - first) * share
                 x_at = row * num_inputs + begin * (num_inputs // num_words)
                 where = x_at, w_at, at if begin == 0 else -1, row * out.shape[1] + at, ahead
                 size = min(ROWS, num_rows - row), words, each
