@@ -16,6 +16,7 @@ take hardly longer than reading the weights, and 32 less than reading and multip
 A sum takes its inputs one after the other, with one rounding each, whatever else is in the batch: a
 row's result depends neither on the rows beside it nor on the number of threads. (A library may add
 in another order for another number of rows: a text then changes with the batch it is written in.)
+GPT-2's activation can follow at once, while its numbers are still in a cache.
 What a production engine does beyond this: weights in 8 or 4 bits, matrix instructions where there
 are any, and layers cut by their inputs too, where 16 panels are too few for all threads.
 
@@ -26,9 +27,11 @@ Try: `each = 0` in `multiply` (nothing is fetched early), ROWS = 4, or WORDS_AT_
 
 import contextlib
 import functools
+import math
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +44,7 @@ from compiled_cpu import (
     prange,
     use_openmp_team,
 )
-from vector_cpu import call, in_all_lanes
+from vector_cpu import at_most, call, in_all_lanes, lanes, load, power_of_two, store
 
 if HAS_NUMBA:
     from llvmlite import binding, ir
@@ -191,15 +194,32 @@ def multiply(x, w, bias, out):
                 multiply_tile(x, w, bias, out, where, (num_inputs, out.shape[1]), size)
 
 
-class PanelLinear(nn.Module):
-    """`nn.Linear` from weights in panels, (N, in) -> (N, out), for inference in host memory.
+@compiled_parallel
+def gelu_new(x):
+    """`F.gelu(x, approximate="tanh")` in place, x (N, C) in float32, with an exponential for tanh.
 
-    The result's rows may lie further apart than they are long. Raises ValueError for an x of
-    another shape or dtype.
+    x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    """
+    cube, most, one = np.float32(0.044715), np.float32(126), np.float32(1)  # 2^127 is the largest
+    scale = np.float32(-2 * math.sqrt(2 / math.pi) / math.log(2))  # to powers of two
+    for i in prange(len(x)):
+        row = x[i]
+        for j in range(0, len(row), lanes(row)):
+            a = load(row, j, len(row) - j)
+            power = power_of_two(at_most((a + a * a * a * cube) * scale, most))
+            store(row, j, len(row) - j, a / (power + one))
+
+
+class PanelLinear(nn.Module):
+    """`nn.Linear` from weights in panels, and GPT-2's activation behind it if that is wanted.
+
+    (N, in) -> (N, out), for inference in host memory. The result's rows may lie further apart than
+    they are long. Raises ValueError for an x of another shape or dtype.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, with_gelu_new: bool = False):
         super().__init__()
+        self.with_gelu_new = with_gelu_new
         self.in_features, self.out_features = linear.in_features, linear.out_features
         rows, self.dtype = linear.weight.detach(), linear.weight.dtype
         per_word = 4 // self.dtype.itemsize
@@ -226,6 +246,8 @@ class PanelLinear(nn.Module):
         out = torch.empty(len(x), len(self.first_sums), dtype=torch.float32)
         use_openmp_team(torch.get_num_threads())
         multiply(rows.numpy(), self.words, self.first_sums, out.numpy())
+        if self.with_gelu_new:
+            gelu_new(out.numpy())
         out = out[:, : self.out_features] if self.room_out else out
         return out if self.dtype == torch.float32 else out.to(self.dtype)
 

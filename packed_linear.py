@@ -104,12 +104,14 @@ def pack(model: GPT, decode_rows: int) -> GPT:
     if model.config.n_embd < least_width or decode_rows < least_rows:
         return model
     packed = PanelLinear if in_panels else PackedLinear
+    activation = model.config.activation_function
     for layer in model.h:
         layer.attn.c_attn, layer.attn.c_proj = packed(layer.attn.c_attn), packed(layer.attn.c_proj)
-        if in_panels:
-            layer.mlp.c_fc = PanelLinear(layer.mlp.c_fc)
+        if not in_panels:
+            layer.mlp.c_fc = PackedLinear(layer.mlp.c_fc, activation)
         else:
-            layer.mlp.c_fc = PackedLinear(layer.mlp.c_fc, model.config.activation_function)
+            layer.mlp.c_fc = PanelLinear(layer.mlp.c_fc, activation == "gelu_new")
+        if activation == "gelu_new" or not in_panels:
             layer.mlp.activation = nn.Identity()  # it is computed in the line above now
         layer.mlp.c_proj = packed(layer.mlp.c_proj)
     model.lm_head = packed(model.lm_head)

@@ -296,6 +296,17 @@ def largest(typingctx, vector):
 
 
 @intrinsic
+def at_most(typingctx, vector, limit):
+    """The smaller of each number and a limit; what is not a number stays so."""
+
+    def generate(context, builder, signature, args):
+        limits = in_all_lanes(builder, args[1], vector.lanes)
+        return builder.select(builder.fcmp_ordered(">", args[0], limits), limits, args[0])
+
+    return vector(vector, vector.element), generate
+
+
+@intrinsic
 def first(typingctx, vector, count):
     """The first `count` of a register's numbers; minus infinity in the other lanes."""
 
@@ -310,7 +321,7 @@ def first(typingctx, vector, count):
 
 @intrinsic
 def power_of_two(typingctx, x):
-    """2^x for x <= 0, a number or a register; minus infinity gives the smallest number, not 0.
+    """2^x for x of at most 126, a number or a register; minus infinity gives the smallest number.
 
     2^x is 2^n 2^f with n whole and f in [-1/2, 1/2]: the first is the exponent's bits, the second a
     series, e^(f ln 2).

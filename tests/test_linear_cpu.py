@@ -32,6 +32,7 @@ from linear_cpu import (
     WORDS_AT_ONCE,
     PanelLinear,
     can_use_panels,
+    gelu_new,
     multiply,
 )
 
@@ -204,6 +205,29 @@ def test_the_plain_weights_may_be_a_view_and_are_not_changed(dtype):
     assert torch.equal(turned, before)
     turned.fill_(math.nan)  # panels are a copy
     check(layer(x), want, dtype)
+
+
+@here
+@EACH_DTYPE
+@pytest.mark.parametrize("rows", [0, 1, 9, 64])
+@pytest.mark.parametrize("outputs", [1, 15, 16, 24, 50, 96])
+def test_the_activation_behind_it_is_gpt2s_and_rounded_once(outputs, rows, dtype):
+    linear, x = plain_layer(47, outputs, dtype), random_x(rows, 47, dtype) * 8
+    want = F.gelu(product(x, linear), approximate="tanh")
+    check(PanelLinear(linear, with_gelu_new=True)(x), want, dtype)
+
+
+@here
+def test_the_activation_of_any_number():
+    some = torch.linspace(-30, 30, 60_001)
+    far = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e4, -1e4, 3e38, -1e30, math.inf])
+    x = torch.cat([some, far])
+    want, got = F.gelu(x.double(), approximate="tanh"), x.clone()[None]
+    gelu_new(got.numpy())
+    torch.testing.assert_close(got[0].double(), want, atol=1e-7, rtol=1e-6)
+    not_a_number = torch.full((1, 3), math.nan)
+    gelu_new(not_a_number.numpy())
+    assert not_a_number.isnan().all()
 
 
 # ---- a sum's order -------------------------------------------------------------------------------

@@ -144,18 +144,25 @@ def test_packing_changes_neither_the_number_of_parameters_nor_any_layers_sizes(k
 
 
 @pytest.mark.skipif(not can_use_panels(torch.float32), reason="no panels on this machine")
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_panels_are_chosen_where_they_can_be_used_and_the_activation_stays(dtype, monkeypatch):
+def test_panels_are_chosen_where_they_can_be_used_and_compute_gpt2s_activation_alone(
+    dtype, activation, monkeypatch
+):
     asked = []
     monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: not asked.append(dtype))
     monkeypatch.setattr(packed_linear, "can_pack", lambda *args: False)  # not needed
-    model = wide_gpt(dtype)
-    activations = [layer.mlp.activation for layer in model.h]
+    model = wide_gpt(dtype, activation_function=activation)
     pack(model, 8)
     assert asked == [dtype]
-    assert {type(layer) for layer in linear_layers(model).values()} == {PanelLinear}
-    for layer, activation in zip(model.h, activations, strict=True):
-        assert layer.mlp.activation is activation and not isinstance(activation, nn.Identity)
+    layers = linear_layers(model)
+    assert {type(layer) for layer in layers.values()} == {PanelLinear}
+    is_gpt2s = activation == "gelu_new"
+    for name, layer in layers.items():
+        assert layer.with_gelu_new == (is_gpt2s and name.endswith("c_fc"))
+    for layer in model.h:
+        kept = nn.Identity if is_gpt2s else type(ACTIVATIONS[activation])
+        assert isinstance(layer.mlp.activation, kept)
 
 
 @EACH_DTYPE

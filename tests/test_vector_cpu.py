@@ -18,7 +18,18 @@ from conftest import ROOT
 
 import vector_cpu
 from compiled_cpu import FASTMATH, HAS_NUMBA, bits
-from vector_cpu import first, lanes, largest, load, power_of_two, store, store_totals, total, zeros
+from vector_cpu import (
+    at_most,
+    first,
+    lanes,
+    largest,
+    load,
+    power_of_two,
+    store,
+    store_totals,
+    total,
+    zeros,
+)
 
 here = pytest.mark.skipif(not HAS_NUMBA, reason="nothing is compiled without numba")
 F32, F64, BITS = np.float32, np.float64, np.uint16
@@ -60,6 +71,11 @@ def join(source, count, beginning, sums, at):
     store_totals(sums, at, a, b, c, load(source, 3 * W, W))
     store(beginning, 0, W, first(a, count))
     return total(a), largest(a), largest(first(a, count))
+
+
+@fresh
+def limit(x, most):
+    store(x, 0, lanes(x), at_most(load(x, 0, lanes(x)), most))
 
 
 @fresh
@@ -195,6 +211,16 @@ def test_sums_and_the_largest_of_small_integers_are_exact(dtype, W):
 
 @here
 @EACH_WIDTH
+def test_at_most_limits_each_number_and_keeps_what_is_none(dtype, W):
+    x = np.arange(W, dtype=dtype)
+    x[1], x[2], x[3] = math.nan, math.inf, -math.inf
+    want = np.where(np.isnan(x), x, np.minimum(x, dtype(5.5)))
+    limit(x, dtype(5.5))
+    np.testing.assert_array_equal(x, want)
+
+
+@here
+@EACH_WIDTH
 def test_first_keeps_so_many_and_minus_infinity_behind(dtype, W):
     numbers, beginning, out = random_numbers(dtype, 4 * W), np.empty(W, dtype), np.empty(4, dtype)
     numbers[0] = -9
@@ -215,7 +241,7 @@ class TestPowers:
     def test_they_are_right_to_the_last_place(self, power, dtype, W):
         halves = np.arange(-200, 1, dtype=dtype) / 2
         beside = [np.nextafter(halves, dtype(to)) for to in (-math.inf, 0)]
-        x = np.concatenate([np.linspace(-125.9, 0, 20_003, dtype=dtype), halves, *beside])
+        x = np.concatenate([np.linspace(-125.9, 126, 20_003, dtype=dtype), halves, *beside])
         want = np.exp2(x.astype(np.longdouble))
         assert (np.abs(raised(power, x) / want - 1) < 1.5 * np.finfo(dtype).eps).all()
 
