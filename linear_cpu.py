@@ -17,6 +17,7 @@ A sum takes its inputs one after the other, with one rounding each, whatever els
 row's result depends neither on the rows beside it nor on the number of threads. (A library may add
 in another order for another number of rows: a text then changes with the batch it is written in.)
 GPT-2's activation can follow at once, while its numbers are still in a cache.
+
 What a production engine does beyond this: weights in 8 or 4 bits, matrix instructions where there
 are any, and layers cut by their inputs too, where 16 panels are too few for all threads.
 

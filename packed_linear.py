@@ -14,9 +14,9 @@ Where the processor has AVX-512 or AVX2 the products are `linear_cpu.py`'s, whic
 it is about to multiply: with 8 to 32 rows 1.2 to 1.5 times as fast as oneDNN, and in bfloat16 on a
 processor without AVX-512, for which oneDNN has no such products, several times as fast as PyTorch's
 own. Where a matrix unit takes bfloat16, or without Numba, they are oneDNN's, the library that
-PyTorch brings along, with the activation computed on a tile while it is in registers. In bfloat16
-packing always pays, in float32 from 3 rows on (8 are up to twice as fast, one is a tenth slower)
-and for models as wide as GPT-2.
+PyTorch brings along. Both compute the activation while its numbers are near: oneDNN any, panels
+GPT-2's. In bfloat16 packing always pays, in float32 from 3 rows on (8 are up to twice as fast, one
+is a tenth slower) and for models as wide as GPT-2.
 An output head that shares its weights with the embedding becomes a copy, since the embedding looks
 rows up where they are. What a production engine does beyond this: weights in 8 or 4 bits.
 

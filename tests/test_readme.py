@@ -182,3 +182,20 @@ def test_the_most_that_is_possible_is_the_newest_in_its_csv():
     most = [last_row(rows, *what, "decode batch=32", *setting)["median"] for setting in SETTINGS]
     said = "at most {:.2f} and {:.2f} times as fast in float32 (1 thread, 2), {:.2f} and {:.2f} in"
     assert said.format(*most) in " ".join(README.split())
+
+
+def test_what_a_processor_without_avx512_reaches_is_the_newest_in_its_csv():
+    folder = ROOT / "results/cpu-avx2"
+    peers, kernels = read(folder / "peers.csv"), read(folder / "kernels.csv")
+
+    def both(rows, *what, dtype="float32"):
+        one, two = (last_row(rows, *what, dtype, threads)["median"] for threads in (1, 2))
+        return f"{one:.2f} and {two:.2f}"
+
+    engine = "paged engine", "speed against transformers DynamicCache"
+    slab = "whole blocks, all heads", "speed against contiguous", "batch=32 context=256 "
+    text = " ".join(README.split())
+    assert f"batch 32 {both(peers, *engine, 'decode batch=32 ')} times as fast" in text
+    assert f"prefill {both(peers, *engine, 'prefill batch=8 ')}, decode attention" in text
+    assert f"32 x 256 tokens {both(kernels, *slab)} times the slab's" in text
+    assert f"({both(kernels, *slab, dtype='bfloat16')} in bfloat16, for" in text
