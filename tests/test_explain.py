@@ -28,6 +28,7 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward, sample_next
 from explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
 from kv_cache import KVCache
+from linear_cpu import PANEL
 from llm import LLM
 from model import GPT, GPTConfig
 from packed_linear import is_packed, pack
@@ -163,12 +164,12 @@ def test_operations_of_the_products_are_what_pytorch_counts(tiny_gpt):
 
 
 def zeros_in_panels(model, without=()):
-    """Numbers by which panels are filled up: to 48 outputs, and to 4 inputs, 8 in bfloat16."""
+    """Numbers by which panels are filled up: to whole panels, and to 4 inputs, 8 in bfloat16."""
     per_turn, more = 16 // model.wte.weight.dtype.itemsize, 0
     for name, linear in model.named_modules():
         if isinstance(linear, torch.nn.Linear) and not name.startswith(without):
             inputs, outputs = linear.in_features, linear.out_features
-            filled_up = math.ceil(inputs / per_turn) * per_turn * math.ceil(outputs / 48) * 48
+            filled_up = math.ceil(inputs / per_turn) * per_turn * math.ceil(outputs / PANEL) * PANEL
             more += filled_up - inputs * outputs
     return more
 
