@@ -107,7 +107,7 @@ if HAS_NUMBA:
     @intrinsic
     def multiply_tile(typingctx, x, w, bias, out, where, strides, size):  # noqa: F811
         def generate(context, builder, signature, args):
-            load = functools.partial(builder.load, align=4)  # numbers begin anywhere
+            read = functools.partial(builder.load, align=4)  # numbers begin anywhere
             add, multiply, declare = builder.add, builder.mul, cgutils.get_or_insert_function
             prefetch = declare(builder.module, PREFETCH, "llvm.prefetch.p0")
             arrays = zip(signature.args[:4], args[:4], strict=True)
@@ -131,7 +131,7 @@ if HAS_NUMBA:
             for r in range(ROWS):
                 for v in range(VECTORS):
                     start = builder.select(from_bias, starts[v], outs[r][v])
-                    builder.store(load(start), sums[r][v])
+                    builder.store(read(start), sums[r][v])
 
             fetched = builder.bitcast(builder.gep(w, [ahead]), BYTES)
             with cgutils.for_range(builder, builder.sdiv(num_words, I64(TURN)), intp=I64) as loop:
@@ -148,18 +148,18 @@ if HAS_NUMBA:
                     for j in range(per_word):
                         if j == 1 and not HAS_AVX512:  # a kept word would take a sum's register
                             at = once_more(builder, at)
-                        words = [load(address) for address in vectors(builder, w, at)]
+                        words = [read(address) for address in vectors(builder, w, at)]
                         parts = [half(builder, one, j) if per_word == 2 else one for one in words]
                         x_at = add(multiply(word, I64(per_word)), I64(i * per_word + j))
                         for r in range(ROWS):
-                            number = load(builder.gep(xs[r], [x_at]))
+                            number = read(builder.gep(xs[r], [x_at]))
                             number = in_all_lanes(builder, number, LANES)
                             for v in range(VECTORS):
-                                total = call(builder, "fma", number, parts[v], load(sums[r][v]))
+                                total = call(builder, "fma", number, parts[v], read(sums[r][v]))
                                 builder.store(total, sums[r][v])
             for r in range(ROWS):
                 for v in range(VECTORS):
-                    builder.store(load(sums[r][v]), outs[r][v], align=4)
+                    builder.store(read(sums[r][v]), outs[r][v], align=4)
             return context.get_dummy_value()
 
         return types.void(x, w, bias, out, where, strides, size), generate
@@ -212,15 +212,17 @@ def gelu_new(x):
 
 
 class PanelLinear(nn.Module):
-    """`nn.Linear` from weights in panels, and GPT-2's activation behind it if that is wanted.
+    """`nn.Linear` from weights in panels and, if it is named, GPT-2's activation behind it.
 
     (N, in) -> (N, out), for inference in host memory. The result's rows may lie further apart than
-    they are long. Raises ValueError for an x of another shape or dtype.
+    they are long. Raises ValueError for an x of another shape or dtype, and another activation.
     """
 
-    def __init__(self, linear: nn.Linear, with_gelu_new: bool = False):
+    def __init__(self, linear: nn.Linear, activation: str | None = None):
         super().__init__()
-        self.with_gelu_new = with_gelu_new
+        if activation not in (None, "gelu_new"):
+            raise ValueError(f"activation is {activation!r}: panels compute gelu_new or none")
+        self.activation = activation
         self.in_features, self.out_features = linear.in_features, linear.out_features
         rows, self.dtype = linear.weight.detach(), linear.weight.dtype
         per_word = 4 // self.dtype.itemsize
@@ -247,7 +249,7 @@ class PanelLinear(nn.Module):
         out = torch.empty(len(x), len(self.first_sums), dtype=torch.float32)
         use_openmp_team(torch.get_num_threads())
         multiply(rows.numpy(), self.words, self.first_sums, out.numpy())
-        if self.with_gelu_new:
+        if self.activation:
             gelu_new(out.numpy())
         out = out[:, : self.out_features] if self.room_out else out
         return out if self.dtype == torch.float32 else out.to(self.dtype)

@@ -103,15 +103,13 @@ def pack(model: GPT, decode_rows: int) -> GPT:
     least_width, least_rows = PAYS_FROM[dtype]
     if model.config.n_embd < least_width or decode_rows < least_rows:
         return model
-    packed = PanelLinear if in_panels else PackedLinear
+    packed, fused = (PanelLinear, ["gelu_new"]) if in_panels else (PackedLinear, FUSED)
     activation = model.config.activation_function
+    activation = activation if activation in fused else None
     for layer in model.h:
         layer.attn.c_attn, layer.attn.c_proj = packed(layer.attn.c_attn), packed(layer.attn.c_proj)
-        if not in_panels:
-            layer.mlp.c_fc = PackedLinear(layer.mlp.c_fc, activation)
-        else:
-            layer.mlp.c_fc = PanelLinear(layer.mlp.c_fc, activation == "gelu_new")
-        if activation == "gelu_new" or not in_panels:
+        layer.mlp.c_fc = packed(layer.mlp.c_fc, activation)
+        if activation:
             layer.mlp.activation = nn.Identity()  # it is computed in the line above now
         layer.mlp.c_proj = packed(layer.mlp.c_proj)
     model.lm_head = packed(model.lm_head)

@@ -214,7 +214,13 @@ def test_the_plain_weights_may_be_a_view_and_are_not_changed(dtype):
 def test_the_activation_behind_it_is_gpt2s_and_rounded_once(outputs, rows, dtype):
     linear, x = plain_layer(47, outputs, dtype), random_x(rows, 47, dtype) * 8
     want = F.gelu(product(x, linear), approximate="tanh")
-    check(PanelLinear(linear, with_gelu_new=True)(x), want, dtype)
+    check(PanelLinear(linear, "gelu_new")(x), want, dtype)
+
+
+@here
+def test_an_activation_that_panels_do_not_compute_is_refused():
+    with pytest.raises(ValueError, match="'relu': panels compute gelu_new or none"):
+        PanelLinear(plain_layer(4, 4, torch.float32), "relu")
 
 
 @here
