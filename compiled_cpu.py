@@ -20,6 +20,7 @@ leave out every second line in prefetch, and watch the speed of shuffled blocks.
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,8 +87,13 @@ def use_openmp_team(num_threads: int) -> bool:
     """Have this thread's next loops over `prange` run on so many of OpenMP's threads, or say no."""
     if not has_openmp_team():
         return False
-    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+    if getattr(team, "num_threads", None) != num_threads:  # saying it takes as long as a small loop
+        numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+        team.num_threads = num_threads
     return True
+
+
+team = threading.local()  # how many each of Python's threads has asked for
 
 
 @functools.cache
@@ -156,13 +162,14 @@ if HAS_NUMBA:
 
 # ---- a tensor as Numba likes it ------------------------------------------------------------------
 def flat(tensor: Tensor) -> np.ndarray:
-    """All that lies between a tensor's first and last element as a flat array, without a copy.
+    """All that lies from a tensor's first element to the end of its memory as a flat array.
 
-    Numba's loops are fast on an array whose elements are known to be adjacent; a view of the pool
-    is not, so the strides are passed beside it.
+    Nothing is copied. Numba's loops are fast on an array whose elements are known to be adjacent; a
+    view of the pool is not, so the strides are passed beside it.
     """
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return bits(torch.as_strided(tensor.detach(), (span if tensor.numel() else 0,), (1,)))
+    begin, num_bytes = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+    span = num_bytes // tensor.itemsize - begin
+    return bits(torch.as_strided(tensor.detach(), (span,), (1,), begin))
 
 
 def bits(tensor: Tensor) -> np.ndarray:

@@ -174,10 +174,11 @@ class KVCache:
         self.scratch_block = num_blocks  # the extra one
         shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
         self.pool = preallocate(shape, dtype, device).zero_()  # and so all of it is really there
+        self._layers = [(layer[:, 0], layer[:, 1]) for layer in self.pool]  # a step asks for each
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's K and V: two views (num_blocks + 1, H_kv, block_size, D) of the pool."""
-        return self.pool[layer, :, 0], self.pool[layer, :, 1]
+        return self._layers[layer]
 
     def attend(
         self,
