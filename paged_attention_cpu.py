@@ -158,22 +158,23 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
 
 
 @compiled
-def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, queries):
-    """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row.
+def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, queries, out):
+    """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row; and
+    where in it each sequence's chunks begin (B + 1,), the last number being its end.
 
-    Also puts q, flat, times `scale` into queries (N, H, D), and returns room for the partial
-    results, m, l (rows, H) and acc (rows, H, D): each chunk has one row for each query of its
-    sequence. Sequences of no queries, or of `few` and more, are left out. Chunks are cut at
-    multiples of CHUNK_LEN whatever else runs, so a result does not depend on the batch.
+    Also puts q, flat, times `scale` into queries (N, H, D), zeros into out (N, H, D), and returns
+    room for the partial results, m, l (rows, H) and acc (rows, H, D): each chunk has one row for
+    each query of its sequence. Sequences of no queries, or of `few` and more, are left out. Chunks
+    are cut at multiples of CHUNK_LEN whatever else runs: no result depends on the batch.
     """
-    (N, H, D), dtype = queries.shape, queries.dtype
+    out[:], (N, H, D), dtype = 0, queries.shape, queries.dtype
     for n in range(N):
         for h in range(H):
-            for d in range(D):
-                number = widen(q[n * strides[0] + h * strides[1] + d])
-                queries[n, h, d] = dtype.type(number) * dtype.type(scale)
+            at = np.uint64(n * strides[0] + h * strides[1])
+            for d in range(np.uint64(D)):
+                queries[n, h, d] = dtype.type(widen(q[at + d])) * dtype.type(scale)
     most = context_lens.sum() // CHUNK_LEN + len(context_lens)
-    chunks, n, row = np.empty((most, 4), np.int64), 0, 0
+    chunks, begins, n, row = np.empty((most, 4), np.int64), np.zeros(len(locs), np.int64), 0, 0
     for i in range(len(context_lens)):
         num_queries = locs[i + 1] - locs[i]
         if 0 < num_queries < few:
@@ -183,62 +184,35 @@ def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, 
                 if start < stop:
                     chunks[n] = i, start, stop, row
                     n, row = n + 1, row + num_queries
+        begins[i + 1] = n
     m, l = np.full((row, H), -np.inf, dtype), np.zeros((row, H), dtype)
-    return chunks[:n], m, l, np.zeros((row, H, D), dtype)
+    return chunks[:n], begins, m, l, np.zeros((row, H, D), dtype)
 
 
 @compiled
-def walk_chunks(chunks, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc):
+def walk_chunks(chunks, locs, q, k, v, shape, tables, context_lens, m, l, acc):
     """One thread's share of the work list; m, l (rows, H) and acc (rows, H, D) are its results."""
     scores, (_, H, D) = np.empty(lanes(q), q.dtype), q.shape
     for i, start, stop, row in chunks:
-        begin, T = query_start_locs[i], query_start_locs[i + 1] - query_start_locs[i]
+        begin, T = locs[i], locs[i + 1] - locs[i]
         sizes = shape, tables[i], start, stop, context_lens[i] - T
         queries, sums = q[begin : begin + T].reshape(-1, D), acc[row : row + T].reshape(-1, D)
         m_rows, l_rows = m[row : row + T].reshape(-1), l[row : row + T].reshape(-1)
         walk_chunk(queries, H, k, v, *sizes, m_rows, l_rows, sums, scores)
 
 
-@compiled_parallel
-def walk_on_team(chunks, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc):
-    """`walk_chunks` with a thread for each part of the list."""
-    for c in prange(len(chunks)):
-        chunk = chunks[c : c + 1]
-        walk_chunks(chunk, q, k, v, shape, tables, query_start_locs, context_lens, m, l, acc)
-
-
-def walk_all(num_threads, chunks, *arguments):
-    """Share the work list out among threads. No chunk's result depends on who computed it, so any
-    number of threads gives the same bits."""
-    num_threads = min(num_threads, len(chunks))
-    if num_threads <= 1:
-        walk_chunks(chunks, *arguments)
-    elif use_openmp_team(num_threads):
-        walk_on_team(chunks, *arguments)
-    else:
-        cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
-        shares = [chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-        team = workers(os.getpid(), num_threads)
-        others = [team.submit(walk_chunks, share, *arguments) for share in shares[1:]]
-        walk_chunks(shares[0], *arguments)  # this thread takes the first
-        for other in others:
-            other.result()
-
-
 @compiled
-def merge_chunks(chunks, query_start_locs, m, l, acc, out):
-    """Put the chunks' partial results together in out (N, H, D): the same equations, a last time.
+def merge_chunks(chunks, begins, locs, m, l, acc, out):
+    """Put some sequences' partial results together in out (N, H, D): the same equations once more.
 
     A partial result summed under its own maximum m counts 2^(m - the largest m); this takes the
-    place of its l. Rows of no chunk become 0.
+    place of its l. `begins` and `locs` are those of the sequences that are meant; rows of no chunk
+    stay as they are.
     """
-    out[:], (_, H, D), W, a = 0, out.shape, lanes(acc), 0
-    while a < len(chunks):  # the chunks of one sequence are [a, b)
-        b, begin = a, query_start_locs[chunks[a, 0]]
-        while b < len(chunks) and chunks[b, 0] == chunks[a, 0]:
-            b += 1
-        for t in range(query_start_locs[chunks[a, 0] + 1] - begin):
-            rows = chunks[a:b, 3] + t
+    (_, H, D), W = out.shape, lanes(acc)
+    for i in range(len(begins) - 1):
+        for t in range(locs[i + 1] - locs[i] if begins[i] < begins[i + 1] else 0):
+            rows = chunks[begins[i] : begins[i + 1], 3] + t
             for h in range(H):
                 top, total = m[rows[0], h], m.dtype.type(0)
                 for row in rows:
@@ -253,8 +227,34 @@ def merge_chunks(chunks, query_start_locs, m, l, acc, out):
                         s = zeros(acc)
                         for row in rows:
                             s += l[row, h] * load(acc[row, h], d, D - d)
-                        store(out[begin + t, h], d, D - d, s / total)
-        a = b
+                        store(out[locs[i] + t, h], d, D - d, s / total)
+
+
+@compiled_parallel
+def attend_on_team(chunks, begins, locs, q, k, v, shape, tables, context_lens, m, l, acc, out):
+    """`walk_chunks` with a thread for each part of the list, then `merge_chunks` for each part of
+    the sequences."""
+    for c in prange(len(chunks)):
+        walk_chunks(chunks[c : c + 1], locs, q, k, v, shape, tables, context_lens, m, l, acc)
+    for i in prange(len(begins) - 1):
+        merge_chunks(chunks, begins[i : i + 2], locs[i : i + 2], m, l, acc, out)
+
+
+def attend_chunks(num_threads, chunks, begins, locs, inputs, partials, out):
+    """Share the work out among threads. No result depends on who computed it, so any number of
+    threads gives the same bits."""
+    num_threads = max(1, min(num_threads, len(chunks)))
+    if num_threads > 1 and use_openmp_team(num_threads):
+        attend_on_team(chunks, begins, locs, *inputs, *partials, out)
+        return
+    cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
+    mine, *shares = (chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    team = workers(os.getpid(), num_threads)
+    others = [team.submit(walk_chunks, share, locs, *inputs, *partials) for share in shares]
+    walk_chunks(mine, locs, *inputs, *partials)
+    for other in others:
+        other.result()
+    merge_chunks(chunks, begins, locs, *partials, out)
 
 
 # ---- the common signature ------------------------------------------------------------------------
@@ -293,11 +293,10 @@ def paged_attention_cpu(
 
     # Few steps: after so much reading the caches hold nothing of Python, and each line takes 10 us.
     queries = np.empty(q.shape, np.float64 if dtype == torch.float64 else np.float32)
-    scaled = flat(q), q.stride(), scale * LOG2_E, queries
-    chunks, m, l, acc = cut_into_chunks(locs, lens, starts, MANY_QUERIES, *scaled)
-    arguments = queries, k, v, shape, tables, locs, lens, m, l, acc
-    walk_all(torch.get_num_threads(), chunks, *arguments)
-    merge_chunks(chunks, locs, m, l, acc, bits(result))
+    scaled, target = (flat(q), q.stride(), scale * LOG2_E, queries), bits(result)
+    chunks, begins, *partials = cut_into_chunks(locs, lens, starts, MANY_QUERIES, *scaled, target)
+    inputs = queries, k, v, shape, tables, lens
+    attend_chunks(torch.get_num_threads(), chunks, begins, locs, inputs, partials, target)
 
     if max_query_len >= MANY_QUERIES:
         for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
