@@ -4,7 +4,7 @@ Decoding is bound by memory: a step of 32 sequences at 1,000 tokens reads 2.4 GB
 in float32 and does little with each number. Gathering the blocks into one piece first would move
 those bytes three times. In the pool a block's K and V, all heads of both, lie side by side, so a
 compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB. A prefetch two
-heads ahead hides the jump; one line of each page, a block ahead, has the page looked up:
+heads ahead hides the jump; a line of K and one of V, a block ahead, have their page looked up:
 
     table [ 5, 0, 7 ]    block 5: K head 0 1 2 .. 11 | V head 0 1 2 .. 11     then block 0, block 7
                                   └─ scores ─┐            └─ weighted sum
@@ -133,13 +133,13 @@ def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
         end = min(stop - b * block_size, block_size)
         block = np.int64(table[b]) * block_stride  # int64: a pool has more than 2^31 elements
         next_block = np.int64(table[min(b + 1, final)]) * block_stride
+        if PREFETCH:  # where the next block lies takes longest to find out
+            touch(k, next_block)
+            touch(v, next_block)
         for h_kv in range(H_kv):
             tile = block + h_kv * head_stride
             later = h_kv + AHEAD  # in the order of reading
             ahead = (block if later < H_kv else next_block) + later % H_kv * head_stride
-            if PREFETCH:  # the next block's pages: where they lie takes longest to find out
-                touch(k, next_block + h_kv * head_stride)
-                touch(v, next_block + h_kv * head_stride)
             for t in range(T):
                 # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
                 readable = min(end, last + t + 1 - b * block_size) - begin
