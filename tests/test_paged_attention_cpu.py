@@ -22,6 +22,7 @@ from worlds import SEED, World, random_world
 import paged_attention_cpu as kernels
 from baselines import generate_no_cache
 from block_allocator import BlockAllocator
+from compiled_cpu import use_openmp_team
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache, free_memory_bytes, write_kv
 from paged_attention import paged_attention
@@ -570,6 +571,21 @@ def in_threads(*works):
         assert not thread.is_alive(), "it hangs"
     if raised:
         raise raised[0]
+
+
+def test_each_thread_says_how_many_openmp_threads_it_wants():
+    """What was said last is remembered, of this thread alone, and said again only if it changes."""
+    numba = pytest.importorskip("numba")
+
+    def ask(*wanted):
+        for num_threads in wanted:
+            if use_openmp_team(num_threads):
+                assert numba.get_num_threads() == min(num_threads, most)
+
+    most = numba.config.NUMBA_NUM_THREADS
+    for _ in range(20):
+        in_threads(lambda: ask(2, 1, 1, 2), lambda: ask(1, 2, 2, 1))
+    ask(2, 1, most, 1000, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -195,7 +195,11 @@ def test_what_a_processor_without_avx512_reaches_is_the_newest_in_its_csv():
     engine = "paged engine", "speed against transformers DynamicCache"
     slab = "whole blocks, all heads", "speed against contiguous", "batch=32 context=256 "
     text = " ".join(README.split())
-    assert f"batch 32 {both(peers, *engine, 'decode batch=32 ')} times as fast" in text
+    assert f"batch 32 {both(peers, *engine, 'decode batch=32 ')} times as fast over 64" in text
+    parts = read(folder / "anatomy.csv")
+    what = "share of our step", "decode batch=32 ", "float32", 1
+    products, attention = (last_row(parts, p, *what)["median"] for p in ("products", "attention"))
+    assert f"thread {products:.0f}% of a step are products and {attention:.0f}% att" in text
     assert f"prefill {both(peers, *engine, 'prefill batch=8 ')}, decode attention" in text
     assert f"32 x 256 tokens {both(kernels, *slab)} times the slab's" in text
     assert f"({both(kernels, *slab, dtype='bfloat16')} in bfloat16, for" in text
