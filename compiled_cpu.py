@@ -83,6 +83,9 @@ def has_openmp_team() -> bool:
     return numba.threading_layer() == "omp"
 
 
+team = threading.local()  # how many of them each of Python's threads has asked for
+
+
 def use_openmp_team(num_threads: int) -> bool:
     """Have this thread's next loops over `prange` run on so many of OpenMP's threads, or say no."""
     if not has_openmp_team():
@@ -91,9 +94,6 @@ def use_openmp_team(num_threads: int) -> bool:
         numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
         team.num_threads = num_threads
     return True
-
-
-team = threading.local()  # how many each of Python's threads has asked for
 
 
 @functools.cache
