@@ -249,8 +249,10 @@ def attend_chunks(num_threads, chunks, begins, locs, inputs, partials, out):
         return
     cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
     mine, *shares = (chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
-    team = workers(os.getpid(), num_threads)
-    others = [team.submit(walk_chunks, share, locs, *inputs, *partials) for share in shares]
+    others = [
+        workers(os.getpid(), num_threads).submit(walk_chunks, share, locs, *inputs, *partials)
+        for share in shares
+    ]
     walk_chunks(mine, locs, *inputs, *partials)
     for other in others:
         other.result()

@@ -98,10 +98,12 @@ def copy_rows(source, source_strides, target, target_strides, block_size, slots,
 
 
 @compiled
-def copy_both(k, k_strides, k_cache, k_to, v, v_strides, v_cache, v_to, block_size, slots, H_kv, D):
-    """`copy_rows` of k and of v: one call, since each costs as much as copying a dozen rows."""
-    copy_rows(k, k_strides, k_cache, k_to, block_size, slots, H_kv, D)
-    copy_rows(v, v_strides, v_cache, v_to, block_size, slots, H_kv, D)
+def copy_both(
+    k, k_strides, k_cache, k_cache_strides, v, v_strides, v_cache, v_cache_strides, *sizes
+):
+    """`copy_rows` of k and of v, in one call from Python."""
+    copy_rows(k, k_strides, k_cache, k_cache_strides, *sizes)
+    copy_rows(v, v_strides, v_cache, v_cache_strides, *sizes)
 
 
 def write_kv_cpu(

@@ -574,7 +574,7 @@ def in_threads(*works):
 
 
 def test_each_thread_says_how_many_openmp_threads_it_wants():
-    """What was said last is remembered, of this thread alone, and said again only if it changes."""
+    """What was said last is remembered of this thread alone, and a change takes effect."""
     numba = pytest.importorskip("numba")
 
     def ask(*wanted):
