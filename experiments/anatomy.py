@@ -28,8 +28,9 @@ import torch  # noqa: E402
 
 from backends import BACKENDS, DTYPES  # noqa: E402
 from checkpoint import load_model, weights_kind  # noqa: E402
-from experiments import peers  # noqa: E402
+from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import best_reader, resolve, set_threads, timer  # noqa: E402
+from experiments.transformers_loop import Theirs  # noqa: E402
 from kv_cache import Batch, Row, make_batch  # noqa: E402
 from model import GPT  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
@@ -98,6 +99,7 @@ def time_rounds(model: GPT, ours, theirs, batch: int, args: argparse.Namespace) 
     """Median milliseconds of a step and of each part, one a round; and of reading the KV."""
     prompts = peers.random_prompts(model, batch, args)
     peers.check_equal_work(ours, theirs, prompts)
+    theirs.take_over(ours, prompts)
     middle = middle_batch(ours, batch, args)
     device = prompts.device
     timers = {name: timer(part, 1, device) for name, part in parts_of(ours, middle).items()}
@@ -144,7 +146,7 @@ def rows_of(rounds: dict, what: dict, backend: str) -> Iterator[Measurement]:
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
-    peers.require_transformers()
+    transformers_loop.require_transformers()
     device = resolve(args.device)
     before = torch.get_num_threads()
     common = {"experiment": "anatomy", "device": device_name(device), "seed": args.seed}
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     try:
         for dtype in args.dtypes:
             model = load_model(args.model, DTYPES[dtype], device)
-            theirs = peers.Theirs(peers.as_transformers(model))
+            theirs = Theirs(transformers_loop.as_transformers(model))
             for threads in args.threads or [before]:
                 set_threads(threads)
                 common |= {"dtype": dtype, "threads": threads}

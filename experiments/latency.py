@@ -40,7 +40,7 @@ from torch import Tensor  # noqa: E402
 
 from backends import DTYPES, resolve_backend, resolve_device, resolve_dtype  # noqa: E402
 from checkpoint import load_model, weights_kind  # noqa: E402
-from experiments import peers  # noqa: E402
+from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import set_threads, warm_up  # noqa: E402
 from experiments.kernels import parse_shape  # noqa: E402
 from experiments.serving import prefill, profiles, throughput  # noqa: E402
@@ -62,6 +62,7 @@ from experiments.steps import (  # noqa: E402
     random_ids,
     step_timer,
 )
+from experiments.transformers_loop import Theirs  # noqa: E402
 from explain import count_launches, weight_bytes  # noqa: E402
 from kv_cache import Batch  # noqa: E402
 from llm import SHIPPED_MODEL  # noqa: E402
@@ -224,7 +225,7 @@ def launches(contender: Contender, batch: Batch) -> int:
 
 
 def time_shape(
-    model: GPT, found: dict[str, Contender], theirs: dict[str, peers.Theirs], B: int, T: int, args
+    model: GPT, found: dict[str, Contender], theirs: dict[str, Theirs], B: int, T: int, args
 ) -> tuple[dict[str, Times], dict[str, Batch], str]:
     """The times of one cell, ours and theirs, their steps, and the cell's name."""
     workload = f"decode batch={B} context={T} block_size={args.block_size}"
@@ -261,7 +262,7 @@ def rows_of_recording(found: dict[str, Contender], common: dict) -> Iterator[Mea
 
 
 def decode(
-    model: GPT, ours: list[str], theirs: dict[str, peers.Theirs], args, common: dict
+    model: GPT, ours: list[str], theirs: dict[str, Theirs], args, common: dict
 ) -> Iterator[Measurement]:
     """Rows of all batches and contexts."""
     pools = make_pools(model, args)
@@ -291,7 +292,7 @@ def against_compiled(
     args = argparse.Namespace(**(vars(args) | {"batches": [B], "contexts": [T]}))
     pools = make_pools(model, args)
     found = {name: build(name, model, pools[name == CONTIGUOUS], args) for name in ours}
-    theirs = {COMPILED: Compiled(peers.as_transformers(model), T)}
+    theirs = {COMPILED: Compiled(transformers_loop.as_transformers(model), T)}
     times, _, workload = time_shape(model, found, theirs, B, T, args)
     what = {"workload": workload} | common
     yield from rows_of_tokens(COMPILED, times[COMPILED].token_ms, what)
@@ -315,7 +316,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         warm_up(args.device)
         theirs = {}
         if DYNAMIC in others:
-            theirs[DYNAMIC] = peers.Theirs(peers.as_transformers(model))
+            theirs[DYNAMIC] = Theirs(transformers_loop.as_transformers(model))
         yield from decode(model, ours, theirs, args, common)
         if args.requests:
             yield from throughput(model, args, common)

@@ -2,14 +2,14 @@
 
 Two workloads, both greedy and of a fixed length, so that the work is equal:
 
-    decode   B prompts of 256 tokens are computed, then 64 tokens written: the median of those steps
+    decode   64 tokens are written behind B prompts of 256: the median of those steps; K and V of
+             the prompts are computed by our engine, and theirs begins with a copy of them
     prefill  8 prompts of 256 tokens and the first token of each: one step of 2,048 tokens
 
 Ours is counted as a user meets it, `InferenceEngine.step()`: schedule, lay out the batch, forward,
-sample, update, detokenise. Theirs is a bare loop around the model, its fastest honest form: no
-`generate()` around it, logits of the last position only (`logits_to_keep=1`, as `generate()` asks
-for), an arg max. Before anything is timed both must give the same logits, for a prompt and for a
-step behind it: fp32 to 1e-3, 16 bits to 2% of the largest.
+sample, update, detokenise. Theirs is the bare loop of transformers_loop.py. Before anything is
+timed both must give the same logits, for a prompt and for a step behind it: fp32 to 1e-3, 16 bits
+to 2% of the largest.
 
 With `--also static continuous` two more decode in the same rounds: the same loop over a StaticCache
 of just the length that is needed (not compiled: it reads its whole length at every step), and
@@ -21,7 +21,6 @@ Run: python experiments/peers.py --batches 8 --steps 16
 """
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
@@ -36,9 +35,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from backends import BACKENDS, DTYPES  # noqa: E402
-from checkpoint import CONV1D, load_model, weights_kind  # noqa: E402
+from checkpoint import load_model, weights_kind  # noqa: E402
+from experiments import transformers_loop  # noqa: E402
 from experiments.ceilings import resolve, set_threads  # noqa: E402
 from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402
+from experiments.transformers_loop import Theirs  # noqa: E402
 from kv_cache import Row, make_batch  # noqa: E402
 from llm import LLM, SamplingParams  # noqa: E402
 from model import GPT  # noqa: E402
@@ -75,71 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=5, help="prefill: rounds")
 
 
-def require_transformers() -> None:
-    """Raise ValueError where the other side is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError("transformers is not installed: pip install transformers")
-
-
-# ---- the two contenders --------------------------------------------------------------------------
-def as_transformers(model: GPT) -> torch.nn.Module:
-    """The same weights in transformers' GPT-2, on the same device, in the same dtype."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": c.n_inner}
-    sizes |= {"vocab_size": c.vocab_size, "n_positions": c.max_seq_len}
-    options = {"activation_function": c.activation_function, "attn_implementation": "sdpa"}
-    options |= {"layer_norm_epsilon": c.layer_norm_epsilon, "bos_token_id": 0, "eos_token_id": 0}
-    options |= {"scale_attn_weights": c.scale_attn_weights}
-    options |= {"scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx}
-    options |= {"tie_word_embeddings": c.tie_word_embeddings}
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **options)).to(model.wte.weight)
-    for name, weight in model.state_dict().items():
-        target = theirs.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}")
-        target.data.copy_(
-            weight.t() if name.endswith(CONV1D) else weight
-        )  # their Conv1D: (in, out)
-    return theirs.requires_grad_(False).eval()
-
-
-class Theirs:
-    """A bare loop: prompts in, then a token a sequence and step.
-
-    Its cache is a DynamicCache or, where a `length` is given, a StaticCache of so many tokens.
-    """
-
-    def __init__(self, model: torch.nn.Module, length: int | None = None):
-        self.model, self.length = model, length
-
-    def begin(self) -> None:
-        """An empty cache."""
-        from transformers import DynamicCache, StaticCache
-
-        if self.length is None:
-            self.cache = DynamicCache(config=self.model.config)
-        else:
-            self.cache = StaticCache(config=self.model.config, max_cache_len=self.length)
-
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Scores (B, V) of each sequence's next token; what K and V they have is kept."""
-        output = self.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1]
-
-    def start(self, prompts: Tensor) -> None:
-        """Compute the prompts (B, T) and the first token of each."""
-        self.begin()
-        self.next_ids = self.logits(prompts).argmax(-1, keepdim=True)
-
-    def step(self) -> None:
-        """One more token for each. The ids stay on the device, as in `generate()`."""
-        self.next_ids = self.logits(self.next_ids).argmax(-1, keepdim=True)
-
-    def finish(self) -> None:
-        """Forget the sequences."""
-        del self.cache, self.next_ids
-
-
+# ---- our side ------------------------------------------------------------------------------------
 class Ours:
     """The engine, driven step by step."""
 
@@ -251,6 +188,7 @@ def time_all(model: GPT, ours: Ours, theirs: Theirs, prompts: Tensor, args) -> t
     contenders = {OURS: partial(time_steps, ours), THEIRS: partial(time_steps, theirs)}
     backends = {OURS: ours.llm.backend, THEIRS: "torch"}
     check_equal_work(ours, theirs, prompts)
+    theirs.take_over(ours, prompts)
     length = args.prompt_tokens + args.steps + 1
     with ExitStack() as stack:
         if "static" in args.also:
@@ -259,7 +197,8 @@ def time_all(model: GPT, ours: Ours, theirs: Theirs, prompts: Tensor, args) -> t
             contenders[STATIC], backends[STATIC] = partial(time_steps, static), "torch"
         if "continuous" in args.also:
             # A model of its own: the manager may change how its model attends.
-            manager = Continuous(as_transformers(model), len(prompts), length, args.block_size)
+            apart = transformers_loop.as_transformers(model)
+            manager = Continuous(apart, len(prompts), length, args.block_size)
             stack.enter_context(manager)
             check_equal_tokens(manager, theirs, prompts)
             contenders[CONTINUOUS], backends[CONTINUOUS] = manager.time_steps, manager.backend
@@ -330,7 +269,7 @@ def random_prompts(model: GPT, batch: int, args: argparse.Namespace) -> Tensor:
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
-    require_transformers()
+    transformers_loop.require_transformers()
     device = resolve(args.device)
     before = torch.get_num_threads()
     common = {"experiment": "peers", "device": device_name(device), "seed": args.seed}
@@ -342,7 +281,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
                 limit = model.config.max_seq_len
                 sizes = f"{args.prompt_tokens} prompt tokens and {args.steps} steps"
                 raise ValueError(f"{sizes}: the model has {limit} positions")
-            theirs = Theirs(as_transformers(model))
+            theirs = Theirs(transformers_loop.as_transformers(model))
             for threads in args.threads or [before]:
                 set_threads(threads)
                 common |= {"dtype": dtype, "threads": threads}

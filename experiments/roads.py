@@ -20,6 +20,7 @@ import torch
 
 from baselines import ContiguousCache, attend_without_cache, next_logits
 from experiments import peers
+from experiments.transformers_loop import Theirs
 from llm import LLM, SamplingParams
 from model import GPT
 
@@ -84,7 +85,7 @@ def paged_road(llm: LLM) -> Road:
     return steps
 
 
-def transformers_road(theirs: peers.Theirs, kv_bytes_per_token: int) -> Road:
+def transformers_road(theirs: Theirs, kv_bytes_per_token: int) -> Road:
     """A bare loop around transformers' model and its DynamicCache; prompts are of one length."""
 
     def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:

@@ -33,8 +33,9 @@ from tqdm import tqdm  # noqa: E402
 
 from backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
 from checkpoint import load_model, weights_kind  # noqa: E402
-from experiments import peers, roads  # noqa: E402
+from experiments import roads, transformers_loop  # noqa: E402
 from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial  # noqa: E402
+from experiments.transformers_loop import Theirs  # noqa: E402
 from llm import LLM, SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402
 from packed_linear import pack  # noqa: E402
@@ -247,7 +248,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     args = complete(args)
     if PEER in args.roads:
-        peers.require_transformers()
+        transformers_loop.require_transformers()
     todo = plan(args)
     before = torch.get_num_threads()
     model = load_model(args.model, args.dtype, args.device)
@@ -255,7 +256,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     for workload in todo:
         if workload.prompt_tokens + workload.new_tokens > most:
             raise ValueError(f"{workload}: the model has {most} positions, take fewer tokens")
-    theirs = peers.Theirs(peers.as_transformers(model)) if PEER in args.roads else None
+    theirs = Theirs(transformers_loop.as_transformers(model)) if PEER in args.roads else None
     common = {"experiment": "speed", "dtype": str(args.dtype)[6:], "threads": args.threads}
     common |= {"device": device_name(args.device), "seed": args.seed}
     common |= {"model": Path(args.model).name if args.is_shipped else args.model}

@@ -25,6 +25,7 @@ from block_allocator import BlockAllocator
 from cuda_graphs import GraphForward, recorded_sizes
 from engine import Forward, InferenceEngine, eager_forward
 from experiments import peers
+from experiments.transformers_loop import Theirs
 from fused_triton import can_fuse, fused_forward
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT
@@ -131,7 +132,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 # ---- a peer --------------------------------------------------------------------------------------
-class Compiled(peers.Theirs):
+class Compiled(Theirs):
     """The peer's loop over a StaticCache, its decode step compiled and recorded by PyTorch.
 
     A cache is made once for each number of sequences, because a recording knows its address.

@@ -17,7 +17,17 @@ from torch import nn
 
 import benchmark
 from checkpoint import load_model
-from experiments import anatomy, ceilings, continuous, kernels, peers, rungs, speed
+from experiments import (
+    anatomy,
+    ceilings,
+    continuous,
+    kernels,
+    peers,
+    rungs,
+    speed,
+    transformers_loop,
+)
+from experiments.transformers_loop import Theirs
 from results import read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -328,14 +338,14 @@ def test_peers_times_the_engine_and_transformers_on_equal_work(tmp_path, shipped
 
 def test_peers_with_other_weights_are_refused(tmp_path, monkeypatch, shipped_model_folder):
     pytest.importorskip("transformers")
-    whole = peers.as_transformers
+    whole = transformers_loop.as_transformers
 
     def spoiled(model):
         theirs = whole(model)
         theirs.transformer.h[3].mlp.c_proj.bias.data[0] += 1
         return theirs
 
-    monkeypatch.setattr(peers, "as_transformers", spoiled)
+    monkeypatch.setattr(transformers_loop, "as_transformers", spoiled)
     with pytest.raises(SystemExit, match="the logits differ by"):
         run(tmp_path, f"peers --model {shipped_model_folder} --batches 2 {TINY_PEERS}")
 
@@ -345,6 +355,30 @@ def test_peers_refuses_what_the_model_has_no_positions_for(tmp_path, shipped_mod
     words = f"peers --model {shipped_model_folder} --prompt-tokens 1020 --steps 9"
     with pytest.raises(SystemExit, match="1020 prompt tokens and 9 steps: the model has 1024"):
         run(tmp_path, words)
+
+
+def test_theirs_goes_on_from_a_copy_of_our_prompts_as_from_its_own(shipped_model_folder):
+    pytest.importorskip("transformers")
+    model = load_model(shipped_model_folder)
+    args = benchmark.parse_args(["peers", "--prompt-tokens", "9", "--block-size", "4"])
+    prompts, other = peers.random_prompts(model, 3, args), torch.tensor([[5, 6], [7, 8]])
+    ours, theirs = peers.build(model, 3, 3, args), Theirs(transformers_loop.as_transformers(model))
+
+    def written(prompts):
+        theirs.start(prompts)
+        scores = [theirs.next_ids, *(theirs.logits(theirs.next_ids) for _ in range(2))]
+        theirs.finish()
+        return scores
+
+    alone = [written(prompts), written(other)]
+    theirs.take_over(ours, prompts)
+    assert not ours.llm.engine.has_unfinished()
+    rows = []  # of tokens that went through their model
+    theirs.model.register_forward_hook(lambda *call: rows.append(call[2].logits.shape[0]))
+    # Twice, since a round must not change what the next one begins with.
+    together = [written(prompts), written(prompts), written(other)]
+    assert rows == [3, 3, 3, 3, 2, 2, 2], "the copied prompts were computed again"
+    torch.testing.assert_close(together, [alone[0], *alone], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("experiment", ["peers", "anatomy"])
@@ -429,9 +463,9 @@ def test_static_and_continuous_run_in_the_same_rounds_if_they_are_asked_for(
 
 def test_a_static_cache_holds_what_is_needed_and_the_other_one_grows(shipped_model_folder):
     pytest.importorskip("transformers")
-    model = peers.as_transformers(load_model(shipped_model_folder))
+    model = transformers_loop.as_transformers(load_model(shipped_model_folder))
     prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    dynamic, static = peers.Theirs(model), peers.Theirs(model, length=5)
+    dynamic, static = Theirs(model), Theirs(model, length=5)
     for theirs in (dynamic, static):
         theirs.start(prompts)
         theirs.step()
@@ -444,7 +478,7 @@ def test_continuous_batching_with_other_weights_is_refused(
     tmp_path, monkeypatch, shipped_model_folder
 ):
     pytest.importorskip("transformers")
-    whole, made = peers.as_transformers, []
+    whole, made = transformers_loop.as_transformers, []
 
     def second_is_spoiled(model):
         made.append(whole(model))
@@ -452,14 +486,14 @@ def test_continuous_batching_with_other_weights_is_refused(
             made[1].transformer.ln_f.bias.data += torch.linspace(-9, 9, model.config.n_embd)
         return made[-1]
 
-    monkeypatch.setattr(peers, "as_transformers", second_is_spoiled)
+    monkeypatch.setattr(transformers_loop, "as_transformers", second_is_spoiled)
     with pytest.raises(SystemExit, match="continuous batching chose a token of which the score is"):
         run(tmp_path, other_peers(shipped_model_folder, "--batches 2 --also continuous"))
 
 
 def test_all_prompts_of_continuous_batching_start_in_one_step(shipped_model_folder, monkeypatch):
     pytest.importorskip("transformers")
-    model = peers.as_transformers(load_model(shipped_model_folder))
+    model = transformers_loop.as_transformers(load_model(shipped_model_folder))
     prompts = torch.randint(512, (4, 9), generator=torch.Generator().manual_seed(0))
     with continuous.Continuous(model, batch=4, length=16, block_size=4) as manager:
         add = manager.manager.add_request

@@ -16,7 +16,7 @@ import torch
 import benchmark
 from cuda_graphs import GraphForward
 from engine import eager_forward
-from experiments import latency, peers, profiles, roads, serving, steps
+from experiments import latency, peers, profiles, roads, serving, steps, transformers_loop
 from experiments.profiles import MARK, Event, busy_us, count
 from experiments.steps import (
     COMPILED,
@@ -31,6 +31,7 @@ from experiments.steps import (
     choose,
     fill_and_step,
 )
+from experiments.transformers_loop import Theirs
 from kv_cache import write_kv
 from paged_prefill_triton import INTERPRETED
 from results import read
@@ -326,14 +327,14 @@ def test_logits_may_differ_by_a_stated_bound(dtype, allowed, too_much):
 
 def test_a_peer_with_other_weights_is_refused(tmp_path, monkeypatch, shipped_model_folder):
     pytest.importorskip("transformers")
-    whole = peers.as_transformers
+    whole = transformers_loop.as_transformers
 
     def spoiled(model):
         theirs = whole(model)
         theirs.transformer.h[3].mlp.c_proj.bias.data[0] += 1
         return theirs
 
-    monkeypatch.setattr(peers, "as_transformers", spoiled)
+    monkeypatch.setattr(transformers_loop, "as_transformers", spoiled)
     words = f"--model {shipped_model_folder} --contenders eager transformers"
     with pytest.raises(SystemExit, match="the logits differ by"):
         run(tmp_path, f"{TINY} {words}")
@@ -459,8 +460,8 @@ def test_a_compiled_peer_keeps_one_cache_for_each_number_of_sequences(
         return call
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    model = peers.as_transformers(load_model(shipped_model_folder))
-    plain, static = peers.Theirs(model), steps.Compiled(model, length=9)
+    model = transformers_loop.as_transformers(load_model(shipped_model_folder))
+    plain, static = Theirs(model), steps.Compiled(model, length=9)
     places = {}
     for B in (2, 3, 2):
         prompts = torch.tensor(ids(B, 6, 3072))

@@ -7,7 +7,8 @@ from test_benchmark import pick, run
 import benchmark
 from baselines import generate_contiguous, generate_no_cache
 from checkpoint import load_model
-from experiments import peers, roads, speed
+from experiments import roads, speed, transformers_loop
+from experiments.transformers_loop import Theirs
 from llm import LLM, SHIPPED_MODEL
 
 TINY = "--prompt-tokens 5 --new-tokens 4 --block-sizes 4 --pools 100 --long-tokens 0 --repeats 2"
@@ -46,7 +47,7 @@ def test_every_road_writes_the_same_tokens(model):
 
 def test_the_road_of_transformers_writes_them_too(model):
     pytest.importorskip("transformers")
-    road = roads.transformers_road(peers.Theirs(peers.as_transformers(model)), 100)
+    road = roads.transformers_road(Theirs(transformers_loop.as_transformers(model)), 100)
     trial = roads.time_trial(road, PROMPTS, 9)
     assert trial.token_ids == generate_contiguous(model, PROMPTS, 9)
     assert (trial.computed, trial.kv_bytes) == (39, 3 * 13 * 100)  # the newest is not in the cache
