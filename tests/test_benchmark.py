@@ -407,6 +407,9 @@ def test_anatomy_times_a_step_its_parts_and_what_is_possible(tmp_path, shipped_m
     assert alone["median"] == pytest.approx(ms[peers.THEIRS] / ms["products"])
     (with_read,) = pick(rows, contender="at most: products and one read of KV")
     assert with_read["median"] < alone["median"]
+    (as_it_is,) = pick(rows, contender="at most: products and attention")
+    both = ms["products"] + ms["attention"]
+    assert as_it_is["median"] == pytest.approx(ms[peers.THEIRS] / both)
 
 
 def test_the_blocks_that_anatomy_reads_are_those_of_one_step_half_way(shipped_model_folder):
