@@ -407,7 +407,7 @@ def test_anatomy_times_a_step_its_parts_and_what_is_possible(tmp_path, shipped_m
     assert alone["median"] == pytest.approx(ms[peers.THEIRS] / ms["products"])
     (with_read,) = pick(rows, contender="at most: products and one read of KV")
     assert with_read["median"] < alone["median"]
-    (as_it_is,) = pick(rows, contender="at most: products and attention")
+    (as_it_is,) = pick(rows, contender="products and attention alone")
     both = ms["products"] + ms["attention"]
     assert as_it_is["median"] == pytest.approx(ms[peers.THEIRS] / both)
 
