@@ -140,12 +140,12 @@ def rows_of(rounds: dict, what: dict, backend: str) -> Iterator[Measurement]:
     yield Measurement.ratio_of(theirs, step, contender=peers.OURS, **against, **what)
     # With free attention, with attention at the speed of a plain read, and with attention as it is.
     products, read, attention = (rounds[name] for name in ("products", "KV read once", "attention"))
-    bounds = {
+    without_the_rest = {
         "at most: the products alone": products,
         "at most: products and one read of KV": list(map(sum, zip(products, read))),
         "products and attention alone": list(map(sum, zip(products, attention))),
     }
-    for name, least_ms in bounds.items():
+    for name, least_ms in without_the_rest.items():
         yield Measurement.ratio_of(theirs, least_ms, contender=name, **against, **what)
 
 

@@ -188,18 +188,19 @@ def test_what_a_processor_without_avx512_reaches_is_the_newest_in_its_csv():
     folder = ROOT / "results/cpu-avx2"
     peers, kernels = read(folder / "peers.csv"), read(folder / "kernels.csv")
 
-    def both(rows, *what, dtype="float32"):
+    def both(rows, *what, dtype="float32", digits=2):
         one, two = (last_row(rows, *what, dtype, threads)["median"] for threads in (1, 2))
-        return f"{one:.2f} and {two:.2f}"
+        return f"{one:.{digits}f} and {two:.{digits}f}"
 
-    engine = "paged engine", "speed against transformers DynamicCache"
+    against = "speed against transformers DynamicCache"
+    engine, decode = ("paged engine", against), "decode batch=32 "
     slab = "whole blocks, all heads", "speed against contiguous", "batch=32 context=256 "
     text = " ".join(README.split())
-    assert f"batch 32 {both(peers, *engine, 'decode batch=32 ')} times as fast over 64" in text
-    parts = read(folder / "anatomy.csv")
-    what = "share of our step", "decode batch=32 ", "float32", 1
-    products, attention = (last_row(parts, p, *what)["median"] for p in ("products", "attention"))
-    assert f"thread {products:.0f}% of a step are products and {attention:.0f}% att" in text
+    assert f"batch 32 {both(peers, *engine, decode)} times as fast over 64" in text
+    alone = "products and attention alone", against, decode
+    assert f"attention alone would be {both(read(folder / 'anatomy.csv'), *alone)}; " in text
+    without = both(peers, *engine, decode, dtype="bfloat16", digits=0)
+    assert f"nothing fast there, {without} over 16)" in text
     assert f"prefill {both(peers, *engine, 'prefill batch=8 ')}, decode attention" in text
     assert f"32 x 256 tokens {both(kernels, *slab)} times the slab's" in text
-    assert f"({both(kernels, *slab, dtype='bfloat16')} in bfloat16, for" in text
+    assert f"({both(kernels, *slab, dtype='bfloat16')} in bfloat16)." in text
