@@ -13,7 +13,8 @@ to 2% of the largest.
 
 With `--also static continuous` two more decode in the same rounds: the same loop over a StaticCache
 of just the length that is needed (not compiled: it reads its whole length at every step), and
-transformers' own continuous batching, which is paged as ours is (continuous.py).
+transformers' own continuous batching, which is paged as ours is (continuous.py). These compute the
+prompts themselves.
 
 Contenders run in rounds, A B A B, so a busy minute hits both; a ratio is of the medians of the
 rounds, and its spread that of single rounds. Needs transformers.
