@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.triton_decode import paged_attention_triton
+from kernels.triton_prefill import write_kv_triton
+from kernels.triton_sampling import ROW_DTYPES, draw_tokens_triton, row_tensors
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
-from paged_attention_triton import paged_attention_triton
-from paged_prefill_triton import write_kv_triton
 from sampling import LOW_32, SampleRow
-from sampling_triton import ROW_DTYPES, draw_tokens_triton, row_tensors
 
 # Rows that are recorded. Products cost the same between multiples of 64, and a padded row leaves
 # attention at once: sizes closer to each other would win little, and each takes a recording.

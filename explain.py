@@ -18,7 +18,7 @@ production engine does beyond this: a trace of every kernel, and the hardware's 
 
 Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4); see roofline.py.
 Run: python explain.py
-Try: the two functions of paged_attention_cpu.py in the demo's eager_forward (what is above all
+Try: the two functions of kernels/attention_cpu.py in the demo's eager_forward (what is above all
 floors shrinks), or one prompt instead of six (which floors grow smaller, and which do not?).
 """
 

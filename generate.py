@@ -30,8 +30,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
-from backends import BACKENDS, DTYPES
 from explain import Explainer
+from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput
 from recorder import Recorder

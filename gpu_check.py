@@ -47,20 +47,21 @@ from results import commit, provenance
 
 ROOT = Path(__file__).resolve().parent
 CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
-TESTS = ["tests/test_paged_prefill_triton.py", "tests/test_paged_attention_triton.py"]
+TESTS = ["tests/kernels/test_triton_prefill.py", "tests/kernels/test_triton_decode.py"]
 # Of these only what nothing but a GPU can show: the rest runs without one.
 ENGINE_TESTS = [
     "tests/test_cuda_graphs.py",
-    "tests/test_sampling_triton.py",
+    "tests/kernels/test_triton_sampling.py",
     "tests/test_gpu_engine.py",
-    "tests/test_fused_decode_triton.py",
-    "tests/test_small_linear_triton.py",
-    "tests/test_fused_triton.py",
+    "tests/kernels/test_triton_fused_decode.py",
+    "tests/kernels/test_triton_small_linear.py",
+    "tests/kernels/test_triton_fused.py",
     "tests/test_plan_ahead.py",
 ]
-KERNEL_FILES = ["paged_prefill_triton", "paged_attention_triton", "sampling_triton"]
-KERNEL_FILES += ["fused_decode_triton", "small_linear_triton", "experiments.rungs_triton"]
-ENGINE_KERNEL_FILES = ["fused_triton"]  # imports the engine
+KERNEL_FILES = ["kernels.triton_prefill", "kernels.triton_decode", "kernels.triton_sampling"]
+KERNEL_FILES += ["kernels.triton_fused_decode", "kernels.triton_small_linear"]
+KERNEL_FILES += ["experiments.rungs_triton"]
+ENGINE_KERNEL_FILES = ["kernels.triton_fused"]  # imports the engine
 MOST_FILES, MOST_SECONDS, MOST_LINES = 8, 480, 60
 
 

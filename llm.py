@@ -32,21 +32,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from cuda_graphs import GraphForward, recorded_sizes, rehearse
 from engine import Forward, InferenceEngine, eager_forward
-from fused_triton import fused_forward
 from hub import find_folder
+from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
+from kernels.packed_linear import pack
+from kernels.triton_fused import fused_forward
+from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kv_cache import KVCache, choose_num_blocks
 from model import GPT
 from outputs import RequestOutput
-from packed_linear import pack
 from plan_ahead import AheadEngine
 from policies import first_come_first_served
 from sampling import SamplingParams, draw_tokens
-from sampling_triton import draw_tokens_triton, sample_triton
 from scheduler import Scheduler, reserve_now
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 

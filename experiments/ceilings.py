@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from compiled_cpu import HAS_NUMBA  # noqa: E402
+from kernels.numba_tools import HAS_NUMBA  # noqa: E402
 from kv_cache import preallocate  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 from roofline import timer, warm_up  # noqa: E402

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
 from baselines import (
     BuddyAllocator,
     power_of_two,
@@ -34,10 +33,11 @@ from baselines import (
 from block_allocator import BlockAllocator
 from checkpoint import load_model, weights_kind
 from engine import InferenceEngine, eager_forward
+from kernels.backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
+from kernels.packed_linear import pack
 from kv_cache import KVCache
 from llm import SHIPPED_MODEL
 from model import GPT
-from packed_linear import pack
 from recorder import read_recording
 from results import device_name
 from sampling import SamplingParams

@@ -2,7 +2,7 @@
 
     eager                            every kernel asked for by Python, one by one
     recorded                         the same kernels, recorded once, replayed (cuda_graphs.py)
-    recorded, fused                  fewer kernels that do more each (fused_triton.py)
+    recorded, fused                  fewer kernels that do more each (kernels/triton_fused.py)
     recorded, fused, small linears   and products of our own, for up to 16 rows
     recorded, contiguous             as recorded, over slabs: what paging is compared with
     transformers DynamicCache        the peer's bare loop
@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from backends import DTYPES, resolve_backend, resolve_device, resolve_dtype  # noqa: E402
 from checkpoint import load_model, weights_kind  # noqa: E402
 from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import set_threads, warm_up  # noqa: E402
@@ -64,6 +63,7 @@ from experiments.steps import (  # noqa: E402
 )
 from experiments.transformers_loop import Theirs  # noqa: E402
 from explain import count_launches, weight_bytes  # noqa: E402
+from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dtype  # noqa: E402
 from kv_cache import Batch  # noqa: E402
 from llm import SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402

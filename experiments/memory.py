@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch  # noqa: E402
 
-from backends import DTYPES  # noqa: E402
 from baselines import (  # noqa: E402
     BuddyAllocator,
     power_of_two,
@@ -44,6 +43,7 @@ from baselines import (  # noqa: E402
 )
 from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
 from checkpoint import RANDOM_SHAPES  # noqa: E402
+from kernels.backends import DTYPES  # noqa: E402
 from llm import LLM, SamplingParams  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_cpu import HAS_NUMBA
+from kernels.numba_tools import HAS_NUMBA
 from kv_cache import preallocate, write_kv
 from paged_attention import paged_attention
 
@@ -196,7 +196,7 @@ def decode_rungs(device: torch.device, chunk_len: int) -> Rungs:
     rungs["block by block in PyTorch"] = "torch", paged(paged_attention)
     if device.type == "cuda":
         from experiments.rungs_triton import per_head_triton
-        from paged_attention_triton import paged_decode_triton
+        from kernels.triton_decode import paged_decode_triton
 
         decode = partial(paged_decode_triton, chunk_len=0)  # never split
         chunks = partial(paged_decode_triton, chunk_len=chunk_len)
@@ -206,7 +206,7 @@ def decode_rungs(device: torch.device, chunk_len: int) -> Rungs:
         rungs["chunks and merge"] = "triton", paged(chunks)
     elif HAS_NUMBA:
         from experiments.rungs_numba import per_head_numba
-        from paged_attention_cpu import paged_attention_cpu
+        from kernels.attention_cpu import paged_attention_cpu
 
         rungs["one program per (sequence, head)"] = "numba", partial(per_head, per_head_numba)
         rungs["whole blocks, all heads"] = "numba", paged(paged_attention_cpu)
@@ -218,11 +218,11 @@ def prefill_rungs(device: torch.device) -> Rungs:
     """Whole prompts: the engine's kernel, and the library's causal one on slabs."""
     rungs: Rungs = {}
     if device.type == "cuda":
-        from paged_attention_triton import paged_attention_triton
+        from kernels.triton_decode import paged_attention_triton
 
         rungs["paged"] = "triton", lambda world, i: world.paged(paged_attention_triton, i)
     elif HAS_NUMBA:
-        from paged_attention_cpu import paged_attention_cpu
+        from kernels.attention_cpu import paged_attention_cpu
 
         rungs["paged"] = "numba", lambda world, i: world.paged(paged_attention_cpu, i)
     return rungs | {CONTIGUOUS: ("torch", contiguous)}
@@ -232,11 +232,11 @@ def writers(device: torch.device) -> dict[str, tuple[str, Callable]]:
     """Ways to write K and V into their slots."""
     found = {"write, torch": ("torch", write_kv)}
     if device.type == "cuda":
-        from paged_prefill_triton import write_kv_triton
+        from kernels.triton_prefill import write_kv_triton
 
         found["write, triton"] = "triton", write_kv_triton
     elif HAS_NUMBA:
-        from paged_attention_cpu import write_kv_cpu
+        from kernels.attention_cpu import write_kv_cpu
 
         found["write, numba"] = "numba", write_kv_cpu
     return found

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compiled_cpu import FASTMATH, flat, widen
+from kernels.numba_tools import FASTMATH, flat, widen
 
 
 @numba.njit(parallel=True, fastmath=FASTMATH, cache=True)

@@ -19,7 +19,7 @@ from experiments.kernels import parse_shape
 from experiments.profiles import Profile, lines_of, profile_steps
 from experiments.roads import Trial, check_equal_work
 from experiments.steps import random_ids
-from fused_triton import can_fuse
+from kernels.triton_fused import can_fuse
 from llm import LLM, SamplingParams
 from model import GPT
 from results import Measurement

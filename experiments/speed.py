@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
 from checkpoint import load_model, weights_kind  # noqa: E402
 from experiments import roads, transformers_loop  # noqa: E402
 from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402
+from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
+from kernels.packed_linear import pack  # noqa: E402
 from llm import LLM, SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402
-from packed_linear import pack  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 
 ROADS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": PEER}

@@ -20,19 +20,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, can_record
 from block_allocator import BlockAllocator
 from cuda_graphs import GraphForward, recorded_sizes
 from engine import Forward, InferenceEngine, eager_forward
 from experiments import peers
 from experiments.transformers_loop import Theirs
-from fused_triton import can_fuse, fused_forward
+from kernels.backends import BACKENDS, can_record
+from kernels.triton_fused import can_fuse, fused_forward
+from kernels.triton_sampling import draw_tokens_triton
+from kernels.triton_small_linear import MOST_ROWS
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT
 from sampling import draw_tokens
-from sampling_triton import draw_tokens_triton
 from scheduler import Scheduler
-from small_linear_triton import MOST_ROWS
 
 EAGER, RECORDED, FUSED = "eager", "recorded", "recorded, fused"
 SMALL, CONTIGUOUS = "recorded, fused, small linears", "recorded, contiguous"

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch  # noqa: E402
 
-import paged_attention_triton  # noqa: E402
 from experiments.ceilings import best_reader, in_turn, resolve, timer, warm_up  # noqa: E402
 from experiments.kernels import num_calls, parse_shape  # noqa: E402
 from experiments.rungs import Setting, World  # noqa: E402
+from kernels import triton_decode  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
 
 
@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(world: World, variant: dict[str, int], chunk_len: int) -> Callable[[], float] | None:
     """A timer of the kernel with these tiles, or None where the GPU refuses them."""
-    decode = partial(paged_attention_triton.paged_decode_triton, chunk_len=chunk_len)
+    decode = partial(triton_decode.paged_decode_triton, chunk_len=chunk_len)
     call = partial(world.paged, decode)
-    tiles = mock.patch.object(paged_attention_triton, "decode_tiles", lambda *_: variant)
+    tiles = mock.patch.object(triton_decode, "decode_tiles", lambda *_: variant)
     with tiles:  # only while it is recorded: a replay asks for nothing
         try:
             world.check("the kernel", call)
@@ -66,7 +66,7 @@ def prepare(world: World, variant: dict[str, int], chunk_len: int) -> Callable[[
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     device = resolve(args.device)
-    if device.type == "cpu" and not paged_attention_triton.INTERPRETED:
+    if device.type == "cpu" and not triton_decode.INTERPRETED:
         raise ValueError("there is no GPU here, and tiles are a GPU's")
     warm_up(device)
     reader = best_reader(device, args.read_mb)

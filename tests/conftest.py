@@ -15,12 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # what lies in a user's cache changes no test
 
 import functools
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the files under test lie
 
 from model import GPT, GPTConfig
 

@@ -19,7 +19,6 @@ import torch
 from worlds import DEVICE, needs_gpu
 
 import cuda_graphs
-from compiled_cpu import HAS_NUMBA
 from cuda_graphs import (
     SIZES,
     Calls,
@@ -30,12 +29,13 @@ from cuda_graphs import (
     rehearse,
     views_of,
 )
+from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
+from kernels.numba_tools import HAS_NUMBA
+from kernels.triton_decode import paged_attention_triton
+from kernels.triton_prefill import INTERPRETED, write_kv_triton
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
-from paged_attention_cpu import paged_attention_cpu, write_kv_cpu
-from paged_attention_triton import paged_attention_triton
-from paged_prefill_triton import INTERPRETED, write_kv_triton
 
 KERNELS = {"torch": (paged_attention, write_kv)}
 if HAS_NUMBA:
@@ -792,7 +792,7 @@ def test_on_a_cpu_an_llm_records_nothing_whatever_is_said(model):
 
 
 def test_steps_are_recorded_on_a_gpu_through_tritons_kernels():
-    from backends import can_record
+    from kernels.backends import can_record
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert can_record("triton", gpu)

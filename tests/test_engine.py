@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from backends import BACKENDS, resolve_backend
 from baselines import generate_contiguous, generate_no_cache
 from block_allocator import BlockAllocator
 from checkpoint import load_model, save_model
 from engine import InferenceEngine, eager_forward, sample_next
+from kernels.backends import BACKENDS, resolve_backend
 from kv_cache import KVCache
 from llm import EngineConfig
 from model import attend_one_sequence

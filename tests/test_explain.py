@@ -23,15 +23,15 @@ from worlds import needs_gpu
 
 import explain
 import generate
-import packed_linear
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward, sample_next
 from explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
+from kernels import packed_linear
+from kernels.linear_cpu import PANEL
+from kernels.packed_linear import is_packed, pack
 from kv_cache import KVCache
-from linear_cpu import PANEL
 from llm import LLM
 from model import GPT, GPTConfig
-from packed_linear import is_packed, pack
 from recorder import Recorder, read_recording
 from roofline import Ceilings, Work, floors_ms
 from sampling import SamplingParams

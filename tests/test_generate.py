@@ -19,9 +19,9 @@ import torch
 
 import checkpoint
 import generate
-from backends import BACKENDS
 from checkpoint import save_model
 from generate import OPENINGS, main, parse_args
+from kernels.backends import BACKENDS
 from llm import LLM, EngineConfig, SamplingParams
 from model import GPT, GPTConfig
 from tokenizer import save_vocabulary

@@ -56,12 +56,12 @@ def test_without_a_gpu_it_fails_with_one_sentence():
 
 KERNELS_ALONE = """
 import gpu_check, experiments.ceilings, experiments.kernels, experiments.sweep, conftest, importlib
-import test_paged_prefill_triton, test_paged_attention_triton
+import test_triton_prefill, test_triton_decode
 for name in gpu_check.KERNEL_FILES: importlib.import_module(name)
 """
 WHOLE_ENGINE = """
 import gpu_check, experiments.latency, conftest, importlib
-import test_cuda_graphs, test_sampling_triton, test_gpu_engine
+import test_cuda_graphs, test_triton_sampling, test_gpu_engine
 for name in gpu_check.ENGINE_KERNEL_FILES: importlib.import_module(name)
 """
 # What an engine is made of, beside torch, triton, numpy and pytest.

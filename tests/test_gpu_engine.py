@@ -21,12 +21,12 @@ from cuda_graphs import SIZES, Calls, GraphForward, Graphs, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
 from experiments.serving import profile_llm
 from experiments.steps import fill_and_step
-from fused_triton import fused_forward
+from kernels.triton_decode import paged_attention_triton
+from kernels.triton_fused import fused_forward
+from kernels.triton_prefill import write_kv_triton
 from kv_cache import KVCache, Row, make_batch
 from llm import LLM, SamplingParams
 from model import GPT, GPTConfig, attend_one_sequence
-from paged_attention_triton import paged_attention_triton
-from paged_prefill_triton import write_kv_triton
 from sampling import SampleRow, child_seed, draw_weights, uniform
 from scheduler import Scheduler
 

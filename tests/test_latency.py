@@ -32,8 +32,8 @@ from experiments.steps import (
     fill_and_step,
 )
 from experiments.transformers_loop import Theirs
+from kernels.triton_prefill import INTERPRETED
 from kv_cache import write_kv
-from paged_prefill_triton import INTERPRETED
 from results import read
 
 TINY = "--device cpu --batches 1 3 --contexts 9 --steps 2 --rounds 3 --block-size 4 --threads 1"

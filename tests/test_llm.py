@@ -10,18 +10,18 @@ import json
 import pytest
 import torch
 
-import backends
 import checkpoint
 import kv_cache
 import llm as llm_module
-from backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
 from baselines import generate_no_cache
 from checkpoint import load_model, save_model
 from engine import InferenceEngine
+from kernels import backends
+from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
+from kernels.triton_prefill import HAS_TRITON, INTERPRETED
 from llm import LLM, EngineConfig, RequestOutput, SamplingParams
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
-from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from plan_ahead import AheadEngine
 from tokenizer import save_vocabulary
 

@@ -26,13 +26,13 @@ import plan_ahead
 from block_allocator import BlockAllocator
 from cuda_graphs import Calls, GraphForward, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
+from kernels.triton_decode import INTERPRETED, paged_attention_triton
+from kernels.triton_prefill import write_kv_triton
+from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
-from paged_attention_triton import INTERPRETED, paged_attention_triton
-from paged_prefill_triton import write_kv_triton
 from plan_ahead import AheadEngine
 from sampling import SamplingParams, draw_tokens
-from sampling_triton import draw_tokens_triton, sample_triton
 from scheduler import Scheduler, reserve_now
 from sequence import FINISHED, RUNNING, WAITING, Continuation
 from tokenizer import load_tokenizer, save_vocabulary

@@ -78,7 +78,7 @@ LADDER = {  # as the README calls it: as the CSV does
     "gather the blocks, then the library's kernel": "gather, then dense",
     "block by block in PyTorch": "block by block in PyTorch",
     "one program per (sequence, head)": "one program per (sequence, head)",
-    "whole blocks, all heads (`paged_attention_cpu.py`)": "whole blocks, all heads",
+    "whole blocks, all heads (`kernels/attention_cpu.py`)": "whole blocks, all heads",
     "a contiguous slab, the library's kernel": "contiguous library kernel",
     "PyTorch's sum, which only reads": "read",
 }

@@ -1,6 +1,6 @@
 """The GPU's kernel for one query a sequence, and the dispatch, against dense attention in float64.
 
-As in `test_paged_prefill_triton.py` the kernels are compiled where there is a GPU and interpreted
+As in `test_triton_prefill.py` the kernels are compiled where there is a GPU and interpreted
 where not, every pool is poisoned, and `PAGEDGPT_SEED` chooses other random batches.
 """
 
@@ -25,11 +25,11 @@ from worlds import (
     world_of,
 )
 
-import paged_attention_triton as module
+from kernels import triton_decode as module
+from kernels.triton_decode import paged_attention_triton, paged_decode_triton
+from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton
 from kv_cache import free_memory_bytes
 from paged_attention import paged_attention
-from paged_attention_triton import paged_attention_triton, paged_decode_triton
-from paged_prefill_triton import HAS_TRITON, paged_prefill_triton
 
 pytestmark = kernel_marks(HAS_TRITON)
 CHUNK_LENS = [0, 33, 64, 100]  # no chunks, less than a tile, a tile, more than one

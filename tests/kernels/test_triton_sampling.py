@@ -1,6 +1,6 @@
 """The sampler in one GPU kernel against sampling.py: the same u, the same cut, the same tokens.
 
-As in `test_paged_attention_triton.py` the kernel is compiled where there is a GPU and interpreted
+As in `test_triton_decode.py` the kernel is compiled where there is a GPU and interpreted
 where not, and `PAGEDGPT_SEED` chooses other random rows. sampling.py on the CPU is the oracle, and
 the kernel is held to the cases of `draws.py` that sampling.py is held to. Only the exponentials of
 the two differ, in their last bits. Whether these could decide about a token is computed for each
@@ -26,17 +26,9 @@ from draws import (
 )
 from worlds import DEVICE, ON_GPU, SEED, kernel_marks, needs_gpu
 
-import sampling_triton as module
-from paged_prefill_triton import HAS_TRITON, tl, triton
-from sampling import (
-    SampleRow,
-    SamplingParams,
-    draw_tokens,
-    draw_weights,
-    hash32,
-    uniform,
-)
-from sampling_triton import (
+from kernels import triton_sampling as module
+from kernels.triton_prefill import HAS_TRITON, tl, triton
+from kernels.triton_sampling import (
     TILE,
     cut_tail,
     draw_tokens_triton,
@@ -46,6 +38,14 @@ from sampling_triton import (
     row_tensors,
     sample_triton,
     weigh,
+)
+from sampling import (
+    SampleRow,
+    SamplingParams,
+    draw_tokens,
+    draw_weights,
+    hash32,
+    uniform,
 )
 
 pytestmark = kernel_marks(HAS_TRITON)

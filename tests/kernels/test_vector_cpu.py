@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import vector_cpu
-from compiled_cpu import FASTMATH, HAS_NUMBA, bits
-from vector_cpu import (
+from kernels import vector_cpu
+from kernels.numba_tools import FASTMATH, HAS_NUMBA, bits
+from kernels.vector_cpu import (
     at_most,
     first,
     lanes,

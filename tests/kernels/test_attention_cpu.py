@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from strategies import worlds
 from worlds import SEED, World, random_world
 
-import paged_attention_cpu as kernels
 from baselines import generate_no_cache
 from block_allocator import BlockAllocator
-from compiled_cpu import use_openmp_team
 from engine import InferenceEngine, eager_forward
+from kernels import attention_cpu as kernels
+from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from kernels.numba_tools import use_openmp_team
 from kv_cache import KVCache, free_memory_bytes, write_kv
 from paged_attention import paged_attention
-from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
 from sampling import SamplingParams
 from scheduler import Scheduler
 
@@ -497,7 +497,7 @@ def test_it_leaves_the_number_of_threads_alone(threads, set_threads, team):
 FIRST_CALL = """
 import torch
 torch.set_num_threads({threads})
-from paged_attention_cpu import demo
+from kernels.attention_cpu import demo
 demo()
 assert torch.get_num_threads() == {threads}, torch.get_num_threads()
 import numba
@@ -521,9 +521,9 @@ torch.set_num_threads(2)
 import numba.np.ufunc.parallel as threads
 def no_layer(): raise ValueError("No threading layer could be loaded.")
 threads._launch_threads = no_layer
-from compiled_cpu import use_openmp_team
+from kernels.numba_tools import use_openmp_team
 assert not use_openmp_team(2)
-from paged_attention_cpu import demo
+from kernels.attention_cpu import demo
 demo()
 assert torch.get_num_threads() == 2
 """
@@ -758,7 +758,7 @@ sys.path.insert(0, "tests")
 import torch
 from numba.core import event
 with event.install_recorder("numba:compile") as compiled:
-    from paged_attention_cpu import paged_attention_cpu, write_kv_cpu
+    from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
     from worlds import World
     for query_lens in ([1, 1], [40, 1]):
         world = World(query_lens, [40, 9], dtype=torch.float32)
@@ -784,7 +784,7 @@ import json, sys
 sys.modules["numba"] = None
 sys.path.insert(0, "tests")
 import torch
-from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
 from worlds import World
 world, kv, errors = World([1], [3]), torch.zeros(2, 1, 2, 8).double(), []
 for call in (

@@ -15,7 +15,7 @@ What a production engine does beyond this: a dozen attention backends, chosen by
 generation, the head size and the type of the cache.
 
 vLLM's own table: docs.vllm.ai, "Attention Backend Feature Support".
-Run: python backends.py
+Run: python -m kernels.backends
 Try: resolve_backend("numba", torch.device("cpu"), torch.float16), and read the warning.
 """
 
@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from kernels.triton_decode import INTERPRETED, paged_attention_triton
+from kernels.triton_prefill import HAS_TRITON, write_kv_triton
 from kv_cache import write_kv
 from paged_attention import paged_attention
-from paged_attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
-from paged_attention_triton import INTERPRETED, paged_attention_triton
-from paged_prefill_triton import HAS_TRITON, write_kv_triton
 
 DTYPES = {
     "float32": torch.float32,

@@ -21,7 +21,7 @@ a compiler finds what can be joined, and lets a launch begin before the one befo
 
 Dao et al. 2022, "FlashAttention", arXiv:2205.14135, section 2.1 (operations bound by memory);
 Hazy Research 2025, "Look Ma, No Bubbles" (a launch in a recorded chain: 1.3 us on an H100).
-Run: python fused_triton.py
+Run: python -m kernels.triton_fused
 Try: in the demo, few_rows=0 (which steps change?), or drop `.to(total.dtype.element_ty)` from
 `add_norm_kernel` and run the tests: the norm then sees digits that are not stored.
 """
@@ -39,10 +39,8 @@ from torch import Tensor, nn
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
-from fused_decode_triton import fused_decode_triton, num_arrivals
-from kv_cache import Batch, KVCache, Row, make_batch
-from model import GPT, Attention, GPTConfig
-from paged_prefill_triton import (
+from kernels.triton_fused_decode import fused_decode_triton, num_arrivals
+from kernels.triton_prefill import (
     DTYPES,
     HAS_TRITON,
     INTERPRETED,
@@ -51,13 +49,15 @@ from paged_prefill_triton import (
     tl,
     triton,
 )
-from small_linear_triton import (
+from kernels.triton_small_linear import (
     MOST_NORM_ROWS,
     MOST_ROWS,
     Norm,
     row_statistics,
     small_linear,
 )
+from kv_cache import Batch, KVCache, Row, make_batch
+from model import GPT, Attention, GPTConfig
 
 Forward = Callable[[Batch], Tensor]  # of engine.py: -> logits (M, V) of batch.sample_rows
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (N, in), weight, bias -> (N, out)

@@ -1,6 +1,6 @@
 """A linear layer for few rows against the same in float64: every option, every size of GPT-2.
 
-As in `test_paged_prefill_triton.py` the kernel is compiled where there is a GPU and interpreted
+As in `test_triton_prefill.py` the kernel is compiled where there is a GPU and interpreted
 where not. What lies beside the inputs is NaN, and what lies behind the result is watched.
 """
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
 
-import small_linear_triton as module
-from paged_prefill_triton import HAS_TRITON, INTERPRETED
-from small_linear_triton import linear_tiles, plain_small_linear, small_linear
+from kernels import triton_small_linear as module
+from kernels.triton_prefill import HAS_TRITON, INTERPRETED
+from kernels.triton_small_linear import linear_tiles, plain_small_linear, small_linear
 
 pytestmark = kernel_marks(HAS_TRITON)
 OPTIONS = ["", "norm", "gelu", "residual", "norm gelu", "norm residual", "gelu residual"]

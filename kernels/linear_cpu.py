@@ -22,7 +22,7 @@ What a production engine does beyond this: weights in 8 or 4 bits, matrix instru
 are any, and layers cut by their inputs too, where 16 panels are too few for all threads.
 
 Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication", ACM TOMS 34(3).
-Run: python linear_cpu.py
+Run: python -m kernels.linear_cpu
 Try: `each = 0` in `multiply` (nothing is fetched early), ROWS = 4, or WORDS_AT_ONCE = 3072.
 """
 
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compiled_cpu import (
+from kernels.numba_tools import (
     CACHE_LINE,
     HAS_NUMBA,
     compiled_parallel,
@@ -45,7 +45,7 @@ from compiled_cpu import (
     prange,
     use_openmp_team,
 )
-from vector_cpu import at_most, call, in_all_lanes, lanes, load, power_of_two, store
+from kernels.vector_cpu import at_most, call, in_all_lanes, lanes, load, power_of_two, store
 
 if HAS_NUMBA:
     from llvmlite import binding, ir

@@ -20,7 +20,7 @@ said in the words of vector_cpu.py. What a production engine does beyond this: v
 kind of processor, and one thread team a socket.
 
 Dao et al. 2023, "Flash-Decoding for long-context inference" (chunks and merge).
-Run: python paged_attention_cpu.py
+Run: python -m kernels.attention_cpu
 Try: PREFETCH = False, or CHUNK_LEN = 16, and time experiments/kernels.py again.
 """
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_cpu import (
+from kernels.numba_tools import (
     HAS_NUMBA,
     bits,
     compiled,
@@ -47,9 +47,19 @@ from compiled_cpu import (
     widen,
     workers,
 )
+from kernels.prefill_cpu import attend_prompt, check, write_kv_cpu
+from kernels.vector_cpu import (
+    first,
+    lanes,
+    largest,
+    load,
+    power_of_two,
+    store,
+    store_totals,
+    total,
+    zeros,
+)
 from paged_attention import paged_attention
-from paged_prefill_cpu import attend_prompt, check, write_kv_cpu
-from vector_cpu import first, lanes, largest, load, power_of_two, store, store_totals, total, zeros
 
 __all__ = ["paged_attention_cpu", "write_kv_cpu"]
 

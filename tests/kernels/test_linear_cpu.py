@@ -23,9 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import linear_cpu
-from compiled_cpu import HAS_NUMBA
-from linear_cpu import (
+from kernels import linear_cpu
+from kernels.linear_cpu import (
     PANEL,
     ROWS,
     TURN,
@@ -35,6 +34,7 @@ from linear_cpu import (
     gelu_new,
     multiply,
 )
+from kernels.numba_tools import HAS_NUMBA
 
 DTYPES = [torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -495,7 +495,7 @@ import re, sys
 import llvmlite.binding
 llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
 from numba import float32, uint32
-from linear_cpu import ROWS, TURN, VECTORS, multiply
+from kernels.linear_cpu import ROWS, TURN, VECTORS, multiply
 for word, per_word in ((float32, 1), (uint32, 2)):
     multiply.compile((float32[:, ::1], word[:, :, ::1], float32[::1], float32[:, ::1]))
     code = multiply.inspect_asm(multiply.signatures[-1])
@@ -536,7 +536,7 @@ sys.exit(pytest.main([*sys.argv[1:], "-q", "-n", "0", "-p", "no:cacheprovider"])
 def test_on_a_processor_with_shorter_registers(tmp_path):
     env = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     which = "one_rounding_each or nothing_beside or own_row or by_hand"
-    printed = run(SHORTER, "tests/test_linear_cpu.py", "-k", which, **env)
+    printed = run(SHORTER, "tests/kernels/test_linear_cpu.py", "-k", which, **env)
     assert "passed" in printed and "skipped" not in printed
 
 
@@ -618,7 +618,7 @@ def run(code, *args, **env):
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
-import linear_cpu
+from kernels import linear_cpu
 linear_cpu.demo()
 """
 

@@ -1,7 +1,7 @@
 """The joined decode step against the plain forward: the same logits, the same pool, fewer launches.
 
 The oracle is `eager_forward` of engine.py over model.py. In float64 the two differ by the order of
-sums alone. As in `test_paged_attention_triton.py` the kernels are compiled where there is a GPU and
+sums alone. As in `test_triton_decode.py` the kernels are compiled where there is a GPU and
 interpreted where not; attention is a plain stand-in of the same signature in most tests, since here
 it is everything around it that is tested.
 """
@@ -14,16 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_small_linear_triton import launched_by
+from test_triton_small_linear import launched_by
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
 
-import fused_triton as module
 from block_allocator import BlockAllocator
 from cuda_graphs import Calls, GraphForward, Graphs
 from engine import InferenceEngine, eager_forward
-from fused_decode_triton import fused_decode_triton
-from fused_triton import (
+from kernels import triton_fused as module
+from kernels.triton_fused import (
     Arrivals,
     add_norm,
     can_fuse,
@@ -35,10 +34,11 @@ from fused_triton import (
     plug_for,
     seven_launches,
 )
+from kernels.triton_fused_decode import fused_decode_triton
+from kernels.triton_prefill import HAS_TRITON, INTERPRETED
 from kv_cache import KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
-from paged_prefill_triton import HAS_TRITON, INTERPRETED
 from sampling import SamplingParams
 from scheduler import Scheduler
 

@@ -18,7 +18,7 @@ still runs, weights in 8 or 4 bits.
 
 Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415, section 2 (the tanh
 form); Ba et al. 2016, "Layer Normalization", arXiv:1607.06450, equation 3.
-Run: python small_linear_triton.py
+Run: python -m kernels.triton_small_linear
 Try: `while TILE_OUT > 1` in `linear_tiles` (how many programs?); or let `row_statistics` take the
 mean of the squares minus the square of the mean, and give it rows around 1,000.
 """
@@ -34,7 +34,7 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
-from paged_prefill_triton import INTERPRETED, can_launch, check_launch, tl, triton
+from kernels.triton_prefill import INTERPRETED, can_launch, check_launch, tl, triton
 
 # A tensor core's product has 16 rows. More of them are a matter for a library: its programs read
 # each row of x for 64 outputs, these for 4.

@@ -22,7 +22,7 @@ rows up where they are. What a production engine does beyond this: weights in 8 
 
 Georganas et al. 2020, "Harnessing deep learning via a single building block", IPDPS (products over
 packed weights).
-Run: python packed_linear.py
+Run: python -m kernels.packed_linear
 Try: 1 or 256 rows in the demo; or make `can_use_panels` say no, and compare.
 """
 
@@ -34,7 +34,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from linear_cpu import PanelLinear, can_use_panels
+from kernels.linear_cpu import PanelLinear, can_use_panels
 from model import GPT, GPTConfig, attend_one_sequence
 
 # From which n_embd and from how many rows on it was measured to pay. In float32 a call costs

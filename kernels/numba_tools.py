@@ -14,7 +14,7 @@ What a production engine does beyond this: the same in C++ with intrinsics, a ve
 of processor.
 
 Lam, Pitrou and Seibert 2015, "Numba: a LLVM-based Python JIT compiler", LLVM-HPC.
-Run: python compiled_cpu.py
+Run: python -m kernels.numba_tools
 Try: take "reassoc" out of FASTMATH (a sum must keep its order, and vector registers stay empty), or
 leave out every second line in prefetch, and watch the speed of shuffled blocks.
 """

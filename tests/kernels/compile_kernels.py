@@ -7,7 +7,7 @@ turned into a compilation. What the interpreter forgives (a `break`, a shape tha
 two, a type that changes in a loop) fails here, and the binary tells what no result shows: how many
 registers a kernel takes, whether it spills some of them to memory, how much shared memory it wants.
 
-Run: python tests/compile_kernels.py [--all] [--json]
+Run: python tests/kernels/compile_kernels.py [--all] [--json]
 Try: --kernels prefill --head-sizes 256 --prefill-tiles 64 64 4 3, a tile that is too large
 It prints one line for each kernel and exits with 1 if one of them is over a limit.
 """
@@ -180,8 +180,8 @@ def record_launches(compiled: list) -> None:
 
 def call(case: Case) -> None:
     """One call of the function that an engine calls, with tensors that have no memory."""
-    import paged_attention_triton as decode
-    import paged_prefill_triton as prefill
+    from kernels import triton_decode as decode
+    from kernels import triton_prefill as prefill
 
     if case.kernel == "sample":
         return call_sample(case)
@@ -217,7 +217,7 @@ def call(case: Case) -> None:
 
 def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches) -> None:
     """The same without chunks and with them: two kernels."""
-    from fused_decode_triton import fused_decode_triton, num_arrivals
+    from kernels.triton_fused_decode import fused_decode_triton, num_arrivals
 
     B, lens = len(q), torch.empty(len(q), dtype=torch.int32, device="meta")
     where = lens.long(), lens.new_empty(B, 60), lens
@@ -229,7 +229,7 @@ def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches
 
 def call_sample(case: Case) -> None:
     """The same for the one kernel that is not about attention."""
-    from sampling_triton import sample_triton
+    from kernels.triton_sampling import sample_triton
 
     B = 8
     types = "int64 int64 float32 int32 float64 float32".split()  # seeds, positions, .. min_ps
@@ -240,8 +240,8 @@ def call_sample(case: Case) -> None:
 
 def call_joined(case: Case) -> None:
     """The same for what stands around attention, with all that a call may be given."""
-    from fused_triton import add_norm
-    from small_linear_triton import MOST_NORM_ROWS, small_linear
+    from kernels.triton_fused import add_norm
+    from kernels.triton_small_linear import MOST_NORM_ROWS, small_linear
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
@@ -333,8 +333,8 @@ def parse_args() -> argparse.Namespace:
 
 def use_tiles(args: argparse.Namespace) -> None:
     """Replace the tiles that ship by those of the command line, for all types and head sizes."""
-    import paged_attention_triton as decode
-    import paged_prefill_triton as prefill
+    from kernels import triton_decode as decode
+    from kernels import triton_prefill as prefill
 
     names = ("TILE_Q", "TILE_K", "num_warps", "num_stages")
     if args.decode_tiles:

@@ -13,12 +13,12 @@ results instead of one. They merge by the equations that they were made by:
 
 The query heads that share a head of K and V are rows of one small matrix product, so the shared
 head is read once. The end of the file is the dispatch between this kernel and the one for many
-queries: what an engine calls. (`fused_decode_triton.py` writes the new key and value and merges in
+queries: what an engine calls. (`triton_fused_decode.py` writes the new key and value and merges in
 the same launch.) What a production engine does beyond this: 8-bit keys and values.
 
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov and Gimelshein 2018,
 arXiv:1805.02867, section 3.1: the merge is associative.
-Run: python paged_attention_triton.py
+Run: python -m kernels.triton_decode
 Try: in the demo, a chunk_len of 7, or of 1; or give an absent chunk m = 0 instead of -inf.
 """
 
@@ -32,8 +32,7 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
-from paged_attention import paged_attention
-from paged_prefill_triton import (
+from kernels.triton_prefill import (
     INTERPRETED,
     can_launch,
     check_launch,
@@ -44,6 +43,7 @@ from paged_prefill_triton import (
     triton,
     walk,
 )
+from paged_attention import paged_attention
 
 CHUNK_LEN = 256  # tokens: 4 tiles, long enough that the merge costs little beside the reading
 

@@ -1,6 +1,6 @@
 """Write, attend and merge in one launch, against dense attention in float64, in poisoned pools.
 
-As in `test_paged_attention_triton.py` the kernel is compiled where there is a GPU and interpreted
+As in `test_triton_decode.py` the kernel is compiled where there is a GPU and interpreted
 where not. Here the newest token of each sequence isn't in the pool yet: its slot is NaN, and its k
 and v are in the QKV product. The interpreter runs one program after another, so it shows no race;
 but it can be told to run them in any order.
@@ -31,10 +31,10 @@ from worlds import (
     world_of,
 )
 
-import fused_decode_triton as module
-from fused_decode_triton import fused_decode, fused_decode_triton, num_arrivals
+from kernels import triton_fused_decode as module
+from kernels.triton_fused_decode import fused_decode, fused_decode_triton, num_arrivals
+from kernels.triton_prefill import HAS_TRITON
 from kv_cache import free_memory_bytes, write_kv
-from paged_prefill_triton import HAS_TRITON
 
 pytestmark = kernel_marks(HAS_TRITON)
 CHUNK_LENS = [0, 7, 64, 100]  # no chunks, less than a tile, a tile, more than one

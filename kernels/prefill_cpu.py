@@ -15,8 +15,8 @@ step goes to slot_mapping[n], head by head. What a production engine does beyond
 tile by tile straight from the blocks, with matrix instructions.
 
 Dao et al. 2022, "FlashAttention", arXiv:2205.14135: what the library's kernel does.
-Run: python paged_prefill_cpu.py
-Try: set MANY_QUERIES in paged_attention_cpu.py to 2 or to 1000, and time a prompt.
+Run: python -m kernels.prefill_cpu
+Try: set MANY_QUERIES in kernels/attention_cpu.py to 2 or to 1000, and time a prompt.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compiled_cpu import HAS_NUMBA, compiled, flat, widen
+from kernels.numba_tools import HAS_NUMBA, compiled, flat, widen
 from kv_cache import KVCache, Row, make_batch, write_kv
 from paged_attention import paged_attention
 

@@ -19,7 +19,7 @@ What a production engine does beyond this: the same in C++, and for each kind of
 registers and the instructions that it has.
 
 Kretz and Lindenstruth 2012, "Vc: a C++ library for explicit vectorization", SPE 42(11).
-Run: python vector_cpu.py
+Run: python -m kernels.vector_cpu
 Try: give power_of_two a term less and watch its error.
 """
 
@@ -28,7 +28,7 @@ import operator
 
 import numpy as np
 
-from compiled_cpu import HAS_NUMBA, compiled
+from kernels.numba_tools import HAS_NUMBA, compiled
 
 if HAS_NUMBA:
     from llvmlite import ir

@@ -17,7 +17,7 @@ position looks its block up in the table. What a production engine does beyond t
 copies and products written by hand for each GPU (FlashAttention-3), 8-bit keys and values.
 
 Dao 2023, "FlashAttention-2", arXiv:2307.08691, sections 3.1 and 3.2.
-Run: python paged_prefill_triton.py
+Run: python -m kernels.triton_prefill
 Try: a TILE_Q of 8 in `prefill_tiles` (how many programs, how many tokens read?), or drop the `+ i`
 in `find_sequence` and see whose rows are lost.
 """
@@ -282,7 +282,7 @@ def paged_prefill_triton(
     """`paged_attention` of paged_attention.py for any batch, one launch; returns (N, H, D).
 
     With `skip_decode` the rows of sequences with exactly one query are left as they are: the
-    decode kernel of paged_attention_triton.py writes them.
+    decode kernel of kernels/triton_decode.py writes them.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     check_launch(q=q, k_cache=k_cache, v_cache=v_cache, out=out)

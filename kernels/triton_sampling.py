@@ -21,7 +21,7 @@ row while a batch is small; the draw inside the product that makes the logits.
 
 Alabi et al. 2012, "Fast k-Selection Algorithms for Graphics Processing Units", JEA 17 (radix
 select: the k-th largest, a few bits at a time, without a sort).
-Run: python sampling_triton.py
+Run: python -m kernels.triton_sampling
 Try: in the demo, .bfloat16() behind the logits (why does the search take more walks?), or a top_k
 of 1, which needs a sort even less.
 """
@@ -36,8 +36,8 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
+from kernels.triton_prefill import INTERPRETED, can_launch, check_launch, tl, triton
 from kv_cache import to_device
-from paged_prefill_triton import INTERPRETED, can_launch, check_launch, tl, triton
 from sampling import (
     GREEDY_BELOW,
     SampleRow,

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import packed_linear
 from baselines import attend_without_cache
-from linear_cpu import PanelLinear, can_use_panels
+from kernels import packed_linear
+from kernels.linear_cpu import PanelLinear, can_use_panels
+from kernels.packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, is_packed, pack
 from llm import LLM, SamplingParams
 from model import ACTIVATIONS, GPT, GPTConfig
-from packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, is_packed, pack
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number; bfloat16 has 8 bits
 

@@ -19,7 +19,7 @@ The plain twin is `fused_decode`, two lines of PyTorch. What a production engine
 in the same launch it rotates q and k (GPT-2 has nothing to rotate) and rounds K and V to 8 bits.
 
 NVIDIA, CUDA C++ Programming Guide, "Memory Fence Functions": a sum that whoever is last completes.
-Run: python fused_decode_triton.py
+Run: python -m kernels.triton_fused_decode
 Try: in the demo, a chunk_len of 1; or arrived[0] = 1 before the first step (it is a's: at which
 step does it matter?).
 """
@@ -35,10 +35,8 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
 
-from kv_cache import write_kv
-from paged_attention import paged_attention
-from paged_attention_triton import choose_chunk_len, decode_tiles
-from paged_prefill_triton import (
+from kernels.triton_decode import choose_chunk_len, decode_tiles
+from kernels.triton_prefill import (
     INTERPRETED,
     can_launch,
     check_launch,
@@ -48,6 +46,8 @@ from paged_prefill_triton import (
     triton,
     walk,
 )
+from kv_cache import write_kv
+from paged_attention import paged_attention
 
 MOST_GROUP_ROWS = 16  # heads in one product: as many as a tensor core multiplies at one price
 

@@ -25,10 +25,10 @@ from worlds import (
     world_of,
 )
 
-import paged_prefill_triton as module
+from kernels import triton_prefill as module
+from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton, write_kv_triton
 from kv_cache import KVCache, free_memory_bytes, write_kv
 from paged_attention import paged_attention
-from paged_prefill_triton import HAS_TRITON, paged_prefill_triton, write_kv_triton
 
 pytestmark = kernel_marks(HAS_TRITON)
 
