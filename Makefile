@@ -32,7 +32,7 @@ gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 
 
 train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \
-	$(RUN) train_tiny.py --text $(TEXT) --resume
+	$(RUN) checkpoints/train_tiny.py --text $(TEXT) --resume
 
 $(VENV)/runs: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'

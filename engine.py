@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
+from checkpoints.tokenizer import Tokenizer
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
 from outputs import OutputProcessor, StepOutput
@@ -38,7 +39,6 @@ from paged_attention import paged_attention
 from sampling import SampleRow, SamplingParams, child_seed, conclude, draw_tokens
 from scheduler import Scheduler
 from sequence import Continuation, Plan, Request, Sequence
-from tokenizer import Tokenizer
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence

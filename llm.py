@@ -33,10 +33,11 @@ import torch
 from tqdm import tqdm
 
 from block_allocator import BlockAllocator
-from checkpoint import load_model, weights_kind
+from checkpoints.hub import find_folder
+from checkpoints.load import load_model, weights_kind
+from checkpoints.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from cuda_graphs import GraphForward, recorded_sizes, rehearse
 from engine import Forward, InferenceEngine, eager_forward
-from hub import find_folder
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.packed_linear import pack
 from kernels.triton_fused import fused_forward
@@ -48,7 +49,6 @@ from plan_ahead import AheadEngine
 from policies import first_come_first_served
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
-from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 

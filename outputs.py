@@ -27,10 +27,10 @@ from pathlib import Path
 from torch import Tensor
 
 from block_allocator import BlockAllocator
+from checkpoints.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, save_vocabulary
 from sampling import Logprob, SamplingParams, prompt_logprobs
 from scheduler import Scheduler
 from sequence import FINISHED, Continuation, Plan, Request, Scheduled, Sequence
-from tokenizer import StreamDecoder, Tokenizer, load_tokenizer, save_vocabulary
 
 
 @dataclass

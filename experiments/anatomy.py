@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch  # noqa: E402
 
-from checkpoint import load_model, weights_kind  # noqa: E402
+from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import best_reader, resolve, set_threads, timer  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402

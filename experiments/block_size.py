@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 
 from block_allocator import BlockAllocator  # noqa: E402
-from checkpoint import load_model, weights_kind  # noqa: E402
+from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import roads  # noqa: E402
 from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
 from kernels.packed_linear import pack  # noqa: E402

@@ -31,7 +31,7 @@ from baselines import (
     reserve_power_of_two,
 )
 from block_allocator import BlockAllocator
-from checkpoint import load_model, weights_kind
+from checkpoints.load import load_model, weights_kind
 from engine import InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
 from kernels.packed_linear import pack

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from checkpoint import load_model, weights_kind  # noqa: E402
+from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import set_threads, warm_up  # noqa: E402
 from experiments.kernels import parse_shape  # noqa: E402

@@ -42,7 +42,7 @@ from baselines import (  # noqa: E402
     reserve_power_of_two,
 )
 from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
-from checkpoint import RANDOM_SHAPES  # noqa: E402
+from checkpoints.load import RANDOM_SHAPES  # noqa: E402
 from kernels.backends import DTYPES  # noqa: E402
 from llm import LLM, SamplingParams  # noqa: E402
 from model import GPTConfig  # noqa: E402

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from checkpoint import load_model, weights_kind  # noqa: E402
+from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import transformers_loop  # noqa: E402
 from experiments.ceilings import resolve, set_threads  # noqa: E402
 from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402

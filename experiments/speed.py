@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoint import load_model, weights_kind  # noqa: E402
+from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import roads, transformers_loop  # noqa: E402
 from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402

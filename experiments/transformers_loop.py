@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from checkpoint import CONV1D
+from checkpoints.load import CONV1D
 from model import GPT
 
 

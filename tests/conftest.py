@@ -22,6 +22,8 @@ import pytest
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+# A child process finds the files under test wherever it is started.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 # The models are small: a second thread costs more than it brings, and 50 times more where the other
 # core is busy, because the two wait for each other thousands of times a second.
 torch.set_num_threads(1)

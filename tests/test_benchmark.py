@@ -16,7 +16,7 @@ from conftest import ROOT
 from torch import nn
 
 import benchmark
-from checkpoint import load_model
+from checkpoints.load import load_model
 from experiments import (
     anatomy,
     ceilings,

@@ -7,16 +7,14 @@ against the dumbest model that is right: a list for the free blocks, a dict for 
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from block_allocator import BlockAllocator, NoFreeBlocks, draw_pool
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def books(allocator):

@@ -17,7 +17,8 @@ from transformers import GPT2LMHeadModel
 
 from baselines import generate_contiguous, generate_no_cache
 from block_allocator import BlockAllocator
-from checkpoint import load_model, save_model
+from checkpoints.load import load_model, save_model
+from checkpoints.tokenizer import load_tokenizer, save_vocabulary
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.backends import BACKENDS, resolve_backend
 from kv_cache import KVCache
@@ -26,7 +27,6 @@ from model import attend_one_sequence
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import RUNNING, WAITING, Continuation
-from tokenizer import load_tokenizer, save_vocabulary
 
 GREEDY = {"temperature": 0}
 UNLIMITED = 10_000  # tokens in a step: more than any test has

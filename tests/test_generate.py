@@ -11,22 +11,21 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
-import checkpoint
 import generate
-from checkpoint import save_model
+from checkpoints import load
+from checkpoints.load import save_model
+from checkpoints.tokenizer import save_vocabulary
 from generate import OPENINGS, main, parse_args
 from kernels.backends import BACKENDS
 from llm import LLM, EngineConfig, SamplingParams
 from model import GPT, GPTConfig
-from tokenizer import save_vocabulary
 
-ROOT = Path(generate.__file__).parent
 SMALL_POOL = ["--num-blocks", "64"]  # quick to allocate
 SUMMARY = re.compile(
     r"(\d+) tokens in ([\d.]+) s: ([\d.]+) tokens/s \(([^,]+), ([^,]+), ([^,]+)\)\n"
@@ -296,7 +295,7 @@ def test_a_single_prompt_with_jsonl_is_not_streamed():
 
 
 def test_random_weights_are_called_random(monkeypatch, tmp_path):
-    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "gpt2", (1, 2, 32))
+    monkeypatch.setitem(load.RANDOM_SHAPES, "gpt2", (1, 2, 32))
     (tmp_path / "p.jsonl").write_text('{"prompt": [1, 2], "max_tokens": 2}\n')
     flags = ["--model", "random:gpt2", "--file", tmp_path / "p.jsonl", *SMALL_POOL]
     _, err = run_main(*flags)

@@ -14,15 +14,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
-import checkpoint
-from checkpoint import load_model, save_model
-from hub import find_folder
+from checkpoints.hub import find_folder
+from checkpoints.load import load_model, save_model
 from llm import LLM, SamplingParams
 from model import GPT, GPTConfig, attend_one_sequence
 
@@ -161,11 +160,10 @@ def facts(data_folder):
 def real_folder(name):
     """Where the hub's cache has a model. Fetched first only if that was asked for."""
     if name == "gpt2" and os.environ.get("PAGEDGPT_TEST_GPT2") == "1":
-        script = "import sys; from hub import find_folder; find_folder(sys.argv[1])"
+        script = "import sys; from checkpoints.hub import find_folder; find_folder(sys.argv[1])"
         # In a process of its own: the tests are offline, which the library reads once.
         env = os.environ | {"HF_HUB_OFFLINE": "0"}
-        root = Path(checkpoint.__file__).parent
-        subprocess.run([sys.executable, "-c", script, name], cwd=root, env=env, check=True)
+        subprocess.run([sys.executable, "-c", script, name], cwd=ROOT, env=env, check=True)
     try:
         return find_folder(name)
     except ValueError as error:

@@ -16,7 +16,7 @@ import torch
 from worlds import DEVICE, SEED, needs_gpu
 
 from block_allocator import BlockAllocator
-from checkpoint import load_model
+from checkpoints.load import load_model
 from cuda_graphs import SIZES, Calls, GraphForward, Graphs, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
 from experiments.serving import profile_llm

@@ -446,7 +446,7 @@ def test_a_compiled_peer_keeps_one_cache_for_each_number_of_sequences(
     shipped_model_folder, monkeypatch
 ):
     pytest.importorskip("transformers")
-    from checkpoint import load_model
+    from checkpoints.load import load_model
 
     compiled = []
 

@@ -10,11 +10,12 @@ import json
 import pytest
 import torch
 
-import checkpoint
 import kv_cache
 import llm as llm_module
 from baselines import generate_no_cache
-from checkpoint import load_model, save_model
+from checkpoints import load
+from checkpoints.load import load_model, save_model
+from checkpoints.tokenizer import save_vocabulary
 from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
@@ -23,7 +24,6 @@ from llm import LLM, EngineConfig, RequestOutput, SamplingParams
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
 from plan_ahead import AheadEngine
-from tokenizer import save_vocabulary
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 SHAPE = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -244,7 +244,7 @@ def test_serving_a_gpt_object_changes_nothing_about_it(tiny_gpt):
 
 
 def test_random_shapes_say_that_their_weights_are_random(monkeypatch):
-    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "gpt2", (2, 2, 32))
+    monkeypatch.setitem(load.RANDOM_SHAPES, "gpt2", (2, 2, 32))
     llm = LLM("random:gpt2", num_blocks=8)
     assert (llm.model_name, llm.weights) == ("random:gpt2", "random weights")
     assert llm.tokenizer is None

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoint import load_model, save_model
+from checkpoints.load import load_model, save_model
 from model import GPT, GPTConfig, attend_one_sequence
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}

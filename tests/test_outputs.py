@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
 from block_allocator import BlockAllocator
+from checkpoints.tokenizer import BYTE_TO_CHAR, load_tokenizer, save_vocabulary
 from engine import InferenceEngine
 from kv_cache import KVCache
 from outputs import CompletionOutput, RequestOutput
 from sampling import SamplingParams
 from scheduler import Scheduler
-from tokenizer import BYTE_TO_CHAR, load_tokenizer, save_vocabulary
 
 BYTE_IDS = {byte: token_id for token_id, byte in enumerate(BYTE_TO_CHAR)}  # of a plain vocabulary
 EOS = 256  # behind the 256 bytes

@@ -24,6 +24,7 @@ from worlds import DEVICE, SEED, needs_gpu
 
 import plan_ahead
 from block_allocator import BlockAllocator
+from checkpoints.tokenizer import load_tokenizer, save_vocabulary
 from cuda_graphs import Calls, GraphForward, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.triton_decode import INTERPRETED, paged_attention_triton
@@ -35,7 +36,6 @@ from plan_ahead import AheadEngine
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
 from sequence import FINISHED, RUNNING, WAITING, Continuation
-from tokenizer import load_tokenizer, save_vocabulary
 
 UNLIMITED = 10_000  # tokens in a step: more than any test has
 MAX_SEQ_LEN = 64
@@ -1217,7 +1217,7 @@ def test_the_gpus_sampler_without_recorded_steps_draws_the_same():
 @pytest.mark.parametrize("num_blocks", [400, 24])
 def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, num_blocks):
     """In float64, so that the shape of a batch decides no token; the sampler gets 32 bits."""
-    from checkpoint import load_model
+    from checkpoints.load import load_model
 
     model = load_model(shipped_model_folder, torch.float64, DEVICE)
     tokenizer, config = load_tokenizer(shipped_model_folder), model.config

@@ -6,7 +6,7 @@ from test_benchmark import pick, run
 
 import benchmark
 from baselines import generate_contiguous, generate_no_cache
-from checkpoint import load_model
+from checkpoints.load import load_model
 from experiments import roads, speed, transformers_loop
 from experiments.transformers_loop import Theirs
 from llm import LLM, SHIPPED_MODEL

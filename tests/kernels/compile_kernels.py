@@ -7,7 +7,7 @@ turned into a compilation. What the interpreter forgives (a `break`, a shape tha
 two, a type that changes in a loop) fails here, and the binary tells what no result shows: how many
 registers a kernel takes, whether it spills some of them to memory, how much shared memory it wants.
 
-Run: python tests/kernels/compile_kernels.py [--all] [--json]
+Run: PYTHONPATH=. python tests/kernels/compile_kernels.py [--all] [--json]
 Try: --kernels prefill --head-sizes 256 --prefill-tiles 64 64 4 3, a tile that is too large
 It prints one line for each kernel and exits with 1 if one of them is over a limit.
 """
@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Bytes of shared memory that one program may have: sm_80 is an A100, sm_90 an H100 or H200.
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}

@@ -10,10 +10,10 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import worlds
@@ -32,7 +32,6 @@ from scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not HAS_NUMBA, reason="the kernel of the CPU needs numba")
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16"])
 

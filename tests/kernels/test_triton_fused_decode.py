@@ -12,10 +12,10 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from worlds import (
     ALL_DTYPES,
     BLOCK_SIZES,
@@ -690,10 +690,11 @@ def test_partial_results_are_stored_then_all_threads_meet_then_one_counts(target
     In 32 bits and of size 16 nothing else makes the threads meet there; elsewhere something does.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/kernels'}"
     script = COMPILE.format(target=target, dtype=dtype, head_dim=head_dim)
     ptx = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         encoding="utf-8",

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-import train_tiny
-from checkpoint import load_model
-from model import GPT, GPTConfig, attend_one_sequence
-from train_tiny import (
+from checkpoints import train_tiny
+from checkpoints.load import load_model
+from checkpoints.train_tiny import (
     END_OF_TEXT,
     attend_windows,
     batch_at,
@@ -30,6 +29,7 @@ from train_tiny import (
     read_tales,
     train_tokenizer,
 )
+from model import GPT, GPTConfig, attend_one_sequence
 
 WORDS = "the wolf and a fox met old grandmother in dark wood where no bird sang".split()
 

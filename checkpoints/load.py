@@ -17,8 +17,8 @@ whoever prints such a figure has to say so (`weights_kind`). What a production e
 this: dozens of architectures, quantised files, loading straight to a GPU.
 
 Radford et al. 2019 (GPT-2); its names and layout: github.com/huggingface/transformers.
-Run: python checkpoint.py [a folder, a ckpt.pt, or a name on the hub: what is in it]
-Try: delete one name from CONV1D and read the refusal; or `python checkpoint.py random:gpt2-xl`.
+Run: python -m checkpoints.load [a folder, a ckpt.pt, or a name on the hub: what is in it]
+Try: delete one name from CONV1D and read the refusal; or describe `random:gpt2-xl`.
 """
 
 import importlib.util
@@ -32,10 +32,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hub import find_folder
+from checkpoints.hub import find_folder
+from checkpoints.untrusted import MOST_SHOWN, read_json, shown
+from checkpoints.weight_files import Stored, catalogue, model_args, read
 from model import GPT, GPTConfig, attend_one_sequence
-from untrusted import MOST_SHOWN, read_json, shown
-from weight_files import Stored, catalogue, model_args, read
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # the leading dot spares `.attn.c_attn.bias`
@@ -325,6 +325,6 @@ if __name__ == "__main__":
         try:
             describe(sys.argv[1])
         except ValueError as error:
-            raise SystemExit(f"checkpoint.py: {error}") from None
+            raise SystemExit(f"checkpoints/load.py: {error}") from None
     else:
         demo()

@@ -15,7 +15,7 @@ Every thirtieth tale is held out and never seen: not by the training, not by the
 Checkpoints are written every few minutes; `--resume` goes on from the last one with the same
 batches as if nothing had happened, because a batch is a function of (seed, step).
 
-Run: python train_tiny.py --text FOLDER_OF_TXT --out assets/tiny-gpt2
+Run: python -m checkpoints.train_tiny --text FOLDER_OF_TXT --out assets/tiny-gpt2
 Try: --dropout 0 (watch the held-out loss turn back up while the training loss falls), or --no-long
 (every window 256 tokens: the loss at positions 512 to 1,023 stays above that of the first 256).
 """
@@ -33,11 +33,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import save_model
+from checkpoints.load import save_model
 from llm import LLM, SamplingParams
 from model import GPT, Attend, GPTConfig
 
-CARD = Path(__file__).parent / "assets" / "CARD.md"  # the model card, with names for its numbers
+CARD = (
+    Path(__file__).parents[1] / "assets" / "CARD.md"
+)  # the model card, with names for its numbers
 END_OF_TEXT = "<|endoftext|>"
 STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "‑": "-", "…": "..."})
 

@@ -18,9 +18,15 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import vocabulary as vocabulary_file
-from tokenizer import load_tokenizer, save_vocabulary
-from vocabulary import BYTE_TO_CHAR, END_OF_TEXT, AddedToken, Vocabulary, read_vocabulary
+from checkpoints import vocabulary as vocabulary_file
+from checkpoints.tokenizer import load_tokenizer, save_vocabulary
+from checkpoints.vocabulary import (
+    BYTE_TO_CHAR,
+    END_OF_TEXT,
+    AddedToken,
+    Vocabulary,
+    read_vocabulary,
+)
 
 DATA = Path(os.environ.get("PAGEDGPT_DATA", "no such folder")) / "tokenizer"
 NEEDS_DATA = pytest.mark.skipif(

@@ -19,7 +19,7 @@ stays the commit that came first, `gpt2@COMMIT` asks for another. What a product
 beyond this: quantised variants, object stores, weights streamed from the network into the GPU.
 
 Layout of the cache: huggingface.co/docs/huggingface_hub/guides/manage-cache
-Run: python hub.py
+Run: python -m checkpoints.hub
 Try: let `is_whole` look for the index alone, and see which line of the demo lies; or set
 HF_HUB_OFFLINE=1 and ask find_folder for "gpt2".
 """
@@ -34,7 +34,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 
-from weight_files import WEIGHT_FILES, read_index
+from checkpoints.weight_files import WEIGHT_FILES, read_index
 
 # The names that everybody writes, and the repositories that the hub sends them to.
 ALIASES = {

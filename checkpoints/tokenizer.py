@@ -17,7 +17,7 @@ depends on its neighbours), and decoding in another process than the one that fe
 
 Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units",
 arXiv:1508.07909, section 3.2 (the merges); Radford et al. 2019 (GPT-2), section 2.2 (on bytes).
-Run: python tokenizer.py
+Run: python -m checkpoints.tokenizer
 Try: take the merge of S and T out of the demo's list and see what is held back then; or let
 `_search` hold nothing back (`keep = len(window)`), and watch "STOP" walk through in two halves.
 """
@@ -34,7 +34,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's rule for cutting a text into words
 
-from vocabulary import (
+from checkpoints.vocabulary import (
     BYTE_TO_CHAR,
     END_OF_TEXT,
     AddedToken,
@@ -232,7 +232,7 @@ class StreamDecoder:
 
 # --------------------------------------------------------------------------------------------------
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer of a model's folder, from the files that `vocabulary.py` reads.
+    """The tokenizer of a model's folder, from the files that `checkpoints/vocabulary.py` reads.
 
     Returns None for a folder without (a model can run on ids alone). Raises ValueError, naming the
     file, when one of them is missing or damaged, or asks for what would give other ids.

@@ -15,7 +15,7 @@ Only then does PyTorch load it, as views of the mapped file. What a production e
 this: it refuses pickles altogether, since safetensors exists.
 
 The machine: Python's `pickletools`; the danger: docs.python.org/3/library/pickle.html.
-Run: python untrusted.py
+Run: python -m checkpoints.untrusted
 Try: write "__builtin__ bytearray" into CALLED too, and 2**30 for the demo's 2**40 (what is its peak
 memory then?); or lower MOST_VALUES until an honest file of weights is refused.
 """

@@ -22,9 +22,9 @@ import torch
 from fuzz_checkpoints import SECONDS, fuzz, in_a_child, verdict, write_shards, write_zip
 from safetensors.torch import load_file, save, save_file
 
-from checkpoint import CONV1D, load_model, save_model
+from checkpoints.load import CONV1D, load_model, save_model
+from checkpoints.weight_files import catalogue, model_args, read
 from model import GPT, GPTConfig
-from weight_files import catalogue, model_args, read
 
 SHAPE = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
 MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144)

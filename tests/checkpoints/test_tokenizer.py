@@ -20,8 +20,8 @@ from tiktoken_ext.openai_public import gpt2
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import tokenizer as tokenizer_file
-from tokenizer import (
+from checkpoints import tokenizer as tokenizer_file
+from checkpoints.tokenizer import (
     GPT2_FILES,
     StreamDecoder,
     Tokenizer,
@@ -29,7 +29,7 @@ from tokenizer import (
     load_tokenizer,
     save_vocabulary,
 )
-from vocabulary import END_OF_TEXT, AddedToken, Vocabulary
+from checkpoints.vocabulary import END_OF_TEXT, AddedToken, Vocabulary
 
 WITHOUT_DEADLINE = settings(deadline=None)  # a busy machine is no reason to fail
 DATA = Path(os.environ.get("PAGEDGPT_DATA", "no such folder")) / "tokenizer"
@@ -166,7 +166,9 @@ def test_the_files_of_gpt2_give_the_published_ids(tmp_path):
     for vector in vectors:
         assert gpt2.encode(vector["text"]) == vector["ids"], vector
         assert gpt2.decode(vector["ids"]) == vector["text"], vector
-    assert sum(is_piece(gpt2.token_bytes(i)) for i in range(50256)) == 344  # tokenizer.py says so
+    assert (
+        sum(is_piece(gpt2.token_bytes(i)) for i in range(50256)) == 344
+    )  # checkpoints/tokenizer.py says so
 
 
 # ---- Special, unknown and broken -----------------------------------------------------------------

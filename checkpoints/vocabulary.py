@@ -17,7 +17,7 @@ fluent nonsense. What a production engine does beyond this: normalizers, other r
 words, WordPiece and Unigram vocabularies.
 
 Format: github.com/huggingface/tokenizers, and transformers' `save_pretrained` since version 2.
-Run: python vocabulary.py
+Run: python -m checkpoints.vocabulary
 Try: give the demo's [PAD] the content "ab", which the merges make already, and read which id it has
 to have; or take the merge "Ġ ab" out of the list, and a token is left that nothing makes.
 """
@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from untrusted import read_json, read_text, shown
+from checkpoints.untrusted import read_json, read_text, shown
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")

@@ -7,7 +7,7 @@ function of one number, its seed: bits, runs, cuts and splices anywhere in a fil
 know the format (JSON values, the opcodes of a pickle, the entries of a zip), because most of what
 is damaged blindly is already refused at the door.
 
-Run: python tests/fuzz_checkpoints.py [--count 10000] [--first 0]
+Run: PYTHONPATH=. python tests/checkpoints/fuzz_checkpoints.py [--count 10000] [--first 0]
 Try: --first 1234 --count 1, the one seed that a failure named.
 It prints how many were loaded and refused for each format and exits with 1 if anything else came.
 """
@@ -35,12 +35,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_model, save_model
+from checkpoints.load import load_model, save_model
 from model import GPT, GPTConfig
 
 SECONDS = 20  # for one load, on a machine that is busy with other things

@@ -16,9 +16,9 @@ would stand in memory beside the copies that are made of them: 1 GB for a model 
 production engine does beyond this: reads straight into a GPU's memory, several files at once.
 
 Formats: github.com/huggingface/safetensors; docs.pytorch.org, `torch.load`; nanoGPT's `train.py`.
-Run: python weight_files.py
+Run: python -m checkpoints.weight_files
 Try: save one tensor into both shards of the demo; or count what `MAPPED_BYTES = 1 << 40` costs in
-memory (`/usr/bin/time -v python checkpoint.py FOLDER`).
+memory (`/usr/bin/time -v python -m checkpoints.load FOLDER`).
 """
 
 import json
@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from untrusted import read_json, require_file, shown, unpickle
+from checkpoints.untrusted import read_json, require_file, shown, unpickle
 
 # In the order of trust: where a folder holds several, they are copies of the same weights.
 WEIGHT_FILES = (

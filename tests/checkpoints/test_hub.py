@@ -29,13 +29,13 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from conftest import ROOT
 
-from checkpoint import load_model, save_model
-from hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name, shard_names
+from checkpoints.hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name, shard_names
+from checkpoints.load import load_model, save_model
+from checkpoints.tokenizer import save_vocabulary
 from model import GPT, GPTConfig
-from tokenizer import save_vocabulary
 
-ROOT = Path(__file__).resolve().parent.parent
 OLD, NEW = "a" * 40, "b" * 40  # two commits
 CONFIG = b'{"model_type": "gpt2"}'
 SMALL = {"config.json": CONFIG, "model.safetensors": b"weights " * 40}
@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
 # ---- a user's process ----------------------------------------------------------------------------
 WORKER = """
 import json, signal, sys, time
-from hub import find_folder
+from checkpoints.hub import find_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 print("ready", flush=True)
 for line in sys.stdin:

@@ -20,15 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from fuzz_checkpoints import write_shards
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-import checkpoint
-from checkpoint import CONV1D, load_model, save_model, weights_kind
+from checkpoints import load
+from checkpoints.load import CONV1D, load_model, save_model, weights_kind
 from model import GPT, GPTConfig, attend_one_sequence
-
-ROOT = Path(checkpoint.__file__).parent
 
 SHAPE = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
 CONFIG = GPTConfig(**SHAPE, eos_token_id=60)
@@ -644,7 +643,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from checkpoint import load_model, save_model
+from checkpoints.load import load_model, save_model
 from model import GPT, GPTConfig
 
 def mb(field):
@@ -671,11 +670,13 @@ def in_a_fresh_process(folder, dtype):
     return float(run.stdout.split()[-1])
 
 
-# ---- python checkpoint.py NAME -------------------------------------------------------------------
+# ---- python -m checkpoints.load NAME -------------------------------------------------------------
 def describe(name, *flags):
-    command = [sys.executable, *flags, str(ROOT / "checkpoint.py"), str(name)]
+    command = [sys.executable, *flags, "-m", "checkpoints.load", str(name)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, env=env)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120, env=env
+    )
 
 
 def test_the_shipped_model_is_described_and_agrees_with_transformers(shipped_model_folder):
@@ -691,7 +692,7 @@ def test_the_shipped_model_is_described_and_agrees_with_transformers(shipped_mod
 
 def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, capsys):
     """61 x 48 + 32 x 48 + 2 x 28,272 + 96 parameters; 2 x 2 x 48 numbers of K and V a token."""
-    checkpoint.describe(str(folder))
+    load.describe(str(folder))
     out = capsys.readouterr().out
     assert "61,104" in out  # parameters
     assert "122,208" in out and "244,416" in out  # bytes in 16 and 32 bits
@@ -701,21 +702,21 @@ def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, capsys):
 
 def test_without_transformers_the_description_says_so(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    checkpoint.describe(str(folder))
+    load.describe(str(folder))
     assert "not installed" in capsys.readouterr().out
 
 
 def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, capsys):
     spoiled = copy.deepcopy(load_model(folder))
     spoiled.h[1].mlp.c_proj.weight.mul_(1.1)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **kwargs: spoiled)
+    monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: spoiled)
     with pytest.raises(ValueError, match="differ from transformers"):
-        checkpoint.describe(str(folder))
+        load.describe(str(folder))
 
 
 def test_a_nanogpt_checkpoint_is_described_too(model, tmp_path, capsys):
     save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
-    checkpoint.describe(str(tmp_path / "ckpt.pt"))
+    load.describe(str(tmp_path / "ckpt.pt"))
     assert "61,104" in capsys.readouterr().out
 
 
@@ -723,7 +724,7 @@ def test_what_is_refused_is_one_sentence_on_the_command_line_too(tmp_path):
     run = describe(tmp_path)
     assert run.returncode == 1 and run.stdout == ""
     (line,) = run.stderr.splitlines()
-    assert line.startswith("checkpoint.py: ") and str(tmp_path) in line
+    assert line.startswith("checkpoints/load.py: ") and str(tmp_path) in line
 
 
 # ---- dtypes and copies ---------------------------------------------------------------------------
@@ -770,7 +771,7 @@ def test_a_loaded_model_does_not_change_when_its_file_is_rewritten(dtype, folder
 
 # ---- random weights ------------------------------------------------------------------------------
 def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
-    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "small", (1, 2, 16))
+    monkeypatch.setitem(load.RANDOM_SHAPES, "small", (1, 2, 16))
     torch.manual_seed(0)
     first = load_model("random:small")
     torch.manual_seed(1)
@@ -782,7 +783,7 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
 
 
 def test_random_weights_come_in_the_dtype_asked_for(monkeypatch):
-    monkeypatch.setitem(checkpoint.RANDOM_SHAPES, "small", (1, 2, 16))
+    monkeypatch.setitem(load.RANDOM_SHAPES, "small", (1, 2, 16))
     loaded = load_model("random:small", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.wte.weight
@@ -798,7 +799,7 @@ def test_random_weights_come_in_the_dtype_asked_for(monkeypatch):
     ],
 )
 def test_the_random_shapes_are_those_of_the_four_gpt2s(name, num_parameters):
-    n_layer, n_head, n_embd = checkpoint.RANDOM_SHAPES[name]
+    n_layer, n_head, n_embd = load.RANDOM_SHAPES[name]
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert model.num_parameters() == num_parameters
