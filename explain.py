@@ -34,11 +34,11 @@ from engine import Forward, InferenceEngine, eager_forward
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT, GPTConfig
 from outputs import StepOutput
-from plan_ahead import AheadEngine
 from roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Plan
+from speedups.plan_ahead import AheadEngine
 
 # The floors' lines in the table.
 TITLES = {

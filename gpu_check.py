@@ -50,13 +50,13 @@ CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
 TESTS = ["tests/kernels/test_triton_prefill.py", "tests/kernels/test_triton_decode.py"]
 # Of these only what nothing but a GPU can show: the rest runs without one.
 ENGINE_TESTS = [
-    "tests/test_cuda_graphs.py",
+    "tests/speedups/test_cuda_graphs.py",
     "tests/kernels/test_triton_sampling.py",
-    "tests/test_gpu_engine.py",
+    "tests/speedups/test_gpu_engine.py",
     "tests/kernels/test_triton_fused_decode.py",
     "tests/kernels/test_triton_small_linear.py",
     "tests/kernels/test_triton_fused.py",
-    "tests/test_plan_ahead.py",
+    "tests/speedups/test_plan_ahead.py",
 ]
 KERNEL_FILES = ["kernels.triton_prefill", "kernels.triton_decode", "kernels.triton_sampling"]
 KERNEL_FILES += ["kernels.triton_fused_decode", "kernels.triton_small_linear"]

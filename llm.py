@@ -36,7 +36,6 @@ from block_allocator import BlockAllocator
 from checkpoints.hub import find_folder
 from checkpoints.load import load_model, weights_kind
 from checkpoints.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
-from cuda_graphs import GraphForward, recorded_sizes, rehearse
 from engine import Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.packed_linear import pack
@@ -45,10 +44,11 @@ from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kv_cache import KVCache, choose_num_blocks
 from model import GPT
 from outputs import RequestOutput
-from plan_ahead import AheadEngine
 from policies import first_come_first_served
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
+from speedups.cuda_graphs import GraphForward, recorded_sizes, rehearse
+from speedups.plan_ahead import AheadEngine
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 

@@ -31,10 +31,10 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import Batch, KVCache
 from outputs import StepOutput
-from plan_ahead import AheadEngine
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import FINISHED, Sequence
+from speedups.plan_ahead import AheadEngine
 
 FORMAT, VERSION = "PagedGPT recording", 1
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from cuda_graphs import GraphForward, recorded_sizes
 from engine import Forward, InferenceEngine, eager_forward
 from experiments import peers
 from experiments.transformers_loop import Theirs
@@ -33,6 +32,7 @@ from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT
 from sampling import draw_tokens
 from scheduler import Scheduler
+from speedups.cuda_graphs import GraphForward, recorded_sizes
 
 EAGER, RECORDED, FUSED = "eager", "recorded", "recorded, fused"
 SMALL, CONTIGUOUS = "recorded, fused, small linears", "recorded, contiguous"

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import benchmark
-from cuda_graphs import GraphForward
 from engine import eager_forward
 from experiments import latency, peers, profiles, roads, serving, steps, transformers_loop
 from experiments.profiles import MARK, Event, busy_us, count
@@ -35,6 +34,7 @@ from experiments.transformers_loop import Theirs
 from kernels.triton_prefill import INTERPRETED
 from kv_cache import write_kv
 from results import read
+from speedups.cuda_graphs import GraphForward
 
 TINY = "--device cpu --batches 1 3 --contexts 9 --steps 2 --rounds 3 --block-size 4 --threads 1"
 PLAIN = "--contenders eager recorded contiguous"

@@ -23,7 +23,7 @@ from kernels.triton_prefill import HAS_TRITON, INTERPRETED
 from llm import LLM, EngineConfig, RequestOutput, SamplingParams
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
-from plan_ahead import AheadEngine
+from speedups.plan_ahead import AheadEngine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 SHAPE = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
 
 from block_allocator import BlockAllocator
-from cuda_graphs import Calls, GraphForward, Graphs
 from engine import InferenceEngine, eager_forward
 from kernels import triton_fused as module
 from kernels.triton_fused import (
@@ -41,6 +40,7 @@ from model import GPT, GPTConfig
 from paged_attention import paged_attention
 from sampling import SamplingParams
 from scheduler import Scheduler
+from speedups.cuda_graphs import Calls, GraphForward, Graphs
 
 pytestmark = kernel_marks(HAS_TRITON)
 SHAPE = {"max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "tie_word_embeddings": False}

@@ -17,7 +17,6 @@ from worlds import DEVICE, SEED, needs_gpu
 
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model
-from cuda_graphs import SIZES, Calls, GraphForward, Graphs, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
 from experiments.serving import profile_llm
 from experiments.steps import fill_and_step
@@ -29,6 +28,7 @@ from llm import LLM, SamplingParams
 from model import GPT, GPTConfig, attend_one_sequence
 from sampling import SampleRow, child_seed, draw_weights, uniform
 from scheduler import Scheduler
+from speedups.cuda_graphs import SIZES, Calls, GraphForward, Graphs, recorded_sizes
 
 # The ways to run: what an LLM is told. All of them but the first record their decode steps.
 WAYS = {

@@ -1,4 +1,4 @@
-"""plan_ahead.py against the engine that waits: the same texts, and who waited for whom.
+"""speedups/plan_ahead.py against the engine that waits: the same texts, and who waited for whom.
 
 The stand-in for a model (`Reader`) finds every token of a sequence through its block table, and its
 logits are a function of all of them. A token in the wrong slot, a block that was given away too
@@ -22,20 +22,20 @@ import torch
 from torch import Tensor
 from worlds import DEVICE, SEED, needs_gpu
 
-import plan_ahead
 from block_allocator import BlockAllocator
 from checkpoints.tokenizer import load_tokenizer, save_vocabulary
-from cuda_graphs import Calls, GraphForward, recorded_sizes
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.triton_decode import INTERPRETED, paged_attention_triton
 from kernels.triton_prefill import write_kv_triton
 from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
-from plan_ahead import AheadEngine
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
 from sequence import FINISHED, RUNNING, WAITING, Continuation
+from speedups import plan_ahead
+from speedups.cuda_graphs import Calls, GraphForward, recorded_sizes
+from speedups.plan_ahead import AheadEngine
 
 UNLIMITED = 10_000  # tokens in a step: more than any test has
 MAX_SEQ_LEN = 64

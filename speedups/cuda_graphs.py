@@ -21,7 +21,7 @@ production engine does beyond this: keeps all inputs on the device from step to 
 steps of prompts in pieces.
 
 PyTorch: docs.pytorch.org, "CUDA semantics", section "CUDA Graphs".
-Run: python cuda_graphs.py
+Run: python -m speedups.cuda_graphs
 Try: SIZES = (1, 64) (fewer recordings, more padded rows); or let `_clear` pass over slot_mapping
 and see in the tests whose tokens the padded rows then overwrite.
 """

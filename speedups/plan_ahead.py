@@ -21,7 +21,7 @@ after the other. What a production engine does beyond this: does the same for th
 penalties and masks of grammars on the device.
 
 vLLM's "async scheduling"; Zheng et al., "SGLang v0.4: Zero-Overhead Batch Scheduler", 2024.
-Run: python plan_ahead.py
+Run: python -m speedups.plan_ahead
 Try: logprobs=1 for one request in the demo, and see who waits for whom.
 """
 

@@ -18,8 +18,15 @@ import pytest
 import torch
 from worlds import DEVICE, needs_gpu
 
-import cuda_graphs
-from cuda_graphs import (
+from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
+from kernels.numba_tools import HAS_NUMBA
+from kernels.triton_decode import paged_attention_triton
+from kernels.triton_prefill import INTERPRETED, write_kv_triton
+from kv_cache import Batch, KVCache, Row, make_batch, write_kv
+from model import GPT, GPTConfig
+from paged_attention import paged_attention
+from speedups import cuda_graphs
+from speedups.cuda_graphs import (
     SIZES,
     Calls,
     GraphForward,
@@ -29,13 +36,6 @@ from cuda_graphs import (
     rehearse,
     views_of,
 )
-from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
-from kernels.numba_tools import HAS_NUMBA
-from kernels.triton_decode import paged_attention_triton
-from kernels.triton_prefill import INTERPRETED, write_kv_triton
-from kv_cache import Batch, KVCache, Row, make_batch, write_kv
-from model import GPT, GPTConfig
-from paged_attention import paged_attention
 
 KERNELS = {"torch": (paged_attention, write_kv)}
 if HAS_NUMBA:

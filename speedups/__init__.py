@@ -1,0 +1,7 @@
+"""Ways to run the same steps faster: passed into the engine as a forward, a draw or a subclass.
+
+No lesson needs this wing: `llm.py` passes these in. A file imports only files above it.
+
+    cuda_graphs   record a decode step once, then replay it without Python
+    plan_ahead    launch the next step before the tokens of the last one are read
+"""
