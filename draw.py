@@ -39,8 +39,8 @@ from pictures import (
     random_lengths,
     two_batchings,
 )
-from recorder import read_recording
 from results import read
+from watch.recorder import read_recording
 
 ROOT = Path(__file__).resolve().parent
 # Prompt and answer of twelve requests, about as long as the twelve tales of generate.py.

@@ -30,12 +30,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
-from explain import Explainer
 from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput
-from recorder import Recorder
-from terminal import Meter, Screen, letter_of
+from watch.explain import Explainer
+from watch.recorder import Recorder
+from watch.terminal import Meter, Screen, letter_of
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [

@@ -36,9 +36,9 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import Batch, KVCache
 from palette import CARD, EMPTY, FAINT, INK, LIGHT, axes_on, card, colour_of, letter_of, text_on
-from recorder import Recorder, holders, read_recording, strips
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
+from watch.recorder import Recorder, holders, read_recording, strips
 
 Recording = tuple[dict, list[dict]]  # header and steps, as `read_recording` gives them
 

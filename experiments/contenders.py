@@ -38,7 +38,6 @@ from kernels.packed_linear import pack
 from kv_cache import KVCache
 from llm import SHIPPED_MODEL
 from model import GPT
-from recorder import read_recording
 from results import device_name
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
@@ -54,6 +53,7 @@ from simulate import (
     serve,
     static_batches,
 )
+from watch.recorder import read_recording
 
 H200 = CostModel(1.5, 0.0005, 8.6e-6)
 GPT2_KV_BYTES = 36_864  # a token, in 16 bits: 12 layers x 2 x 768 x 2 bytes

@@ -62,13 +62,13 @@ from experiments.steps import (  # noqa: E402
     step_timer,
 )
 from experiments.transformers_loop import Theirs  # noqa: E402
-from explain import count_launches, weight_bytes  # noqa: E402
 from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dtype  # noqa: E402
 from kv_cache import Batch  # noqa: E402
 from llm import SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402
 from results import Measurement, device_name, run_alone  # noqa: E402
-from roofline import read_rate  # noqa: E402
+from watch.explain import count_launches, weight_bytes  # noqa: E402
+from watch.roofline import read_rate  # noqa: E402
 
 FLOOR = "byte floor"
 # What a flag means that is not given.

@@ -30,8 +30,8 @@ from pictures import (
     stretches,
     two_batchings,
 )
-from recorder import holders, read_recording
 from scheduler import Scheduler
+from watch.recorder import holders, read_recording
 
 
 def scheduler(num_blocks=8, max_num_seqs=4):

@@ -12,7 +12,7 @@ an engine runs the same whether somebody watches or not. Where the output is no 
 plain lines, one a second. What a production engine does beyond this: the same figures as a page of
 metrics, read every few seconds by whoever draws the curves.
 
-Run: python terminal.py
+Run: python -m watch.terminal
 Try: block_size=1 in the demo (longer strips, nearly no small letters), or num_blocks=6.
 """
 

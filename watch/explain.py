@@ -16,8 +16,8 @@ floor names what the step is bound by. An `Explainer` stands around the engine, 
 A decode step adds one token to each of its sequences; any other counts as prefill. What a
 production engine does beyond this: a trace of every kernel, and the hardware's own counters.
 
-Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4); see roofline.py.
-Run: python explain.py
+Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4); see watch/roofline.py.
+Run: python -m watch.explain
 Try: the two functions of kernels/attention_cpu.py in the demo's eager_forward (what is above all
 floors shrinks), or one prompt instead of six (which floors grow smaller, and which do not?).
 """
@@ -34,11 +34,11 @@ from engine import Forward, InferenceEngine, eager_forward
 from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT, GPTConfig
 from outputs import StepOutput
-from roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Plan
 from speedups.plan_ahead import AheadEngine
+from watch.roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 
 # The floors' lines in the table.
 TITLES = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from worlds import needs_gpu
 
-import roofline
-from roofline import Ceilings, Work, bound_by, floors_ms, timer
+from watch import roofline
+from watch.roofline import Ceilings, Work, bound_by, floors_ms, timer
 
 CPU = torch.device("cpu")
 

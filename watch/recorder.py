@@ -16,7 +16,7 @@ into what pictures show. What a production engine does beyond this: counters for
 system, and traces that span several machines.
 
 vLLM counts the same things of a step in its V1 engine's SchedulerStats and IterationStats.
-Run: python recorder.py
+Run: python -m watch.recorder
 Try: num_blocks=7 in the demo (three requests are preempted), or `print(lines[3])` in it.
 """
 

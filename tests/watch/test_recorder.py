@@ -12,10 +12,10 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
 from llm import LLM
-from recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Continuation
+from watch.recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
 
 POOL = {"num_blocks": 8, "block_size": 4}
 FIVE = [(6, 9), (10, 12), (3, 4), (5, 6), (8, 5)]  # prompt and written tokens: the pool runs dry

@@ -2,10 +2,10 @@
 
 import io
 
-import terminal
 from llm import LLM
 from sampling import SamplingParams
-from terminal import Meter, Screen, letter_of, pool_strip
+from watch import terminal
+from watch.terminal import Meter, Screen, letter_of, pool_strip
 
 
 def test_the_letters_begin_again_after_26():

@@ -21,21 +21,21 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from worlds import needs_gpu
 
-import explain
 import generate
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward, sample_next
-from explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
 from kernels import packed_linear
 from kernels.linear_cpu import PANEL
 from kernels.packed_linear import is_packed, pack
 from kv_cache import KVCache
 from llm import LLM
 from model import GPT, GPTConfig
-from recorder import Recorder, read_recording
-from roofline import Ceilings, Work, floors_ms
 from sampling import SamplingParams
 from scheduler import Scheduler
+from watch import explain
+from watch.explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
+from watch.recorder import Recorder, read_recording
+from watch.roofline import Ceilings, Work, floors_ms
 
 
 def engine_of(model, num_blocks=24, max_num_batched_tokens=64):

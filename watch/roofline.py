@@ -17,7 +17,7 @@ which of its units each kernel kept busy.
 
 Williams, Waterman and Patterson 2009, "Roofline: An Insightful Visual Performance Model for
 Multicore Architectures", CACM 52(4).
-Run: python roofline.py
+Run: python -m watch.roofline
 Try: torch.bfloat16 in the demo (half of the bytes; has this processor products for it?), or 2
 threads (do both ceilings rise?).
 """

@@ -1,0 +1,9 @@
+"""Ways to look at a run from outside: nothing here changes what a step computes.
+
+No lesson needs this wing. A file imports only files above it.
+
+    recorder   one line of JSON a step; the pictures are drawn from it
+    roofline   what a machine can do at most, and so how long work takes at least
+    explain    where the time of a run's steps goes
+    terminal   the blocks of each request and the figures of a run, as text
+"""
