@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 from matplotlib.colors import to_hex
 
-import draw
-from draw import (
+from plots import draw
+from plots.draw import (
     PICTURES,
     Missing,
     draw_kernels,
@@ -23,7 +23,7 @@ from draw import (
     main,
     softmax_folds,
 )
-from palette import INK, PALETTE
+from plots.palette import INK, PALETTE
 from results import read
 
 DECODE = "batch=32 context=256 block_size=16"
@@ -56,7 +56,7 @@ def drawn(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_in_docs_is_what_its_data_give_now(drawn, name):
-    """A recording, a row or the code has changed since? `python draw.py`, look, and commit."""
+    """A recording, a row or the code has changed since? `python -m plots.draw`, look, and commit."""
     committed = ROOT / "docs" / f"{name}.svg"
     assert committed.read_bytes() == drawn[name].read_bytes()
 
@@ -241,7 +241,7 @@ def test_a_callers_mistake_is_one_sentence(tmp_path, args, words):
     with pytest.raises(SystemExit) as error:
         run_main(*(arg.format(folder=tmp_path) for arg in args))
     message = str(error.value.code)
-    assert message.startswith("draw.py: ") and "\n" not in message
+    assert message.startswith("plots/draw.py: ") and "\n" not in message
     assert words.format(folder=tmp_path) in message
 
 

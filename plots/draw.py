@@ -4,16 +4,16 @@ A picture that nobody can draw again is a claim. Each of these is made by one co
 that the repository holds, or from a run of a few seconds, and a test draws them all anew:
 
     pool, block_table   results/recordings/demo.jsonl     python generate.py --record FILE
-    memory, batching    a run of the real scheduler       pictures.py
+    memory, batching    a run of the real scheduler       plots/pictures.py
     softmax             paged_attention.fold_block        here
     kernels, load       results/cpu/kernels.csv, peers.csv   python benchmark.py kernels --out FILE
 
 A picture whose data are missing is left out, with the command that makes them. Colours, cards and
-why they have a ground of their own: palette.py. The same data give the same bytes.
+why they have a ground of their own: plots/palette.py. The same data give the same bytes.
 
-Run: python draw.py
-     python draw.py pool --recording steps.jsonl --out pool.svg
-     python draw.py kernels --results results/my-machine --out kernels.png
+Run: python -m plots.draw
+     python -m plots.draw pool --recording steps.jsonl --out pool.svg
+     python -m plots.draw kernels --results results/my-machine --out kernels.png
 Try: python generate.py --block-size 2 --record steps.jsonl, and draw that pool (what has become of
 the holes?).
 """
@@ -29,8 +29,8 @@ import torch
 from matplotlib.figure import Figure
 
 from paged_attention import fold_block
-from palette import CARD, FAINT, INK, LIGHT, PALETTE, axes_on, card, save
-from pictures import (
+from plots.palette import CARD, FAINT, INK, LIGHT, PALETTE, axes_on, card, save
+from plots.pictures import (
     draw_batching,
     draw_memory,
     draw_pool,
@@ -278,10 +278,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
         except Missing as error:
             if args.picture is not None:
-                raise SystemExit(f"draw.py: {error}") from None
+                raise SystemExit(f"plots/draw.py: {error}") from None
             print(f"{name} is left out: {error}")
         except (ValueError, OSError) as error:  # an unknown kind of file, a folder, a full disk
-            raise SystemExit(f"draw.py: {path}: {error}") from None
+            raise SystemExit(f"plots/draw.py: {path}: {error}") from None
 
 
 if __name__ == "__main__":

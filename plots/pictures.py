@@ -16,7 +16,7 @@ this: it charts such counts from its own metrics, live.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, figure 2 (where memory goes); Yu et al.
 2022, "Orca", OSDI, figure 3 (the places of a static batch).
-Run: python pictures.py
+Run: python -m plots.pictures
 Try: written = (16, 32) in `random_lengths` (short texts: which plan loses most?), or num_blocks=64.
 """
 
@@ -35,7 +35,18 @@ from baselines import BuddyAllocator, reserve_maximum, reserve_oracle, reserve_p
 from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import Batch, KVCache
-from palette import CARD, EMPTY, FAINT, INK, LIGHT, axes_on, card, colour_of, letter_of, text_on
+from plots.palette import (
+    CARD,
+    EMPTY,
+    FAINT,
+    INK,
+    LIGHT,
+    axes_on,
+    card,
+    colour_of,
+    letter_of,
+    text_on,
+)
 from sampling import SamplingParams
 from scheduler import Scheduler, reserve_now
 from watch.recorder import Recorder, holders, read_recording, strips

@@ -13,7 +13,7 @@ whatever fonts a reader has. What a production engine does beyond this: it has d
 
 Okabe and Ito 2008, "Color Universal Design" (the first seven colours), and Paul Tol's "muted"
 scheme (the other five): told apart by the colour-blind; "contrast ratio" is that of WCAG 2.2.
-Run: python palette.py
+Run: python -m plots.palette
 Try: INK = "#8b949e" (a grey that looks fine on both pages: what does the demo say of it?).
 """
 

@@ -29,9 +29,9 @@ from test_structure import code_lines
 
 import benchmark
 import generate
-from draw import Missing
 from experiments import block_size, concurrency, kernels, memory, speed, trace
-from palette import FAINT, PALETTE, card
+from plots.draw import Missing
+from plots.palette import FAINT, PALETTE, card
 from results import COLUMNS, append, read
 
 NOTEBOOK = ROOT / "benchmark_results_viz.ipynb"

@@ -14,8 +14,19 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 
 from baselines import BuddyAllocator, reserve_maximum
 from block_allocator import BlockAllocator
-from palette import CARD, FAINT, INK, PALETTE, card, colour_of, contrast, letter_of, save, text_on
-from pictures import (
+from plots.palette import (
+    CARD,
+    FAINT,
+    INK,
+    PALETTE,
+    card,
+    colour_of,
+    contrast,
+    letter_of,
+    save,
+    text_on,
+)
+from plots.pictures import (
     Stay,
     Stretch,
     draw_batching,
