@@ -28,7 +28,7 @@ notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, e
 	$(RUN) tests/plots/test_notebook.py
 
 gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
-	$(PYTHON) gpu_check.py
+	$(PYTHON) experiments/gpu_check.py
 
 train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \

@@ -4,7 +4,7 @@ Without arguments it is the comparison that this project is about: the same toke
 a cache, with one contiguous slab a sequence, and with blocks, by the shipped model, in turn and
 five times over. Each further experiment is a file in `experiments/`, with flags of its own and a
 `run(args)` that yields rows; this file only finds it, appends each row as it is measured
-(`results.py`), and shows all of them as a table at the end.
+(`experiments/results.py`), and shows all of them as a table at the end.
 
     python benchmark.py                      speed: no cache, contiguous, paged, transformers
     python benchmark.py memory               KV bytes step by step, and how many sequences fit
@@ -46,7 +46,7 @@ from experiments import (
     sweep,
     trace,
 )
-from results import read, show
+from experiments.results import read, show
 
 # Each has add_arguments(parser) and run(args), which yields Measurements one by one.
 EXPERIMENTS: dict[str, ModuleType] = {

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from baselines import BuddyAllocator  # noqa: E402
 from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 
 CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}
 

@@ -31,11 +31,11 @@ import torch  # noqa: E402
 from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import best_reader, resolve, set_threads, timer  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402
 from kernels.backends import BACKENDS, DTYPES  # noqa: E402
 from kv_cache import Batch, Row, make_batch  # noqa: E402
 from model import GPT  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

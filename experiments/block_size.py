@@ -40,11 +40,11 @@ import torch  # noqa: E402
 from block_allocator import BlockAllocator  # noqa: E402
 from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import roads  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
 from kernels.packed_linear import pack  # noqa: E402
 from llm import LLM, SHIPPED_MODEL  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from block_allocator import BlockAllocator  # noqa: E402
 from experiments.allocator import time_cycles  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from kernels.numba_tools import HAS_NUMBA  # noqa: E402
 from kv_cache import preallocate  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 from watch.roofline import timer, warm_up  # noqa: E402
 
 # name: (rows in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape

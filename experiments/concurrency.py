@@ -40,10 +40,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 
 from experiments.contenders import CONTENDERS, Machine, add_machine_arguments  # noqa: E402
+from experiments.results import Measurement, run_alone  # noqa: E402
+from experiments.simulate import Arrival, Run, poisson  # noqa: E402
 from experiments.trace import Workload, add_workload_arguments, make_workload  # noqa: E402
-from results import Measurement, run_alone  # noqa: E402
 from scheduler import Scheduler  # noqa: E402
-from simulate import Arrival, Run, poisson  # noqa: E402
 
 # The paper's Fig. 2: the share of KV memory that holds tokens, with OPT-13B and at most 2,048.
 PAPER_USED = {

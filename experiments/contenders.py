@@ -33,16 +33,8 @@ from baselines import (
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, weights_kind
 from engine import InferenceEngine, eager_forward
-from kernels.backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
-from kernels.packed_linear import pack
-from kv_cache import KVCache
-from llm import SHIPPED_MODEL
-from model import GPT
-from results import device_name
-from sampling import SamplingParams
-from scheduler import Scheduler, reserve_now
-from sequence import Plan
-from simulate import (
+from experiments.results import device_name
+from experiments.simulate import (
     Arrival,
     CostModel,
     Run,
@@ -53,6 +45,14 @@ from simulate import (
     serve,
     static_batches,
 )
+from kernels.backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
+from kernels.packed_linear import pack
+from kv_cache import KVCache
+from llm import SHIPPED_MODEL
+from model import GPT
+from sampling import SamplingParams
+from scheduler import Scheduler, reserve_now
+from sequence import Plan
 from watch.recorder import read_recording
 
 H200 = CostModel(1.5, 0.0005, 8.6e-6)

@@ -43,6 +43,7 @@ from experiments.ceilings import (  # noqa: E402
     timer,
     warm_up,
 )
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.rungs import (  # noqa: E402
     BEST,
     CONTIGUOUS,
@@ -54,7 +55,6 @@ from experiments.rungs import (  # noqa: E402
     prefill_rungs,
     writers,
 )
-from results import Measurement, device_name, run_alone  # noqa: E402
 
 CPU_SHAPES, GPU_SHAPES = ["8x256", "32x256", "32x1000"], ["1x1024", "8x512", "64x512", "64x1024"]
 GPU_SHAPES.append("256x512")

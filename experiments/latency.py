@@ -42,6 +42,7 @@ from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import peers, transformers_loop  # noqa: E402
 from experiments.ceilings import set_threads, warm_up  # noqa: E402
 from experiments.kernels import parse_shape  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.serving import prefill, profiles, throughput  # noqa: E402
 from experiments.speed import percentile  # noqa: E402
 from experiments.steps import (  # noqa: E402
@@ -66,7 +67,6 @@ from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dt
 from kv_cache import Batch  # noqa: E402
 from llm import SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 from watch.explain import count_launches, weight_bytes  # noqa: E402
 from watch.roofline import read_rate  # noqa: E402
 

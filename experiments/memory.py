@@ -43,10 +43,10 @@ from baselines import (  # noqa: E402
 )
 from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
 from checkpoints.load import RANDOM_SHAPES  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from kernels.backends import DTYPES  # noqa: E402
 from llm import LLM, SamplingParams  # noqa: E402
 from model import GPTConfig  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 from scheduler import Scheduler, reserve_now  # noqa: E402
 from sequence import Continuation, Request, Sequence  # noqa: E402
 

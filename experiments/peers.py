@@ -39,13 +39,13 @@ from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import transformers_loop  # noqa: E402
 from experiments.ceilings import resolve, set_threads  # noqa: E402
 from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402
 from kernels.backends import BACKENDS, DTYPES  # noqa: E402
 from kernels.packed_linear import pack  # noqa: E402
 from kv_cache import Row, make_batch  # noqa: E402
 from llm import LLM, SamplingParams  # noqa: E402
 from model import GPT  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 
 OURS, THEIRS = "paged engine", "transformers DynamicCache"
 STATIC, CONTINUOUS = "transformers StaticCache", "transformers continuous batching"

@@ -17,12 +17,12 @@ from torch import Tensor
 from experiments import peers
 from experiments.kernels import parse_shape
 from experiments.profiles import Profile, lines_of, profile_steps
+from experiments.results import Measurement
 from experiments.roads import Trial, check_equal_work
 from experiments.steps import random_ids
 from kernels.triton_fused import can_fuse
 from llm import LLM, SamplingParams
 from model import GPT
-from results import Measurement
 
 SERIAL, AHEAD, AHEAD_FUSED = "serial", "one step ahead", "one step ahead, fused"
 STEP_TOKENS = 8192  # a budget at which prompts wait for the GPU and not for the host

@@ -33,13 +33,13 @@ from tqdm import tqdm  # noqa: E402
 
 from checkpoints.load import load_model, weights_kind  # noqa: E402
 from experiments import roads, transformers_loop  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial  # noqa: E402
 from experiments.transformers_loop import Theirs  # noqa: E402
 from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
 from kernels.packed_linear import pack  # noqa: E402
 from llm import LLM, SHIPPED_MODEL  # noqa: E402
 from model import GPT  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 
 ROADS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": PEER}
 # What a flag means that is not given: on the shipped model, and with --full.

@@ -1,4 +1,4 @@
-"""A run of gpu_check.py on one screen: under 60 lines from the rows of its CSV files.
+"""A run of experiments/gpu_check.py on one screen: under 60 lines from the rows of its CSV files.
 
 A figure alone says little, so each stands beside what it is to be held against: kernels beside the
 plain read and the contiguous library kernel, steps beside their byte floor and the peers.
@@ -7,7 +7,7 @@ plain read and the contiguous library kernel, steps beside their byte floor and 
 import re
 from pathlib import Path
 
-from results import read
+from experiments.results import read
 
 MARKS = ("%", "x", "GB/s", "TFLOP/s")  # units that stand behind a figure; its title says others
 

@@ -22,9 +22,9 @@ import torch  # noqa: E402
 
 from experiments.ceilings import best_reader, in_turn, resolve, timer, warm_up  # noqa: E402
 from experiments.kernels import num_calls, parse_shape  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone  # noqa: E402
 from experiments.rungs import Setting, World  # noqa: E402
 from kernels import triton_decode  # noqa: E402
-from results import Measurement, device_name, run_alone  # noqa: E402
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch  # noqa: E402
 
 from experiments.contenders import CONTENDERS, Machine, add_machine_arguments  # noqa: E402
-from results import Measurement, run_alone  # noqa: E402
-from simulate import Arrival, Run, poisson  # noqa: E402
+from experiments.results import Measurement, run_alone  # noqa: E402
+from experiments.simulate import Arrival, Run, poisson  # noqa: E402
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 TRACE_NAME = Path("traces") / "AzureLLMInferenceTrace_conv_2023.csv"

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
+from experiments.results import read
 from paged_attention import fold_block
 from plots.palette import CARD, FAINT, INK, LIGHT, PALETTE, axes_on, card, save
 from plots.pictures import (
@@ -39,7 +40,6 @@ from plots.pictures import (
     random_lengths,
     two_batchings,
 )
-from results import read
 from watch.recorder import read_recording
 
 ROOT = Path(__file__).resolve().parent

@@ -27,8 +27,8 @@ from experiments import (
     speed,
     transformers_loop,
 )
+from experiments.results import read
 from experiments.transformers_loop import Theirs
-from results import read
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY_KERNELS = "--heads 2 --head-dim 16 --layers 2 --pool-mb 1 --read-mb 8 --repeats 2 --threads 1"

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from results import read
+from experiments.results import read
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = json.loads((ROOT / "assets/tiny-gpt2/training.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from matplotlib.colors import to_hex
 
+from experiments.results import read
 from plots import draw
 from plots.draw import (
     PICTURES,
@@ -24,7 +25,6 @@ from plots.draw import (
     softmax_folds,
 )
 from plots.palette import INK, PALETTE
-from results import read
 
 DECODE = "batch=32 context=256 block_size=16"
 

@@ -30,9 +30,9 @@ from test_structure import code_lines
 import benchmark
 import generate
 from experiments import block_size, concurrency, kernels, memory, speed, trace
+from experiments.results import COLUMNS, append, read
 from plots.draw import Missing
 from plots.palette import FAINT, PALETTE, card
-from results import COLUMNS, append, read
 
 NOTEBOOK = ROOT / "benchmark_results_viz.ipynb"
 CHARTS = [  # the cells that draw, and what the sentence before each is about

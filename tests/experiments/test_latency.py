@@ -17,6 +17,7 @@ import benchmark
 from engine import eager_forward
 from experiments import latency, peers, profiles, roads, serving, steps, transformers_loop
 from experiments.profiles import MARK, Event, busy_us, count
+from experiments.results import read
 from experiments.steps import (
     COMPILED,
     CONTIGUOUS,
@@ -33,7 +34,6 @@ from experiments.steps import (
 from experiments.transformers_loop import Theirs
 from kernels.triton_prefill import INTERPRETED
 from kv_cache import write_kv
-from results import read
 from speedups.cuda_graphs import GraphForward
 
 TINY = "--device cpu --batches 1 3 --contexts 9 --steps 2 --rounds 3 --block-size 4 --threads 1"

@@ -1,4 +1,4 @@
-"""gpu_check.py without a GPU: its pieces with stand-ins, and that it refuses to run.
+"""experiments/gpu_check.py without a GPU: its pieces with stand-ins, and that it refuses to run.
 
 What it must never do is say that all is well when nothing was checked: a test skipped, a kernel
 interpreted, a stage killed, an earlier run's file taken for this one's.
@@ -14,9 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import gpu_check
-from experiments import summary
-from gpu_check import (
+from experiments import gpu_check, summary
+from experiments.gpu_check import (
     CHECK,
     ENGINE,
     SWEEP,
@@ -27,7 +26,7 @@ from gpu_check import (
     run_stage,
     stages,
 )
-from results import Measurement, append
+from experiments.results import Measurement, append
 
 XML = """<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="{errors}"
 failures="{failures}" skipped="{skipped}" tests="{tests}"><testcase name="x"/></testsuite>
@@ -47,10 +46,12 @@ def python(name, code, limit_s=60):
 # ---- where there is no GPU -----------------------------------------------------------------------
 def test_without_a_gpu_it_fails_with_one_sentence():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "gpu_check.py"]
+    command = [sys.executable, "experiments/gpu_check.py"]
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode == 1 and found.stdout == ""
-    sentence = "gpu_check.py: PyTorch sees no GPU here, and this checks kernels on one\n"
+    sentence = (
+        "experiments/gpu_check.py: PyTorch sees no GPU here, and this checks kernels on one\n"
+    )
     assert found.stderr == sentence
 
 

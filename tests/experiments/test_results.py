@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import results
-from results import COLUMNS, Measurement, append, read
+from experiments import results
+from experiments.results import COLUMNS, Measurement, append, read
 
 ROW = Measurement(
     experiment="kernels",
@@ -109,7 +109,7 @@ def test_a_run_killed_between_two_rows_leaves_a_whole_file(tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from results import Measurement, append
+from experiments.results import Measurement, append
 names = ["experiment", "contender", "metric", "unit", "workload", "backend", "dtype"]
 row = dict.fromkeys(names, "a text")
 def measure():

@@ -17,7 +17,7 @@ the largest that any round gave. Half of a contender's luck is the machine's, an
 every commit, with an alarm when one grows.
 
 Hoefler and Belli 2015, "Scientific Benchmarking of Parallel Computing Systems", SC15.
-Run: python results.py
+Run: python -m experiments.results
 Try: in the demo, append a row whose median lies above its maximum, or cut the file's last line in
 two with an editor's eye (`path.read_text()[:-9]`) and append again.
 """

@@ -17,7 +17,7 @@ and batch, and plans whole clusters with it.
 
 Agrawal et al. 2024, "Vidur: A Large-Scale Simulation Framework for LLM Inference", MLSys,
 arXiv:2405.05465.
-Run: python simulate.py
+Run: python -m experiments.simulate
 Try: in the demo, a pool of 400 blocks (who reserves the maximum runs 6 at once, paged?), or a cost
 model without its first number: what are large batches good for then?
 """

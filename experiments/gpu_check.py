@@ -19,8 +19,8 @@ named, the others still run, and the exit code says so. A test that was skipped 
 it is exactly what nobody would miss. Rows are written as they are measured, into OUT (default
 results/<device>): whatever ends this early, what was measured is kept.
 
-Run: python gpu_check.py
-     OUT=/tmp/run PAGEDGPT_COMMIT=abc1234 python3 gpu_check.py --engine
+Run: python -m experiments.gpu_check
+     OUT=/tmp/run PAGEDGPT_COMMIT=abc1234 python3 -m experiments.gpu_check --engine
 Try: PAGEDGPT_SEED=<the seed that a failed run printed>, for the same inputs again.
 """
 
@@ -42,8 +42,8 @@ from typing import NamedTuple
 
 import torch
 
+from experiments.results import commit, provenance
 from experiments.summary import summarise
-from results import commit, provenance
 
 ROOT = Path(__file__).resolve().parent
 CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
@@ -79,7 +79,7 @@ def stages(out: Path, run: str) -> list[Stage]:
     Nearly all of the tests' time is Triton's, compiling some 380 kernels one after another.
     """
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
-    environment = ["gpu_check.py", "--environment", str(out / "environment.json")]
+    environment = ["experiments/gpu_check.py", "--environment", str(out / "environment.json")]
 
     def rows(name: str, file: str) -> list[str]:
         return [f"experiments/{name}.py", "--out", str(out / file)]
@@ -247,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--environment", type=Path, help=argparse.SUPPRESS)  # a stage of its own
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        raise SystemExit("gpu_check.py: PyTorch sees no GPU here, and this checks kernels on one")
+        raise SystemExit(
+            "experiments/gpu_check.py: PyTorch sees no GPU here, and this checks kernels on one"
+        )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PAGEDGPT_SEED": os.environ.get("PAGEDGPT_SEED") or str(secrets.randbelow(2**31))}
     try:
@@ -258,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(os.environ.get("OUT") or ROOT / "results" / slug(torch.cuda.get_device_name(0)))
         raise SystemExit(run_all(stages(out.resolve(), args.run), out.resolve(), env))
     except (ValueError, ImportError) as error:
-        raise SystemExit(f"gpu_check.py: {error}") from None
+        raise SystemExit(f"experiments/gpu_check.py: {error}") from None
 
 
 if __name__ == "__main__":

@@ -15,10 +15,7 @@ from conftest import ROOT
 from baselines import BuddyAllocator, reserve_oracle
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
-from kv_cache import KVCache
-from sampling import SamplingParams
-from scheduler import Scheduler, reserve_now
-from simulate import (
+from experiments.simulate import (
     Arrival,
     CostModel,
     PoolState,
@@ -30,6 +27,9 @@ from simulate import (
     serve,
     static_batches,
 )
+from kv_cache import KVCache
+from sampling import SamplingParams
+from scheduler import Scheduler, reserve_now
 
 A_SECOND = CostModel(1000.0, 0.0, 0.0)
 

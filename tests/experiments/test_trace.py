@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT
 
 from experiments import contenders, trace
-from results import append, read
-from simulate import Arrival, CostModel, PoolState, Run, Served, Step
+from experiments.results import append, read
+from experiments.simulate import Arrival, CostModel, PoolState, Run, Served, Step
 
 TWO = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
 TWO += "2023-11-16 18:15:50.9951690,396,109"  # no newline at the end, as in Azure's file
