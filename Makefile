@@ -19,7 +19,7 @@ check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything, the slow tests and the
 	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest -n 2
 
 test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5 GB, wants PAGEDGPT_DATA
-	PAGEDGPT_TEST_GPT2=1 HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(RUN) -m pytest -rs tests/test_gpt2.py
+	PAGEDGPT_TEST_GPT2=1 HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(RUN) -m pytest -rs tests/checkpoints/test_gpt2.py
 
 bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: benchmark_results.csv
 	$(RUN) benchmark.py
@@ -28,11 +28,11 @@ notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, e
 	$(RUN) tests/plots/test_notebook.py
 
 gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
-	$(PYTHON) experiments/gpu_check.py
+	$(PYTHON) -m experiments.gpu_check
 
 train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \
-	$(RUN) checkpoints/train_tiny.py --text $(TEXT) --resume
+	$(RUN) -m checkpoints.train_tiny --text $(TEXT) --resume
 
 $(VENV)/runs: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'

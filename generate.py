@@ -17,7 +17,7 @@ Run: python generate.py
      python generate.py --file prompts.txt --jsonl --out texts.jsonl      (one prompt a line)
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
-     python generate.py --record steps.jsonl     (and python -m plots.draw pool --recording steps.jsonl)
+     python generate.py --record steps.jsonl     (python -m plots.draw pool --recording steps.jsonl)
      python generate.py --explain                (where the time of its steps went)
 Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-num-batched-tokens 8.
 """

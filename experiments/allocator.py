@@ -14,22 +14,18 @@ end of a trial everything is freed, and what the pool then has less than before 
 
 Cycles and storm run on `BuddyAllocator` too, which must look for adjacent blocks: what paging does
 not have to do. Several repeats, as the machine may be busy: the best one is the row's max.
-Run: python experiments/allocator.py
+Run: python -m experiments.allocator
 """
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
-
-from baselines import BuddyAllocator  # noqa: E402
-from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
+from baselines import BuddyAllocator
+from block_allocator import BlockAllocator, NoFreeBlocks
+from experiments.results import Measurement, device_name, run_alone
 
 CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}
 

@@ -15,27 +15,23 @@ the quickest plain read. A goal above both is not reached by a better kernel. Th
 is left to gain outside of kernels: products and attention as they are, and nothing else. (Over
 blocks anywhere in the pool: a step whose blocks lie in order may take a little less than these.)
 
-Needs transformers. Run: python experiments/anatomy.py --batches 32 --steps 16
+Needs transformers. Run: python -m experiments.anatomy --batches 32 --steps 16
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from checkpoints.load import load_model, weights_kind  # noqa: E402
-from experiments import peers, transformers_loop  # noqa: E402
-from experiments.ceilings import best_reader, resolve, set_threads, timer  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.transformers_loop import Theirs  # noqa: E402
-from kernels.backends import BACKENDS, DTYPES  # noqa: E402
-from kv_cache import Batch, Row, make_batch  # noqa: E402
-from model import GPT  # noqa: E402
+from checkpoints.load import load_model, weights_kind
+from experiments import peers, transformers_loop
+from experiments.ceilings import best_reader, resolve, set_threads, timer
+from experiments.results import Measurement, device_name, run_alone
+from experiments.transformers_loop import Theirs
+from kernels.backends import BACKENDS, DTYPES
+from kv_cache import Batch, Row, make_batch
+from model import GPT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,32 +21,29 @@ a block; vLLM's default is 16. On a GPU the lower end has a second reason: a blo
 leaves a kernel too little to read at once.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, sections 7.2 and 6.1 (figure 11).
-Run: python experiments/block_size.py
-     python experiments/block_size.py --model random:gpt2 --block-sizes 1 16 256
+Run: python -m experiments.block_size
+     python -m experiments.block_size --model random:gpt2 --block-sizes 1 16 256
 """
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from block_allocator import BlockAllocator  # noqa: E402
-from checkpoints.load import load_model, weights_kind  # noqa: E402
-from experiments import roads  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
-from kernels.packed_linear import pack  # noqa: E402
-from llm import LLM, SHIPPED_MODEL  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from scheduler import Scheduler  # noqa: E402
-from sequence import Continuation, Request, Sequence  # noqa: E402
+from block_allocator import BlockAllocator
+from checkpoints.load import load_model, weights_kind
+from experiments import roads
+from experiments.results import Measurement, device_name, run_alone
+from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype
+from kernels.packed_linear import pack
+from llm import LLM, SHIPPED_MODEL
+from model import GPT, GPTConfig
+from scheduler import Scheduler
+from sequence import Continuation, Request, Sequence
 
 MEANS = {"ShareGPT": (161.3, 338.0), "Alpaca": (19.3, 58.5)}  # tokens in and out, on average
 FORKS = 4  # texts of one prompt

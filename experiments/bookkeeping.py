@@ -10,22 +10,18 @@ hold is that the cost is small beside a forward and does not grow with the numbe
 The allocator's own experiment, with a storm and a full pool, is allocator.py; here its speed stands
 beside the scheduler's. Several repeats, as the machine may be busy with something else: the best of
 them, which a goal is held against, is the row's max (blocks a second) or its min (milliseconds).
-Run: python experiments/bookkeeping.py
+Run: python -m experiments.bookkeeping
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
-
-from block_allocator import BlockAllocator  # noqa: E402
-from experiments.allocator import time_cycles  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from scheduler import Scheduler  # noqa: E402
-from sequence import Continuation, Request, Sequence  # noqa: E402
+from block_allocator import BlockAllocator
+from experiments.allocator import time_cycles
+from experiments.results import Measurement, device_name, run_alone
+from scheduler import Scheduler
+from sequence import Continuation, Request, Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,25 +9,21 @@ faster than this one); a decode step can't be faster than all its launches.
 How a call is timed stands in roofline.py. On a GPU many calls over different memory are recorded,
 so that no cache is flushed by hand, whose write-back would fall into the time.
 
-Run: python experiments/ceilings.py
+Run: python -m experiments.ceilings
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from kernels.numba_tools import HAS_NUMBA  # noqa: E402
-from kv_cache import preallocate  # noqa: E402
-from watch.roofline import timer, warm_up  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone
+from kernels.numba_tools import HAS_NUMBA
+from kv_cache import preallocate
+from watch.roofline import timer, warm_up
 
 # name: (rows in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape
 PRODUCTS = {

@@ -21,29 +21,25 @@ prompt and a power of two for the output: 2.57, 1.93 and 1.57. A run may come ou
 bound: reservations lose holes too, and paged the youngest, who hold the least, run parts twice.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, figures 2 and 13.
-Run: python experiments/concurrency.py --simulate
-     python experiments/concurrency.py --simulate --workload short
-     python experiments/concurrency.py
+Run: python -m experiments.concurrency --simulate
+     python -m experiments.concurrency --simulate --workload short
+     python -m experiments.concurrency
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from experiments.contenders import CONTENDERS, Machine, add_machine_arguments  # noqa: E402
-from experiments.results import Measurement, run_alone  # noqa: E402
-from experiments.simulate import Arrival, Run, poisson  # noqa: E402
-from experiments.trace import Workload, add_workload_arguments, make_workload  # noqa: E402
-from scheduler import Scheduler  # noqa: E402
+from experiments.contenders import CONTENDERS, Machine, add_machine_arguments
+from experiments.results import Measurement, run_alone
+from experiments.simulate import Arrival, Run, poisson
+from experiments.trace import Workload, add_workload_arguments, make_workload
+from scheduler import Scheduler
 
 # The paper's Fig. 2: the share of KV memory that holds tokens, with OPT-13B and at most 2,048.
 PAPER_USED = {

@@ -45,7 +45,7 @@ import torch
 from experiments.results import commit, provenance
 from experiments.summary import summarise
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
 TESTS = ["tests/kernels/test_triton_prefill.py", "tests/kernels/test_triton_decode.py"]
 # Of these only what nothing but a GPU can show: the rest runs without one.
@@ -79,10 +79,10 @@ def stages(out: Path, run: str) -> list[Stage]:
     Nearly all of the tests' time is Triton's, compiling some 380 kernels one after another.
     """
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
-    environment = ["experiments/gpu_check.py", "--environment", str(out / "environment.json")]
+    environment = ["-m", "experiments.gpu_check", "--environment", str(out / "environment.json")]
 
     def rows(name: str, file: str) -> list[str]:
-        return [f"experiments/{name}.py", "--out", str(out / file)]
+        return ["-m", f"experiments.{name}", "--out", str(out / file)]
 
     if run == SWEEP:
         return [

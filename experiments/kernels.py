@@ -18,23 +18,19 @@ share of a plain read's bandwidth, measured in the same rounds, and the speed ag
 
 Then the same for prompts, and the writing of their K and V; on a GPU a straight line through five
 sizes, time = t0 + bytes / bandwidth, says what a launch costs and what a byte.
-Run: python experiments/kernels.py
-     python experiments/kernels.py --shapes 32x256 --dtypes float32 --only whole contiguous
+Run: python -m experiments.kernels
+     python -m experiments.kernels --shapes 32x256 --dtypes float32 --only whole contiguous
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from experiments.ceilings import (  # noqa: E402
+from experiments.ceilings import (
     Reader,
     best_reader,
     in_turn,
@@ -43,8 +39,8 @@ from experiments.ceilings import (  # noqa: E402
     timer,
     warm_up,
 )
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.rungs import (  # noqa: E402
+from experiments.results import Measurement, device_name, run_alone
+from experiments.rungs import (
     BEST,
     CONTIGUOUS,
     Rungs,

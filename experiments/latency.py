@@ -21,31 +21,28 @@ because it compiles for a minute.
 
 Then whole workloads: requests of mixed lengths, served one step after the other and planned one
 step ahead; prompts alone; and a profile of what a step launches, copies and waits for.
-Run: python experiments/latency.py --batches 1 8 --contexts 128
-     python experiments/latency.py --contenders recorded contiguous --profile profile.txt
+Run: python -m experiments.latency --batches 1 8 --contexts 128
+     python -m experiments.latency --contenders recorded contiguous --profile profile.txt
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from checkpoints.load import load_model, weights_kind  # noqa: E402
-from experiments import peers, transformers_loop  # noqa: E402
-from experiments.ceilings import set_threads, warm_up  # noqa: E402
-from experiments.kernels import parse_shape  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.serving import prefill, profiles, throughput  # noqa: E402
-from experiments.speed import percentile  # noqa: E402
-from experiments.steps import (  # noqa: E402
+from checkpoints.load import load_model, weights_kind
+from experiments import peers, transformers_loop
+from experiments.ceilings import set_threads, warm_up
+from experiments.kernels import parse_shape
+from experiments.results import Measurement, device_name, run_alone
+from experiments.serving import prefill, profiles, throughput
+from experiments.speed import percentile
+from experiments.steps import (
     COMPILED,
     CONTIGUOUS,
     DYNAMIC,
@@ -62,13 +59,13 @@ from experiments.steps import (  # noqa: E402
     random_ids,
     step_timer,
 )
-from experiments.transformers_loop import Theirs  # noqa: E402
-from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dtype  # noqa: E402
-from kv_cache import Batch  # noqa: E402
-from llm import SHIPPED_MODEL  # noqa: E402
-from model import GPT  # noqa: E402
-from watch.explain import count_launches, weight_bytes  # noqa: E402
-from watch.roofline import read_rate  # noqa: E402
+from experiments.transformers_loop import Theirs
+from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dtype
+from kv_cache import Batch
+from llm import SHIPPED_MODEL
+from model import GPT
+from watch.explain import count_launches, weight_bytes
+from watch.roofline import read_rate
 
 FLOOR = "byte floor"
 # What a flag means that is not given.

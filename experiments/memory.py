@@ -21,34 +21,30 @@ they refuse. The reuse of blocks is a run of the engine with the shipped model, 
 twice as large as needed: the second batch gets the first one's blocks, not fresh ones.
 
 Step s computes the prompt and s - 1 tokens behind it. A GB is 10**9 bytes.
-Run: python experiments/memory.py
+Run: python -m experiments.memory
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from baselines import (  # noqa: E402
+from baselines import (
     BuddyAllocator,
     power_of_two,
     reserve_maximum,
     reserve_oracle,
     reserve_power_of_two,
 )
-from block_allocator import BlockAllocator, NoFreeBlocks  # noqa: E402
-from checkpoints.load import RANDOM_SHAPES  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from kernels.backends import DTYPES  # noqa: E402
-from llm import LLM, SamplingParams  # noqa: E402
-from model import GPTConfig  # noqa: E402
-from scheduler import Scheduler, reserve_now  # noqa: E402
-from sequence import Continuation, Request, Sequence  # noqa: E402
+from block_allocator import BlockAllocator, NoFreeBlocks
+from checkpoints.load import RANDOM_SHAPES
+from experiments.results import Measurement, device_name, run_alone
+from kernels.backends import DTYPES
+from llm import LLM, SamplingParams
+from model import GPTConfig
+from scheduler import Scheduler, reserve_now
+from sequence import Continuation, Request, Sequence
 
 MAXIMUM, PAGED = "reserve the maximum", "paged"
 

@@ -18,34 +18,30 @@ prompts themselves.
 
 Contenders run in rounds, A B A B, so a busy minute hits both; a ratio is of the medians of the
 rounds, and its spread that of single rounds. Needs transformers.
-Run: python experiments/peers.py --batches 8 --steps 16
+Run: python -m experiments.peers --batches 8 --steps 16
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from checkpoints.load import load_model, weights_kind  # noqa: E402
-from experiments import transformers_loop  # noqa: E402
-from experiments.ceilings import resolve, set_threads  # noqa: E402
-from experiments.continuous import Continuous, check_equal_tokens  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.transformers_loop import Theirs  # noqa: E402
-from kernels.backends import BACKENDS, DTYPES  # noqa: E402
-from kernels.packed_linear import pack  # noqa: E402
-from kv_cache import Row, make_batch  # noqa: E402
-from llm import LLM, SamplingParams  # noqa: E402
-from model import GPT  # noqa: E402
+from checkpoints.load import load_model, weights_kind
+from experiments import transformers_loop
+from experiments.ceilings import resolve, set_threads
+from experiments.continuous import Continuous, check_equal_tokens
+from experiments.results import Measurement, device_name, run_alone
+from experiments.transformers_loop import Theirs
+from kernels.backends import BACKENDS, DTYPES
+from kernels.packed_linear import pack
+from kv_cache import Row, make_batch
+from llm import LLM, SamplingParams
+from model import GPT
 
 OURS, THEIRS = "paged engine", "transformers DynamicCache"
 STATIC, CONTINUOUS = "transformers StaticCache", "transformers continuous batching"

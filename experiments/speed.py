@@ -14,32 +14,29 @@ the model's longest length, transformers' cache what it has, at the end of a ste
 which computes the prompts, is the time to first token (the mean of all sequences; some start later
 in a tight pool). Latency percentiles are of all later steps of a trial.
 
-Run: python experiments/speed.py
-     python experiments/speed.py --full          GPT-2's 124M shape; without a cache, minutes each
+Run: python -m experiments.speed
+     python -m experiments.speed --full          GPT-2's 124M shape; without a cache, minutes each
 """
 
 import argparse
 import importlib.util
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from checkpoints.load import load_model, weights_kind  # noqa: E402
-from experiments import roads, transformers_loop  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial  # noqa: E402
-from experiments.transformers_loop import Theirs  # noqa: E402
-from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype  # noqa: E402
-from kernels.packed_linear import pack  # noqa: E402
-from llm import LLM, SHIPPED_MODEL  # noqa: E402
-from model import GPT  # noqa: E402
+from checkpoints.load import load_model, weights_kind
+from experiments import roads, transformers_loop
+from experiments.results import Measurement, device_name, run_alone
+from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial
+from experiments.transformers_loop import Theirs
+from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype
+from kernels.packed_linear import pack
+from llm import LLM, SHIPPED_MODEL
+from model import GPT
 
 ROADS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": PEER}
 # What a flag means that is not given: on the shipped model, and with --full.

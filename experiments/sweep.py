@@ -5,7 +5,7 @@ leaves room for more programs beside it. Which of the two wins is for the machin
 table by name of device. The kernel asks one small function for its tiles, and that is what is
 replaced here, a variant at a time; one that does not fit into the GPU is left out and named.
 
-Run: python experiments/sweep.py                (on a GPU)
+Run: python -m experiments.sweep                (on a GPU)
 """
 
 import argparse
@@ -13,18 +13,15 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from experiments.ceilings import best_reader, in_turn, resolve, timer, warm_up  # noqa: E402
-from experiments.kernels import num_calls, parse_shape  # noqa: E402
-from experiments.results import Measurement, device_name, run_alone  # noqa: E402
-from experiments.rungs import Setting, World  # noqa: E402
-from kernels import triton_decode  # noqa: E402
+from experiments.ceilings import best_reader, in_turn, resolve, timer, warm_up
+from experiments.kernels import num_calls, parse_shape
+from experiments.results import Measurement, device_name, run_alone
+from experiments.rungs import Setting, World
+from kernels import triton_decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

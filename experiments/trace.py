@@ -16,8 +16,8 @@ output and in the workload of each row.
 
 With --simulate the model is left out (`simulate.py`); the real engine runs the shipped model, and
 there all lengths are divided by 4 (--shrink).
-Run: python experiments/trace.py --simulate
-     python experiments/trace.py --factors 1 4 --requests 64
+Run: python -m experiments.trace --simulate
+     python -m experiments.trace --factors 1 4 --requests 64
 """
 
 import argparse
@@ -25,19 +25,16 @@ import csv
 import math
 import os
 import random
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
+import torch
 
-import torch  # noqa: E402
-
-from experiments.contenders import CONTENDERS, Machine, add_machine_arguments  # noqa: E402
-from experiments.results import Measurement, run_alone  # noqa: E402
-from experiments.simulate import Arrival, Run, poisson  # noqa: E402
+from experiments.contenders import CONTENDERS, Machine, add_machine_arguments
+from experiments.results import Measurement, run_alone
+from experiments.simulate import Arrival, Run, poisson
 
 HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 TRACE_NAME = Path("traces") / "AzureLLMInferenceTrace_conv_2023.csv"

@@ -42,7 +42,7 @@ from plots.pictures import (
 )
 from watch.recorder import read_recording
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 # Prompt and answer of twelve requests, about as long as the twelve tales of generate.py.
 TALES = [(14, 90), (11, 60), (8, 40), (7, 110), (3, 30), (10, 70)]
 TALES += [(20, 80), (3, 100), (16, 50), (8, 60), (5, 45), (18, 75)]

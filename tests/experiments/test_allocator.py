@@ -4,7 +4,7 @@ import argparse
 import random
 
 import pytest
-from test_benchmark import pick, run
+from rows import pick, run
 
 from baselines import BuddyAllocator
 from block_allocator import BlockAllocator, NoFreeBlocks

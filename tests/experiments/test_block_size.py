@@ -1,7 +1,7 @@
 """The sweep over block sizes: what is counted can be counted by hand, what is timed is the same."""
 
 import pytest
-from test_benchmark import pick, run
+from rows import pick, run
 
 import benchmark
 from experiments import block_size, roads

@@ -46,7 +46,7 @@ def python(name, code, limit_s=60):
 # ---- where there is no GPU -----------------------------------------------------------------------
 def test_without_a_gpu_it_fails_with_one_sentence():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "experiments/gpu_check.py"]
+    command = [sys.executable, "-m", "experiments.gpu_check"]
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode == 1 and found.stdout == ""
     sentence = (
@@ -56,12 +56,14 @@ def test_without_a_gpu_it_fails_with_one_sentence():
 
 
 KERNELS_ALONE = """
-import gpu_check, experiments.ceilings, experiments.kernels, experiments.sweep, conftest, importlib
+import experiments.ceilings, experiments.kernels, experiments.sweep, conftest, importlib
+from experiments import gpu_check
 import test_triton_prefill, test_triton_decode
 for name in gpu_check.KERNEL_FILES: importlib.import_module(name)
 """
 WHOLE_ENGINE = """
-import gpu_check, experiments.latency, conftest, importlib
+import experiments.latency, conftest, importlib
+from experiments import gpu_check
 import test_cuda_graphs, test_triton_sampling, test_gpu_engine
 for name in gpu_check.ENGINE_KERNEL_FILES: importlib.import_module(name)
 """
@@ -76,10 +78,10 @@ def test_it_needs_nothing_but_torch_triton_numpy_and_pytest(code, more):
     absent |= OF_AN_ENGINE - more
     # Importing one of them is an ImportError.
     code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n" + code
-    code = code.replace("import gpu_check", 'sys.path[:0] = [".", "tests"]\nimport gpu_check', 1)
+    folders = [".", "tests", "tests/kernels", "tests/speedups"]
     if not all((ROOT / name).exists() for name in gpu_check.TESTS):
         pytest.fail(f"{gpu_check.TESTS} are named and not there")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert found.returncode == 0, found.stderr.decode()
 
@@ -258,7 +260,8 @@ def test_an_interpreted_kernel_is_refused():
 def test_the_kernels_of_this_project_are_seen_as_what_they_are(value, kind):
     pytest.importorskip("triton")
     code = """
-import importlib, gpu_check
+import importlib
+from experiments import gpu_check
 names = gpu_check.KERNEL_FILES + gpu_check.ENGINE_KERNEL_FILES
 kernels = gpu_check.kernels_of([importlib.import_module(name) for name in names])
 print(len(kernels), *sorted(set(kernels.values())))

@@ -3,7 +3,7 @@
 import argparse
 
 import pytest
-from test_benchmark import pick, run
+from rows import pick, run
 
 from experiments import memory
 from scheduler import Scheduler

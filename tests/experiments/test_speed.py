@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_benchmark import pick, run
+from rows import pick, run
 
 import benchmark
 from baselines import generate_contiguous, generate_no_cache

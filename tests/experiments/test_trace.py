@@ -349,8 +349,8 @@ def test_the_default_cost_is_said_to_be_worked_out():
 
 @pytest.mark.parametrize("name", ["trace", "concurrency"])
 def test_each_experiment_also_runs_by_itself_and_explains_its_flags(name):
-    command = [sys.executable, ROOT / "experiments" / f"{name}.py", "--help"]
-    found = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and "--simulate" in found.stdout, found.stderr
     parser = argparse.ArgumentParser()
     __import__(f"experiments.{name}", fromlist=[name]).add_arguments(parser)

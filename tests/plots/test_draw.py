@@ -56,7 +56,7 @@ def drawn(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_in_docs_is_what_its_data_give_now(drawn, name):
-    """A recording, a row or the code has changed since? `python -m plots.draw`, look, and commit."""
+    """A recording, a row or the code has changed since? Draw it, look, and commit."""
     committed = ROOT / "docs" / f"{name}.svg"
     assert committed.read_bytes() == drawn[name].read_bytes()
 

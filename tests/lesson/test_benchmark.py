@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from rows import pick, run
 from torch import nn
 
 import benchmark
@@ -32,17 +33,6 @@ from experiments.transformers_loop import Theirs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY_KERNELS = "--heads 2 --head-dim 16 --layers 2 --pool-mb 1 --read-mb 8 --repeats 2 --threads 1"
-
-
-def run(tmp_path, words):
-    """`python benchmark.py words`; returns the rows that were appended."""
-    out = tmp_path / "rows.csv"
-    benchmark.main([*words.split(), "--out", str(out)])
-    return read(out)
-
-
-def pick(rows, **values):
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -69,8 +59,8 @@ def test_help_explains_every_flag(name):
 # The others: test_gpu_check.py.
 @pytest.mark.parametrize("name", ["speed", "memory", "peers"])
 def test_an_experiment_also_runs_by_itself(name):
-    command = [sys.executable, ROOT / "experiments" / f"{name}.py", "--help"]
-    found = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and "--out" in found.stdout, found.stderr
 
 
