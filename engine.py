@@ -31,10 +31,9 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from checkpoints.tokenizer import Tokenizer
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
-from outputs import OutputProcessor, StepOutput
+from outputs import OutputProcessor, StepOutput, Tokenizer
 from paged_attention import paged_attention
 from sampling import SampleRow, SamplingParams, child_seed, conclude, draw_tokens
 from scheduler import Scheduler
@@ -88,6 +87,8 @@ def sample_next(
 
 class InferenceEngine:
     """Owns the loop. Built by `llm.py`, or by hand from its parts as in the demo below."""
+
+    steps_overlap = False  # True where a step is launched before the last one was read
 
     def __init__(
         self,

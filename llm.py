@@ -35,7 +35,7 @@ from tqdm import tqdm
 from block_allocator import BlockAllocator
 from checkpoints.hub import find_folder
 from checkpoints.load import load_model, weights_kind
-from checkpoints.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from checkpoints.tokenizer import BPETokenizer, gpt2_tokenizer, load_tokenizer
 from engine import Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.packed_linear import pack
@@ -92,7 +92,7 @@ class EngineConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
 
 
-def find_tokenizer(path: Path | None, vocab_size: int) -> Tokenizer | None:
+def find_tokenizer(path: Path | None, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer that lies beside the weights; for a vocabulary like GPT-2's, tiktoken's own.
 
     None where there is neither: such a model is served with token ids. Raises ValueError for files

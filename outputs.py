@@ -19,18 +19,120 @@ Run: python outputs.py
 Try: give the demo the stop string "paged " (with the blank: where is the text cut now?).
 """
 
-import tempfile
+import codecs
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from checkpoints.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, save_vocabulary
 from sampling import Logprob, SamplingParams, prompt_logprobs
 from scheduler import Scheduler
 from sequence import FINISHED, Continuation, Plan, Request, Scheduled, Sequence
+
+
+class Tokenizer(Protocol):
+    """What a lesson needs of a vocabulary; `checkpoints/tokenizer.py` has the real ones."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text; b"" for one that adds none."""
+
+    def token_text(self, token_id: int) -> str:
+        """How one token looks alone, beside its log-probability."""
+
+
+class StreamDecoder:
+    """Turns one sequence's tokens into text as they come, and looks for stop strings.
+
+    `push` each id, then `finish` once. A character is sent by the token that completes it (a code
+    point: an accent may still follow its letter). Nothing is sent that may be the start of one of
+    the `stop` strings; after a match the text ends before it and all later pushes return "". The
+    earliest match wins, and of two at the same place the one listed first. A match has to end
+    after the text of the first `min_tokens` tokens, though it may begin inside it, as in vLLM.
+    Raises ValueError for an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0):
+        self._tokenizer = tokenizer
+        self._stop = [stop] if isinstance(stop, str) else list(stop)  # "END" is not E, N and D
+        if "" in self._stop:
+            raise ValueError("a stop string is empty, which every text contains: leave it out")
+        self._longest = max(map(len, self._stop), default=0)  # characters
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        # Keeps the bytes of an unfinished character, up to 3, and gives U+FFFD where none can come.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # whole characters that may begin a stop string: fewer than the longest has
+        self._sent: list[str] = []  # joined on demand: adding to one string would copy it each time
+        self._stopped: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All text sent so far; after `finish` the whole text, or what stands before the stop."""
+        if len(self._sent) > 1:
+            self._sent = ["".join(self._sent)]  # asked for after every token: join only once
+        return self._sent[0] if self._sent else ""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was found, or None."""
+        return self._stopped
+
+    def push(self, token_id: int) -> str:
+        """Take one token, return the text that has become final with it, often ""."""
+        self._num_tokens += 1
+        return self._advance(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+
+    def finish(self) -> str:
+        """No token will follow: return what was held back, an unfinished character as U+FFFD."""
+        last = self._advance(self._utf8.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return last + self._send(held)
+
+    def _advance(self, new: str) -> str:
+        if self._stopped is not None:
+            return ""
+        # All text before `_held` is known to begin no stop string, so the window is short whatever
+        # the length of the text: fewer characters than the longest stop string, plus the new ones.
+        window = self._held + new
+        found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
+        if found:
+            at, order = min(found)  # the earliest; at the same place, the one listed first
+            self._stopped, self._held = self._stop[order], ""
+            return self._send(window[:at])
+        keep = self._first_possible_start(window)
+        self._held = window[keep:]
+        return self._send(window[:keep])
+
+    def _find_stops(self, window: str) -> list[tuple[int, int]]:
+        """(place, order in the list) of each stop string that ends in the window's new text."""
+        found = []
+        for order, stop in enumerate(self._stop):
+            # What ends within the held text came too early to count: `min_tokens`.
+            at = window.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if at >= 0:
+                found.append((at, order))
+        return found
+
+    def _first_possible_start(self, window: str) -> int:
+        """Where a stop string may have begun that later text completes; len(window) if nowhere.
+
+        Example: with the stop string "STOP", "a BUST" -> 4 and "a BUSTLE" -> 8.
+        """
+        # A stop string of 4 characters that is not complete has shown at most its first 3.
+        for start in range(max(0, len(window) - self._longest + 1), len(window)):
+            if any(stop.startswith(window[start:]) for stop in self._stop):
+                return start
+        return len(window)
+
+    def _send(self, text: str) -> str:
+        if text:
+            self._sent.append(text)
+        return text
 
 
 @dataclass
@@ -234,9 +336,18 @@ class OutputProcessor:
 # --------------------------------------------------------------------------------------------------
 def demo():
     """A stand-in for the model writes bytes; text comes out whole, and a stop string is cut."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_vocabulary(Path(folder), merges=[])  # 256 bytes and the end of text
-        tokenizer = load_tokenizer(folder)
+
+    class ByteTokenizer:  # 256 tokens, one a byte
+        def encode(self, text):
+            return list(text.encode())
+
+        def token_bytes(self, token_id):
+            return bytes([token_id])
+
+        def token_text(self, token_id):
+            return repr(bytes([token_id]))
+
+    tokenizer = ByteTokenizer()
     written = tokenizer.encode("a 🐉 in paged memory END and more")
     scheduler = Scheduler(BlockAllocator(8, 8), 4, 64, 64)
     processor = OutputProcessor(scheduler, tokenizer)

@@ -22,13 +22,12 @@ Try: take the merge of S and T out of the demo's list and see what is held back 
 `_search` hold nothing back (`keep = len(window)`), and watch "STOP" walk through in two halves.
 """
 
-import codecs
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tiktoken
@@ -42,6 +41,7 @@ from checkpoints.vocabulary import (
     read_vocab_and_merges,
     read_vocabulary,
 )
+from outputs import StreamDecoder
 
 # Where tiktoken fetches GPT-2's files, and the SHA-256 of what it must find there.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -51,7 +51,7 @@ GPT2_FILES = {
 }
 
 
-class Tokenizer:
+class BPETokenizer:
     """A GPT-2 vocabulary: bytes that may be merged, and tokens that are matched whole."""
 
     def __init__(self, vocabulary: Vocabulary):
@@ -140,108 +140,18 @@ def one_of(contents: list[str]) -> re.Pattern:
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-class StreamDecoder:
-    """Turns one sequence's tokens into text as they come, and looks for stop strings.
-
-    `push` each id, then `finish` once. A character is sent by the token that completes it (a code
-    point: an accent may still follow its letter). Nothing is sent that may be the start of one of
-    the `stop` strings; after a match the text ends before it and all later pushes return "". The
-    earliest match wins, and of two at the same place the one listed first. A match has to end
-    after the text of the first `min_tokens` tokens, though it may begin inside it, as in vLLM.
-    Raises ValueError for an empty stop string.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
-        self._tokenizer = tokenizer
-        self._stop = [stop] if isinstance(stop, str) else list(stop)  # "END" is not E, N and D
-        if "" in self._stop:
-            raise ValueError("a stop string is empty, which every text contains: leave it out")
-        self._longest = max(map(len, self._stop), default=0)  # characters
-        self._min_tokens = min_tokens
-        self._num_tokens = 0
-        # Keeps the bytes of an unfinished character, up to 3, and gives U+FFFD where none can come.
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""  # whole characters that may begin a stop string: fewer than the longest has
-        self._sent: list[str] = []  # joined on demand: adding to one string would copy it each time
-        self._stopped: str | None = None
-
-    @property
-    def text(self) -> str:
-        """All text sent so far; after `finish` the whole text, or what stands before the stop."""
-        if len(self._sent) > 1:
-            self._sent = ["".join(self._sent)]  # asked for after every token: join only once
-        return self._sent[0] if self._sent else ""
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that was found, or None."""
-        return self._stopped
-
-    def push(self, token_id: int) -> str:
-        """Take one token, return the text that has become final with it, often ""."""
-        self._num_tokens += 1
-        return self._advance(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
-
-    def finish(self) -> str:
-        """No token will follow: return what was held back, an unfinished character as U+FFFD."""
-        last = self._advance(self._utf8.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return last + self._send(held)
-
-    def _advance(self, new: str) -> str:
-        if self._stopped is not None:
-            return ""
-        # All text before `_held` is known to begin no stop string, so the window is short whatever
-        # the length of the text: fewer characters than the longest stop string, plus the new ones.
-        window = self._held + new
-        found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
-        if found:
-            at, order = min(found)  # the earliest; at the same place, the one listed first
-            self._stopped, self._held = self._stop[order], ""
-            return self._send(window[:at])
-        keep = self._first_possible_start(window)
-        self._held = window[keep:]
-        return self._send(window[:keep])
-
-    def _find_stops(self, window: str) -> list[tuple[int, int]]:
-        """(place, order in the list) of each stop string that ends in the window's new text."""
-        found = []
-        for order, stop in enumerate(self._stop):
-            # What ends within the held text came too early to count: `min_tokens`.
-            at = window.find(stop, max(0, len(self._held) - len(stop) + 1))
-            if at >= 0:
-                found.append((at, order))
-        return found
-
-    def _first_possible_start(self, window: str) -> int:
-        """Where a stop string may have begun that later text completes; len(window) if nowhere.
-
-        Example: with the stop string "STOP", "a BUST" -> 4 and "a BUSTLE" -> 8.
-        """
-        # A stop string of 4 characters that is not complete has shown at most its first 3.
-        for start in range(max(0, len(window) - self._longest + 1), len(window)):
-            if any(stop.startswith(window[start:]) for stop in self._stop):
-                return start
-        return len(window)
-
-    def _send(self, text: str) -> str:
-        if text:
-            self._sent.append(text)
-        return text
-
-
 # --------------------------------------------------------------------------------------------------
-def load_tokenizer(folder: str | Path) -> Tokenizer | None:
+def load_tokenizer(folder: str | Path) -> BPETokenizer | None:
     """The tokenizer of a model's folder, from the files that `checkpoints/vocabulary.py` reads.
 
     Returns None for a folder without (a model can run on ids alone). Raises ValueError, naming the
     file, when one of them is missing or damaged, or asks for what would give other ids.
     """
     vocabulary = read_vocabulary(folder)
-    return None if vocabulary is None else Tokenizer(vocabulary)
+    return None if vocabulary is None else BPETokenizer(vocabulary)
 
 
-def gpt2_tokenizer() -> Tokenizer | None:
+def gpt2_tokenizer() -> BPETokenizer | None:
     """GPT-2's own, from the files that tiktoken has fetched before; None where it has not.
 
     Asked for "gpt2", tiktoken fetches what it does not have, and deletes what is damaged to fetch
@@ -259,7 +169,7 @@ def gpt2_tokenizer() -> Tokenizer | None:
             raise ValueError(f"{path} is not GPT-2's whole {name}: delete it")
     vocab, ranks = read_vocab_and_merges(*paths)
     end = AddedToken(END_OF_TEXT, vocab[END_OF_TEXT], special=True, normalized=False)
-    return Tokenizer(Vocabulary(ranks, (end,), END_OF_TEXT))
+    return BPETokenizer(Vocabulary(ranks, (end,), END_OF_TEXT))
 
 
 def save_vocabulary(folder: Path, merges: list[tuple[bytes, bytes]]) -> None:

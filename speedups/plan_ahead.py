@@ -70,6 +70,8 @@ class AheadEngine(InferenceEngine):
     returns the token ids may be overwritten by the next call, not before.
     """
 
+    steps_overlap = True
+
     def __init__(self, *args, draw: Draw = draw_tokens, decode: Decode | None = None, **kwargs):
         super().__init__(*args, draw=draw, **kwargs)
         self.decode = decode or (lambda batch, rows: draw(self.forward(batch), rows))

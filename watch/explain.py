@@ -37,7 +37,6 @@ from outputs import StepOutput
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Plan
-from speedups.plan_ahead import AheadEngine
 from watch.roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 
 # The floors' lines in the table.
@@ -215,7 +214,7 @@ class Explainer:
     """
 
     def __init__(self, engine: InferenceEngine, model: GPT):
-        if isinstance(engine, AheadEngine):
+        if engine.steps_overlap:
             raise ValueError("steps that were planned ahead overlap: explain without plan_ahead")
         self.engine, self.model = engine, model
         self.steps: list[CountedStep] = []

@@ -34,7 +34,6 @@ from outputs import StepOutput
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import FINISHED, Sequence
-from speedups.plan_ahead import AheadEngine
 
 FORMAT, VERSION = "PagedGPT recording", 1
 
@@ -77,7 +76,7 @@ class Recorder:
     """
 
     def __init__(self, engine: InferenceEngine, path: str | Path, **about: str):
-        if isinstance(engine, AheadEngine):
+        if engine.steps_overlap:
             raise ValueError("steps that were planned ahead overlap: record without plan_ahead")
         self.engine, self.path = engine, Path(path)
         self._num_steps = 0

@@ -23,13 +23,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from checkpoints import tokenizer as tokenizer_file
 from checkpoints.tokenizer import (
     GPT2_FILES,
-    StreamDecoder,
-    Tokenizer,
+    BPETokenizer,
     gpt2_tokenizer,
     load_tokenizer,
     save_vocabulary,
 )
 from checkpoints.vocabulary import END_OF_TEXT, AddedToken, Vocabulary
+from outputs import StreamDecoder
 
 WITHOUT_DEADLINE = settings(deadline=None)  # a busy machine is no reason to fail
 DATA = Path(os.environ.get("PAGEDGPT_DATA", "no such folder")) / "tokenizer"
@@ -67,7 +67,7 @@ HARD_TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
+def tokenizer(tmp_path_factory) -> BPETokenizer:
     """256 bytes, the merges above, and <|endoftext|> as id 267."""
     folder = tmp_path_factory.mktemp("by_hand")
     save_vocabulary(folder, MERGES)
@@ -75,7 +75,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[HuggingFaceTokenizer, Tokenizer]:
+def trained(tmp_path_factory) -> tuple[HuggingFaceTokenizer, BPETokenizer]:
     """Hugging Face's tokenizer, trained on the paragraphs, and ours, read from its files."""
     theirs = HuggingFaceTokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,7 +92,7 @@ def trained(tmp_path_factory) -> tuple[HuggingFaceTokenizer, Tokenizer]:
     return theirs, load_tokenizer(folder)
 
 
-def ids_of(tokenizer: Tokenizer, *pieces: bytes) -> list[int]:
+def ids_of(tokenizer: BPETokenizer, *pieces: bytes) -> list[int]:
     """The ids of tokens named by their bytes, where a test has to say which seams there are."""
     known = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
     return [known[piece] for piece in pieces]
@@ -218,10 +218,10 @@ def test_a_vocabulary_without_end_of_text_reads_it_as_letters(tmp_path):
     assert tok.decode(tok.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
 
 
-def with_added(tokenizer: Tokenizer, *added: AddedToken) -> Tokenizer:
+def with_added(tokenizer: BPETokenizer, *added: AddedToken) -> BPETokenizer:
     """The fixture's 267 bytes and merges, and these tokens after them."""
     ranks = {tokenizer.token_bytes(i): i for i in range(267)}
-    return Tokenizer(Vocabulary(ranks, added, added[0].content))
+    return BPETokenizer(Vocabulary(ranks, added, added[0].content))
 
 
 def test_an_added_word_is_text_and_an_added_special_token_is_none(tokenizer):
@@ -303,7 +303,7 @@ class NaiveDecoder(StreamDecoder):
         return self._send(self._tokenizer.decode([token_id]))
 
 
-def check_stream(decoder: StreamDecoder, tokenizer: Tokenizer, ids: list[int]) -> None:
+def check_stream(decoder: StreamDecoder, tokenizer: BPETokenizer, ids: list[int]) -> None:
     """The whole promise: what was sent is always a beginning of what decoding at once gives."""
     whole, so_far = tokenizer.decode(ids), ""
     for piece in stream(decoder, ids):
@@ -442,7 +442,7 @@ def test_a_stop_string_may_begin_within_the_first_min_tokens_but_has_to_end_afte
     assert (decoder.text, decoder.stopped) == ("STOP", "STOP")
 
 
-def settled_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+def settled_text(tokenizer: BPETokenizer, ids: list[int]) -> str:
     """The text of these ids without the character that may still be unfinished at their end."""
     data = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
     for length in (3, 2, 1):  # bytes of a character of four, at most three of them are there
@@ -455,7 +455,7 @@ def settled_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def stop_oracle(
-    tokenizer: Tokenizer, ids: list[int], stop: list[str], min_tokens: int
+    tokenizer: BPETokenizer, ids: list[int], stop: list[str], min_tokens: int
 ) -> tuple[str, str | None, int]:
     """After each token decode all of them and look everywhere: (text, stop string, tokens used)."""
     begin = len(settled_text(tokenizer, ids[:min_tokens]))
