@@ -213,6 +213,8 @@ class Explainer:
     be taken apart.
     """
 
+    steps_overlap = False
+
     def __init__(self, engine: InferenceEngine, model: GPT):
         if engine.steps_overlap:
             raise ValueError("steps that were planned ahead overlap: explain without plan_ahead")

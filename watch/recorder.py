@@ -75,6 +75,8 @@ class Recorder:
     engine that plans ahead: what is seen after its steps belongs to the next ones.
     """
 
+    steps_overlap = False
+
     def __init__(self, engine: InferenceEngine, path: str | Path, **about: str):
         if engine.steps_overlap:
             raise ValueError("steps that were planned ahead overlap: record without plan_ahead")
