@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_allocator import BlockAllocator, NoFreeBlocks, draw_pool
-from kv_cache import preallocate
 from model import GPT, Attend, GPTConfig, attend_one_sequence
 
 # plug(starts, counts): the socket's function for a step that computes positions
@@ -132,10 +131,11 @@ class ContiguousCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        allocate: Callable[..., Tensor] = torch.empty,
     ):
         self.max_num_seqs, self.max_seq_len = max_num_seqs, max_seq_len
         shape = (num_layers, 2, max_num_seqs, num_kv_heads, max_seq_len, head_dim)
-        self.slabs = preallocate(shape, dtype, device)
+        self.slabs = allocate(shape, dtype=dtype, device=device)
         self._num_clean = 0  # tokens from the start of every slab that are written or zero
 
     def attend(self, starts: list[int], counts: list[int]) -> Attend:

@@ -35,7 +35,7 @@ from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
 from outputs import OutputProcessor, StepOutput, Tokenizer
 from paged_attention import paged_attention
-from sampling import SampleRow, SamplingParams, child_seed, conclude, draw_tokens
+from sampling import SampleRow, SamplingParams, child_seed, collect_logprobs, draw_tokens
 from scheduler import Scheduler
 from sequence import Continuation, Plan, Request, Sequence
 
@@ -78,7 +78,7 @@ def sample_next(
     """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
     rows = rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
-    logprobs = conclude(logits, rows, token_ids, peaks)
+    logprobs = collect_logprobs(logits, rows, token_ids, peaks)
     return [
         Continuation(seq, [token_id], None if logprob is None else [logprob])
         for seq, token_id, logprob in zip(sequences, token_ids.tolist(), logprobs, strict=True)

@@ -22,11 +22,7 @@ Try: block_size=1 in the demo (the table is as long as the text), or swap two en
 after writing and see which positions come back wrong.
 """
 
-import math
-import mmap
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -36,8 +32,6 @@ import torch
 from torch import Tensor
 
 from model import Attend
-
-HUGE_PAGE = 2 << 20  # bytes; an ordinary page of memory is 4 KB
 
 
 class Row(NamedTuple):
@@ -138,25 +132,6 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache[block_ids, :, offsets] = v.to(v_cache.dtype)
 
 
-def preallocate(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> Tensor:
-    """Memory for good, its contents undefined; on Linux in huge pages where it is large enough.
-
-    The operating system too has a block table, and the processor remembers some 2,000 of its
-    entries. 1 GB is 262,144 ordinary pages: a shuffled block begins in one whose entry is not at
-    hand, and reading waits for it. In huge pages the same pool is 512 entries.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    on_cpu = torch.device(device).type == "cpu"
-    if not on_cpu or num_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them: ordinary pages do as well
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)  # given back with the tensor
-
-
 class KVCache:
     """The pool, its views, and the plug for the model's socket. It owns bytes, never block ids."""
 
@@ -169,11 +144,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        allocate: Callable[..., Tensor] = torch.empty,
     ):
+        """`allocate(shape, dtype=, device=)` gives the pool's memory; what it holds is erased."""
         self.block_size = block_size
         self.scratch_block = num_blocks  # the extra one
         shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
-        self.pool = preallocate(shape, dtype, device).zero_()  # and so all of it is really there
+        self.pool = allocate(shape, dtype=dtype, device=device).zero_()  # and so all of it is there
         self._layers = [(layer[:, 0], layer[:, 1]) for layer in self.pool]  # a step asks for each
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -219,59 +196,6 @@ class KVCache:
         """A sequence's K and V in reading order, (T, H_kv, D) each: copies, to look at and test."""
         k, v = (cache[block_table].transpose(1, 2).flatten(0, 1) for cache in self.layer(layer))
         return k[:num_tokens], v[:num_tokens]
-
-
-# ---- how large a pool ----------------------------------------------------------------------------
-def free_memory_bytes(device: str | torch.device) -> int:
-    """Memory that is free now on the device; on a CPU, of the whole machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:  # what can be had without swapping, caches included
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def choose_num_blocks(
-    block_bytes: int,
-    most_useful: int,
-    num_blocks: int | None = None,
-    kv_cache_mb: float | None = None,
-    gpu_memory_utilization: float = 0.9,
-    device: str | torch.device = "cpu",
-) -> int:
-    """The pool's size in blocks: as given, or from its bytes, or from what the device has free.
-
-    `most_useful` is what `max_num_seqs` sequences of `max_seq_len` tokens could fill: a
-    measured pool never takes more. 1 MB is 10**6 bytes. Raises ValueError where not even one
-    block fits.
-    """
-    if num_blocks is not None and kv_cache_mb is not None:
-        raise ValueError(
-            f"num_blocks={num_blocks} and kv_cache_mb={kv_cache_mb} both size the pool: give one"
-        )
-    if num_blocks is None and kv_cache_mb is not None:
-        num_blocks = round(kv_cache_mb * 1e6) // block_bytes
-        if num_blocks < 1:
-            mb = block_bytes / 1e6
-            raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
-    free = free_memory_bytes(device)
-    if num_blocks is None:
-        on_gpu = torch.device(device).type == "cuda"
-        budget = free * gpu_memory_utilization if on_gpu else min(2**30, free / 4)
-        num_blocks = min(int(budget) // block_bytes, most_useful)
-        if num_blocks < 1:
-            sizes = f"one block takes {block_bytes / 1e6:.0f} MB, {budget / 1e6:.0f} MB may be used"
-            raise ValueError(f"{sizes}: lower block_size")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks is {num_blocks}: the pool needs at least 1 block")
-    needed = (num_blocks + 1) * block_bytes
-    if needed > free:
-        sizes = f"the pool needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise ValueError(f"{sizes}: lower num_blocks or kv_cache_mb")
-    return num_blocks
 
 
 # --------------------------------------------------------------------------------------------------

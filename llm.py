@@ -38,10 +38,11 @@ from checkpoints.load import load_model, weights_kind
 from checkpoints.tokenizer import BPETokenizer, gpt2_tokenizer, load_tokenizer
 from engine import Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
+from kernels.device_memory import free_memory_bytes, preallocate
 from kernels.packed_linear import pack
 from kernels.triton_fused import fused_forward
 from kernels.triton_sampling import draw_tokens_triton, sample_triton
-from kv_cache import KVCache, choose_num_blocks
+from kv_cache import KVCache
 from model import GPT
 from outputs import RequestOutput
 from policies import first_come_first_served
@@ -109,6 +110,46 @@ def find_tokenizer(path: Path | None, vocab_size: int) -> BPETokenizer | None:
                 )
             return tokenizer
     return gpt2_tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
+
+
+def choose_num_blocks(
+    block_bytes: int,
+    most_useful: int,
+    num_blocks: int | None = None,
+    kv_cache_mb: float | None = None,
+    gpu_memory_utilization: float = 0.9,
+    device: str | torch.device = "cpu",
+) -> int:
+    """The pool's size in blocks: as given, or from its bytes, or from what the device has free.
+
+    `most_useful` is what `max_num_seqs` sequences of `max_seq_len` tokens could fill: a
+    measured pool never takes more. 1 MB is 10**6 bytes. Raises ValueError where not even one
+    block fits.
+    """
+    if num_blocks is not None and kv_cache_mb is not None:
+        raise ValueError(
+            f"num_blocks={num_blocks} and kv_cache_mb={kv_cache_mb} both size the pool: give one"
+        )
+    if num_blocks is None and kv_cache_mb is not None:
+        num_blocks = round(kv_cache_mb * 1e6) // block_bytes
+        if num_blocks < 1:
+            mb = block_bytes / 1e6
+            raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
+    free = free_memory_bytes(device)
+    if num_blocks is None:
+        on_gpu = torch.device(device).type == "cuda"
+        budget = free * gpu_memory_utilization if on_gpu else min(2**30, free / 4)
+        num_blocks = min(int(budget) // block_bytes, most_useful)
+        if num_blocks < 1:
+            sizes = f"one block takes {block_bytes / 1e6:.0f} MB, {budget / 1e6:.0f} MB may be used"
+            raise ValueError(f"{sizes}: lower block_size")
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks is {num_blocks}: the pool needs at least 1 block")
+    needed = (num_blocks + 1) * block_bytes
+    if needed > free:
+        sizes = f"the pool needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise ValueError(f"{sizes}: lower num_blocks or kv_cache_mb")
+    return num_blocks
 
 
 class LLM:
@@ -220,6 +261,7 @@ class LLM:
             head_dim=shape.head_dim,
             dtype=weight.dtype,
             device=weight.device,
+            allocate=preallocate,
         )
         forward = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if self.config.fused:

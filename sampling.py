@@ -232,10 +232,12 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, list[Logprobs
     waits for the device.
     """
     token_ids, peaks = draw_tokens(logits, rows)
-    return token_ids, conclude(logits, rows, token_ids, peaks)
+    return token_ids, collect_logprobs(logits, rows, token_ids, peaks)
 
 
-def conclude(logits: Tensor, rows: list[SampleRow], token_ids: Tensor, peaks: Tensor) -> list:
+def collect_logprobs(
+    logits: Tensor, rows: list[SampleRow], token_ids: Tensor, peaks: Tensor
+) -> list:
     """The part of `sample` behind the draw: M answers about log-probabilities, Logprobs or None.
 
     `token_ids` and `peaks` (M,) are those of `draw_tokens`. Raises as `sample` does.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from experiments.results import Measurement, device_name, run_alone
+from kernels.device_memory import preallocate
 from kernels.numba_tools import HAS_NUMBA
-from kv_cache import preallocate
 from watch.roofline import timer, warm_up
 
 # name: (rows in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape

@@ -46,6 +46,7 @@ from experiments.simulate import (
     static_batches,
 )
 from kernels.backends import BACKENDS, DTYPES, resolve_backend, resolve_device, resolve_dtype
+from kernels.device_memory import preallocate
 from kernels.packed_linear import pack
 from kv_cache import KVCache
 from llm import SHIPPED_MODEL
@@ -140,7 +141,9 @@ class RealEngine:
     def __init__(self, model: GPT, backend: str, scheduler: Scheduler, look: Callable, seed: int):
         shape, weight, allocator = model.config, model.wte.weight, scheduler.allocator
         sizes = shape.n_layer, allocator.num_blocks, allocator.block_size
-        cache = KVCache(*sizes, shape.n_head, shape.head_dim, weight.dtype, weight.device)
+        cache = KVCache(
+            *sizes, shape.n_head, shape.head_dim, weight.dtype, weight.device, preallocate
+        )
         kernels = BACKENDS[backend]
         forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
         self._seen: Any = None

@@ -21,6 +21,7 @@ import torch
 from baselines import ContiguousCache, attend_without_cache, next_logits
 from experiments import peers
 from experiments.transformers_loop import Theirs
+from kernels.device_memory import preallocate
 from llm import LLM, SamplingParams
 from model import GPT
 
@@ -62,7 +63,7 @@ def contiguous_road(model: GPT, batch: int) -> Road:
     """The road with slabs. A server that knows no lengths reserves the longest for everybody."""
     config, weight = model.config, model.wte.weight
     sizes = config.n_layer, batch, config.max_seq_len, config.n_head, config.head_dim
-    return static_road(model, ContiguousCache(*sizes, weight.dtype, weight.device))
+    return static_road(model, ContiguousCache(*sizes, weight.dtype, weight.device, preallocate))
 
 
 def paged_road(llm: LLM) -> Road:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.device_memory import preallocate
 from kernels.numba_tools import HAS_NUMBA
-from kv_cache import preallocate, write_kv
+from kv_cache import write_kv
 from paged_attention import paged_attention
 
 CONTIGUOUS = "contiguous library kernel"

@@ -25,6 +25,7 @@ from engine import Forward, InferenceEngine, eager_forward
 from experiments import peers
 from experiments.transformers_loop import Theirs
 from kernels.backends import BACKENDS, can_record
+from kernels.device_memory import preallocate
 from kernels.triton_fused import can_fuse, fused_forward
 from kernels.triton_sampling import draw_tokens_triton
 from kernels.triton_small_linear import MOST_ROWS
@@ -92,7 +93,7 @@ def make_pools(model: GPT, args: argparse.Namespace) -> dict[bool, KVCache]:
         block_size = shape.max_seq_len if slabs else args.block_size
         num_blocks = max(args.batches) * -(-max(args.contexts) // block_size)
         sizes = shape.n_layer, num_blocks, block_size, shape.n_head, shape.head_dim
-        pools[slabs] = KVCache(*sizes, args.dtype, args.device)
+        pools[slabs] = KVCache(*sizes, args.dtype, args.device, preallocate)
     return pools
 
 

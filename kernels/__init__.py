@@ -4,6 +4,7 @@ No lesson needs this wing. Every kernel has the signature of `paged_attention.py
 it replaces, and its tests compare it with that function. A file imports only files above it.
 
     numba_tools          compile a Python loop with Numba, or run it as Python where Numba is absent
+    device_memory        huge pages, and how much memory is free
     vector_cpu           a vector register of the CPU as a value
     prefill_cpu          attention with many queries on a CPU, and the KV write
     attention_cpu        attention with one query on a CPU: whole blocks where they lie

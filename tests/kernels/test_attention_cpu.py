@@ -24,8 +24,9 @@ from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
 from kernels import attention_cpu as kernels
 from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from kernels.device_memory import free_memory_bytes
 from kernels.numba_tools import use_openmp_team
-from kv_cache import KVCache, free_memory_bytes, write_kv
+from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
 from sampling import SamplingParams
 from scheduler import Scheduler

@@ -26,9 +26,9 @@ from worlds import (
 )
 
 from kernels import triton_decode as module
+from kernels.device_memory import free_memory_bytes
 from kernels.triton_decode import paged_attention_triton, paged_decode_triton
 from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton
-from kv_cache import free_memory_bytes
 from paged_attention import paged_attention
 
 pytestmark = kernel_marks(HAS_TRITON)

@@ -32,9 +32,10 @@ from worlds import (
 )
 
 from kernels import triton_fused_decode as module
+from kernels.device_memory import free_memory_bytes
 from kernels.triton_fused_decode import fused_decode, fused_decode_triton, num_arrivals
 from kernels.triton_prefill import HAS_TRITON
-from kv_cache import free_memory_bytes, write_kv
+from kv_cache import write_kv
 
 pytestmark = kernel_marks(HAS_TRITON)
 CHUNK_LENS = [0, 7, 64, 100]  # no chunks, less than a tile, a tile, more than one

@@ -26,8 +26,9 @@ from worlds import (
 )
 
 from kernels import triton_prefill as module
+from kernels.device_memory import free_memory_bytes
 from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton, write_kv_triton
-from kv_cache import KVCache, free_memory_bytes, write_kv
+from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
 
 pytestmark = kernel_marks(HAS_TRITON)

@@ -4,18 +4,13 @@ The pool is filled with NaN before anything is written: zeros would hide a slot 
 one that was written and should not have been.
 """
 
-import gc
 import math
-import mmap
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
-import kv_cache
 from block_allocator import BlockAllocator
-from kv_cache import KVCache, Row, choose_num_blocks, make_batch, preallocate, write_kv
+from kv_cache import KVCache, Row, make_batch, write_kv
 
 BLOCK_SIZES = [1, 2, 3, 4, 7, 16]
 
@@ -310,161 +305,7 @@ def test_the_plug_writes_first_and_then_reads_through_the_tables():
     assert cache.pool[0].isnan().all(), "another layer's cache is another layer's"
 
 
-# ---- where the pool lies -------------------------------------------------------------------------
-LARGE = (33, 1 << 20)  # 132 MiB of float32 that no page size divides evenly into rows
-HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def test_large_memory_is_of_the_shape_and_type_asked_for():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        memory = preallocate((3, 5, 1 << 18), dtype)
-        assert memory.shape == (3, 5, 1 << 18) and memory.dtype == dtype
-        assert memory.is_contiguous() and memory.device.type == "cpu"
-        memory[2, 4, -1] = 1.5
-        assert memory[2, 4, -1] == 1.5 and memory.flatten()[-1] == 1.5
-
-
-def test_two_pieces_of_large_memory_are_two():
-    a, b = (preallocate((1 << 20,), torch.float32).zero_() for _ in range(2))
-    a.fill_(1)
-    assert not b.any() and a.data_ptr() != b.data_ptr()
-
-
-@pytest.mark.skipif(
-    not HAS_HUGE_PAGES.exists() or "[never]" in HAS_HUGE_PAGES.read_text(),
-    reason="this system has no huge pages",
-)
-def test_a_large_pool_lies_in_huge_pages():
-    def in_huge_pages() -> int:
-        kilobytes = re.findall(r"AnonHugePages: +(\d+)", Path("/proc/self/smaps").read_text())
-        return sum(map(int, kilobytes)) * 1024
-
-    before = in_huge_pages()
-    cache = KVCache(2, num_blocks=671, block_size=16, num_kv_heads=12, head_dim=64)
-    gained = in_huge_pages() - before
-    # All but the two ends; and a busy machine may be short of whole free pieces of 2 MB.
-    assert gained > cache.pool.nbytes / 2, f"{gained} of {cache.pool.nbytes} bytes"
-    assert not cache.pool.any()
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own count")
-def test_large_memory_goes_with_its_last_tensor():
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    num_bytes = math.prod(LARGE) * 4
-    before = resident()
-    memory = preallocate(LARGE, torch.float32).zero_()
-    assert resident() - before > 0.9 * num_bytes
-    view = memory[3]
-    del memory
-    assert resident() - before > 0.9 * num_bytes, "a view still reads it"
-    del view
-    gc.collect()
-    assert resident() - before < 0.5 * num_bytes
-
-
-def test_a_system_without_huge_pages_gives_ordinary_ones(monkeypatch):
-    class Refusing(mmap.mmap):
-        def madvise(self, *_):
-            raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(kv_cache.mmap, "mmap", Refusing)
-    assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
-    monkeypatch.setattr(kv_cache.mmap, "mmap", None)  # never asked where there is no such advice
-    monkeypatch.delattr(kv_cache.mmap, "MADV_HUGEPAGE", raising=False)
-    assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
-
-
-def test_small_memory_is_not_worth_a_mapping(monkeypatch):
-    monkeypatch.setattr(kv_cache.mmap, "mmap", None)
-    assert preallocate((2, 3), torch.float32).shape == (2, 3)
-    assert preallocate((0,), torch.float32).numel() == 0
-
-
-def test_another_device_has_memory_of_its_own(monkeypatch):
-    monkeypatch.setattr(kv_cache.mmap, "mmap", None)
-    assert preallocate(LARGE, torch.bfloat16, "meta").is_meta
-    assert preallocate(LARGE, torch.bfloat16, torch.device("meta")).dtype == torch.bfloat16
-
-
-# ---- how large a pool ----------------------------------------------------------------------------
 def test_gpt2_takes_36864_bytes_a_token_and_589824_a_block_of_16():
     cache = KVCache(12, num_blocks=1, block_size=16, num_kv_heads=12, head_dim=64, dtype=torch.half)
     assert cache.pool[:, 0].nbytes == 589_824
     assert cache.pool[:, 0].nbytes // 16 == 36_864
-    assert choose_num_blocks(36_864, 10**6, kv_cache_mb=1000) == 27_126  # blocks of one token
-    assert choose_num_blocks(589_824, 10**6, kv_cache_mb=1000) == 1_695
-
-
-def test_a_pool_is_as_large_as_it_is_told():
-    assert choose_num_blocks(589_824, most_useful=64, num_blocks=100) == 100
-    assert choose_num_blocks(589_824, most_useful=64, num_blocks=1) == 1
-
-
-def test_a_megabyte_is_a_million_bytes():
-    assert choose_num_blocks(1_000_000, 99, kv_cache_mb=7) == 7
-    assert choose_num_blocks(1_000_001, 99, kv_cache_mb=7) == 6
-    assert choose_num_blocks(250_000, 99, kv_cache_mb=0.75) == 3
-
-
-def test_a_pool_of_exactly_k_blocks_of_bytes_holds_k_blocks():
-    # 66.650112 * 1e6 is 66650111.99999999 in floating point: 113 blocks, not 112.
-    for k in range(1, 2000):
-        assert choose_num_blocks(589_824, 1, kv_cache_mb=k * 589_824 / 10**6) == k
-
-
-def test_bytes_and_blocks_at_once_are_refused():
-    with pytest.raises(ValueError, match="num_blocks=8 and kv_cache_mb=64 both size the pool"):
-        choose_num_blocks(589_824, 64, num_blocks=8, kv_cache_mb=64)
-
-
-@pytest.mark.parametrize("num_blocks", [0, -1])
-def test_a_pool_of_no_blocks_is_refused(num_blocks):
-    with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}"):
-        choose_num_blocks(589_824, 64, num_blocks=num_blocks)
-
-
-@pytest.mark.parametrize("kv_cache_mb", [0, 0.5, -3])
-def test_a_pool_smaller_than_a_block_is_refused(kv_cache_mb):
-    with pytest.raises(ValueError, match=f"kv_cache_mb={kv_cache_mb} .*takes 0.590 MB"):
-        choose_num_blocks(589_824, 64, kv_cache_mb=kv_cache_mb)
-
-
-@pytest.mark.parametrize(
-    "free_bytes, most_useful, num_blocks",
-    [
-        pytest.param(2**30, 10**6, 455, id="a quarter of what is free"),  # 2**28 // 589,824
-        pytest.param(2**32, 10**6, 1820, id="a quarter of 4 GiB is 1 GiB"),
-        pytest.param(2**40, 10**6, 1820, id="never more than 1 GiB"),
-        pytest.param(2**40, 512, 512, id="never more than all sequences could fill"),
-        pytest.param(4 * 589_824, 512, 1, id="one block"),
-    ],
-)
-def test_on_a_cpu_the_pool_takes_a_quarter_and_at_most_a_gibibyte(
-    monkeypatch, free_bytes, most_useful, num_blocks
-):
-    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: free_bytes)
-    assert choose_num_blocks(589_824, most_useful) == num_blocks
-
-
-def test_on_a_gpu_the_pool_takes_the_share_it_is_given(monkeypatch):
-    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 100 * 589_824)
-    for share, num_blocks in ((0.5, 50), (0.25, 25)):
-        chosen = choose_num_blocks(
-            589_824, 10**6, gpu_memory_utilization=share, device=torch.device("cuda")
-        )
-        assert chosen == num_blocks
-    assert choose_num_blocks(589_824, 7, gpu_memory_utilization=0.5, device="cuda") == 7
-
-
-def test_a_machine_without_room_for_a_block_is_refused(monkeypatch):
-    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 589_824)
-    with pytest.raises(ValueError, match="one block takes 1 MB, 0 MB may be used: lower block"):
-        choose_num_blocks(589_824, 64)
-    with pytest.raises(ValueError, match="the pool needs 2 MB, 1 MB are free: lower num_blocks"):
-        choose_num_blocks(589_824, 64, num_blocks=2)
-
-
-def test_this_machine_has_memory():
-    assert 2**20 < kv_cache.free_memory_bytes("cpu") < 2**60

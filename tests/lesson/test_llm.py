@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 
-import kv_cache
 import llm as llm_module
 from baselines import generate_no_cache
 from checkpoints import load
@@ -19,8 +18,9 @@ from checkpoints.tokenizer import save_vocabulary
 from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
+from kernels.device_memory import free_memory_bytes
 from kernels.triton_prefill import HAS_TRITON, INTERPRETED
-from llm import LLM, EngineConfig, RequestOutput, SamplingParams
+from llm import LLM, EngineConfig, RequestOutput, SamplingParams, choose_num_blocks
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
 from speedups.plan_ahead import AheadEngine
@@ -474,7 +474,7 @@ def test_a_measured_pool_is_no_larger_than_all_sequences_can_fill(folder):
 
 
 def test_a_measured_pool_on_a_cpu_takes_a_quarter_of_what_is_free(monkeypatch, folder):
-    monkeypatch.setattr(kv_cache, "free_memory_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 1_000_000)
     llm = LLM(folder, block_size=16, device="cpu")
     assert llm.engine.scheduler.allocator.num_blocks == 30  # 250,000 // (16 tokens of 512 bytes)
 
@@ -687,3 +687,82 @@ def test_a_way_to_run_steps_is_on_or_off(name):
     for value in (None, 1, "yes"):
         with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):
             EngineConfig(**{name: value})
+
+
+# ---- how large a pool ----------------------------------------------------------------------------
+def test_a_pool_is_as_large_as_it_is_told():
+    assert choose_num_blocks(589_824, most_useful=64, num_blocks=100) == 100
+    assert choose_num_blocks(589_824, most_useful=64, num_blocks=1) == 1
+
+
+def test_a_megabyte_is_a_million_bytes():
+    assert choose_num_blocks(1_000_000, 99, kv_cache_mb=7) == 7
+    assert choose_num_blocks(1_000_001, 99, kv_cache_mb=7) == 6
+    assert choose_num_blocks(250_000, 99, kv_cache_mb=0.75) == 3
+
+
+def test_a_pool_of_exactly_k_blocks_of_bytes_holds_k_blocks():
+    # 66.650112 * 1e6 is 66650111.99999999 in floating point: 113 blocks, not 112.
+    for k in range(1, 2000):
+        assert choose_num_blocks(589_824, 1, kv_cache_mb=k * 589_824 / 10**6) == k
+
+
+def test_bytes_and_blocks_at_once_are_refused():
+    with pytest.raises(ValueError, match="num_blocks=8 and kv_cache_mb=64 both size the pool"):
+        choose_num_blocks(589_824, 64, num_blocks=8, kv_cache_mb=64)
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1])
+def test_a_pool_of_no_blocks_is_refused(num_blocks):
+    with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}"):
+        choose_num_blocks(589_824, 64, num_blocks=num_blocks)
+
+
+@pytest.mark.parametrize("kv_cache_mb", [0, 0.5, -3])
+def test_a_pool_smaller_than_a_block_is_refused(kv_cache_mb):
+    with pytest.raises(ValueError, match=f"kv_cache_mb={kv_cache_mb} .*takes 0.590 MB"):
+        choose_num_blocks(589_824, 64, kv_cache_mb=kv_cache_mb)
+
+
+@pytest.mark.parametrize(
+    "free_bytes, most_useful, num_blocks",
+    [
+        pytest.param(2**30, 10**6, 455, id="a quarter of what is free"),  # 2**28 // 589,824
+        pytest.param(2**32, 10**6, 1820, id="a quarter of 4 GiB is 1 GiB"),
+        pytest.param(2**40, 10**6, 1820, id="never more than 1 GiB"),
+        pytest.param(2**40, 512, 512, id="never more than all sequences could fill"),
+        pytest.param(4 * 589_824, 512, 1, id="one block"),
+    ],
+)
+def test_on_a_cpu_the_pool_takes_a_quarter_and_at_most_a_gibibyte(
+    monkeypatch, free_bytes, most_useful, num_blocks
+):
+    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: free_bytes)
+    assert choose_num_blocks(589_824, most_useful) == num_blocks
+
+
+def test_on_a_gpu_the_pool_takes_the_share_it_is_given(monkeypatch):
+    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 100 * 589_824)
+    for share, num_blocks in ((0.5, 50), (0.25, 25)):
+        chosen = choose_num_blocks(
+            589_824, 10**6, gpu_memory_utilization=share, device=torch.device("cuda")
+        )
+        assert chosen == num_blocks
+    assert choose_num_blocks(589_824, 7, gpu_memory_utilization=0.5, device="cuda") == 7
+
+
+def test_a_machine_without_room_for_a_block_is_refused(monkeypatch):
+    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 589_824)
+    with pytest.raises(ValueError, match="one block takes 1 MB, 0 MB may be used: lower block"):
+        choose_num_blocks(589_824, 64)
+    with pytest.raises(ValueError, match="the pool needs 2 MB, 1 MB are free: lower num_blocks"):
+        choose_num_blocks(589_824, 64, num_blocks=2)
+
+
+def test_this_machine_has_memory():
+    assert 2**20 < free_memory_bytes("cpu") < 2**60
+
+
+def test_a_gigabyte_holds_27126_tokens_of_gpt2_in_16_bits():
+    assert choose_num_blocks(36_864, 10**6, kv_cache_mb=1000) == 27_126  # blocks of one token
+    assert choose_num_blocks(589_824, 10**6, kv_cache_mb=1000) == 1_695

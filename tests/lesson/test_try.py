@@ -1,0 +1,35 @@
+"""Every `Try:` of a lesson works: the edit is made in a copy of the file, and the copy is run.
+
+An experiment either ends with `ok:` or stops at the assert that its docstring names.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+OK = "ok:"
+# (file, what the docstring says word for word, text to replace, replacement, how it must end)
+EXPERIMENTS = []
+
+
+@pytest.mark.parametrize("name, said, old, new, end", EXPERIMENTS)
+def test_an_experiment_that_a_docstring_names_can_be_made(name, said, old, new, end, tmp_path):
+    source = (ROOT / name).read_text(encoding="utf-8")
+    docstring = source.split('"""')[1]
+    assert " ".join(said.split()) in " ".join(docstring.split()), "the docstring says otherwise"
+    code = source.replace(docstring, "", 1)
+    assert code.count(old) == 1, f"{old!r} occurs {code.count(old)} times"
+    (tmp_path / name).write_text(code.replace(old, new), encoding="utf-8")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"PYTHONIOENCODING": "utf-8"}
+    options = {"cwd": ROOT, "env": env, "capture_output": True, "encoding": "utf-8"}
+    # The copy's folder comes first in the search path: the copy is what runs.
+    run = subprocess.run([sys.executable, str(tmp_path / name)], timeout=120, **options)
+    if end == OK:
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1].startswith(OK)
+    else:
+        assert run.returncode == 1 and end in run.stderr, run.stdout + run.stderr
