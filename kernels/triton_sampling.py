@@ -51,16 +51,39 @@ from sampling import (
 TILE = tl.constexpr(2048)  # tokens of a row at a time, 4 for each of 512 threads
 NUM_SEGMENTS = tl.constexpr(64)  # of the line ..
 SEGMENT_STEP = tl.constexpr(32)  # .. and the tokens of each that are read together
-# What each row brings, one number a row: some types, the first of which loses nothing.
-ROW_DTYPES = {
+# The kernel reads one number a row from each of these tensors (M,), in this order. Of several types
+# the first is the one that `row_tensors` makes.
+ROW_INPUTS = {
     "seeds": (torch.int64,),
     "positions": (torch.int64,),
     "temperatures": (torch.float32,),
     "top_ks": (torch.int32,),
-    "top_ps": (torch.float64, torch.float32),
+    "top_ps": (torch.float64, torch.float32),  # float64, as sampling.py computes
     "min_ps": (torch.float32,),
-    "out": (torch.int64,),
-    "peaks": (torch.float32,),
+}
+# It writes one number a row to these.
+ROW_OUTPUTS = {"out": (torch.int64,), "peaks": (torch.float32,)}
+
+# Who carries out each field of SamplingParams when this file draws. The kernel ignores all fields
+# but its own, so a new field needs a line here: a test compares the keys with the dataclass.
+HANDLED_BY = {
+    "temperature": "kernel: temperatures",
+    "top_k": "kernel: top_ks",
+    "top_p": "kernel: top_ps",
+    "min_p": "kernel: min_ps",
+    "seed": "kernel: seeds",
+    "logit_bias": "edit_logits, before the launch",
+    "min_tokens": "edit_logits, before the launch",
+    "stop_token_ids": "edit_logits, before the launch",
+    "presence_penalty": "edit_logits, before the launch",
+    "frequency_penalty": "edit_logits, before the launch",
+    "repetition_penalty": "edit_logits, before the launch",
+    "logprobs": "collect_logprobs, after the draw",
+    "prompt_logprobs": "the engine",
+    "n": "the engine",
+    "max_tokens": "the scheduler",
+    "ignore_eos": "the scheduler",
+    "stop": "the output processor",
 }
 
 
@@ -251,16 +274,20 @@ def sample_kernel(
 
 # ---- What is called ------------------------------------------------------------------------------
 def check_rows(num_rows: int, device: torch.device, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless each holds one number a row, of its type, side by side, there."""
+    """Raise ValueError unless each tensor is (num_rows,), contiguous, of its type, on the device.
+
+    The names are those of ROW_INPUTS and ROW_OUTPUTS; None is skipped.
+    """
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        types, shape = ROW_DTYPES[name], tuple(tensor.shape)
-        at_home = tensor.device == device and tensor.is_contiguous()
-        if tensor.dtype not in types or shape != (num_rows,) or not at_home:
-            is_now = f"{tensor.dtype} {shape} with strides {tensor.stride()} on {tensor.device}"
+        types = (ROW_INPUTS | ROW_OUTPUTS)[name]
+        shape = tuple(tensor.shape)
+        is_expected = tensor.dtype in types and shape == (num_rows,)
+        if not is_expected or tensor.device != device or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {shape} with strides {tensor.stride()} on {tensor.device}"
             wanted = f"{' or '.join(map(str, types))} ({num_rows},), contiguous, on {device}"
-            raise ValueError(f"{name} is {is_now}: it must be {wanted}")
+            raise ValueError(f"{name} is {found}: it must be {wanted}")
 
 
 def row_sizes(vocab_size: int) -> dict[str, int]:
@@ -307,20 +334,20 @@ def sample_triton(
 
 
 def row_tensors(rows: list[SampleRow], vocab_size: int, device: torch.device) -> list[Tensor]:
-    """What `sample_triton` wants to know of M rows, in its order: six tensors (M,) on the device.
+    """The tensors of ROW_INPUTS for M rows, in that order: six of shape (M,) on the device.
 
-    This is the host's part: six small copies, one way.
+    Six small copies from the host to the device, none of which waits for the device.
     """
-    params = [row.params for row in rows]
     columns = {
         "seeds": [row.seed for row in rows],
         "positions": [row.position for row in rows],
-        "temperatures": [p.temperature for p in params],
-        "top_ks": [min(p.top_k, vocab_size) for p in params],  # as a caller gives it: any integer
-        "top_ps": [p.top_p for p in params],
-        "min_ps": [p.min_p for p in params],
+        "temperatures": [row.params.temperature for row in rows],
+        # A caller may give any integer; the kernel's is of 32 bits.
+        "top_ks": [min(row.params.top_k, vocab_size) for row in rows],
+        "top_ps": [row.params.top_p for row in rows],
+        "min_ps": [row.params.min_p for row in rows],
     }
-    tensors = (torch.tensor(values, dtype=ROW_DTYPES[n][0]) for n, values in columns.items())
+    tensors = [torch.tensor(columns[name], dtype=types[0]) for name, types in ROW_INPUTS.items()]
     return [to_device(tensor, device) for tensor in tensors]
 
 

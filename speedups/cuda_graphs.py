@@ -40,7 +40,7 @@ from torch import Tensor
 
 from kernels.triton_decode import paged_attention_triton
 from kernels.triton_prefill import write_kv_triton
-from kernels.triton_sampling import ROW_DTYPES, draw_tokens_triton, row_tensors
+from kernels.triton_sampling import ROW_INPUTS, draw_tokens_triton, row_tensors
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
@@ -50,8 +50,6 @@ from sampling import LOW_32, SampleRow
 # attention at once: sizes closer to each other would win little, and each takes a recording.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 ALIGNMENT = 16  # bytes: from such an address on, a GPU's thread loads as many at once
-# What a sampler wants to know of each row, in the order of `row_tensors`.
-DRAW_INPUTS = ("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps")
 
 
 def recorded_sizes(max_num_seqs: int) -> list[int]:
@@ -145,7 +143,7 @@ def plan_layout(
         "query_start_locs": (torch.int32, (size + 1,)),
         "block_tables": (torch.int32, (size, max_blocks)),
     }
-    inputs |= {f"draw {name}": (ROW_DTYPES[name][0], (size,)) for name in draw_inputs}
+    inputs |= {f"draw {name}": (ROW_INPUTS[name][0], (size,)) for name in draw_inputs}
     layout, end = {}, 0
     for name, (dtype, shape) in inputs.items():
         layout[name] = (end, dtype, shape)
@@ -217,7 +215,7 @@ class GraphForward:
         self.forward, self.sizes, self.max_seq_len = forward, sorted(sizes), max_seq_len
         self.launcher = launcher or (Graphs() if on_gpu else Calls())
         self.max_blocks = -(-max_seq_len // cache.block_size)
-        self.sampler, self.draw_inputs = sampler, DRAW_INPUTS if sampler else ()
+        self.sampler, self.draw_inputs = sampler, tuple(ROW_INPUTS) if sampler else ()
         # What was drawn: the next step may take its tokens from here without asking the host.
         self.token_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         self.peaks = torch.zeros(self.sizes[-1], dtype=torch.float32, device=device)

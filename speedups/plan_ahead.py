@@ -45,10 +45,29 @@ from sequence import FINISHED, RUNNING, Continuation, Plan, Sequence
 Decode = Callable[[Batch, list[SampleRow]], tuple[Tensor, Tensor]]  # -> what `draw_tokens` returns
 
 
+# A step planned ahead is launched before the host has read the last tokens. These fields of
+# SamplingParams allow that with one value only: with others the draw depends on tokens that are not
+# known yet, or the host reads probabilities after each step, or the logits are edited first.
+ONLY_VALUE_AHEAD = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "min_tokens": 0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+}
+# These allow it with any value. (A new field belongs into one of the two: a test compares them with
+# the dataclass.)
+ANY_VALUE_AHEAD = {
+    *("n", "temperature", "top_k", "top_p", "min_p", "seed"),  # the draw needs no earlier token
+    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # a text may end: one token is wasted
+}
+
+
 def needs_no_past(params: SamplingParams) -> bool:
-    """Whether a draw is done with the logits as they are, and nobody reads its probabilities."""
-    edits = params.penalises or params.logit_bias or params.min_tokens
-    return not edits and params.logprobs is None and params.prompt_logprobs is None
+    """Whether a token can be drawn before the host has read the token before it."""
+    return all(getattr(params, name) == value for name, value in ONLY_VALUE_AHEAD.items())
 
 
 class InFlight(NamedTuple):
