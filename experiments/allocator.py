@@ -23,8 +23,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from baselines import BuddyAllocator
 from block_allocator import BlockAllocator, NoFreeBlocks
+from experiments.reservations import BuddyAllocator
 from experiments.results import Measurement, device_name, run_alone
 
 CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}

@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from baselines import (
+from block_allocator import BlockAllocator
+from checkpoints.load import load_model, weights_kind
+from engine import InferenceEngine, eager_forward
+from experiments.reservations import (
     BuddyAllocator,
     power_of_two,
     reserve_maximum,
     reserve_oracle,
     reserve_power_of_two,
 )
-from block_allocator import BlockAllocator
-from checkpoints.load import load_model, weights_kind
-from engine import InferenceEngine, eager_forward
 from experiments.results import device_name
 from experiments.simulate import (
     Arrival,

@@ -30,15 +30,15 @@ from typing import NamedTuple
 
 import torch
 
-from baselines import (
+from block_allocator import BlockAllocator, NoFreeBlocks
+from checkpoints.load import RANDOM_SHAPES
+from experiments.reservations import (
     BuddyAllocator,
     power_of_two,
     reserve_maximum,
     reserve_oracle,
     reserve_power_of_two,
 )
-from block_allocator import BlockAllocator, NoFreeBlocks
-from checkpoints.load import RANDOM_SHAPES
 from experiments.results import Measurement, device_name, run_alone
 from kernels.backends import DTYPES
 from llm import LLM, SamplingParams

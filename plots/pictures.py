@@ -31,9 +31,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 
-from baselines import BuddyAllocator, reserve_maximum, reserve_oracle, reserve_power_of_two
 from block_allocator import BlockAllocator
 from engine import InferenceEngine
+from experiments.reservations import (
+    BuddyAllocator,
+    reserve_maximum,
+    reserve_oracle,
+    reserve_power_of_two,
+)
 from kv_cache import Batch, KVCache
 from plots.palette import (
     CARD,

@@ -6,9 +6,9 @@ import random
 import pytest
 from rows import pick, run
 
-from baselines import BuddyAllocator
 from block_allocator import BlockAllocator, NoFreeBlocks
 from experiments import allocator
+from experiments.reservations import BuddyAllocator
 
 SMALL = "--repeats 2 --cycles 3 --sequences 2 --blocks 4 --num-blocks 16 --operations 400"
 SMALL += " --check-every 7"

@@ -12,9 +12,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from baselines import BuddyAllocator, reserve_oracle
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
+from experiments.reservations import BuddyAllocator, reserve_oracle
 from experiments.simulate import (
     Arrival,
     CostModel,

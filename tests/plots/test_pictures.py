@@ -12,8 +12,8 @@ from conftest import ROOT
 from matplotlib.colors import to_hex
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from baselines import BuddyAllocator, reserve_maximum
 from block_allocator import BlockAllocator
+from experiments.reservations import BuddyAllocator, reserve_maximum
 from plots.palette import (
     CARD,
     FAINT,
