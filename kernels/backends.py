@@ -1,36 +1,31 @@
-"""The same function in three dialects: which of them this machine can run.
+"""The same attention as three backends, and which of them this machine can run.
 
-The oracle is written in PyTorch and runs everywhere; one translation is compiled for the CPU, one
-for the GPU. Each brings the kernel that reads the pool and the one that writes it, and each has its
-limits: a kind of device, the types that it computes in, a library that may be missing. Somebody has
-to choose, once, when an engine is built, so that no loop ever asks again:
+The oracle is written in PyTorch and runs everywhere. One translation is compiled for the CPU, one
+for the GPU. Each backend has a kernel that reads the pool and one that writes to it, and each has
+limits: the kind of device, the types, a library that may be missing. The backend is chosen once,
+when an engine is built, so no loop asks for it:
 
     backend   runs on    computes in                  needs
     triton    cuda       float16, 32, 64, bfloat16    triton       "auto" takes the first line
-    numba     cpu        float32, 64, bfloat16        numba        that holds on this machine,
-    torch     all        all of them                  nothing      and says so where it is slower
+    numba     cpu        float32, 64, bfloat16        numba        that runs on this machine, and
+    torch     all        all of them                  nothing      warns if it skipped a faster one
 
-A kernel that Triton interprets is for tests: it runs on the CPU, slowly, and only if it was named.
-What a production engine does beyond this: a dozen attention backends, chosen by the chip's
-generation, the head size and the type of the cache.
+A kernel is imported only when its backend is used: on a CPU no file of Triton's kernels is loaded.
+Triton can also interpret its kernels on a CPU. That is slow and only for tests, so "auto" never
+takes an interpreted kernel.
 
 vLLM's own table: docs.vllm.ai, "Attention Backend Feature Support".
 Run: python -m kernels.backends
-Try: resolve_backend("numba", torch.device("cpu"), torch.float16), and read the warning.
 """
 
+import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
-from kernels.triton_decode import INTERPRETED, paged_attention_triton
-from kernels.triton_prefill import HAS_TRITON, write_kv_triton
-from kv_cache import write_kv
-from paged_attention import paged_attention
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,61 +34,122 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+# Triton reads this variable when it is imported, and accepts these values.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+# ---- the kernels: each function imports those of one backend -------------------------------------
+class Kernels(NamedTuple):
+    """The two functions of a backend, with the signatures of the oracle's."""
+
+    paged_attention: Callable[..., Tensor]
+    write_kv: Callable[..., None]
+
+
+def triton_kernels() -> Kernels:
+    """Kernels for a GPU."""
+    from kernels.triton_decode import paged_attention_triton
+    from kernels.triton_prefill import write_kv_triton
+
+    return Kernels(paged_attention_triton, write_kv_triton)
+
+
+def numba_kernels() -> Kernels:
+    """Kernels for a CPU."""
+    from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
+
+    return Kernels(paged_attention_cpu, write_kv_cpu)
+
+
+def torch_kernels() -> Kernels:
+    """The oracle."""
+    from kv_cache import write_kv
+    from paged_attention import paged_attention
+
+    return Kernels(paged_attention, write_kv)
+
 
 class Backend(NamedTuple):
-    """One way to write and to read the pool, and where it can be used."""
+    """One way to read and to write the pool, and where it can be used."""
 
-    paged_attention: Callable[..., Tensor]  # of the common signature
-    write_kv: Callable[..., None]
-    device: str | None  # the only kind of device that it runs on
+    load: Callable[[], Kernels]  # imports the kernels
+    library: str | None  # the package that they need
+    device: str | None  # the only kind of device that they run on; None: all
     dtypes: tuple[torch.dtype, ...]
-    missing: str | None  # what it needs and does not find on this machine
+
+    @property
+    def paged_attention(self) -> Callable[..., Tensor]:
+        """The kernel that reads the pool."""
+        return self.load().paged_attention
+
+    @property
+    def write_kv(self) -> Callable[..., None]:
+        """The kernel that writes new keys and values to the pool."""
+        return self.load().write_kv
+
+    @property
+    def missing(self) -> str | None:
+        """The library that the kernels need and that cannot be imported; None if nothing lacks."""
+        try:
+            if self.library is not None:
+                import_module(self.library)
+        except ImportError:  # not installed, or it does not fit the installed NumPy
+            return self.library
+        return None
 
 
 # The fastest first: "auto" takes the first that runs.
 BACKENDS = {
     "triton": Backend(
-        paged_attention_triton,
-        write_kv_triton,
+        triton_kernels,
+        "triton",
         "cpu" if INTERPRETED else "cuda",
         (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        None if HAS_TRITON else "triton",
     ),
     "numba": Backend(
-        paged_attention_cpu,
-        write_kv_cpu,
+        numba_kernels,
+        "numba",
         "cpu",
         (torch.bfloat16, torch.float32, torch.float64),
-        None if HAS_NUMBA else "numba",
     ),
-    "torch": Backend(paged_attention, write_kv, None, tuple(DTYPES.values()), None),
+    "torch": Backend(torch_kernels, None, None, tuple(DTYPES.values())),
 }
+
+
+def _why_unusable(name: str, device: torch.device) -> str | None:
+    """The reason why a backend cannot run on a device; None if it can."""
+    backend = BACKENDS[name]
+    # The device is compared first: it needs no import, and most backends end here.
+    if backend.device not in (None, device.type):
+        return f"runs on {backend.device}, the model is on {device.type}"
+    if missing := backend.missing:
+        return f"needs {missing}, which is not installed"
+    return None
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that was named, or the fastest for the device; the next one if it lacks `dtype`.
 
-    That is said once, in a warning. Kernels that Triton interprets are slow and run only if they
-    are named. Raises ValueError for a backend that this machine or device cannot have.
+    A warning says that a backend was skipped because it lacks `dtype`. Raises ValueError for a
+    backend that is unknown or cannot run on this machine and device.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
-    names, lacking = list(BACKENDS), None
-    for name in names[0 if backend == "auto" else names.index(backend) :]:
-        candidate = BACKENDS[name]
-        usable = candidate.missing is None and candidate.device in (None, device.type)
-        if not usable and name == backend:
-            fault = f"needs {candidate.missing}, which is not installed"
-            if candidate.missing is None:
-                fault = f"runs on {candidate.device}, the model is on {device.type}"
-            raise ValueError(f"backend {name!r} {fault}: choose another, or auto")
-        if not usable or (name == "triton" and INTERPRETED and name != backend):
+    names = list(BACKENDS)
+    first = 0 if backend == "auto" else names.index(backend)
+    lacks_dtype = None  # the fastest backend that was skipped for its types
+    for name in names[first:]:
+        reason = _why_unusable(name, device)
+        if reason and name == backend:
+            raise ValueError(f"backend {name!r} {reason}: choose another, or auto")
+        is_interpreted = INTERPRETED and BACKENDS[name].library == "triton"
+        if reason or (is_interpreted and name != backend):
             continue
-        if dtype in candidate.dtypes:
-            if lacking:
-                warnings.warn(f"backend {lacking!r} has no {str(dtype)[6:]}: {name!r} is used")
+        if dtype in BACKENDS[name].dtypes:
+            if lacks_dtype:
+                warnings.warn(f"backend {lacks_dtype!r} has no {str(dtype)[6:]}: {name!r} is used")
             return name
-        lacking = lacking or name
+        lacks_dtype = lacks_dtype or name
     raise AssertionError("the last backend runs everywhere and has every dtype")
 
 
@@ -121,7 +177,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def can_record(backend: str, device: torch.device) -> bool:
-    """Whether decode steps can be recorded: on a GPU, by kernels that ask the host for nothing."""
+    """Whether decode steps can be recorded: on a GPU, with kernels that never wait for the host."""
     return backend == "triton" and device.type == "cuda"
 
 
@@ -136,23 +192,37 @@ def demo():
         print(f"{name:9} {backend.device or 'all':9} {backend.missing or '-':9} {dtypes}")
     print()
     for name in DTYPES:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             chosen = resolve_backend("auto", device, DTYPES[name])
-        print(f"auto, {device.type}, {name:8} -> {chosen:7}", *(str(w.message) for w in said))
+        messages = [str(warning.message) for warning in caught]
+        print(f"auto, {device.type}, {name:8} -> {chosen:7}", *messages)
 
     torch.manual_seed(0)
     pool = torch.randn(9, 2, 2, 4, 16, device=device)  # 8 blocks of 4 tokens, and scratch
-    q = torch.randn(2, 2, 16, device=device)
-    tables, lens = [[5, 0, 7], [2, 3, 8]], [10, 6]
-    where = (torch.tensor(x, dtype=torch.int32, device=device) for x in (tables, [0, 1, 2], lens))
-    call = (q, pool[:, 0], pool[:, 1], *where, 16**-0.5, 1, 10)
-    usable = [b for b in BACKENDS.values() if not b.missing and b.device in (None, device.type)]
-    results = [backend.paged_attention(*call) for backend in usable]
+    q = torch.randn(2, 2, 16, device=device)  # one query of each of two sequences
+    block_tables = torch.tensor([[5, 0, 7], [2, 3, 8]], dtype=torch.int32, device=device)
+    query_start_locs = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    context_lens = torch.tensor([10, 6], dtype=torch.int32, device=device)
+    results = [
+        backend.paged_attention(
+            q,
+            pool[:, 0],
+            pool[:, 1],
+            block_tables,
+            query_start_locs,
+            context_lens,
+            scale=16**-0.5,
+            max_query_len=1,
+            max_context_len=10,
+        )
+        for name, backend in BACKENDS.items()
+        if _why_unusable(name, device) is None
+    ]
     error = max((result - results[-1]).abs().max().item() for result in results)
-    print(f"\nlargest difference among the {len(usable)} that run here: {error:.1e}")
+    print(f"\nlargest difference among the {len(results)} that run here: {error:.1e}")
     assert error < 1e-5
-    print("ok: whichever is chosen, attention is the same")
+    print("ok: all backends that run here give the same attention")
 
 
 if __name__ == "__main__":
