@@ -464,6 +464,7 @@ ZIP_FAULTS = {
     "no pickle": {"without": ["data.pkl"]},
     "no numbers": {"without": ["data/0"]},
     "numbers cut off": {"edits": {"data/0": bytes(48 * 144 * 4 - 4)}},
+    "numbers of more than is claimed": {"edits": {"data/0": bytes(48 * 144 * 4 + 4)}},
     "numbers of another tensor": {"edits": {"data/0": b""}},
     "a strange byte order": {"edits": {"byteorder": b"\xff\xfe"}},
     "an empty pickle": {"edits": {"data.pkl": b""}},
