@@ -1,23 +1,22 @@
-"""Where the shipped model comes from: a small GPT-2 trained on a folder of tales, on two CPU cores.
+"""Train the shipped model: a small GPT-2, on a folder of tales, on two CPU cores.
 
-A cache bug hides behind random weights: with nanoGPT's initialisation greedy decoding repeats one
-token whatever the cache holds. A model that has learned to write shows it at once, to the eye and
-to the tests. So this repository ships one: 5.8 million parameters, head_dim 64 like every real
-GPT-2, 1,024 trained positions, a byte-level BPE of its own.
+With nanoGPT's random initialisation, greedy decoding repeats one token whatever the KV cache holds.
+Such a model cannot show a broken cache; a model that has learned to write shows it at once, to a
+reader and to the tests. This repository therefore ships a trained one: 5.8 million parameters,
+head_dim 64 as in every GPT-2, 1,024 trained positions, and a byte-level BPE of its own.
 
-The model is `model.py`'s, untouched. Training is one more plug for its socket: the N flat rows are
-B windows of T tokens, and each window attends to itself. Two phases share one cosine schedule:
+The model is `model.py`'s, unchanged. Training only needs another function for its socket `attend`:
+the N flat rows are B windows of T tokens, and each window attends to itself. One cosine schedule
+covers two phases:
 
     first two thirds   windows of 256 tokens, each at a random offset: all positions are trained
-    last third         windows of 1,024 tokens: the far end has something to look back at
+    last third         windows of 1,024 tokens: the model learns to look far back
 
-Every thirtieth tale is held out and never seen: not by the training, not by the tokenizer.
-Checkpoints are written every few minutes; `--resume` goes on from the last one with the same
-batches as if nothing had happened, because a batch is a function of (seed, step).
+Every thirtieth tale is held out: neither the model nor the tokenizer sees it in training. A
+checkpoint is written every few minutes. `--resume` goes on from the last checkpoint and ends with
+the same weights as a run that was never stopped, because a batch is a function of (seed, step).
 
 Run: python -m checkpoints.train_tiny --text FOLDER_OF_TXT --out assets/tiny-gpt2
-Try: --dropout 0 (watch the held-out loss turn back up while the training loss falls), or --no-long
-(every window 256 tokens: the loss at positions 512 to 1,023 stays above that of the first 256).
 """
 
 import argparse
@@ -33,24 +32,28 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.load import save_model
-from llm import LLM, SamplingParams
+from block_allocator import BlockAllocator
+from checkpoints.load import load_model, save_model
+from checkpoints.tokenizer import load_tokenizer
+from engine import InferenceEngine, eager_forward
+from kv_cache import KVCache
 from model import GPT, Attend, GPTConfig
+from sampling import SamplingParams
+from scheduler import Scheduler
 
-CARD = (
-    Path(__file__).parents[1] / "assets" / "CARD.md"
-)  # the model card, with names for its numbers
+CARD = Path(__file__).parents[1] / "assets" / "CARD.md"  # the model card's template
 END_OF_TEXT = "<|endoftext|>"
 STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "‑": "-", "…": "..."})
 
 
 # ---- data ----------------------------------------------------------------------------------------
 def read_tales(paths: list[Path]) -> list[str]:
-    """Cut text files into tales, quotes straightened.
+    """Cut text files into tales and straighten their quotes.
 
-    A tale ends at two blank lines; a file without any is cut at its titles (one short line between
-    blank lines that ends in no punctuation). Pieces under 200 characters are headings of what
-    follows and stay with it; at the end of a file, where nothing follows, they are left out.
+    A tale ends at two blank lines. A file without two blank lines is cut at its titles instead: a
+    title is one short line between blank lines that does not end in punctuation. A piece of under
+    200 characters is a heading and is joined to the next piece; the last heading of a file is
+    dropped.
     """
     tales = []
     for path in paths:
@@ -60,7 +63,7 @@ def read_tales(paths: list[Path]) -> list[str]:
             pieces = []
             for paragraph in text.split("\n\n"):
                 is_short = len(paragraph) < 60 and "\n" not in paragraph
-                is_title = is_short and paragraph[-1:].isalnum()  # [-1:], for an empty file
+                is_title = is_short and paragraph[-1:].isalnum()  # [-1:] works on "" too
                 if is_title or not pieces:
                     pieces.append(paragraph)
                 else:
@@ -75,7 +78,7 @@ def read_tales(paths: list[Path]) -> list[str]:
 
 
 def train_tokenizer(tales: list[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Learn a byte-level BPE as GPT-2's, `<|endoftext|>` last; save it as Hugging Face does."""
+    """Learn a byte-level BPE like GPT-2's, with `<|endoftext|>` as the last id; save its files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +88,7 @@ def train_tokenizer(tales: list[str], vocab_size: int, folder: Path) -> Tokenize
         special_tokens=[],
     )
     tokenizer.train_from_iterator(tales, trainer)
-    tokenizer.add_special_tokens([END_OF_TEXT])  # now: given to the trainer it would become id 0
+    tokenizer.add_special_tokens([END_OF_TEXT])  # the trainer would make it id 0
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
@@ -96,13 +99,14 @@ def train_tokenizer(tales: list[str], vocab_size: int, folder: Path) -> Tokenize
 
 
 def batch_at(stream: Tensor, step: int, seed: int, rows: int, length: int, max_seq_len: int):
-    """The batch of a step, a pure function of (seed, step): ids, positions, targets.
+    """The batch of a step, a pure function of (seed, step).
 
-    Each is (rows * length,).
+    `stream (num_tokens,)` is the whole text. Returns ids, positions and targets, each
+    (rows * length,): `rows` windows of `length` tokens, end to end.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(stream) - length, (rows, 1), generator=generator)
-    # A short window may sit anywhere in the context: no position embedding is left untrained.
+    # A short window begins at a random position, so that all position embeddings are trained.
     offsets = torch.randint(max_seq_len - length + 1, (rows, 1), generator=generator)
     steps = torch.arange(length)
     ids, targets = stream[starts + steps], stream[starts + steps + 1]
@@ -111,7 +115,7 @@ def batch_at(stream: Tensor, step: int, seed: int, rows: int, length: int, max_s
 
 # ---- the training socket -------------------------------------------------------------------------
 def attend_windows(rows: int) -> Attend:
-    """The training plug: N flat tokens are `rows` equal windows, each causal within itself."""
+    """The socket for training: N flat tokens are `rows` equal windows with causal attention."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, D) each
         windows = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
@@ -123,37 +127,42 @@ def attend_windows(rows: int) -> Attend:
 
 @torch.inference_mode()
 def held_out_losses(model: GPT, tales: list[str], tokenizer: Tokenizer) -> dict[str, float]:
-    """Score whole tales: nats per character, and nats per token by position in the window.
+    """The loss on whole tales: nats per character, and nats per token by position in the window.
 
-    A tale longer than the context is read in windows that overlap by half; each token is counted
-    once, where it sees most of its past. A tale starts after `<|endoftext|>`, as in training.
+    A tale longer than the context is read in windows that overlap by half. Each token is counted
+    once, in the window where it sees more of its past. A tale starts after `<|endoftext|>`, as in
+    training.
     """
     model.eval()
     size = model.config.max_seq_len
     stride = max(1, size // 2)
-    old = size - stride  # tokens of a later window that the one before has scored already
+    overlap = size - stride  # tokens of a later window that the previous window has counted
     end = tokenizer.token_to_id(END_OF_TEXT)
-    total, characters, tokens = 0.0, 0, 0
-    by_position = torch.zeros(2, size)  # sum of losses, count
+    total_loss = 0.0
+    num_characters = 0
+    num_tokens = 0
+    by_position = torch.zeros(2, size)  # row 0: sum of losses, row 1: count
     for tale in tales:
         ids = torch.tensor([end, *tokenizer.encode(tale).ids])
-        for start in range(0, max(1, len(ids) - 1 - old), stride):
-            window, targets = ids[start : start + size], ids[start + 1 : start + size + 1]
-            window = window[: len(targets)]
+        for start in range(0, max(1, len(ids) - 1 - overlap), stride):
+            targets = ids[start + 1 : start + size + 1]
+            window = ids[start : start + len(targets)]
             hidden = model(window, torch.arange(len(window)), attend_windows(1))
             losses = F.cross_entropy(model.logits(hidden), targets, reduction="none")
             by_position[0, : len(losses)] += losses
             by_position[1, : len(losses)] += 1
-            new = losses if start == 0 else losses[old:]
-            total, tokens = total + new.sum().item(), tokens + len(new)
-        characters += len(tale)
-    near, far = by_position[:, :256].sum(1), by_position[:, size // 2 :].sum(1)
+            new = losses if start == 0 else losses[overlap:]
+            total_loss += new.sum().item()
+            num_tokens += len(new)
+        num_characters += len(tale)
+    near = by_position[:, :256].sum(1)  # (2,): sum of losses, count
+    far = by_position[:, size // 2 :].sum(1)
     return {
-        "nats_per_character": total / characters,
-        "nats_per_token": total / tokens,
+        "nats_per_character": total_loss / num_characters,
+        "nats_per_token": total_loss / num_tokens,
         "nats_per_token_at_0_to_255": (near[0] / near[1]).item(),
         "nats_per_token_at_512_to_1023": (far[0] / far[1]).item(),
-        "characters": characters,
+        "characters": num_characters,
         "tales": len(tales),
     }
 
@@ -161,28 +170,29 @@ def held_out_losses(model: GPT, tales: list[str], tokenizer: Tokenizer) -> dict[
 # ---- the loop ------------------------------------------------------------------------------------
 def learning_rate_factor(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up over 2% of the steps, then a cosine to 5%."""
-    warm = max(1, steps // 50)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    warmup = max(1, steps // 50)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)  # 0 to 1
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizers(model: GPT, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, biases and gains.
 
-    Muon replaces each matrix's step by the nearest orthogonal one (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon): after 60 steps the loss was 5.1 where AdamW's was 6.0.
+    Muon replaces each matrix's step by the nearest orthogonal matrix (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). After 60 steps its loss was 5.1; AdamW's was 6.0.
     """
     matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]
     tables = [model.wte.weight, model.wpe.weight]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    rest = [
+    adamw_groups = [
         {"params": tables, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=0.95),
-        torch.optim.AdamW(rest, lr=lr / 10, betas=(0.9, 0.95)),
+        torch.optim.AdamW(adamw_groups, lr=lr / 10, betas=(0.9, 0.95)),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -191,7 +201,7 @@ def make_optimizers(model: GPT, lr: float, weight_decay: float) -> list[torch.op
 
 
 def save_state(path: Path, model: GPT, optimizers: list, step: int, loss: float) -> None:
-    """Write all that the rest of the training depends on; a killed run leaves a whole file."""
+    """Write everything that `--resume` needs. A run killed meanwhile leaves the old file whole."""
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     partial = path.with_suffix(".partial")
     torch.save({**state, "step": step, "loss": loss, "rng": torch.get_rng_state()}, partial)
@@ -199,22 +209,23 @@ def save_state(path: Path, model: GPT, optimizers: list, step: int, loss: float)
 
 
 def load_state(path: Path, model: GPT, optimizers: list) -> tuple[int, float]:
-    """Undo `save_state`; returns the next step and the running mean of the loss."""
+    """Read what `save_state` wrote; return the next step and the running mean of the loss."""
     saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(saved["rng"])  # dropout's; the batches are functions of (seed, step)
+    torch.set_rng_state(saved["rng"])  # for dropout; batches depend on (seed, step) only
     return saved["step"], saved["loss"]
 
 
 def train(model: GPT, stream: Tensor, args: argparse.Namespace, checkpoint: Path) -> float:
-    """Train to `args.steps`, or to `args.stop_after` on the way; returns the training loss.
+    """Train up to step `args.steps` or `args.stop_after`; return the training loss.
 
-    The loss is a running mean, in nats per token. The last step's state is always saved.
+    The loss is a running mean, in nats per token. The state after the last step is always saved.
     """
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    first, loss_mean = 0, math.log(model.config.vocab_size)
+    first = 0
+    loss_mean = math.log(model.config.vocab_size)  # the loss of a model that knows nothing
     if args.resume and checkpoint.exists():
         first, loss_mean = load_state(checkpoint, model, optimizers)
     model.train()
@@ -245,79 +256,109 @@ def train(model: GPT, stream: Tensor, args: argparse.Namespace, checkpoint: Path
 
 
 # ---- the model card ------------------------------------------------------------------------------
-def write_model_card(folder: Path, settings: dict, report: dict, held_out: list[str]) -> None:
-    """Write README.md into the model's folder: numbers, data, and five unselected samples."""
-    llm = LLM(folder, device="cpu", max_num_seqs=5)
-    # A tale's first paragraph is its title: begin with what follows it, twelve tokens.
+def write_samples(folder: Path, held_out: list[str]) -> list[str]:
+    """Let the saved model continue five held-out tales; return Markdown quotes."""
+    model = load_model(folder)  # from the file: float16 rounds the weights
+    tokenizer = load_tokenizer(folder)
+    config = model.config
+    # A tale's first paragraph is its title. The prompt is what follows the title: twelve tokens.
     bodies = [tale.split("\n\n", 1)[-1] for tale in held_out[:5]]
-    prompts = [llm.tokenizer.decode(llm.tokenizer.encode(body)[:12]) for body in bodies]
-    length = min(150, llm.max_seq_len - 24)
-    how = {"temperature": 0.8, "top_p": 0.95, "max_tokens": length, "min_tokens": length}
-    outputs = llm.generate(prompts, [SamplingParams(**how, seed=s) for s in range(len(prompts))])
-    # On one line each: Markdown would eat single line breaks.
-    texts = [re.sub(r"\s+", " ", output.outputs[0].text) for output in outputs]
-    samples = [f"> **{prompt}**{text}" for prompt, text in zip(prompts, texts, strict=True)]
-    facts = {**settings, **report, "parameters": llm.model.num_parameters()}
-    facts |= {"files": len(settings["files"]), "vocab_size": llm.model.config.vocab_size}
+    prompts = [tokenizer.decode(tokenizer.encode(body)[:12]) for body in bodies]
+    num_blocks = len(prompts) * -(-config.max_seq_len // 16)  # room for all: none is preempted
+    cache = KVCache(config.n_layer, num_blocks, 16, config.n_head, config.head_dim)
+    scheduler = Scheduler(BlockAllocator(num_blocks, 16), 5, 2048, config.max_seq_len)
+    engine = InferenceEngine(
+        eager_forward(model, cache),
+        cache,
+        scheduler,
+        config.vocab_size,
+        tokenizer,
+        config.eos_token_id,
+    )
+    length = min(150, config.max_seq_len - 24)
+    common = {"temperature": 0.8, "top_p": 0.95, "max_tokens": length, "min_tokens": length}
+    for seed, prompt in enumerate(prompts):
+        engine.add_request(prompt, SamplingParams(**common, seed=seed))
+    texts = {}
+    while engine.has_unfinished():
+        finished = [output for output in engine.step().outputs if output.finished]
+        texts |= {int(output.request_id): output.outputs[0].text for output in finished}
+    # Each sample on one line, because Markdown drops single line breaks.
+    lines = [re.sub(r"\s+", " ", texts[index]) for index in range(len(prompts))]
+    return [f"> **{prompt}**{line}" for prompt, line in zip(prompts, lines, strict=True)]
+
+
+def write_model_card(folder: Path, settings: dict, report: dict, samples: list[str]) -> None:
+    """Write README.md into the model's folder: numbers, data, and five unselected samples."""
+    facts = settings | report | {"files": len(settings["files"])}
     card = CARD.read_text(encoding="utf-8").format(**facts, samples="\n\n".join(samples))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+# ---- the program ---------------------------------------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults are the shipped model's, but for what its card notes."""
+    """The command line. The defaults made the shipped model; its card names the exceptions."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--text", type=Path, required=True, help="a folder of .txt files, or one file")
-    add("--skip", nargs="*", default=["tinyshakespeare.txt"], help="file names in it to leave out")
+    add("--skip", nargs="*", default=["tinyshakespeare.txt"], help="names of files to leave out")
     add("--out", type=Path, default=Path("assets/tiny-gpt2"), help="folder of the finished model")
-    add("--notes", type=Path, default=Path("assets/NOTES.md"), help="for the card: whose texts?")
+    add("--notes", type=Path, default=Path("assets/NOTES.md"), help="about the texts, for the card")
     add("--work", type=Path, default=Path("train_tiny_work"), help="folder of the checkpoint")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
     add("--steps", type=int, default=2200, help="length of the schedule")
-    add("--stop-after", type=int, help="write the model as it stands after so many steps, and end")
+    add("--stop-after", type=int, help="end after this many steps, and write the model")
     add("--tokens-per-step", type=int, default=4096)
-    add("--short-length", type=int, default=256, help="window in the first two thirds, in tokens")
+    add("--short-length", type=int, default=256, help="tokens of a window in the first two thirds")
     add("--no-long", action="store_true", help="keep short windows to the end")
     add("--max-seq-len", type=int, default=1024)
     add("--vocab-size", type=int, default=3072)
     add("--n-layer", type=int, default=6)
     add("--n-head", type=int, default=4, help="heads of 64")
     add("--dropout", type=float, default=0.1)
-    add("--lr", type=float, default=0.015, help="peak, of the matrices; else a tenth")
+    add("--lr", type=float, default=0.015, help="peak for matrices; a tenth of it for the rest")
     add("--weight-decay", type=float, default=0.1)
     add("--seed", type=int, default=0)
     add("--save-every-s", type=float, default=300.0, help="seconds between checkpoints")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None):
-    """Read, train, save, and print what the held-out tales say."""
-    args = parse_args(argv)
-    torch.manual_seed(args.seed)
+def split_tales(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """Read `--text`: the tales to train on, the held-out tales, and the names of the files."""
     files = [args.text] if args.text.is_file() else sorted(args.text.glob("*.txt"))
     files = [file for file in files if file.name not in args.skip]
     if not files:
         raise SystemExit(f"no .txt file in {args.text}: name a folder that has some")
     tales = read_tales(files)
     if len(tales) < 30:
-        raise SystemExit(
-            f"{len(tales)} tales in {args.text}: 30 are needed, so that one is held out"
-        )
-    held_out = tales[29::30]
-    seen = [tale for i, tale in enumerate(tales) if i % 30 != 29]
-    args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(seen, args.vocab_size, args.out)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    encoded = tokenizer.encode_batch(seen)
-    stream = torch.tensor([end] + [i for tale in encoded for i in (*tale.ids, end)])
-    characters = sum(map(len, seen))
-    print(f"{len(seen)} tales, {characters:,} characters, {len(stream):,} tokens to learn from")
+        found = f"{len(tales)} tales in {args.text}"
+        raise SystemExit(f"{found}: 30 are needed, so that one is held out")
+    training = [tale for i, tale in enumerate(tales) if i % 30 != 29]
+    return training, tales[29::30], [file.name for file in files]
+
+
+def check_window(args: argparse.Namespace, num_tokens: int) -> None:
+    """End the program now if a window of the last phase would not fit."""
     longest = max(args.short_length, 0 if args.no_long else args.max_seq_len)
-    limits = args.tokens_per_step, args.max_seq_len, len(stream) - 1
+    limits = (args.tokens_per_step, args.max_seq_len, num_tokens - 1)
     if longest > min(limits):
         have = f"--tokens-per-step, --max-seq-len and the text's tokens are {limits}"
         raise SystemExit(f"{have}: too few for a window of {longest}, make it shorter")
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, train, save, and print the loss on the held-out tales."""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    training, held_out, names = split_tales(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(training, args.vocab_size, args.out)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch(training)
+    stream = torch.tensor([end] + [i for tale in encoded for i in (*tale.ids, end)])
+    characters = sum(map(len, training))
+    print(f"{len(training)} tales, {characters:,} characters, {len(stream):,} tokens to learn from")
+    check_window(args, len(stream))
     config = GPTConfig(
         vocab_size=tokenizer.get_vocab_size(),
         max_seq_len=args.max_seq_len,
@@ -335,13 +376,14 @@ def main(argv: list[str] | None = None):
     report = {"training_loss_nats_per_token": loss, **held_out_losses(model, held_out, tokenizer)}
     for name, value in report.items():
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
+    # File names are recorded, because they say what the model was trained on. Folders are not.
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    # The names of files say what it was trained on; the folders are nobody's business.
-    settings |= {"files": [file.name for file in files], "characters_seen": characters}
-    notes = args.notes.read_text(encoding="utf-8") if args.notes.is_file() else ""
-    write_model_card(args.out, {**settings, "notes": notes}, report, held_out)
+    settings |= {"files": names, "characters_seen": characters}
     text = json.dumps({**settings, **report}, indent=1) + "\n"
     (args.out / "training.json").write_text(text, encoding="utf-8")
+    settings["notes"] = args.notes.read_text(encoding="utf-8") if args.notes.is_file() else ""
+    report |= {"parameters": model.num_parameters(), "vocab_size": config.vocab_size}
+    write_model_card(args.out, settings, report, write_samples(args.out, held_out))
 
 
 if __name__ == "__main__":

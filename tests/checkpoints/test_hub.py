@@ -939,7 +939,7 @@ def test_a_gated_model_that_lists_its_files_says_so_as_well(hub, user, cache):
     hub.before["list"] = lambda: setattr(hub, "refusal", (403, {"X-Error-Code": "GatedRepo"}))
     refusal = user.find("me/tales", cache).refusal
     terms = f"accept its terms at {hub.url}/me/tales, then {LOG_IN}"
-    assert refusal == f"me/tales is given only to who asked for it: {terms}"
+    assert refusal == f"me/tales is given only to users who accepted its terms: {terms}"
 
 
 def test_a_file_that_is_refused_says_with_which_status(hub, user, cache):

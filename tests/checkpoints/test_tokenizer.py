@@ -20,7 +20,6 @@ from tiktoken_ext.openai_public import gpt2
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from checkpoints import tokenizer as tokenizer_file
 from checkpoints.tokenizer import (
     GPT2_FILES,
     BPETokenizer,
@@ -643,9 +642,3 @@ def test_tiktoken_itself_finds_gpt2_under_these_names(cache):
     assert len(facts["mergeable_ranks"]) == 50256
     text = "hello 👋 world 🌍"
     assert gpt2_tokenizer().encode(text) == tiktoken.Encoding(**facts).encode(text)
-
-
-def test_the_demo_ends_with_ok(capsys):
-    tokenizer_file.demo()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("ok:") and len(lines) <= 25
