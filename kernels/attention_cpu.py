@@ -61,7 +61,7 @@ from kernels.vector_cpu import (
 )
 from paged_attention import paged_attention
 
-__all__ = ["paged_attention_cpu", "write_kv_cpu"]
+__all__ = ["attend_per_head", "paged_attention_cpu", "write_kv_cpu"]
 
 CHUNK_LEN = 256  # tokens of context that one thread walks: 1.6 MB of GPT-2's K and V in float32
 MANY_QUERIES = 10  # from here on a sequence's new tokens are a prompt: worth one copy and a BLAS
@@ -72,6 +72,83 @@ ROUNDED_ONCE = [
     (torch.float32, torch.bfloat16),
 ]  # sums and results
 LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
+
+
+# ---- the plain form: one (sequence, head) at a time ----------------------------------------------
+@compiled_parallel
+def loop_per_head(q, k, v, strides, block_size, block_tables, context_lens, scale, out):
+    """Decode attention as one writes it first. q and out are (B, H, D), k and v the flat pool.
+
+    Each (sequence, head) walks its context block by block and keeps a running maximum m, a running
+    sum l and a weighted sum acc, by the three equations of `paged_attention.py`.
+    """
+    B, H, D = q.shape
+    block_stride, head_stride, token_stride = strides
+    for pair in prange(B * H):
+        i, h = pair // H, pair % H
+        query = q[i, h]
+        m, l = np.float32(-np.inf), np.float32(0)
+        acc = np.zeros(D, np.float32)
+        scores = np.empty(block_size, np.float32)
+        for start in range(0, context_lens[i], block_size):
+            block_id = np.int64(block_tables[i, start // block_size])  # int64: a pool has > 2^31
+            first_row = block_id * block_stride + h * head_stride
+            num_tokens = min(block_size, context_lens[i] - start)  # the last block may not be full
+
+            # s = q . k for each token of the block, and the new maximum m'
+            m_new = m
+            for t in range(num_tokens):
+                begin = first_row + t * token_stride
+                key = k[begin : begin + D]  # a slice: the compiler sees that it is contiguous
+                score = np.float32(0)
+                for d in range(D):
+                    score += query[d] * widen(key[d])
+                scores[t] = score * scale
+                m_new = max(m_new, scores[t])
+
+            # l' = l e^(m - m') + sum e^(s - m'),  acc' = acc e^(m - m') + sum e^(s - m') v
+            shrink = np.exp(m - m_new)  # 0 at the first block, where m is -inf
+            m = m_new
+            l *= shrink
+            acc *= shrink
+            for t in range(num_tokens):
+                begin = first_row + t * token_stride
+                value = v[begin : begin + D]
+                weight = np.exp(scores[t] - m)
+                l += weight
+                for d in range(D):
+                    acc[d] += weight * widen(value[d])
+        for d in range(D):
+            out[i, h, d] = acc[d] / l if l > 0 else 0
+
+
+def attend_per_head(
+    q: Tensor,  # (B, H, D): exactly one query a sequence
+    k_cache: Tensor,  # (num_blocks + 1, H, block_size, D), float32 or bfloat16
+    v_cache: Tensor,  # the same, with the same strides
+    block_tables: Tensor,  # (B, max_blocks) int32
+    context_lens: Tensor,  # (B,) int32
+    scale: float,
+) -> Tensor:  # (B, H, D)
+    """The readable first form of this kernel: decode only, as many heads of K as of Q.
+
+    A block holds all heads one after another. This loop visits each block once for every head: with
+    GPT-2's 12 heads it reads 12 short pieces of 8 KB (float32) at 12 different times, where the
+    fast form below reads one piece of 98 KB. The benchmark `kernels` compares the two.
+    """
+    result = torch.empty(q.shape, dtype=torch.float32)
+    loop_per_head(
+        q.float().contiguous().numpy(),
+        flat(k_cache),
+        flat(v_cache),
+        k_cache.stride()[:3],
+        k_cache.shape[2],
+        block_tables.numpy(),
+        context_lens.numpy(),
+        np.float32(scale),
+        result.numpy(),
+    )
+    return result.to(q.dtype)
 
 
 # ---- the walk ------------------------------------------------------------------------------------

@@ -23,7 +23,12 @@ from baselines import generate_no_cache
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
 from kernels import attention_cpu as kernels
-from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
+from kernels.attention_cpu import (
+    HAS_NUMBA,
+    attend_per_head,
+    paged_attention_cpu,
+    write_kv_cpu,
+)
 from kernels.device_memory import free_memory_bytes
 from kernels.numba_tools import use_openmp_team
 from kv_cache import KVCache, write_kv
@@ -811,3 +816,13 @@ def test_the_plain_kernel_and_this_one_agree():
     world = World(*MIXED, context_starts=[5, 0, 40, 63, 64, 0, 399, 1], block_size=3)
     result, plain = world.check(paged_attention_cpu), world.check(paged_attention)
     torch.testing.assert_close(result, plain, atol=1e-12, rtol=0)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_plain_loop_one_sequence_and_head_at_a_time_equals_dense_attention(dtype):
+    world = World([1] * 4, [1, 16, 40, 0], block_size=16, head_dim=64, dtype=dtype)
+    names = ("q", "k_cache", "v_cache", "block_tables", "context_lens", "scale")
+    call = world.arguments()
+    result = attend_per_head(*(call[name] for name in names))
+    world.check(lambda **_: result)
