@@ -1,0 +1,363 @@
+"""The tables of README.md and docs/, written from the code and from measured rows.
+
+A number in a text goes stale when the rows or the files change. So the tables stand between marks,
+
+    <!-- table: kernels -->
+    ...
+    <!-- end of table -->
+
+and this program writes what stands between them. A test fails when a text and its rows differ.
+
+Run: python -m plots.tables            (writes README.md and docs/*.md anew)
+"""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.results import read
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
+
+LESSON = {  # the root files in reading order: the concept in one sentence
+    "model.py": "A GPT-2 with one socket, `attend`. It does not know where K and V are kept.",
+    "block_allocator.py": "Equal blocks cannot fragment: a free list and reference counts.",
+    "kv_cache.py": "One preallocated tensor; a block table turns a position into a slot.",
+    "paged_attention.py": "The online softmax, block by block, in plain PyTorch.",
+    "paged_attention_triton.py": "The same function on a GPU, in its simplest form.",
+    "sampling.py": "From logits to a token: temperature, top-k, top-p, penalties, seeds.",
+    "sequence.py": "Requests, sequences, and the plan of one step.",
+    "policies.py": "Who runs first, who waits, who is preempted.",
+    "scheduler.py": "Every step chooses again who runs: budget, chunked prefill, preemption.",
+    "outputs.py": "Tokens to text without breaking a character; stop strings.",
+    "engine.py": "schedule, forward, sample, repeat.",
+    "baselines.py": "What paging replaces: no cache, and one slab per sequence.",
+    "llm.py": "Chooses the parts and puts them together.",
+    "generate.py": "The command line: prompts in, streamed text out.",
+    "benchmark.py": "The three-way comparison, and the table of experiments.",
+}
+NO_TORCH = {"block_allocator.py", "sequence.py", "policies.py", "scheduler.py"}
+LINES_A_MINUTE = 35  # of code, comments and docstrings together
+
+WINGS = {
+    "kernels": "The lesson's functions, fast: Numba on a CPU, Triton on a GPU.",
+    "checkpoints": "Weights and tokenizers from files and from the hub; the training program.",
+    "speedups": "CUDA graphs, and a step that is planned while the last one runs.",
+    "watch": "Looks at a run from outside: recorder, terminal, roofline.",
+    "plots": "The pictures and tables of these pages, drawn by code.",
+    "experiments": "Everything that measures, and the rows it writes.",
+}
+
+SETTINGS = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]
+OF_SETTINGS = "float32, 1 thread | 2 threads | bfloat16, 1 thread | 2 threads"
+DYNAMIC_CACHE = "speed against transformers DynamicCache"
+
+
+# ---- finding a figure ----------------------------------------------------------------------------
+def newest(
+    file: str,
+    contender: str,
+    metric: str,
+    workload: str,
+    dtype: str = "float32",
+    threads: int = 1,
+    model: str = "",
+) -> float:
+    """The newest median of a figure; `workload` by how it begins.
+
+    Raises ValueError where the file has no such row.
+    """
+    found = [
+        row["median"]
+        for row in read(ROOT / "results" / file)
+        if row["contender"] == contender
+        and row["metric"] == metric
+        and row["workload"].startswith(workload)
+        and " trial=" not in row["workload"]  # one repeat of several
+        and (row["dtype"], row["threads"]) == (dtype, threads)
+        and row["model"].startswith(model)
+    ]
+    if not found:
+        raise ValueError(f"{file} has no row {contender!r}, {metric!r}, {workload!r}, {dtype}")
+    return found[-1]
+
+
+def cells_of_settings(
+    file: str, contender: str, metric: str, workload: str, digits: int = 2
+) -> str:
+    """One figure in each dtype with one and two threads, as cells of a table."""
+    figures = [newest(file, contender, metric, workload, *setting) for setting in SETTINGS]
+    return " | ".join(f"{figure:.{digits}f}" for figure in figures)
+
+
+def table(head: str, rows: list[str]) -> list[str]:
+    """Lines of a Markdown table; `head` and each row are cells with `|` between them."""
+    columns = head.count("|") + 1
+    return [f"| {head} |", "|" + "---|" * columns, *(f"| {row} |" for row in rows)]
+
+
+# ---- the code ------------------------------------------------------------------------------------
+def minutes(name: str) -> int:
+    """Reading time of a file: its lines at a steady pace, at least one minute."""
+    lines = (ROOT / name).read_text(encoding="utf-8").count("\n")
+    return max(1, round(lines / LINES_A_MINUTE))
+
+
+def lesson() -> list[str]:
+    """The lesson's files, with the minutes until each has been read."""
+    rows, total = [], 0
+    for number, (name, concept) in enumerate(LESSON.items(), 1):
+        total += minutes(name)
+        star = "*" if name in NO_TORCH else ""
+        rows.append(f"{number} | [{name}]({name}){star} | {concept} | {minutes(name)} | {total}")
+    return table("# | file | the concept in one sentence | minutes | in all", rows)
+
+
+def wings() -> list[str]:
+    """The wings, with how many files each has."""
+    rows = []
+    for wing, purpose in WINGS.items():
+        count = len(list((ROOT / wing).glob("[!_]*.py")))
+        rows.append(f"[{wing}/]({wing}/__init__.py) | {purpose} | {count}")
+    return table("wing | what is in it | files", rows)
+
+
+def files_of_wings() -> list[str]:
+    """Each wing's files in reading order, from the docstring of its `__init__.py`."""
+    lines = []
+    for wing in WINGS:
+        tree = ast.parse((ROOT / wing / "__init__.py").read_text(encoding="utf-8"))
+        listed = re.findall(r"(?m)^    (\w+)  +(.+)$", ast.get_docstring(tree))
+        rows = [f"[{name}.py](../{wing}/{name}.py) | {words}" for name, words in listed]
+        lines += [f"**{wing}/**", "", *table("file | what is in it", rows), ""]
+    return lines[:-1]
+
+
+# ---- measured rows -------------------------------------------------------------------------------
+def reaches() -> list[str]:
+    """README's one table: what the engine reaches, and where paging loses."""
+    decode, slab, no_cache = DYNAMIC_CACHE, "speed against contiguous", "speed against no cache"
+    one = ("cpu/peers.csv", "paged engine", decode)
+    blocks, prompts = ("cpu/kernels.csv", "whole blocks, all heads", slab), ("cpu/kernels.csv",)
+    long = "batch=1 prompt=64 new=500 "
+    gpt2 = {"threads": 2, "model": "random:gpt2"}
+    figures = equal_memory_figures()
+    paged, reserved = figures["paged"], figures["maximum, buddies"]
+    at_once = "running at once, mean"
+    ratios = {
+        "decode, 32 sequences / transformers": newest(*one, "decode batch=32 "),
+        "decode, 8 sequences / transformers": newest(*one, "decode batch=8 "),
+        "decode, 1 sequence / transformers": newest(*one, "decode batch=1 "),
+        "decode attention, 32 x 256 tokens / contiguous slab": newest(
+            *blocks, "batch=32 context=256 "
+        ),
+        "a prompt's attention, 8 x 256 tokens / contiguous slab": newest(
+            *prompts, "paged", slab, "prefill batch=8 "
+        ),
+        "500 new tokens, 1 sequence / no cache": newest(
+            "cpu/speed.csv", "paged", no_cache, long, **gpt2
+        ),
+        "the same / contiguous slab": newest("cpu/speed.csv", "paged", slab, long, **gpt2),
+        "requests at once in equal memory / reserving the maximum": paged[at_once]
+        / reserved[at_once],
+    }
+    rows = [
+        f"{name} | {ratio:.2f} | {'loses' if ratio < 1 else 'wins'}"
+        for name, ratio in ratios.items()
+    ]
+    return table("the same work: PagedGPT / the other | times as much | paging", rows)
+
+
+def kernels() -> list[str]:
+    """Decode attention of one layer, as GB/s of keys and values."""
+    contenders = {  # how the page says it: how the rows say it
+        "gather the blocks, then the library's kernel": "gather, then dense",
+        "block by block in PyTorch": "block by block in PyTorch",
+        "one (sequence, head) at a time": "one program per (sequence, head)",
+        "whole blocks, all heads (`kernels/attention_cpu.py`)": "whole blocks, all heads",
+        "a contiguous slab, the library's kernel": "contiguous library kernel",
+    }
+    of = "cpu/kernels.csv", "batch=32 context=256 "
+    rows = [
+        f"{name} | {cells_of_settings(of[0], contender, 'KV bandwidth', of[1], 1)}"
+        for name, contender in contenders.items()
+    ]
+    read_alone = cells_of_settings(of[0], "read, torch", "bandwidth", of[1], 1)
+    rows.append(f"PyTorch's sum, which reads and computes nothing else | {read_alone}")
+    return table(f"GB/s, read by | {OF_SETTINGS}", rows)
+
+
+def against_the_slab() -> list[str]:
+    """Our decode attention against the library's on a slab, and a prompt's own attention."""
+    file, metric = "cpu/kernels.csv", "speed against contiguous"
+    rows = []
+    for batch, context in ((8, 256), (32, 256), (32, 1000)):
+        workload = f"batch={batch} context={context} "
+        cells = cells_of_settings(file, "whole blocks, all heads", metric, workload)
+        rows.append(f"decode, {batch} sequences of {context} tokens | {cells}")
+    cells = cells_of_settings(file, "paged", metric, "prefill batch=8 context=256 ")
+    rows.append(f"prefill, 8 prompts of 256 tokens | {cells}")
+    return table(f"times as fast as the slab | {OF_SETTINGS}", rows)
+
+
+def peers() -> list[str]:
+    """The engine against transformers' DynamicCache."""
+    workloads = {
+        "decode, batch 1": "decode batch=1 ",
+        "decode, batch 8": "decode batch=8 ",
+        "decode, batch 32": "decode batch=32 ",
+        "prefill, 8 prompts of 256 tokens": "prefill batch=8 ",
+    }
+    rows = [
+        f"{name} | {cells_of_settings('cpu/peers.csv', 'paged engine', DYNAMIC_CACHE, workload)}"
+        for name, workload in workloads.items()
+    ]
+    most = cells_of_settings(
+        "cpu/anatomy.csv", "at most: products and one read of KV", DYNAMIC_CACHE, "decode batch=32"
+    )
+    rows.append(f"batch 32, products and one read of K and V alone | {most}")
+    return table(f"times as fast | {OF_SETTINGS}", rows)
+
+
+def peers_avx2() -> list[str]:
+    """The same on a processor without AVX-512."""
+    folder, alone = "cpu-avx2", "products and attention alone"
+    rows = [
+        ("decode, batch 32", "peers", "paged engine", DYNAMIC_CACHE, "decode batch=32 "),
+        ("batch 32, products and attention alone", "anatomy", alone, DYNAMIC_CACHE, "decode batch"),
+        ("prefill, 8 prompts of 256 tokens", "peers", "paged engine", DYNAMIC_CACHE, "prefill ba"),
+        ("decode attention, 32 x 256, against a slab", "kernels", "whole blocks, all heads",
+         "speed against contiguous", "batch=32 context=256 "),
+    ]  # fmt: skip
+    lines = []
+    for name, file, contender, metric, workload in rows:
+        cells = []
+        for dtype, threads in SETTINGS:
+            try:
+                path = f"{folder}/{file}.csv"
+                cells.append(f"{newest(path, contender, metric, workload, dtype, threads):.2f}")
+            except ValueError:
+                cells.append("not measured")
+        lines.append(f"{name} | {' | '.join(cells)}")
+    return table(f"times as fast | {OF_SETTINGS}", lines)
+
+
+def without_a_cache() -> list[str]:
+    """Paged and contiguous against no cache, on the 124M shape."""
+    file, rows = "cpu/speed.csv", []
+    for batch, new in ((1, 32), (8, 32), (1, 500)):
+        cells = [
+            newest(file, contender, "speed against no cache", f"batch={batch} prompt=64 new={new} ",
+                   threads=2, model="random:gpt2")
+            for contender in ("contiguous", "paged", "transformers DynamicCache")
+        ]  # fmt: skip
+        figures = " | ".join(f"{cell:.1f}" for cell in cells)
+        rows.append(f"{batch} sequence{'s' * (batch > 1)}, {new} new tokens | {figures}")
+    return table("times as fast as without a cache | contiguous slab | paged | transformers", rows)
+
+
+PLANS = {
+    "nothing ahead: paged": "paged",
+    "its true length, in a buddy allocator": "oracle, buddies",
+    "the next power of two, in a buddy allocator": "power of two, buddies",
+    "the maximum": "maximum, buddies",
+    "the maximum, in static batches": "static batches",
+}
+
+
+def equal_memory_figures() -> dict[str, dict[str, float]]:
+    """Figures by plan: 8,134 conversations of a public trace, all waiting, in the same pool."""
+    figures: dict[str, dict[str, float]] = {}
+    for row in read(ROOT / "results/cpu/concurrency.csv"):
+        if "Azure" in row["workload"] and row["workload"].endswith("all at once"):
+            figures.setdefault(row["contender"], {})[row["metric"]] = row["median"]
+    return figures
+
+
+def equal_memory() -> list[str]:
+    """How many requests run at once in the same memory, by what each reserves."""
+    figures, rows = equal_memory_figures(), []
+    paged = figures["paged"]["running at once, mean"]
+    for name, plan in PLANS.items():
+        at_once = figures[plan]["running at once, mean"]
+        used = figures[plan]["share of the blocks held that is used"]
+        bound = figures[plan].get("as many could run at once paged")
+        cells = [f"{at_once:.0f}", f"{used:.1f}%", f"{paged / at_once:.2f}"]
+        rows.append(" | ".join([name, *cells, f"{bound:.2f}" if bound else "-"]))
+    head = "reserved when a request starts | run at once | utilisation | paged runs, times as many"
+    return table(f"{head} | expected from the lengths", rows)
+
+
+def block_sizes() -> list[str]:
+    """Utilisation and speed for block sizes 1 to 256."""
+    file, rows = "cpu/block_size.csv", []
+    for size in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        of = file, f"block_size={size}"
+        used = [
+            newest(*of, "share of held memory filled", f"memory {texts}", dtype, threads)
+            for texts in ("ShareGPT", "Alpaca")
+            for dtype, threads in [dtype_and_threads(file, f"memory {texts}")]
+        ]
+        rows.append(f"{size} | " + " | ".join(f"{share:.1f}%" for share in used))
+    return table("block_size | utilisation, chats of ShareGPT's lengths | of Alpaca's", rows)
+
+
+def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
+    """What a workload was run with; rows about memory have no dtype to choose."""
+    row = next(r for r in read(ROOT / "results" / file) if r["workload"].startswith(workload))
+    return row["dtype"], row["threads"]
+
+
+def shipped_model() -> list[str]:
+    """The losses that the training program wrote."""
+    facts = json.loads((ROOT / "assets/tiny-gpt2/training.json").read_text(encoding="utf-8"))
+    rows = [
+        f"nats per character | {facts['nats_per_character']:.3f}",
+        f"nats per token, positions 0 to 255 | {facts['nats_per_token_at_0_to_255']:.2f}",
+        f"nats per token, positions 512 to 1,023 | {facts['nats_per_token_at_512_to_1023']:.2f}",
+    ]
+    return table("held-out loss over 22 whole tales | ", rows)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "lesson": lesson,
+    "wings": wings,
+    "files-of-wings": files_of_wings,
+    "reaches": reaches,
+    "kernels": kernels,
+    "against-the-slab": against_the_slab,
+    "peers": peers,
+    "peers-avx2": peers_avx2,
+    "without-a-cache": without_a_cache,
+    "equal-memory": equal_memory,
+    "block-sizes": block_sizes,
+    "shipped-model": shipped_model,
+}
+
+
+def rewritten(text: str) -> str:
+    """The same page with every marked table made anew. KeyError for a name no table has."""
+
+    def replace(match: re.Match) -> str:
+        lines = "\n".join(TABLES[match[1]]())
+        return f"<!-- table: {match[1]} -->\n{lines}\n<!-- end of table -->"
+
+    return MARKED.sub(replace, text)
+
+
+def pages() -> list[Path]:
+    """The files that may hold marked tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    """Write every page anew."""
+    for path in pages():
+        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
