@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Where the marks of `make test` are.
+READERS_TESTS = tests/lesson tests/kernels tests/speedups tests/checkpoints/test_weight_files.py
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:\t/'
@@ -9,12 +11,13 @@ help:  ## this list
 demo: $(VENV)/runs  ## a dozen fairy tales at once, from one pool of blocks
 	$(RUN) generate.py
 
-test: $(VENV)/tests  ## what a reader runs: minutes
-	$(RUN) -m pytest -n 2 -m "not slow"
+test: $(VENV)/tests  ## what a reader runs: the lesson's tests and one a kernel
+	$(RUN) -m pytest -q -n 2 -m "(lesson or oracle or regression) and not slow" $(READERS_TESTS)
 
-check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything, the slow tests and the formatting too
+check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything: formatting, types, the slow tests too
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	other=$(abspath $(VENV)/triton-3.6.0); test ! -d $$other/triton || \
 	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest -n 2
 

@@ -31,6 +31,13 @@ torch.set_num_threads(1)
 TINY = {"vocab_size": 97, "max_seq_len": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
 
 
+def pytest_collection_modifyitems(items):
+    """What lies in tests/lesson is the lesson's: `make test` runs it."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "lesson"):
+            item.add_marker("lesson")
+
+
 @pytest.fixture(scope="session")
 def tiny_gpt():
     """A factory of small models: `tiny_gpt(seed=1, dtype=torch.float64, n_layer=3)`.
