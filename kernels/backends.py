@@ -5,10 +5,11 @@ for the GPU. Each backend has a kernel that reads the pool and one that writes t
 limits: the kind of device, the types, a library that may be missing. The backend is chosen once,
 when an engine is built, so no loop asks for it:
 
-    backend   runs on    computes in                  needs
-    triton    cuda       float16, 32, 64, bfloat16    triton       "auto" takes the first line
-    numba     cpu        float32, 64, bfloat16        numba        that runs on this machine, and
-    torch     all        all of them                  nothing      warns if it skipped a faster one
+    backend         runs on    computes in                  needs
+    triton          cuda       float16, 32, 64, bfloat16    triton    "auto" takes the first line
+    triton-simple   cuda       the same                     triton    that runs on this machine, and
+    numba           cpu        float32, 64, bfloat16        numba     warns if it skipped a faster
+    torch           all        all of them                  nothing   one
 
 A kernel is imported only when its backend is used: on a CPU no file of Triton's kernels is loaded.
 Triton can also interpret its kernels on a CPU. That is slow and only for tests, so "auto" never
@@ -52,6 +53,13 @@ def triton_kernels() -> Kernels:
     from kernels.triton_prefill import write_kv_triton
 
     return Kernels(paged_attention_triton, write_kv_triton)
+
+
+def triton_simple_kernels() -> Kernels:
+    """The lesson's kernels for a GPU."""
+    from paged_attention_triton import paged_attention_triton_simple, write_kv_triton_simple
+
+    return Kernels(paged_attention_triton_simple, write_kv_triton_simple)
 
 
 def numba_kernels() -> Kernels:
@@ -102,6 +110,13 @@ class Backend(NamedTuple):
 BACKENDS = {
     "triton": Backend(
         triton_kernels,
+        "triton",
+        "cpu" if INTERPRETED else "cuda",
+        (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    ),
+    # Slower than the one above, with the same limits: "auto" never gets here.
+    "triton-simple": Backend(
+        triton_simple_kernels,
         "triton",
         "cpu" if INTERPRETED else "cuda",
         (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -186,10 +201,10 @@ def demo():
     """What this machine can run, what "auto" chooses, and that all it can run agree."""
     device = resolve_device("auto")
     print(f"PyTorch sees {'a GPU' if device.type == 'cuda' else 'no GPU'}\n")
-    print("backend   runs on   missing   computes in")
+    print("backend         runs on   missing   computes in")
     for name, backend in BACKENDS.items():
         dtypes = ", ".join(str(dtype)[6:] for dtype in backend.dtypes)
-        print(f"{name:9} {backend.device or 'all':9} {backend.missing or '-':9} {dtypes}")
+        print(f"{name:15} {backend.device or 'all':9} {backend.missing or '-':9} {dtypes}")
     print()
     for name in DTYPES:
         with warnings.catch_warnings(record=True) as caught:

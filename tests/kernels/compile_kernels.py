@@ -34,7 +34,7 @@ SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 STACK_LIMIT_BYTES = 64
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNELS = ("decode", "chunks", "fused_decode", "prefill", "mixed", "write", "sample")
-KERNELS += ("small_linear", "add_norm")
+KERNELS += ("small_linear", "add_norm", "simple", "simple_write")
 
 
 class Case(NamedTuple):
@@ -97,6 +97,12 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("small_linear", "float64", rows=2, sizes=(768, 2304)),
     Case("add_norm", "bfloat16", sizes=(768, 0)),
     Case("add_norm", "float64", sizes=(1600, 0)),
+    # The lesson's kernels.
+    *(Case("simple", dtype, 64) for dtype in DTYPES),
+    Case("simple", "bfloat16", 80, block_size=3, group=4, starts=True),
+    Case("simple", "float32", 1, block_size=1),
+    Case("simple_write", "bfloat16", 64),
+    Case("simple_write", "float32", 5, block_size=3),
 ]
 # The head size decides about tiles and registers, so it meets every kernel and every width of type.
 # fp16 and bf16 differ in one instruction, block sizes in a division, the group in a few registers.
@@ -178,6 +184,7 @@ def record_launches(compiled: list) -> None:
 
 def call(case: Case) -> None:
     """One call of the function that an engine calls, with tensors that have no memory."""
+    import paged_attention_triton as simple
     from kernels import triton_decode as decode
     from kernels import triton_prefill as prefill
 
@@ -198,6 +205,8 @@ def call(case: Case) -> None:
     caches = pool[:, 0], pool[:, 1]
     if case.kernel == "write":
         return prefill.write_kv_triton(k, v, *caches, empty(N, dtype=torch.int64))
+    if case.kernel == "simple_write":
+        return simple.write_kv_triton_simple(k, v, *caches, empty(N, dtype=torch.int64))
     if case.kernel == "fused_decode":
         return call_fused_decode(q, k, v, *caches)
     starts = empty(B) if case.starts else None
@@ -211,6 +220,8 @@ def call(case: Case) -> None:
             prefill.paged_prefill_triton(*arguments)
         case "mixed":
             prefill.paged_prefill_triton(*arguments, skip_decode=True)
+        case "simple":
+            simple.paged_attention_triton_simple(*arguments)
 
 
 def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches) -> None:
@@ -355,7 +366,7 @@ def main() -> int:
     ]
     if not args.json:
         columns = (
-            "kernel              call         target dtype    D or V block  G  registers  stack"
+            "kernel                  call         target dtype    D or V block  G  registers  stack"
         )
         print(columns + "   shared  products  copies x bytes")
     failures = 0
@@ -366,7 +377,7 @@ def main() -> int:
             print(json.dumps(asdict(r) | {"problems": wrong}), flush=True)
             continue
         width = r.head_dim or r.vocab_size or r.sizes[0]
-        shape = f"{r.kernel:20}{r.call:13}sm_{r.target}  {r.dtype:8}{width:7}"
+        shape = f"{r.kernel:24}{r.call:13}sm_{r.target}  {r.dtype:8}{width:7}"
         shape += f"{r.block_size:6}{r.group:3}"
         takes = f"{r.registers:11}{r.stack_bytes:7}{r.shared_bytes:9}{r.tensor_core_products:10}"
         copies = ", ".join(f"{n} x {size}" for size, n in sorted(r.copies.items()))

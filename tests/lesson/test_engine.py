@@ -38,7 +38,7 @@ DEFAULT_BACKEND = resolve_backend("auto", torch.device("cpu"), torch.float64)
 CPU_BACKENDS = [
     name
     for name, backend in BACKENDS.items()
-    if name != "triton" and backend.missing is None and backend.device in (None, "cpu")
+    if "triton" not in name and backend.missing is None and backend.device in (None, "cpu")
 ]
 
 

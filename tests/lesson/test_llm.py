@@ -329,7 +329,10 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
         ({"device": ""}, "device is '': choose"),
         ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, float64, bfloat16, float16"),
         ({"dtype": "half"}, "dtype is 'half': choose"),
-        ({"backend": "cublas"}, "backend is 'cublas': choose auto, triton, numba, torch"),
+        (
+            {"backend": "cublas"},
+            "backend is 'cublas': choose auto, triton, triton-simple, numba, torch",
+        ),
         ({"block_size": 0}, "block_size is 0: it must be an integer of at least 1"),
         ({"max_seq_len": 65}, "max_seq_len is 65, the model has 64 positions"),
         ({"max_seq_len": 0}, "max_seq_len is 0: it must be"),
@@ -409,6 +412,7 @@ def test_a_dtype_that_a_backend_lacks_goes_to_the_next_one_and_says_so_once(monk
 
 def stand_in(monkeypatch, **changes):
     """BACKENDS as another machine would have it: `numba={"library": "absent"}`."""
+    changes["triton-simple"] = changes.get("triton", {"device": "cuda"})
     for name, change in changes.items():
         monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(**change))
     monkeypatch.setattr(backends, "INTERPRETED", False)
