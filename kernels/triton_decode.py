@@ -1,25 +1,28 @@
-"""The same attention on the GPU for one query a sequence: the context cut in chunks, then merged.
+"""Paged attention on a GPU for one query a sequence: the context is cut in chunks, then merged.
 
-A decode step asks one question per sequence and reads its whole context for the answer: of GPT-2
-36,864 bytes a token, for 18,432 multiplications. So the time is the time to read, and a GPU reads
-at full speed only while all its parts have loads under way. A long batch brings enough programs,
-one for each sequence and head; a single sequence of 8,000 tokens brings 12, to a chip with room for
-800. Then its context is cut in chunks of fixed length, a program each, that end with three partial
-results instead of one. They merge by the equations that they were made by:
+This is the fast form of the lesson paged_attention_triton.py, which runs one program for each
+(sequence, head). A decode step reads the whole context of each sequence for one query: in GPT-2
+36,864 bytes a token for 18,432 multiplications. So its time is the time to read, and a GPU reads at
+full speed only while all of its processors have loads in progress. A batch of 64 sequences has 768
+programs, which is enough. One sequence of 8,000 tokens has 12, on a chip with room for 800. So a
+long context is cut in chunks of fixed length with a program for each. A program writes three
+partial results for its chunk, and the equations of the online softmax merge them:
 
     chunk 0 |tokens 0..255  | m0 l0 acc0 \\     m = max(m0, m1, ..)
     chunk 1 |tokens 256..511| m1 l1 acc1  >    l = sum(l_c e^(m_c - m))
     chunk 2 |tokens 512..599| m2 l2 acc2 /   acc = sum(acc_c e^(m_c - m)), out = acc / l
 
-The query heads that share a head of K and V are rows of one small matrix product, so the shared
-head is read once. The end of the file is the dispatch between this kernel and the one for many
-queries: what an engine calls. (`triton_fused_decode.py` writes the new key and value and merges in
-the same launch.) What a production engine does beyond this: 8-bit keys and values.
+The query heads that share a head of K and V are the rows of one matrix product, so the shared head
+is read once. At the end of the file stands `paged_attention_triton`, which the engine calls: it
+launches this kernel, the one for many queries, or both. (kernels/triton_fused_decode.py goes
+further: it writes the new key and value and merges in the same launch.)
+
+How it is checked: against dense attention in float64 over pools full of NaN
+(tests/kernels/test_triton_decode.py).
 
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov and Gimelshein 2018,
 arXiv:1805.02867, section 3.1: the merge is associative.
 Run: python -m kernels.triton_decode
-Try: in the demo, a chunk_len of 7, or of 1; or give an absent chunk m = 0 instead of -inf.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, below
 
 from kernels.triton_prefill import (
     INTERPRETED,
@@ -45,93 +48,101 @@ from kernels.triton_prefill import (
 )
 from paged_attention import paged_attention
 
-CHUNK_LEN = 256  # tokens: 4 tiles, long enough that the merge costs little beside the reading
+CHUNK_LEN = 256  # tokens, 4 tiles: reading them takes much longer than merging them
+MAX_GROUP_ROWS = 16  # heads in one product: a tensor core takes the same time for 1 row and for 16
 
 
 @triton.jit
-def zero_if_unowned(row, query_start_locs, num_seqs, num_rows, to, inside):
-    """Rows of out behind the last sequence belong to nobody: zero this one if it is such a row."""
+def zero_if_padded(row, query_start_locs, num_seqs, num_rows, to, inside):
+    """Zero this row of out if it is a padded one: those after the last sequence's last query."""
     if (row >= tl.load(query_start_locs + num_seqs)) & (row < num_rows):
         tl.store(to, tl.zeros(to.shape, to.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "chunk_len", "stride_table"])
 def decode_kernel(
-    q, k_cache, v_cache, out,  # as in `paged_decode_triton`; `out` is written where SPLIT is False
-    partial_m, partial_l, partial_acc,  # of `decode_chunks`: written where it is True, else None
-    block_tables, query_start_locs, context_lens, context_starts,
-    factor, num_seqs, num_rows,  # scale x log2(e), B and N
+    q, k_cache, v_cache, out,  # (N, H, D), twice (num_blocks + 1, H_kv, block_size, D), (N, H, D)
+    partial_m, partial_l, partial_acc,  # those of `decode_chunks`; None where SPLIT is False
+    block_tables, query_start_locs,  # (B, max_blocks), (B + 1,)
+    context_lens, context_starts,  # (B,) and (B,) or None
+    factor, num_seqs, num_rows,  # scale * log2(e), B and N
     chunk_len,  # tokens a chunk, where SPLIT is True
-    stride_table, stride_q_row, stride_q_head,  # strides in elements: from one row of a table, ..
+    stride_table, stride_q_row, stride_q_head,  # strides in elements: from row to row of tables, ..
     stride_block, stride_head, stride_token,  # of k_cache, and of v_cache too
     stride_out_row, stride_out_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,  # H_kv, and H // H_kv heads that share one
     TILE_G: tl.constexpr,  # rows of the product: GROUP rounded up to a power of two, at most 16
-    HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # the latter rounded up to a power of two
+    HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # D, and D rounded up to a power of two
     BLOCK_SIZE: tl.constexpr, TILE_K: tl.constexpr,  # tokens a block, tokens a tile
-    SPLIT: tl.constexpr,  # True: this program reads one chunk and leaves partial results
-    UPCAST: tl.constexpr,  # compute in 32 bits what the interpreter can't in 16
+    SPLIT: tl.constexpr,  # True: one chunk, partial results are written; False: out is written
+    UPCAST: tl.constexpr,  # True: the interpreter can't multiply bfloat16, so compute in 32 bits
 ):  # fmt: skip
-    """One program: the one query of a sequence, the heads that share a head of K and V, a chunk."""
+    """One program: the query of one sequence, up to 16 heads that share K and V, one chunk."""
     GROUP_TILES: tl.constexpr = (GROUP + TILE_G - 1) // TILE_G  # 1, unless more than 16 heads share
-    # Neighbours are the heads of one sequence, whose K and V lie in the same blocks.
+    # Programs with neighbouring ids work on heads of one sequence, so they read the same blocks.
     kv_head = tl.program_id(0) // GROUP_TILES % NUM_KV_HEADS
-    i = (tl.program_id(0) // (NUM_KV_HEADS * GROUP_TILES)).to(tl.int64)
+    i = (tl.program_id(0) // (NUM_KV_HEADS * GROUP_TILES)).to(tl.int64)  # the sequence
     group = tl.program_id(0) % GROUP_TILES * TILE_G + tl.arange(0, TILE_G)[:, None]
-    head, dim = kv_head * GROUP + group, tl.arange(0, TILE_D)[None, :]
-    inside = (group < GROUP) & (dim < HEAD_DIM)
+    head = kv_head * GROUP + group  # (TILE_G, 1)
+    dim = tl.arange(0, TILE_D)[None, :]
+    inside = (group < GROUP) & (dim < HEAD_DIM)  # (TILE_G, TILE_D)
     to = out + head * stride_out_head + dim
     if not SPLIT:
-        at = to + i * stride_out_row
-        zero_if_unowned(i, query_start_locs, num_seqs, num_rows, at, inside)
+        own_row = to + i * stride_out_row
+        zero_if_padded(i, query_start_locs, num_seqs, num_rows, own_row, inside)
     if i >= num_seqs:
         return
     row = tl.load(query_start_locs + i).to(tl.int64)
-    if tl.load(query_start_locs + i + 1) - row != 1:  # nothing to do, or too much for this kernel
+    if tl.load(query_start_locs + i + 1) - row != 1:  # no query, or a prompt for the other kernel
         return
-    first, end = 0, tl.load(context_lens + i)
+    first = 0
+    end = tl.load(context_lens + i)
     if context_starts is not None:
         first = tl.load(context_starts + i)
     if SPLIT:
         first += tl.program_id(1) * chunk_len
         end = tl.minimum(end, first + chunk_len)
-        if first >= end:  # the context ends before this chunk, and the merge knows it
+        if first >= end:  # the sequence has no such chunk, and the merge does not read it
             return
 
     queries = tl.load(q + row * stride_q_row + head * stride_q_head + dim, inside, other=0.0)
     queries = queries.to(tl.float32) if UPCAST else queries
-    last = tl.full([TILE_G], 0, tl.int32) + end - 1  # all heads ask the same query
-    full = first + tl.maximum(end - first, 0) // TILE_K * TILE_K
-    table, k_head = block_tables + i * stride_table, kv_head * stride_head
+    last = tl.full([TILE_G], 0, tl.int32) + end - 1  # all rows are heads of the same query
+    full = first + tl.maximum(end - first, 0) // TILE_K * TILE_K  # [first, full): whole tiles
+    table = block_tables + i * stride_table
+    k_head = kv_head * stride_head
     kv = (table, k_cache + k_head, v_cache + k_head, stride_block, stride_token)
     m, l, acc = walk(queries, last, factor, first, full, end, kv, HEAD_DIM, BLOCK_SIZE, TILE_K)
     if SPLIT:
-        place = (i * NUM_KV_HEADS * GROUP + head) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partial_m + place, m[:, None], group < GROUP)
-        tl.store(partial_l + place, l[:, None], group < GROUP)
-        tl.store(partial_acc + place * HEAD_DIM + dim, acc, inside)
+        # Partial results are (num_programs, H, num_chunks) and (.., D), without padding.
+        index = (i * NUM_KV_HEADS * GROUP + head) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(partial_m + index, m[:, None], group < GROUP)
+        tl.store(partial_l + index, l[:, None], group < GROUP)
+        tl.store(partial_acc + index * HEAD_DIM + dim, acc, inside)
     else:
-        result = acc / tl.where(l == 0, 1.0, l)[:, None]
+        result = acc / tl.where(l == 0, 1.0, l)[:, None]  # an empty context: 0 / 1
         tl.store(to + row * stride_out_row, result.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_rows", "chunk_len", "num_chunks"])
 def merge_kernel(
     out,  # (N, H, D)
-    partial_m, partial_l, partial_acc,  # of `decode_chunks`
-    query_start_locs, context_lens, context_starts,
+    partial_m, partial_l, partial_acc,  # those of `decode_chunks`
+    query_start_locs, context_lens, context_starts,  # (B + 1,), (B,) and (B,) or None
     num_seqs, num_rows, chunk_len,  # B, N, tokens a chunk
-    num_chunks,  # that the partial results have room for
+    num_chunks,  # the third size of the partial results
     stride_out_row, stride_out_head,  # in elements
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # HEAD_DIM rounded up
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     TILE_C: tl.constexpr,  # chunks folded at a time
 ):  # fmt: skip
-    """One program: one sequence and one query head. The fold again, of chunks and not of tokens."""
-    head, i = tl.program_id(0) % NUM_HEADS, (tl.program_id(0) // NUM_HEADS).to(tl.int64)
+    """One program: merge the chunks of one sequence and one query head into a row of out."""
+    head = tl.program_id(0) % NUM_HEADS
+    i = (tl.program_id(0) // NUM_HEADS).to(tl.int64)
     dim = tl.arange(0, TILE_D)
     to = out + head * stride_out_head + dim
-    at = to + i * stride_out_row
-    zero_if_unowned(i, query_start_locs, num_seqs, num_rows, at, dim < HEAD_DIM)
+    own_row = to + i * stride_out_row
+    zero_if_padded(i, query_start_locs, num_seqs, num_rows, own_row, dim < HEAD_DIM)
     if i >= num_seqs:
         return
     row = tl.load(query_start_locs + i).to(tl.int64)
@@ -140,21 +151,23 @@ def merge_kernel(
     length = tl.load(context_lens + i)
     if context_starts is not None:
         length -= tl.load(context_starts + i)
-    # Chunks behind the end were never written: their places hold whatever lay there before.
-    present = tl.cdiv(tl.maximum(length, 0), chunk_len)
+    # Chunks from here on were never written: that memory still holds older values.
+    num_present = tl.cdiv(tl.maximum(length, 0), chunk_len)
 
     m = tl.full([1], float("-inf"), partial_m.dtype.element_ty)
     l = tl.zeros_like(m)
     acc = tl.zeros([TILE_D], m.dtype)
-    for first_chunk in range(0, present, TILE_C):
+    for first_chunk in range(0, num_present, TILE_C):
         chunk = first_chunk + tl.arange(0, TILE_C)
-        place, inside = (i * NUM_HEADS + head) * num_chunks + chunk, chunk < present
-        chunk_m = tl.load(partial_m + place, inside, other=float("-inf"))
-        chunk_l = tl.load(partial_l + place, inside, other=0.0)
-        sums = partial_acc + place[:, None] * HEAD_DIM + dim
+        inside = chunk < num_present  # (TILE_C,)
+        index = (i * NUM_HEADS + head) * num_chunks + chunk
+        chunk_m = tl.load(partial_m + index, inside, other=float("-inf"))
+        chunk_l = tl.load(partial_l + index, inside, other=0.0)
+        sums = partial_acc + index[:, None] * HEAD_DIM + dim  # (TILE_C, TILE_D)
         chunk_acc = tl.load(sums, inside[:, None] & (dim < HEAD_DIM), other=0.0)
-        m_new = tl.maximum(m, tl.max(chunk_m, 0))  # finite: a chunk that is present read a token
-        shrink, weight = tl.exp2(m - m_new), tl.exp2(chunk_m - m_new)
+        m_new = tl.maximum(m, tl.max(chunk_m, 0))  # not -inf: each chunk that is present has tokens
+        shrink = tl.exp2(m - m_new)
+        weight = tl.exp2(chunk_m - m_new)  # 2^(m_c - m)
         l = l * shrink + tl.sum(chunk_l * weight, 0)
         acc = acc * shrink + tl.sum(chunk_acc * weight[:, None], 0)
         m = m_new
@@ -163,131 +176,207 @@ def merge_kernel(
 
 
 def choose_chunk_len(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
-    """Tokens a chunk, or 0: one program walks the whole context.
+    """Tokens a chunk, or 0: one program reads the whole context.
 
-    From 128 programs on a chip is busy without chunks, and every chunk costs a write and a read of
-    its partial results. vLLM's kernel draws the line at the same 128. It is a constant, no question
-    to the device, so that the same call does the same sums everywhere.
+    128 programs keep a chip busy without chunks, and each chunk costs a write and a read of its
+    partial results. vLLM's kernel has the same limit. It is a constant and does not depend on the
+    device, so that the same call computes the same sums on every GPU.
+    Example: 1 sequence, 12 heads, 1,024 tokens -> 256; 11 sequences, 12 heads -> 0.
     """
     enough_programs = num_seqs * num_kv_heads >= 128
     return 0 if enough_programs or max_context_len <= CHUNK_LEN else CHUNK_LEN
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """Tokens a tile, and how many threads and copies work on it.
+    """Tokens a tile, warps a program and tiles in progress.
 
-    To read at full speed each of a GPU's processors wants about 48 KB under way. A tile of 8 KB of
-    K and 8 KB of V (64 tokens of GPT-2), the next one copied while one is multiplied, leaves room
-    for at least three programs on each. `num_stages` counts the read of the table as one more.
+    To read at full speed each of a GPU's processors needs about 48 KB of loads in progress. A tile
+    is 8 KB of K and 8 KB of V: 64 tokens of GPT-2 in 16 bits. While one tile is multiplied the next
+    one is copied, and at least three such programs fit on a processor. `num_stages` is 3 because
+    reading the block table is a stage too.
     """
     row_bytes = tile_d(head_dim) * dtype.itemsize
     TILE_K = min(64, max(16, 8192 // row_bytes))
-    # 64-bit heads of 256: the least tile is 32 KB, too much for the registers of 4 warps.
+    # 64-bit heads of size 256: the smallest tile is 32 KB, too much for the registers of 4 warps.
     return {"TILE_K": TILE_K, "num_warps": 4 if row_bytes <= 1024 else 8, "num_stages": 3}
 
 
 def decode_chunks(
-    # (N, H, D), and twice (num_blocks + 1, H_kv, block_size, D)
-    q: Tensor, k_cache: Tensor, v_cache: Tensor,
-    # (B, max_blocks), (B + 1,), (B,) and (B,), all int32
-    block_tables: Tensor, query_start_locs: Tensor, context_lens: Tensor,
-    context_starts: Tensor | None, scale: float, out: Tensor,
-    num_programs: int,  # sequences, or more where rows of nobody are to be zeroed
-    num_chunks: int, chunk_len: int,
-) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """Launch the decode kernel. With chunks of 0 tokens it writes `out` and there is no more to do.
+    q: Tensor,  # (N, H, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    block_tables: Tensor,  # (B, max_blocks) int32
+    query_start_locs: Tensor,  # (B + 1,) int32
+    context_lens: Tensor,  # (B,) int32
+    context_starts: Tensor | None,  # (B,) int32
+    scale: float,
+    out: Tensor,  # (N, H, D)
+    num_programs: int,  # B, or more: program i >= B zeroes row i if it is a padded row
+    num_chunks: int,
+    chunk_len: int,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Launch the decode kernel. With a `chunk_len` of 0 it writes `out` and returns None.
 
-    Otherwise returns what `merge_chunks` wants: m and l (num_programs, H, num_chunks) and acc
-    (num_programs, H, num_chunks, D), unwritten where a sequence has no such chunk.
+    Otherwise returns what `merge_chunks` reads: m and l (num_programs, H, num_chunks) and acc
+    (num_programs, H, num_chunks, D), not written where a sequence has no such chunk.
     """
-    (N, H, D), (_, H_kv, block_size, _), B = q.shape, k_cache.shape, block_tables.shape[0]
+    N, H, D = q.shape
+    _, H_kv, block_size, _ = k_cache.shape
+    B = block_tables.shape[0]
     partials = None
     if chunk_len:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        sizes = [(num_programs, H, num_chunks, *rest) for rest in ((), (), (D,))]
-        partials = tuple(torch.empty(size, dtype=dtype, device=q.device) for size in sizes)
+        m = torch.empty(num_programs, H, num_chunks, dtype=dtype, device=q.device)
+        l = torch.empty_like(m)
+        acc = torch.empty(num_programs, H, num_chunks, D, dtype=dtype, device=q.device)
+        partials = (m, l, acc)
     q, factor = scale_to_exp2(q, scale)
-    # A tensor core multiplies 16 rows or fewer at one price; more would crowd out the registers.
-    TILE_G = min(16, triton.next_power_of_2(H // H_kv))
+    TILE_G = min(MAX_GROUP_ROWS, triton.next_power_of_2(H // H_kv))
     rows = num_programs * H_kv * triton.cdiv(H // H_kv, TILE_G)
-    where = (block_tables, query_start_locs, context_lens, context_starts)
-    strides = (block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *out.stride()[:2])
-    # Axis 0 may be as long as 2^31, axis 1 only 65,535: that many chunks of one context.
+    # Axis 0 of a grid may have 2^31 - 1 programs, axis 1 only 65,535: the chunks of one context.
     decode_kernel[(rows, num_chunks)](
-        q, k_cache, v_cache, out, *(partials or (None, None, None)), *where, factor, B, N,
-        chunk_len, *strides, NUM_KV_HEADS=H_kv, GROUP=H // H_kv, TILE_G=TILE_G, HEAD_DIM=D,
-        TILE_D=tile_d(D), BLOCK_SIZE=block_size, SPLIT=chunk_len > 0,
-        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **decode_tiles(q.dtype, D),
-    )  # fmt: skip
+        q,
+        k_cache,
+        v_cache,
+        out,
+        *(partials or (None, None, None)),
+        block_tables,
+        query_start_locs,
+        context_lens,
+        context_starts,
+        factor,
+        B,
+        N,
+        chunk_len,
+        block_tables.stride(0),
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *out.stride()[:2],
+        NUM_KV_HEADS=H_kv,
+        GROUP=H // H_kv,
+        TILE_G=TILE_G,
+        HEAD_DIM=D,
+        TILE_D=tile_d(D),
+        BLOCK_SIZE=block_size,
+        SPLIT=chunk_len > 0,
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        **decode_tiles(q.dtype, D),
+    )
     return partials
 
 
 def merge_chunks(
-    partials: tuple[Tensor, Tensor, Tensor],
-    # (B + 1,), (B,) and (B,) int32, and (N, H, D)
-    query_start_locs: Tensor, context_lens: Tensor, context_starts: Tensor | None, out: Tensor,
+    partials: tuple[Tensor, Tensor, Tensor],  # m, l and acc of `decode_chunks`
+    query_start_locs: Tensor,  # (B + 1,) int32
+    context_lens: Tensor,  # (B,) int32
+    context_starts: Tensor | None,  # (B,) int32
+    out: Tensor,  # (N, H, D)
     chunk_len: int,
-) -> None:  # fmt: skip
-    """Launch the merge kernel: what the chunks of each sequence hold becomes its row of `out`."""
-    (N, H, D), (num_programs, _, num_chunks) = out.shape, partials[0].shape
-    sizes = (len(context_lens), N, chunk_len, num_chunks)
-    # 1,024 partial sums are 32 a thread of one warp: too little work to be worth a barrier.
+) -> None:
+    """Launch the merge kernel: merge the chunks of each sequence into its row of `out`."""
+    N, H, D = out.shape
+    num_programs, _, num_chunks = partials[0].shape
+    # One warp. It folds 1,024 sums at a time, 32 a thread; more warps would need a barrier.
     merge_kernel[(num_programs * H,)](
-        out, *partials, query_start_locs, context_lens, context_starts, *sizes, *out.stride()[:2],
-        NUM_HEADS=H, HEAD_DIM=D, TILE_D=tile_d(D), TILE_C=max(1, 1024 // tile_d(D)), num_warps=1,
-    )  # fmt: skip
+        out,
+        *partials,
+        query_start_locs,
+        context_lens,
+        context_starts,
+        len(context_lens),
+        N,
+        chunk_len,
+        num_chunks,
+        *out.stride()[:2],
+        NUM_HEADS=H,
+        HEAD_DIM=D,
+        TILE_D=tile_d(D),
+        TILE_C=max(1, 1024 // tile_d(D)),
+        num_warps=1,
+    )
 
 
 def paged_decode_triton(
-    # (N, H, D), and twice (num_blocks + 1, H_kv, block_size, D)
-    q: Tensor, k_cache: Tensor, v_cache: Tensor,
-    # (B, max_blocks), (B + 1,) and (B,), all int32
-    block_tables: Tensor, query_start_locs: Tensor, context_lens: Tensor,
-    scale: float, max_query_len: int, max_context_len: int,
-    # (B,) int32 and (N, H, D)
-    context_starts: Tensor | None = None, out: Tensor | None = None, chunk_len: int | None = None,
-) -> Tensor:  # fmt: skip
-    """The rows of all sequences with exactly one query; other sequences' rows are left as they are.
+    q: Tensor,  # (N, H, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    block_tables: Tensor,  # (B, max_blocks) int32
+    query_start_locs: Tensor,  # (B + 1,) int32
+    context_lens: Tensor,  # (B,) int32
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    context_starts: Tensor | None = None,  # (B,) int32
+    out: Tensor | None = None,  # (N, H, D)
+    chunk_len: int | None = None,
+) -> Tensor:
+    """Attention of all sequences with exactly one query; other sequences' rows are not written.
 
-    `chunk_len` None picks. A positive number forces chunks of that many tokens: a sequence's result
-    is then bit for bit the same whatever batch it is in. 0 never splits.
+    `chunk_len` is the tokens a chunk; None lets `choose_chunk_len` choose, 0 never splits. With a
+    fixed number the result of a sequence has the same bits in any batch. Raises as `check_launch`.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     check_launch(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    N, B, H_kv = q.shape[0], block_tables.shape[0], k_cache.shape[1]
+    N = q.shape[0]
+    B = block_tables.shape[0]
     if chunk_len is None:
-        chunk_len = choose_chunk_len(B, H_kv, max_context_len)
+        chunk_len = choose_chunk_len(B, k_cache.shape[1], max_context_len)
     num_chunks = max(1, triton.cdiv(max_context_len, chunk_len)) if chunk_len else 1
-    # Program i answers sequence i, and zeroes row i of out if that belongs to nobody. Where there
-    # are longer queries too, the prefill kernel zeroes them.
+    # Program i computes sequence i, and zeroes row i of out if that is a padded row. A batch with
+    # longer queries goes to the prefill kernel too, which zeroes the padded rows.
     num_programs = max(N, B) if max_query_len <= 1 else B
     if N == 0 or num_programs == 0:
         return out
-    where = (query_start_locs, context_lens, context_starts)
-    sizes = (num_programs, num_chunks, chunk_len)
-    partials = decode_chunks(q, k_cache, v_cache, block_tables, *where, scale, out, *sizes)
+    partials = decode_chunks(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_locs,
+        context_lens,
+        context_starts,
+        scale,
+        out,
+        num_programs,
+        num_chunks,
+        chunk_len,
+    )
     if partials:
-        merge_chunks(partials, *where, out, chunk_len)
+        merge_chunks(partials, query_start_locs, context_lens, context_starts, out, chunk_len)
     return out
 
 
 def paged_attention_triton(
-    # (N, H, D), and twice (num_blocks + 1, H_kv, block_size, D)
-    q: Tensor, k_cache: Tensor, v_cache: Tensor,
-    # (B, max_blocks), (B + 1,) and (B,), all int32
-    block_tables: Tensor, query_start_locs: Tensor, context_lens: Tensor,
-    scale: float, max_query_len: int, max_context_len: int,
-    # (B,) int32 and (N, H, D)
-    context_starts: Tensor | None = None, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,  # (N, H, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    block_tables: Tensor,  # (B, max_blocks) int32
+    query_start_locs: Tensor,  # (B + 1,) int32
+    context_lens: Tensor,  # (B,) int32
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+    context_starts: Tensor | None = None,  # (B,) int32
+    out: Tensor | None = None,  # (N, H, D)
+) -> Tensor:
     """`paged_attention` of paged_attention.py on the GPU, for any batch; returns (N, H, D).
 
-    A tile of 64 queries with one real query in it would multiply 63 rows of nothing, so a batch of
-    prompts and decoding sequences is two launches, each of which leaves the other's rows alone. No
-    value is read from the device: it is `max_query_len`, known to the host, that decides.
+    A batch of prompts and decoding sequences is two launches: the prefill kernel would multiply a
+    tile of 64 queries for each decoding sequence, 63 of them padding. Each kernel writes only its
+    own rows. The host decides by `max_query_len`, so no value is read from the device.
     """
-    arguments = (q, k_cache, v_cache, block_tables, query_start_locs, context_lens, scale)
-    arguments += (max_query_len, max_context_len, context_starts)
+    arguments = (
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_locs,
+        context_lens,
+        scale,
+        max_query_len,
+        max_context_len,
+        context_starts,
+    )
     out = paged_decode_triton(*arguments, out)
     if max_query_len <= 1:
         return out
@@ -296,44 +385,44 @@ def paged_attention_triton(
 
 # --------------------------------------------------------------------------------------------------
 def demo():
-    """Two contexts in chunks: what each chunk knows, and that any chunks merge to one result."""
+    """Two contexts in chunks: the partial results of each chunk, and what they merge to."""
     if not can_launch():
         return
-    context_lens, H, D = [600, 100], 2, 16
+    lengths = [600, 100]
+    H, D = 2, 16
+    scale = D**-0.5
     torch.manual_seed(0)
     with torch.device("cpu" if INTERPRETED else "cuda"):
         k_cache, v_cache = torch.randn(2, 46, 1, 16, D)
         tables = torch.randperm(46, dtype=torch.int32).expand(2, 46)  # b shares a's first blocks
-        lens = torch.tensor(context_lens, dtype=torch.int32)
-        q = torch.randn(6, H, D)
-        locs = torch.tensor([[0, 1, 2], [0, 1, 6]], dtype=torch.int32)
-    decode = (q[:2], k_cache, v_cache, tables, locs[0], lens)
-    mixed = (q, k_cache, v_cache, tables, locs[1], lens)  # one query of a, a chunk of b's prompt
-    out = torch.empty_like(q[:2])
-    partials = decode_chunks(*decode, None, D**-0.5, out, 2, 3, CHUNK_LEN)
-    merge_chunks(partials, locs[0], lens, None, out, CHUNK_LEN)
-    print(f"contexts of {context_lens} tokens in chunks of {CHUNK_LEN}, one query each, head 0\n")
+        context_lens = torch.tensor(lengths, dtype=torch.int32)
+        locs = torch.tensor([0, 1, 2], dtype=torch.int32)
+        q = torch.randn(2, H, D)
+    batch = (q, k_cache, v_cache, tables, locs, context_lens)
+    out = torch.empty_like(q)
+    partials = decode_chunks(*batch, None, scale, out, 2, 3, CHUNK_LEN)
+    merge_chunks(partials, locs, context_lens, None, out, CHUNK_LEN)
+    print(f"contexts of {lengths} tokens in chunks of {CHUNK_LEN}, one query each, head 0\n")
     print("sequence  tokens        m (log2)       l   share of the result")
-    for i, length in enumerate(context_lens):
-        starts = range(0, length, CHUNK_LEN)  # chunks from here to the third are not there
-        m, l = (x[i, 0, : len(starts)].tolist() for x in partials[:2])
-        weights = [b * 2 ** (a - max(m)) for a, b in zip(m, l, strict=True)]
-        for start, a, b, weight in zip(starts, m, l, weights, strict=True):
+    for i, length in enumerate(lengths):
+        starts = range(0, length, CHUNK_LEN)  # b has one chunk; the other two are not written
+        m, l = (partial[i, 0, : len(starts)] for partial in partials[:2])
+        shares = l * torch.exp2(m - m.max())
+        shares /= shares.sum()
+        for chunk, start in enumerate(starts):
             tokens = f"[{start}, {min(length, start + CHUNK_LEN)})"
-            print(f"{'ab'[i]:^8}  {tokens:12} {a:9.3f} {b:7.2f} {weight / sum(weights):12.0%}")
-    rest = (D**-0.5, 1, max(context_lens))
-    want = paged_attention(*decode, *rest)
-    results = {
-        f"chunk_len {n}": paged_decode_triton(*decode, *rest, chunk_len=n) for n in (0, 7, 100)
-    }
-    errors = {name: result - want for name, result in ({"merged": out} | results).items()}
-    rest = (D**-0.5, 5, max(context_lens))
-    errors["two launches"] = paged_attention_triton(*mixed, *rest) - paged_attention(*mixed, *rest)
+            numbers = f"{m[chunk]:9.3f} {l[chunk]:7.2f} {shares[chunk]:12.0%}"
+            print(f"{'ab'[i]:^8}  {tokens:12} {numbers}")
+    want = paged_attention(*batch, scale, 1, max(lengths))
+    errors = {"merged": out - want}
+    for chunk_len in (0, 7, 100):
+        result = paged_decode_triton(*batch, scale, 1, max(lengths), chunk_len=chunk_len)
+        errors[f"chunk_len {chunk_len}"] = result - want
     print(f"\ndistance from the oracle, {'interpreted' if INTERPRETED else 'compiled'}:")
     for name, error in errors.items():
         print(f"  {name:14} {error.abs().max().item():.1e}")
     assert all(error.abs().max() < 1e-5 for error in errors.values())
-    print("ok: a context may be cut anywhere, its parts merge to the same attention")
+    print("ok: chunks of any length merge to the same attention")
 
 
 if __name__ == "__main__":

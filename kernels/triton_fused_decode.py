@@ -1,44 +1,41 @@
-"""A decode step's write, attention and merge in one launch: the last program to arrive merges.
+"""A decode step's KV write, attention and merge in one launch: the last program to finish merges.
 
-For each layer a step of the 124M GPT-2 asks the GPU to write the new keys and values, to attend,
-and for few sequences to merge the chunks: 36 launches in 12 layers, of about 150 in all, and none
-begins before the one before it has ended. The data ask for less. The program that owns a sequence's
-last chunk may take the new token's k and v as the product left them: it stores them, and folds the
-token in from registers. And a merge waits for its own few chunks, not for those of all sequences:
+For each layer a decode step of the 124M GPT-2 launches one kernel that writes the new keys and
+values, one for attention and, for few sequences, one that merges the chunks: 36 launches in 12
+layers, of about 150 in all. A launch begins only when the one before it has ended. But nothing
+needs such a barrier over all sequences:
 
-    one sequence, one head, chunk_len 256, context 600; its programs in the order they were done:
+- The program that owns a sequence's last chunk can read the new token's k and v from the QKV
+  product. It stores them in the pool and folds the token into its sums from registers.
+- A merge needs the chunks of its own sequence only. Each program writes its partial results, then
+  adds 1 to a counter. The program that finds the counter at num_chunks - 1 is the last, and merges:
+
+    one sequence, one head, chunk_len 256, context 600; its programs in the order they finished:
     chunk 0  reads [0, 256)                             m l acc -> memory   counter 0 -> 1
-    chunk 2  reads [512, 599), takes and writes 599     m l acc -> memory   counter 1 -> 2
+    chunk 2  reads [512, 599), writes and folds 599     m l acc -> memory   counter 1 -> 2
     chunk 1  reads [256, 512)                           m l acc -> memory   counter 2 -> 3
-             found a 2, so all three are there: folds chunks 0, 1, 2, writes the row of out,
+             found 2 = num_chunks - 1, so it folds chunks 0, 1, 2, writes the row of out,
              and sets the counter to 0 for the next launch
 
-To read the new slot in the launch that writes it would mean to wait for its writer: nobody reads
-it. Which program comes last differs from run to run; what it computes does not, to the last bit.
-The plain twin is `fused_decode`, two lines of PyTorch. What a production engine does beyond this:
-in the same launch it rotates q and k (GPT-2 has nothing to rotate) and rounds K and V to 8 bits.
+No program reads the new slot in this launch, because a read would have to wait for the write. Which
+program finishes last differs from run to run. The result does not, to the last bit, because chunks
+are folded in the order of their numbers.
 
-NVIDIA, CUDA C++ Programming Guide, "Memory Fence Functions": a sum that whoever is last completes.
-Run: python -m kernels.triton_fused_decode
-Try: in the demo, a chunk_len of 1; or arrived[0] = 1 before the first step (it is a's: at which
-step does it matter?).
+How it is checked: against dense attention in float64 and against `fused_decode` below, the same in
+PyTorch (tests/kernels/test_triton_fused_decode.py). A production engine also rotates q and k in
+this launch, which GPT-2 does not need.
+
+NVIDIA, CUDA C++ Programming Guide, "Memory Fence Functions": a sum that the last block completes.
 """
 
 from __future__ import annotations
 
-import math
-import os
-
 import torch
 from torch import Tensor
 
-if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
-
-from kernels.triton_decode import choose_chunk_len, decode_tiles
+from kernels.triton_decode import MAX_GROUP_ROWS, choose_chunk_len, decode_tiles
 from kernels.triton_prefill import (
     INTERPRETED,
-    can_launch,
     check_launch,
     scale_to_exp2,
     tile_d,
@@ -49,30 +46,58 @@ from kernels.triton_prefill import (
 from kv_cache import write_kv
 from paged_attention import paged_attention
 
-MOST_GROUP_ROWS = 16  # heads in one product: as many as a tensor core multiplies at one price
+
+# ---- parts of the kernel -------------------------------------------------------------------------
+@triton.jit
+def write_new_token(
+    k_row, v_row,  # pointers to the new token's k and v of one head
+    k_head, v_head,  # pointers to the head's K and V in block 0
+    slot, stride_block, stride_token,  # int64; strides in elements
+    dim,  # (1, TILE_D)
+    is_read, is_written,  # (1, TILE_D) bool
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Copy the new token's k and v to its slot; returns both, (1, TILE_D), in the pool's type.
+
+    They are rounded to that type so that this step computes with the numbers that later steps read.
+    """
+    new_k = tl.load(k_row + dim, is_read, other=0.0).to(k_head.dtype.element_ty)
+    new_v = tl.load(v_row + dim, is_read, other=0.0).to(v_head.dtype.element_ty)
+    at = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + dim
+    tl.store(k_head + at, new_k, is_written)
+    tl.store(v_head + at, new_v, is_written)
+    return new_k, new_v
 
 
 @triton.jit
-def fold_new_token(m, l, acc, q, k, v, factor):
-    """`fold_block` of paged_attention.py for one token that is in registers: the new m, l and acc.
+def fold_new_token(
+    m, l, acc,  # (R,), (R,), (R, TILE_D)
+    q,  # (R, TILE_D)
+    k, v,  # (1, TILE_D) both
+    factor,
+):  # fmt: skip
+    """`fold_block` of paged_attention.py for one token in registers: the new m, l and acc.
 
-    q (R, TILE_D), k and v (1, TILE_D). Its own sum, not a product of tiles: a tile of one token
-    would be 15 rows of nothing.
+    Plain sums instead of tl.dot: a product of tiles has at least 16 columns, and 15 of them would
+    be padding.
     """
-    scores = tl.sum(q.to(m.dtype) * k.to(m.dtype), 1) * factor
-    # Finite, if the model's numbers are. If they are not, NaN is the answer that says so.
+    scores = tl.sum(q.to(m.dtype) * k.to(m.dtype), 1) * factor  # (R,)
+    # `fold_tile` guards against m_new = -inf. Here every row reads the new token, so m_new is -inf
+    # or NaN only if the model's own numbers are broken, and then the result is to be NaN.
     m_new = tl.maximum(m, scores)
-    shrink, p = tl.exp2(m - m_new), tl.exp2(scores - m_new)  # nothing read yet: 2^-inf is 0
+    shrink = tl.exp2(m - m_new)  # 0 if nothing was read before: 2^-inf
+    p = tl.exp2(scores - m_new)
     return m_new, l * shrink + p, acc * shrink[:, None] + p[:, None] * v.to(m.dtype)
 
 
 @triton.jit
 def arrive(counter):
-    """Say that this program's partial results are in memory; returns how many said so before.
+    """Announce that this program's partial results are in memory; returns how many did so before.
 
-    The barrier ends when all threads have stored. Then one of them counts, "released": whoever
-    sees the new count sees the stores too; and "acquired": what others had stored before they
-    counted is visible from here on, to all threads, which wait for the count.
+    The barrier waits until all threads of this program have stored their parts. Then one thread
+    adds 1 to the counter. "acq_rel" means two things. Release: a program that reads the new count
+    also sees the stores made before it. Acquire: this program now sees what others had stored
+    before they counted. All threads wait for the result of the addition.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
@@ -80,139 +105,154 @@ def arrive(counter):
 
 @triton.jit
 def fold_chunks(
-    partial_m, partial_l, partial_acc,
-    row,  # (R,), where each head's chunk 0 lies; its other chunks follow
+    partial_m, partial_l, partial_acc,  # (N, H, num_chunks) twice, (N, H, num_chunks, D)
+    row,  # (R,), where each head's chunk 0 is in partial_m; its other chunks follow
     dim,  # (1, TILE_D)
     num_present,  # chunks to fold
-    HEAD_DIM: tl.constexpr, TILE_C: tl.constexpr,  # the latter: chunks folded at a time
+    HEAD_DIM: tl.constexpr, TILE_C: tl.constexpr,  # TILE_C: chunks folded at a time
 ):  # fmt: skip
-    """The fold of chunks, not of tokens, from the first to the last: returns l (R,) and acc.
+    """Merge the partial results of a sequence's chunks: returns l (R,) and acc (R, TILE_D).
 
-    Always in this order, so the sums round the same way whoever arrived last. Reading all chunks at
-    once, not one by one, waits for memory once.
+    Chunks are folded from the first to the last, so sums round the same way in every run. TILE_C
+    chunks are loaded at once, so that the program waits for memory once and not TILE_C times.
     """
     m = tl.full([row.shape[0]], float("-inf"), partial_m.dtype.element_ty)
     l = tl.zeros_like(m)
     acc = tl.zeros([row.shape[0], dim.shape[1]], m.dtype)
     for first_chunk in range(0, num_present, TILE_C):
-        chunk = first_chunk + tl.arange(0, TILE_C)[:, None]
-        at, present = row[None, :] + chunk, chunk < num_present  # (TILE_C, R), (TILE_C, 1)
-        # ".cg": from the cache that all processors share. The nearest one is not told of others'
-        # stores, and may still hold what lay here before.
+        chunk = first_chunk + tl.arange(0, TILE_C)[:, None]  # (TILE_C, 1)
+        at = row[None, :] + chunk  # (TILE_C, R)
+        present = chunk < num_present
+        # ".cg" reads from the L2 cache, which all processors share. A processor's L1 cache does not
+        # see the stores of others and may still hold older values.
         chunk_m = tl.load(partial_m + at, present, other=float("-inf"), cache_modifier=".cg")
         chunk_l = tl.load(partial_l + at, present, other=0.0, cache_modifier=".cg")
         sums = partial_acc + at[:, :, None] * HEAD_DIM + dim[None, :, :]
         inside = present[:, :, None] & (dim < HEAD_DIM)[None, :, :]
         chunk_acc = tl.load(sums, inside, other=0.0, cache_modifier=".cg")  # (TILE_C, R, TILE_D)
-        m_new = tl.maximum(m, tl.max(chunk_m, 0))  # finite: a chunk that is present has a token
-        shrink, weight = tl.exp2(m - m_new), tl.exp2(chunk_m - m_new[None, :])
+        m_new = tl.maximum(m, tl.max(chunk_m, 0))  # not -inf: each chunk that is present has tokens
+        shrink = tl.exp2(m - m_new)
+        weight = tl.exp2(chunk_m - m_new[None, :])  # 2^(m_c - m)
         l = l * shrink + tl.sum(chunk_l * weight, 0)
         acc = acc * shrink[:, None] + tl.sum(chunk_acc * weight[:, :, None], 0)
         m = m_new
     return l, acc
 
 
+# ---- the kernel ----------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["chunk_len", "stride_table"])
 def fused_decode_kernel(
-    q, k, v, k_cache, v_cache, out,  # as in `fused_decode_triton`, and so are the next three
+    q, k, v, k_cache, v_cache, out,  # those of `fused_decode_triton`, as are the next three
     slot_mapping, block_tables, context_lens,
-    # (N, H, num_chunks) twice, (N, H, num_chunks, D) and a counter for each program of axis 0:
-    partial_m, partial_l, partial_acc, arrived,  # used where SPLIT is True, else None
-    factor, chunk_len,  # scale x log2(e), and tokens a chunk, where SPLIT is True
-    stride_table, stride_q_row, stride_q_head,  # strides in elements: from one row of a table, ..
+    partial_m, partial_l, partial_acc,  # as in `fold_chunks`; None where SPLIT is False
+    arrived,  # a counter for each program of axis 0; None where SPLIT is False
+    factor, chunk_len,  # scale * log2(e), and tokens a chunk, where SPLIT is True
+    stride_table, stride_q_row, stride_q_head,  # strides in elements: from row to row of tables, ..
     stride_k_row, stride_k_head, stride_v_row, stride_v_head,
     stride_block, stride_head, stride_token,  # of k_cache, and of v_cache too
     stride_out_row, stride_out_head,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,  # H_kv, and H // H_kv heads that share one
     TILE_G: tl.constexpr,  # rows of the product: GROUP rounded up to a power of two, at most 16
-    HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # the latter rounded up to a power of two
+    HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # D, and D rounded up to a power of two
     BLOCK_SIZE: tl.constexpr, TILE_K: tl.constexpr,  # tokens a block, tokens a tile
     TILE_C: tl.constexpr,  # chunks merged at a time
-    SPLIT: tl.constexpr,  # True: this program reads one chunk, and perhaps merges them all
-    UPCAST: tl.constexpr,  # compute in 32 bits what the interpreter can't in 16
+    SPLIT: tl.constexpr,  # True: this program reads one chunk, and the last one merges them all
+    UPCAST: tl.constexpr,  # True: the interpreter can't multiply bfloat16, so compute in 32 bits
 ):  # fmt: skip
-    """One program: the one query of a sequence, the heads that share a head of K and V, a chunk."""
+    """One program: the query of one sequence, up to 16 heads that share K and V, one chunk."""
     GROUP_TILES: tl.constexpr = (GROUP + TILE_G - 1) // TILE_G  # 1, unless more than 16 heads share
-    # Neighbours are the heads of one sequence, whose K and V lie in the same blocks.
+    # Programs with neighbouring ids work on heads of one sequence, so they read the same blocks.
     kv_head = tl.program_id(0) // GROUP_TILES % NUM_KV_HEADS
-    i = (tl.program_id(0) // (NUM_KV_HEADS * GROUP_TILES)).to(tl.int64)
+    i = (tl.program_id(0) // (NUM_KV_HEADS * GROUP_TILES)).to(tl.int64)  # the sequence
     group = tl.program_id(0) % GROUP_TILES * TILE_G + tl.arange(0, TILE_G)
-    head, dim = kv_head * GROUP + group, tl.arange(0, TILE_D)[None, :]
-    inside = (group < GROUP)[:, None] & (dim < HEAD_DIM)
+    head = kv_head * GROUP + group  # (TILE_G,)
+    dim = tl.arange(0, TILE_D)[None, :]
+    inside = (group < GROUP)[:, None] & (dim < HEAD_DIM)  # (TILE_G, TILE_D)
     to = out + i * stride_out_row + head[:, None] * stride_out_head + dim
     context_len = tl.load(context_lens + i)
-    if context_len <= 0:  # a padded row reads nothing, and nobody will read its k and v
+    if context_len <= 0:  # a padded row: nothing is read or written but zeros in out
         zeros = tl.zeros([TILE_G, TILE_D], out.dtype.element_ty)
         tl.store(to, zeros, inside & (tl.program_id(1) == 0))
         return
-    first, stop = 0, context_len
+    first = 0
+    stop = context_len
     if SPLIT:
         first += tl.program_id(1) * chunk_len
         stop = tl.minimum(stop, first + chunk_len)
-        if first >= stop:  # the context ends before this chunk: it is not waited for
+        if first >= stop:  # the sequence has no such chunk; the counter does not wait for it
             return
 
-    # The new token is the last of the context. Its k and v are asked for now, to be there when the
-    # walk is done; rounded to the pool's type, so that they count for what later steps will read.
+    # The new token is the last of the context. Its k and v are loaded before the walk, so that they
+    # have arrived when the walk is done.
     owns_new = stop == context_len
-    new = owns_new & (dim < HEAD_DIM)
-    new_k = tl.load(k + i * stride_k_row + kv_head * stride_k_head + dim, new, other=0.0)
-    new_v = tl.load(v + i * stride_v_row + kv_head * stride_v_head + dim, new, other=0.0)
-    new_k, new_v = new_k.to(k_cache.dtype.element_ty), new_v.to(v_cache.dtype.element_ty)
-    slot, k_head = tl.load(slot_mapping + i).to(tl.int64), kv_head * stride_head
-    at = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + k_head + dim
-    # Where a group is several programs the first of them writes, and all have it in registers.
-    first_of_group = tl.program_id(0) % GROUP_TILES == 0
-    tl.store(k_cache + at, new_k, new & first_of_group)
-    tl.store(v_cache + at, new_v, new & first_of_group)
+    is_new = owns_new & (dim < HEAD_DIM)
+    k_row = k + i * stride_k_row + kv_head * stride_k_head
+    v_row = v + i * stride_v_row + kv_head * stride_v_head
+    slot = tl.load(slot_mapping + i).to(tl.int64)
+    k_head = k_cache + kv_head * stride_head
+    v_head = v_cache + kv_head * stride_head
+    # With more than 16 heads several programs own the same new token: the first of them writes it.
+    is_written = is_new & (tl.program_id(0) % GROUP_TILES == 0)
+    new_k, new_v = write_new_token(
+        k_row, v_row, k_head, v_head, slot, stride_block, stride_token, dim,
+        is_new, is_written, BLOCK_SIZE,
+    )  # fmt: skip
 
-    queries = tl.load(q + i * stride_q_row + head[:, None] * stride_q_head + dim, inside, other=0.0)
+    query = q + i * stride_q_row + head[:, None] * stride_q_head + dim
+    queries = tl.load(query, inside, other=0.0)
     queries = queries.to(tl.float32) if UPCAST else queries
-    end = tl.minimum(stop, context_len - 1)  # what is read ends before the slot just written
-    last = tl.full([TILE_G], 0, tl.int32) + end - 1  # all heads ask the same query
-    full = first + (end - first) // TILE_K * TILE_K
-    table = block_tables + i * stride_table
-    kv = (table, k_cache + k_head, v_cache + k_head, stride_block, stride_token)
+    end = tl.minimum(stop, context_len - 1)  # the walk ends before the slot that was just written
+    last = tl.full([TILE_G], 0, tl.int32) + end - 1  # all rows are heads of the same query
+    full = first + (end - first) // TILE_K * TILE_K  # [first, full): whole tiles
+    kv = (block_tables + i * stride_table, k_head, v_head, stride_block, stride_token)
     m, l, acc = walk(queries, last, factor, first, full, end, kv, HEAD_DIM, BLOCK_SIZE, TILE_K)
     if owns_new:
         m, l, acc = fold_new_token(m, l, acc, queries, new_k, new_v, factor)
     if SPLIT:
         num_present = tl.cdiv(context_len, chunk_len)
-        if num_present > 1:  # a context of one chunk is merged already
-            # The tile's rows behind the group repeat its last head: finite, and never stored.
-            among_heads = kv_head * GROUP + tl.minimum(group, GROUP - 1)
-            row = (i * NUM_KV_HEADS * GROUP + among_heads) * tl.num_programs(1)
-            place = row + tl.program_id(1)
-            tl.store(partial_m + place, m, group < GROUP)
-            tl.store(partial_l + place, l, group < GROUP)
-            tl.store(partial_acc + place[:, None] * HEAD_DIM + dim, acc, inside)
+        if num_present > 1:  # a context of one chunk needs no merge and no counter
+            # Rows of the tile beyond the group repeat its last head: finite values, never stored.
+            a_head = kv_head * GROUP + tl.minimum(group, GROUP - 1)
+            row = (i * NUM_KV_HEADS * GROUP + a_head) * tl.num_programs(1)
+            index = row + tl.program_id(1)
+            tl.store(partial_m + index, m, group < GROUP)
+            tl.store(partial_l + index, l, group < GROUP)
+            tl.store(partial_acc + index[:, None] * HEAD_DIM + dim, acc, inside)
             if arrive(arrived + tl.program_id(0)) < num_present - 1:
                 return
-            tl.store(arrived + tl.program_id(0), 0)  # all have counted, nobody looks again
+            tl.store(arrived + tl.program_id(0), 0)  # all have counted: ready for the next launch
             l, acc = fold_chunks(
                 partial_m, partial_l, partial_acc, row, dim, num_present, HEAD_DIM, TILE_C
             )
     tl.store(to, (acc / l[:, None]).to(out.dtype.element_ty), inside)
 
 
+# ---- what is called ------------------------------------------------------------------------------
 def num_arrivals(num_seqs: int, num_heads: int, num_kv_heads: int) -> int:
-    """How many counters `fused_decode_triton` wants for a batch of so many sequences.
+    """How many counters `fused_decode_triton` needs for a batch of so many sequences.
 
-    One for each of them and each head of K and V: (8, 12, 12) -> 96. Where more than 16 query
-    heads share one, they are several programs with a counter each: (8, 40, 2) -> 32.
+    One for each sequence and head of K and V: (8, 12, 12) -> 96. Where more than 16 query heads
+    share a head of K and V they are several programs with a counter each: (8, 40, 2) -> 32.
     """
     group = num_heads // num_kv_heads
-    return num_seqs * num_kv_heads * -(-group // MOST_GROUP_ROWS)
+    return num_seqs * num_kv_heads * -(-group // MAX_GROUP_ROWS)
 
 
 def check_step(
-    # (N, H, D), twice (N, H_kv, D), and twice (num_blocks + 1, H_kv, block_size, D)
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
-    # (N,), (N, max_blocks) and (N,), at least `num_arrivals(..)` counters, (N, H, D)
-    slot_mapping: Tensor, block_tables: Tensor, context_lens: Tensor, arrived: Tensor, out: Tensor,
-) -> None:  # fmt: skip
-    """Raise ValueError where the shapes contradict each other. The values stay on the device."""
-    (N, H, D), (H_kv, block_size) = q.shape, k_cache.shape[1:3]
+    q: Tensor,  # (N, H, D)
+    k: Tensor,  # (N, H_kv, D)
+    v: Tensor,  # (N, H_kv, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    slot_mapping: Tensor,  # (N,)
+    block_tables: Tensor,  # (N, max_blocks)
+    context_lens: Tensor,  # (N,)
+    arrived: Tensor,  # (num_arrivals(N, H, H_kv),) or longer
+    out: Tensor,  # (N, H, D)
+) -> None:
+    """Raise ValueError where the shapes contradict each other. No value is read from the device."""
+    N, H, D = q.shape
+    H_kv, block_size = k_cache.shape[1:3]
     if len(block_tables) != N:
         given = f"{N} queries for {len(block_tables)} sequences"
         raise ValueError(f"{given}: this is for one each, use paged_attention_triton for others")
@@ -240,113 +280,107 @@ def check_step(
 
 
 def fused_decode_triton(
-    # (N, H, D), and twice (N, H_kv, D), only D needs to be contiguous: slices of the QKV product
-    q: Tensor, k: Tensor, v: Tensor,
-    # (num_blocks + 1, H_kv, block_size, D) both
-    k_cache: Tensor, v_cache: Tensor,
-    # (N,) int64, (N, max_blocks) int32 and (N,) int32
-    slot_mapping: Tensor, block_tables: Tensor, context_lens: Tensor,
-    scale: float, max_context_len: int,
-    arrived: Tensor,  # (num_arrivals(N, H, H_kv),) int32 or more
-    # (N, H, D)
-    out: Tensor | None = None, chunk_len: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Write each sequence's one new token to its slot and attend for it; returns (N, H, D).
+    q: Tensor,  # (N, H, D); of q, k and v only D must be contiguous: slices of the QKV product
+    k: Tensor,  # (N, H_kv, D)
+    v: Tensor,  # (N, H_kv, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    slot_mapping: Tensor,  # (N,) int64
+    block_tables: Tensor,  # (N, max_blocks) int32
+    context_lens: Tensor,  # (N,) int32
+    scale: float,
+    max_context_len: int,
+    arrived: Tensor,  # (num_arrivals(N, H, H_kv),) int32, or longer
+    out: Tensor | None = None,  # (N, H, D)
+    chunk_len: int | None = None,
+) -> Tensor:
+    """Write each sequence's new token to its slot and attend for it; returns (N, H, D).
 
-    Row i is sequence i: a pure decode step. `context_lens` count the new token, `max_context_len`
-    is an upper bound known to the host. A padded row has a context of 0 tokens: its row of the
-    result is zero, and its k and v are written nowhere. `chunk_len` is `paged_decode_triton`'s: a
-    positive number makes a sequence's result bit for bit the same in any batch, 0 never splits.
+    Row i is sequence i, which has one query: a pure decode step. `context_lens` include the new
+    token, `max_context_len` is an upper bound that the host knows. A padded row has a context of 0
+    tokens: its row of the result is zero, and its k and v are not written. `chunk_len` means what
+    it means in `paged_decode_triton`: a positive number gives a sequence the same bits in any
+    batch, 0 never splits.
 
-    `arrived` are zeros before the first call, and each call leaves zeros. Calls one after another,
-    of all layers and steps, may share them; calls on two streams at a time may not. A recorded
-    step must find them where they are, so whoever builds it allocates them. Raises ValueError for
-    shapes that contradict each other and for too few counters, RuntimeError where there is no GPU.
+    `arrived` must be zeros before the first call, and each call leaves zeros. Calls that follow
+    each other on one stream may share it; two streams may not. A captured graph reads it at the
+    address that it had during capture, so the caller allocates it and keeps it.
+
+    Raises ValueError for shapes that contradict each other and for too few counters, RuntimeError
+    where no kernel can run.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     check_launch(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    check_launch(k=k, v=v)  # perhaps of another type
-    where = (slot_mapping, block_tables, context_lens)
-    check_step(q, k, v, k_cache, v_cache, *where, arrived, out)
-    (N, H, D), (_, H_kv, block_size, _) = q.shape, k_cache.shape
+    check_launch(k=k, v=v)  # their dtype may differ from the pool's
+    check_step(q, k, v, k_cache, v_cache, slot_mapping, block_tables, context_lens, arrived, out)
+    N, H, D = q.shape
+    _, H_kv, block_size, _ = k_cache.shape
     if N == 0:
         return out
     if chunk_len is None:
         chunk_len = choose_chunk_len(N, H_kv, max_context_len)
     num_chunks = max(1, triton.cdiv(max_context_len, chunk_len)) if chunk_len else 1
-    merge = (None, None, None, None)
+    m = l = acc = counters = None
     if chunk_len:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        sizes = [(N, H, num_chunks, *rest) for rest in ((), (), (D,))]
-        merge = (*(torch.empty(size, dtype=dtype, device=q.device) for size in sizes), arrived)
+        m = torch.empty(N, H, num_chunks, dtype=dtype, device=q.device)
+        l = torch.empty_like(m)
+        acc = torch.empty(N, H, num_chunks, D, dtype=dtype, device=q.device)
+        counters = arrived
     q, factor = scale_to_exp2(q, scale)
-    TILE_G = min(MOST_GROUP_ROWS, triton.next_power_of_2(H // H_kv))
-    strides = (block_tables.stride(0), *(n for x in (q, k, v) for n in x.stride()[:2]))
-    strides += (*k_cache.stride()[:3], *out.stride()[:2])
-    # Axis 0 may be as long as 2^31, axis 1 only 65,535: that many chunks of one context.
+    TILE_G = min(MAX_GROUP_ROWS, triton.next_power_of_2(H // H_kv))
+    # Axis 0 of a grid may have 2^31 - 1 programs, axis 1 only 65,535: the chunks of one context.
     fused_decode_kernel[(num_arrivals(N, H, H_kv), num_chunks)](
-        q, k, v, k_cache, v_cache, out, *where, *merge, factor, chunk_len, *strides,
-        NUM_KV_HEADS=H_kv, GROUP=H // H_kv, TILE_G=TILE_G, HEAD_DIM=D, TILE_D=tile_d(D),
-        BLOCK_SIZE=block_size, TILE_C=max(1, 2048 // (TILE_G * tile_d(D))), SPLIT=chunk_len > 0,
-        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **decode_tiles(q.dtype, D),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        out,
+        slot_mapping,
+        block_tables,
+        context_lens,
+        m,
+        l,
+        acc,
+        counters,
+        factor,
+        chunk_len,
+        block_tables.stride(0),
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:3],
+        *out.stride()[:2],
+        NUM_KV_HEADS=H_kv,
+        GROUP=H // H_kv,
+        TILE_G=TILE_G,
+        HEAD_DIM=D,
+        TILE_D=tile_d(D),
+        BLOCK_SIZE=block_size,
+        TILE_C=max(1, 2048 // (TILE_G * tile_d(D))),
+        SPLIT=chunk_len > 0,
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        **decode_tiles(q.dtype, D),
+    )
     return out
 
 
 def fused_decode(
-    # (N, H, D), twice (N, H_kv, D), and twice (num_blocks + 1, H_kv, block_size, D)
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
-    # (N,) int64, (N, max_blocks) int32 and (N,) int32
-    slot_mapping: Tensor, block_tables: Tensor, context_lens: Tensor,
-    scale: float, max_context_len: int,
-) -> Tensor:  # fmt: skip
-    """The plain twin of `fused_decode_triton`: write, then attend; returns (N, H, D)."""
+    q: Tensor,  # (N, H, D)
+    k: Tensor,  # (N, H_kv, D)
+    v: Tensor,  # (N, H_kv, D)
+    k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    v_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
+    slot_mapping: Tensor,  # (N,) int64
+    block_tables: Tensor,  # (N, max_blocks) int32
+    context_lens: Tensor,  # (N,) int32
+    scale: float,
+    max_context_len: int,
+) -> Tensor:
+    """The same in PyTorch, for the tests: write, then attend; returns (N, H, D)."""
     write_kv(k, v, k_cache, v_cache, slot_mapping)
     locs = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)  # one query a sequence
-    where = (block_tables, locs, context_lens)
-    return paged_attention(q, k_cache, v_cache, *where, scale, 1, max_context_len)
-
-
-# --------------------------------------------------------------------------------------------------
-def demo():
-    """Two sequences grow over the end of a chunk, beside a padded row: one launch for each step."""
-    if not can_launch():
-        return
-    H, D, block_size, chunk_len, prompts = 2, 16, 4, 8, [5, 14]
-    torch.manual_seed(0)
-    with torch.device("cpu" if INTERPRETED else "cuda"):
-        pool = torch.full((13, 2, H, block_size, D), math.nan)  # block 12 is scratch
-        tables = torch.cat([torch.randperm(12).view(2, 6), torch.full((1, 6), 12)]).int()
-        for table, n in zip(tables, prompts):
-            slots = (table[:, None].long() * block_size + torch.arange(block_size)).flatten()[:n]
-            write_kv(*torch.randn(2, n, H, D), pool[:, 0], pool[:, 1], slots)
-        arrived = torch.zeros(num_arrivals(3, H, H), dtype=torch.int32)
-        steps = torch.randn(5, 3, 3, H, D)  # of each step q, k and v
-    print(
-        f"block_size {block_size}, chunk_len {chunk_len}, {H} heads; sequences a, b, a padded row"
+    return paged_attention(
+        q, k_cache, v_cache, block_tables, locs, context_lens, scale, 1, max_context_len
     )
-    print("\nstep  contexts     slots      chunks     counted   distance from write, then attend")
-    for step, (q, k, v) in enumerate(steps, 1):
-        lens = [n + step for n in prompts] + [0]
-        slots = [tables[i, (n - 1) // 4].item() * 4 + (n - 1) % 4 for i, n in enumerate(lens[:2])]
-        where = (torch.tensor([*slots, 48]), tables, torch.tensor(lens, dtype=torch.int32))
-        where = tuple(x.to(q.device) for x in where)
-        plain = pool.clone()
-        rest = (*where, D**-0.5, max(lens))
-        got = fused_decode_triton(q, k, v, pool[:, 0], pool[:, 1], *rest, arrived, None, chunk_len)
-        want = fused_decode(q, k, v, plain[:, 0], plain[:, 1], *rest)
-        error = (got - want).abs().max().item()
-        chunks = [-(-n // chunk_len) for n in lens]
-        counted = H * sum(n for n in chunks if n > 1)  # a context of one chunk counts nothing
-        print(f"{step:4}  {lens!s:13}{slots!s:11}{chunks!s:11}{counted:7}   {error:.1e}")
-        assert error < 1e-5 and got[2].abs().max() == 0
-        # The same slots were written; for the padded row not even scratch.
-        assert torch.equal(pool[:12].nan_to_num(99.0), plain[:12].nan_to_num(99.0))
-        assert pool[12].isnan().all()
-    print(f"counters: {arrived.tolist()}")
-    assert not arrived.any()
-    print("ok: written, attended and merged by one launch a step")
-
-
-if __name__ == "__main__":
-    demo()
