@@ -1,29 +1,33 @@
-"""The same draw on the GPU: one launch for all rows, no sort, and nothing waits for the device.
+"""The draw of sampling.py on a GPU: one launch for all rows, no sort, and the host does not wait.
 
-To keep the 50 most likely of 50,257 tokens `sampling.py` sorts them all, and then wants one number
-of the whole order: the weight of the 50th. That number can be asked for. How many tokens weigh at
-least 0.5? Too few: at least 0.25? Positive floats are ordered as their bits are, and 30 bits hold a
-weight in [0, 1], so the questions end. Eight are asked in one walk over the row, for three bits:
+To keep the 50 most likely of 50,257 tokens `sampling.py` sorts all of them, but then it uses one
+number only: the weight of the 50th. A search finds that number without a sort. How many tokens have
+a weight of at least 0.5? Too few. At least 0.25? And so on. Positive floats have the same order as
+their bits, and a weight in [0, 1] has 30 bits, so the search ends after 30 such questions. The
+kernel asks eight questions in each walk over the row and so finds three bits a walk:
 
-    key of a token  |weight: 30 bits......|id: 16 bits, turned round|  no two keys are equal
-    after walk 1    |111..................|.........................|  the highest of 8 levels that
-    after walk 2    |111101...............|.........................|  k tokens reach, then of the
-    after walk 6    |111101110011001100...|.........................|  next 8, until k reach it, no
-                    `-------- level -------->  ids decide only ties   more: here 6 walks, at most 16
+    key of a token  |weight: 30 bits......|vocab_size - 1 - id: 16 bits |  no two keys are equal
+    after walk 1    |111..................|.............................|  the highest level of 8
+    after walk 2    |111101...............|.............................|  that k keys reach, then
+    after walk 6    |111101110011001100...|.............................|  of the next 8, until
+                    `-------- level ------------> the id only breaks ties  exactly k reach it
 
-With the weights of those tokens summed instead of counted, the same search finds the cut of top_p.
-Then the line of the weights is cut in 64 segments, whose sums say in which of them u lies. A
-program owns a row and walks it in tiles of fixed size and order: a row draws the same in any batch.
-u is sampling.py's to the last bit, and sums are of 64 bits here as there. Only exponentials differ,
-in their last bits: that moves the ends of the tokens on the line, and the sums that p is held
-against, by less than 2**-19 of all. What a production engine does beyond this: several programs a
-row while a batch is small; the draw inside the product that makes the logits.
+The cut of top_p is the same search with the weights of those tokens summed instead of counted. The
+draw then divides the line of weights into 64 segments, finds from their sums the segment that u
+lies in, and in it the token.
+
+One program works on one row and reads it in tiles of fixed size and order, so a row draws the same
+token in any batch. u has the bits that it has in sampling.py, and sums have 64 bits as there. The
+exponentials differ in their last bits, which moves a token's end on the line by less than 2^-19 of
+the line's length.
+
+How it is checked: against sampling.py on the CPU (tests/kernels/test_triton_sampling.py). Where the
+tokens differ, the test proves that the last bits of an exponential can decide between them. A
+production engine runs several programs a row while a batch is small.
 
 Alabi et al. 2012, "Fast k-Selection Algorithms for Graphics Processing Units", JEA 17 (radix
 select: the k-th largest, a few bits at a time, without a sort).
 Run: python -m kernels.triton_sampling
-Try: in the demo, .bfloat16() behind the logits (why does the search take more walks?), or a top_k
-of 1, which needs a sort even less.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, just below
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, below
 
 from kernels.triton_prefill import INTERPRETED, can_launch, check_launch, tl, triton
 from kv_cache import to_device
@@ -47,10 +51,10 @@ from sampling import (
     edit_logits,
 )
 
-# Kernels read a global only if it says that it never changes.
-TILE = tl.constexpr(2048)  # tokens of a row at a time, 4 for each of 512 threads
-NUM_SEGMENTS = tl.constexpr(64)  # of the line ..
-SEGMENT_STEP = tl.constexpr(32)  # .. and the tokens of each that are read together
+# A kernel may read a global only if it is a constexpr.
+TILE = tl.constexpr(2048)  # tokens of a row that are read at a time, 4 for each of 512 threads
+NUM_SEGMENTS = tl.constexpr(64)  # segments of the line
+SEGMENT_STEP = tl.constexpr(32)  # tokens of each segment that are read at a time
 # The kernel reads one number a row from each of these tensors (M,), in this order. Of several types
 # the first is the one that `row_tensors` makes.
 ROW_INPUTS = {
@@ -90,7 +94,7 @@ HANDLED_BY = {
 # ---- u -------------------------------------------------------------------------------------------
 @triton.jit
 def mix(x):
-    """`mix32` of sampling.py: 32 bits in an int64, whose product with 31 bits still fits."""
+    """`mix32` of sampling.py: x is an int64 below 2^32, so its product with 31 bits fits."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x735A2D97 & 0xFFFFFFFF
     return x ^ (x >> 15)
@@ -107,65 +111,73 @@ def random_u(seed, position):
 
 
 # ---- A row ---------------------------------------------------------------------------------------
+# `row` below is a tuple: a pointer to the row's logits, their number V, the row's peak, its
+# temperature and its min_p.
 @triton.jit
 def find_peak(logits, vocab_size):
-    """The largest logit of a row, in 32 bits, and its id, of several the lowest.
+    """The largest logit of a row in 32 bits, and its id; of several equal ones the lowest id.
 
-    NaN counts as +inf, so that a row with either has a peak that is not finite.
+    NaN counts as +inf, so the peak of a row with a NaN or +inf is not finite.
     """
     lane = tl.arange(0, TILE)
-    peaks, best = tl.full([TILE], float("-inf"), tl.float32), lane
+    peaks = tl.full([TILE], float("-inf"), tl.float32)  # of each lane
+    best = lane  # the id of each lane's peak
     for start in range(0, vocab_size, TILE):
         ids = start + lane
         x = tl.load(logits + ids, ids < vocab_size, other=0.0).to(tl.float32)
         x = tl.where(x == x, x, float("inf"))
-        # A lane meets its ids in rising order: only what is higher may replace what it has.
+        # A lane reads its ids in rising order, so only a strictly higher logit replaces its peak.
         higher = (x > peaks) & (ids < vocab_size)
-        peaks, best = tl.where(higher, x, peaks), tl.where(higher, ids, best)
+        peaks = tl.where(higher, x, peaks)
+        best = tl.where(higher, ids, best)
     peak = tl.max(peaks, 0)
     return peak, tl.min(tl.where(peaks == peak, best, vocab_size), 0)
 
 
 @triton.jit
 def weigh(row, ids, ID_BITS: tl.constexpr):
-    """The weights of these tokens, fp32, and their keys, int64: both in the shape of `ids`.
+    """The weights (fp32) and the keys (int64) of these tokens; both have the shape of `ids`.
 
-    The weights are those of `draw_weights` in sampling.py up to min_p. A key is the weight's bits,
-    then the id's, turned round: of equal weights the lower id has the higher key.
+    The weights are those of `draw_weights` in sampling.py, up to and including min_p. A key is the
+    weight's bits followed by vocab_size - 1 - id: of equal weights the lower id has the higher key.
     """
     logits, vocab_size, peak, temperature, min_p = row
     x = tl.load(logits + ids, ids < vocab_size, other=0.0).to(tl.float32)
     x = tl.where(ids < vocab_size, x, float("-inf"))
-    # div_rn rounds as a CPU does, `/` doesn't: what is a tie there has to be one here.
+    # div_rn rounds to nearest as a CPU does; `/` may not. Equal weights there must be equal here.
     weights = tl.exp(tl.div_rn(x - peak, temperature))
     weights = tl.where(weights < min_p, 0.0, weights)
     bits = weights.to(tl.int32, bitcast=True).to(tl.int64)
-    # Behind the row's end the bits are 0 and the key is negative: below every level.
+    # For ids >= vocab_size the bits are 0 and the key is negative, below every level.
     return weights, (bits << ID_BITS) + (vocab_size - 1 - ids)
 
 
 # ---- The cut -------------------------------------------------------------------------------------
 @triton.jit
 def narrow(
-    row,  # pointer to its logits and their number, then its peak, temperature and min_p
-    level, shift,  # int64, known above the bit `shift`; this walk finds the next three bits
-    goal,  # what the tokens at or above the level have to reach: int32 tokens or float64 weight
-    BY_MASS: tl.constexpr,  # sum their weights, don't count them
+    row,
+    level, shift,  # int64: the level's bits above `shift` + 2 are known; this walk finds three more
+    goal,  # what the tokens at or above the level must reach: int32 tokens, or float64 weight
+    BY_MASS: tl.constexpr,  # True: sum their weights, False: count them
     ID_BITS: tl.constexpr,
 ):  # fmt: skip
-    """One walk over a row: the level with three more bits, and what the tokens from it on reach."""
+    """One walk over a row: the level with three more bits, and the count or weight that reaches it.
+
+    Of the eight candidates for the three bits it takes the highest level that reaches the goal.
+    """
     digit = tl.arange(0, 8)
     levels = level + (digit.to(tl.int64) << shift)
-    sums = tl.zeros([8, TILE], goal.dtype)  # added up at the end: threads meet once a walk
+    sums = tl.zeros([8, TILE], goal.dtype)  # added up after the loop: one barrier a walk
     for start in range(0, row[1], TILE):
         weights, keys = weigh(row, start + tl.arange(0, TILE), ID_BITS)
-        reached = keys[None, :] >= levels[:, None]
+        reached = keys[None, :] >= levels[:, None]  # (8, TILE)
         if BY_MASS:
             sums += tl.where(reached, weights.to(goal.dtype)[None, :], 0.0)
         else:
             sums += reached.to(goal.dtype)
-    measures = tl.sum(sums, 1)  # (8,), falling
-    # Digit 0 is the level that was reached before; at least, but for rounding where p is nearly 1.
+    measures = tl.sum(sums, 1)  # (8,), falling: a higher level is reached by fewer tokens
+    # Digit 0 is the level of the walk before, which did reach the goal. Only where p is nearly 1
+    # may rounding say otherwise: then the maximum keeps digit 0.
     found = tl.maximum(tl.sum((measures >= goal).to(tl.int32), 0) - 1, 0)
     measure = tl.sum(tl.where(digit == found, measures, 0), 0)
     return level + (found.to(tl.int64) << shift), measure
@@ -173,13 +185,17 @@ def narrow(
 
 @triton.jit
 def find_cut(row, goal, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr):
-    """The level whose tokens reach the goal, and without the least of them would not."""
-    level, shift, too_many = tl.full([], 0, tl.int64), (29 + ID_BITS) // 3 * 3, True
-    # Most searches end half-way: where only as many are left as are wanted, more bits cut no more.
+    """The level whose tokens reach the goal, and would not without the last one of them."""
+    level = tl.full([], 0, tl.int64)
+    shift = (29 + ID_BITS) // 3 * 3  # a key has 30 + ID_BITS bits, found three at a time
+    too_many = True
+    # Most searches end early: once no token is left that could be dropped, further bits of the
+    # level change nothing.
     while (shift >= 0) & too_many:
         level, measure = narrow(row, level, shift, goal, BY_MASS, ID_BITS)
         if BY_MASS:
-            # The least of the tokens weighs this, or more: then a later walk ends it.
+            # The lightest token at or above the level weighs at least `least`. If the goal is not
+            # reached without so much, no token can be dropped.
             least = (level >> ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
             too_many = measure - least.to(tl.float64) >= goal
         else:
@@ -190,7 +206,7 @@ def find_cut(row, goal, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr):
 
 @triton.jit
 def segment_sums(row, level, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
-    """The weight of the tokens at or above the level in each segment of the row, float64."""
+    """The weight in each segment of the row, of tokens at or above the level: float64."""
     first = tl.arange(0, NUM_SEGMENTS)[:, None] * SEGMENT_LEN
     sums = tl.zeros([NUM_SEGMENTS, SEGMENT_STEP], tl.float64)
     for start in range(0, SEGMENT_LEN, SEGMENT_STEP):
@@ -202,17 +218,17 @@ def segment_sums(row, level, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
 
 @triton.jit
 def cut_tail(row, top_k, top_p, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
-    """`_cut_tail` of sampling.py: the key of the last token inside top_k and then top_p, or less.
+    """`_cut_tail` of sampling.py: a level that exactly the tokens inside top_k and top_p reach.
 
-    A key of no token will do, as long as exactly the tokens inside are at or above it. top_p is
-    float64, as all sums are.
+    The level need not be the key of a token. top_p is float64, as all sums are.
     """
-    level = tl.full([], 0, tl.int64)  # all
+    level = tl.full([], 0, tl.int64)  # every token reaches it
     if (top_k > 0) & (top_k < row[1]):
         level = find_cut(row, top_k, False, ID_BITS)
     if top_p < 1:
         sums = segment_sums(row, level, ID_BITS, SEGMENT_LEN)
-        # p of what top_k left. The search may take in all tokens: those outside top_k are the last.
+        # The goal is p of the weight that top_k has left. The search may look at all tokens, since
+        # those outside top_k have the lowest keys.
         goal = top_p * tl.sum(sums, 0)
         level = tl.maximum(level, find_cut(row, goal, True, ID_BITS))
     return level
@@ -223,19 +239,19 @@ def cut_tail(row, top_k, top_p, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr
 def draw(row, level, u, best, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
     """`_draw` of sampling.py: the first id whose cumulated weight exceeds u times the total."""
     sums = segment_sums(row, level, ID_BITS, SEGMENT_LEN)
-    ends = tl.cumsum(sums, 0)
+    ends = tl.cumsum(sums, 0)  # (NUM_SEGMENTS,) where each segment ends on the line
     target = u.to(tl.float64) * tl.sum(sums, 0)
     passed = ends <= target
-    segment = tl.sum(passed.to(tl.int32), 0)
-    before = tl.max(tl.where(passed, ends, 0.0), 0)
+    segment = tl.sum(passed.to(tl.int32), 0)  # the first segment that ends after the target
+    before = tl.max(tl.where(passed, ends, 0.0), 0)  # where it begins
 
     ids = segment * SEGMENT_LEN + tl.arange(0, SEGMENT_LEN)
     weights, keys = weigh(row, ids, ID_BITS)
     weights = tl.where(keys >= level, weights, 0.0)
     ends = before + tl.cumsum(weights.to(tl.float64), 0)
     token = tl.min(tl.where((ends > target) & (weights > 0), ids, row[1]), 0)
-    # A segment added up in two orders: rounding may leave its last token short of the target. Then
-    # it is the most likely token, as there.
+    # A segment's sum is computed in two orders. Rounding may leave its last token's end short of
+    # the target, so that no token is found. Then it is the most likely one, as in sampling.py.
     return tl.where(token < row[1], token, best)
 
 
@@ -243,22 +259,24 @@ def draw(row, level, u, best, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
 def cut_and_draw(
     row, best, seed, position, top_k, top_p, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr
 ):
-    """The token of a row that is not greedy; `best` is its most likely one."""
+    """The token of a row that is not greedy; `best` is its most likely token."""
     level = cut_tail(row, top_k, top_p, ID_BITS, SEGMENT_LEN)
     return draw(row, level, random_u(seed, position), best, ID_BITS, SEGMENT_LEN)
 
 
-# The length of a row decides how often a loop runs: known to the compiler it would be unrolled.
+# vocab_size bounds the loops. As a compile-time constant it would make Triton unroll them.
 @triton.jit(do_not_specialize=["vocab_size"])
 def sample_kernel(
-    logits, seeds, positions, temperatures, top_ks, top_ps, min_ps, out, peaks,  # `sample_triton`'s
-    stride_row,  # in elements
-    vocab_size, ID_BITS: tl.constexpr,  # tokens, and the bits of the largest id
-    SEGMENT_LEN: tl.constexpr,  # tokens, a power of two: the last segments may be empty
+    logits,  # (B, V)
+    seeds, positions, temperatures, top_ks, top_ps, min_ps,  # ROW_INPUTS, (B,) each
+    out, peaks,  # ROW_OUTPUTS, (B,) both; peaks may be None
+    stride_row,  # elements from row to row of the logits
+    vocab_size, ID_BITS: tl.constexpr,  # V, and the bits of the largest id
+    SEGMENT_LEN: tl.constexpr,  # tokens a segment, a power of two; the last segments may be empty
     GREEDY_BELOW: tl.constexpr,
 ):  # fmt: skip
     """One program: the token of one row."""
-    i = tl.program_id(0).to(tl.int64)  # 64 bits: 50,000 rows of logits pass 2^31
+    i = tl.program_id(0).to(tl.int64)  # 50,000 rows of logits have more than 2^31 elements
     row_logits = logits + i * stride_row
     peak, token = find_peak(row_logits, vocab_size)
     if peaks is not None:
@@ -266,7 +284,9 @@ def sample_kernel(
     temperature = tl.load(temperatures + i)
     if (temperature >= GREEDY_BELOW) & (tl.abs(peak) < float("inf")):
         row = (row_logits, vocab_size, peak, temperature, tl.load(min_ps + i))
-        seed, position, top_k = tl.load(seeds + i), tl.load(positions + i), tl.load(top_ks + i)
+        seed = tl.load(seeds + i)
+        position = tl.load(positions + i)
+        top_k = tl.load(top_ks + i)
         top_p = tl.load(top_ps + i).to(tl.float64)
         token = cut_and_draw(row, token, seed, position, top_k, top_p, ID_BITS, SEGMENT_LEN)
     tl.store(out + i, token.to(tl.int64))
@@ -291,7 +311,7 @@ def check_rows(num_rows: int, device: torch.device, **tensors: Tensor | None) ->
 
 
 def row_sizes(vocab_size: int) -> dict[str, int]:
-    """The length of a row, and what a kernel is compiled for because of it."""
+    """The kernel's arguments that follow from V: 50,257 tokens -> 16 bits, segments of 1,024."""
     SEGMENT_LEN = triton.next_power_of_2(triton.cdiv(vocab_size, NUM_SEGMENTS.value))
     SEGMENT_LEN = max(SEGMENT_STEP.value, SEGMENT_LEN)
     ID_BITS = (vocab_size - 1).bit_length()
@@ -299,37 +319,51 @@ def row_sizes(vocab_size: int) -> dict[str, int]:
 
 
 def sample_triton(
-    # (B, V) in 16 or 32 bits, rows may lie apart; then (B,) int64 both
-    logits: Tensor, seeds: Tensor, positions: Tensor,
-    # (B,) float32, int32, float64 and float32
-    temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor,
-    # (B,) int64 and float32
-    out: Tensor | None = None, peaks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """One token for each row of logits, which are only read: int64 ids (B,), in `out` if given.
+    logits: Tensor,  # (B, V) in 16 or 32 bits; its rows need not be adjacent
+    seeds: Tensor,  # (B,) int64
+    positions: Tensor,  # (B,) int64, the positions that the drawn tokens will have
+    temperatures: Tensor,  # (B,) float32
+    top_ks: Tensor,  # (B,) int32
+    top_ps: Tensor,  # (B,) float64, or float32: then 0.9 is 0.89999998 and may cut elsewhere
+    min_ps: Tensor,  # (B,) float32
+    out: Tensor | None = None,  # (B,) int64
+    peaks: Tensor | None = None,  # (B,) float32
+) -> Tensor:
+    """Draw one token for each row of logits: int64 ids (B,), in `out` if given.
 
-    `positions` are those that the tokens will have. Temperatures below GREEDY_BELOW are greedy; a
-    top_k of 0, -1 or at least V, a top_p of 1 and a min_p of 0 cut nothing. (top_ps may be float32
-    as well: then p is 0.89999998 where sampling.py has 0.9.) `peaks`, if given, takes each row's
-    largest logit: if it isn't finite, the logits were NaN, +inf or all -inf and the token, the
-    first such id, means nothing. Nothing is read back, so it is up to the caller to look.
-    Raises ValueError for float64 logits, and for tensors of other types, shapes or devices.
+    Temperatures below GREEDY_BELOW are greedy. A top_k of 0, -1 or at least V, a top_p of 1 and a
+    min_p of 0 cut nothing. `peaks`, if given, receives each row's largest logit. A peak that is not
+    finite means that the row holds NaN, +inf or only -inf; its token then means nothing. The caller
+    has to check that, because this function reads nothing back from the device.
+    Raises ValueError for float64 logits and for tensors of other types, shapes or devices.
     """
     check_launch(logits=logits)
     if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype == torch.float64:
-        what = f"{logits.dtype} {tuple(logits.shape)}"
-        raise ValueError(f"logits are {what}: they must be (rows, tokens) in 16 or 32 bits")
+        found = f"{logits.dtype} {tuple(logits.shape)}"
+        raise ValueError(f"logits are {found}: they must be (rows, tokens) in 16 or 32 bits")
     B, V = logits.shape
     out = torch.empty(B, dtype=torch.int64, device=logits.device) if out is None else out
-    rows = {"seeds": seeds, "positions": positions, "temperatures": temperatures}
-    rows |= {"top_ks": top_ks, "top_ps": top_ps, "min_ps": min_ps, "out": out, "peaks": peaks}
+    rows = {
+        "seeds": seeds,
+        "positions": positions,
+        "temperatures": temperatures,
+        "top_ks": top_ks,
+        "top_ps": top_ps,
+        "min_ps": min_ps,
+        "out": out,
+        "peaks": peaks,
+    }
     check_rows(B, logits.device, **rows)
     if B == 0:
         return out
     sample_kernel[(B,)](
-        logits, **rows, stride_row=logits.stride(0), **row_sizes(V), GREEDY_BELOW=GREEDY_BELOW,
+        logits,
+        **rows,
+        stride_row=logits.stride(0),
+        **row_sizes(V),
+        GREEDY_BELOW=GREEDY_BELOW,
         num_warps=16,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -351,11 +385,14 @@ def row_tensors(rows: list[SampleRow], vocab_size: int, device: torch.device) ->
     return [to_device(tensor, device) for tensor in tensors]
 
 
-def draw_tokens_triton(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
-    """`draw_tokens` of sampling.py by the kernel: token ids (M,) and peaks (M,), of logits (M, V).
+def draw_tokens_triton(
+    logits: Tensor,  # (M, V)
+    rows: list[SampleRow],
+) -> tuple[Tensor, Tensor]:
+    """`draw_tokens` of sampling.py by the kernel: token ids (M,) and peaks (M,).
 
-    Rows with a bias or penalties are edited as there, before the launch. A peak that is not finite
-    says that the row had no answer.
+    Logits of rows with a bias, min_tokens or penalties are edited before the launch by the code of
+    sampling.py. A peak that is not finite means that its row has no token to choose.
     """
     assert logits.ndim == 2 and len(rows) == logits.shape[0], (logits.shape, len(rows))
     scores = edit_logits(logits, rows)
@@ -367,10 +404,11 @@ def draw_tokens_triton(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, T
 # --------------------------------------------------------------------------------------------------
 @triton.jit(do_not_specialize=["vocab_size", "shift", "top_k"])
 def narrow_kernel(
-    found,  # (2,) int64: the level so far; how many tokens reached it in the last walk
-    logits, vocab_size, shift, top_k, ID_BITS: tl.constexpr,
+    found,  # (2,) int64: the level found so far, and how many tokens reach it
+    logits,  # (1, V)
+    vocab_size, shift, top_k, ID_BITS: tl.constexpr,
 ):  # fmt: skip
-    """For the demo: one walk of the search for a top_k, at temperature 1."""
+    """For the demo: one walk of the search for top_k, at temperature 1."""
     peak, _ = find_peak(logits, vocab_size)
     row = (logits, vocab_size, peak, 1.0, 0.0)
     level, count = narrow(row, tl.load(found), shift, top_k, False, ID_BITS)
@@ -379,7 +417,7 @@ def narrow_kernel(
 
 
 def demo():
-    """A search for the 50th weight, walk by walk; then seven settings, here and in sampling.py."""
+    """The search for the 50th weight, walk by walk; then seven settings, beside sampling.py."""
     if not can_launch():
         return
     V, top_k, id_bits = 50_257, 50, 16
@@ -388,25 +426,36 @@ def demo():
     logits = (3 * torch.randn(1, V)).to(device)
     print(f"{V:,} random logits: the highest level that {top_k} of them reach\n")
     print("walk   weight at the level   tokens at or above it")
-    found, shift, walks = torch.zeros(2, dtype=torch.int64, device=device), 45, 0
+    found = torch.zeros(2, dtype=torch.int64, device=device)
+    shift = 45  # the highest three of 30 + 16 bits
+    num_walks = 0
     while found[1] != top_k:
         narrow_kernel[(1,)](found, logits, V, shift, top_k, id_bits, num_warps=16)
-        shift, walks = shift - 3, walks + 1
+        shift -= 3
+        num_walks += 1
         level = (found[0] >> id_bits).int().view(torch.float32).item()
-        print(f"{walks:4}   {level:<19.10f}   {found[1]:21,}")
-    settings = [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 0, 1, 0), (1, 50, 1, 0), (1, 0, 0.9, 0)]
-    settings += [(1, 0, 1, 0.1), (1.2, 50, 0.9, 0.01)]
-    params = [SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in settings]
+        print(f"{num_walks:4}   {level:<19.10f}   {found[1]:21,}")
+
+    params = [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=50),
+        SamplingParams(top_p=0.9),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=1.2, top_k=50, top_p=0.9, min_p=0.01),
+    ]
     rows = [SampleRow(p, 10, position, [0], 1) for position, p in enumerate(params, start=1)]
     batch = logits.expand(len(rows), V)
-    kept = (draw_weights(batch.cpu(), rows) > 0).sum(1).tolist()
-    there = draw_tokens(batch.cpu(), rows)[0].tolist()
-    here = draw_tokens_triton(batch, rows)[0].tolist()
+    num_left = (draw_weights(batch.cpu(), rows) > 0).sum(1).tolist()
+    on_cpu = draw_tokens(batch.cpu(), rows)[0].tolist()
+    drawn = draw_tokens_triton(batch, rows)[0].tolist()
     print("\ntemperature  top_k  top_p  min_p   tokens left   sampling.py    here")
-    for (t, k, p, m), left, a, b in zip(settings, kept, there, here, strict=True):
-        print(f"{t:11}  {k:5}  {p:5}  {m:5}   {left if t else 1:11,}   {a:11}  {b:6}")
-    assert here == there and walks <= 16
-    print(f"ok: the same tokens, and the {top_k}th weight in {walks} walks instead of a sort")
+    for p, left, want, got in zip(params, num_left, on_cpu, drawn, strict=True):
+        setting = f"{p.temperature:11}  {p.top_k:5}  {p.top_p:5}  {p.min_p:5}"
+        print(f"{setting}   {1 if p.greedy else left:11,}   {want:11}  {got:6}")
+    assert drawn == on_cpu and num_walks <= 16
+    print(f"ok: the same tokens, and the {top_k}th weight in {num_walks} walks instead of a sort")
 
 
 if __name__ == "__main__":
