@@ -1,34 +1,30 @@
-"""Record a decode step once, replay it without Python.
+"""Record a decode step as a CUDA graph once, then replay it with one call.
 
-A decode step of the 124M GPT-2 is about 150 small kernels. Python asks the GPU for them one by one,
-and with few sequences each is done sooner than the next is asked for. But it is the same list every
-time. A CUDA graph is that list, recorded with all arguments and launched by one call. So nothing
-may move: the inputs have to lie where they lay when they were recorded, which takes one copy a
-step, and there are as many rows as there were then:
+A decode step of the 124M GPT-2 is about 150 kernels. Python launches them one by one, and with few
+sequences a kernel ends sooner than Python launches the next one, so the GPU waits. But each step
+launches the same kernels. A CUDA graph is a recorded list of launches with all their arguments; one
+call replays it. The arguments include addresses and shapes. So the inputs of each step are copied
+to the addresses that they had during the recording, and 5 sequences run as a step of 8 rows:
 
     5 sequences      host memory, packed     device, packed         recorded for 8 rows
     token ids    ┐       ┌────────┐           ┌────────┐             ┌─────────────┐
-    slots        ├ fill  │ 5 rows │ one copy  │ always │  read there │ 150 kernels │   logits
-    block tables ┘ ────> │ 3      │ ────────> │ in one │ ──────────> │ one launch  │ ─> [:5]
-                         │ padded │           │ place  │             └─────────────┘
+    slots        ├ fill  │ 5 rows │ one copy  │ same   │  read there │ 150 kernels │   logits
+    block tables ┘ ────> │ 3      │ ────────> │ address│ ──────────> │ one launch  │ ─> [:5]
+                         │ padded │           │ always │             └─────────────┘
                          └────────┘           └────────┘
-A padded row has a context of 0 tokens, so it reads nothing, and writes to the scratch block. Steps
-with prompts in them are not recorded: they have any number of tokens, and give the GPU so much to
-do that Python keeps up. A recording is only a faster call: on a CPU, which has no graphs, the same
-code fills the same buffers and calls the function. The draw of the tokens can be recorded behind
-the logits, and then a step can begin before the host has seen the tokens of the one before. What a
-production engine does beyond this: keeps all inputs on the device from step to step, records the
-steps of prompts in pieces.
+A padded row has a context of 0 tokens, so attention reads nothing for it, and its K and V are
+written to the scratch block. Steps with prompts are not recorded: their numbers of tokens differ,
+and they give the GPU enough work. The draw of the tokens can be recorded after the logits.
+
+How it is checked: on a CPU, which has no graphs, a recording is a plain call. The same code fills
+the same buffers there, and is compared with the plain forward (tests/speedups/test_cuda_graphs.py).
+A production engine also keeps the inputs on the device from step to step, and records the steps of
+prompts in pieces.
 
 PyTorch: docs.pytorch.org, "CUDA semantics", section "CUDA Graphs".
-Run: python -m speedups.cuda_graphs
-Try: SIZES = (1, 64) (fewer recordings, more padded rows); or let `_clear` pass over slot_mapping
-and see in the tests whose tokens the padded rows then overwrite.
 """
 
 import math
-import statistics
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -38,22 +34,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.triton_decode import paged_attention_triton
-from kernels.triton_prefill import write_kv_triton
 from kernels.triton_sampling import ROW_INPUTS, draw_tokens_triton, row_tensors
-from kv_cache import Batch, KVCache, Row, make_batch, write_kv
-from model import GPT, GPTConfig
-from paged_attention import paged_attention
+from kv_cache import Batch, KVCache
 from sampling import LOW_32, SampleRow
 
-# Rows that are recorded. Products cost the same between multiples of 64, and a padded row leaves
-# attention at once: sizes closer to each other would win little, and each takes a recording.
+# Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and a
+# padded row leaves attention at once, so more sizes would save little. Each takes a recording.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-ALIGNMENT = 16  # bytes: from such an address on, a GPU's thread loads as many at once
+ALIGNMENT = 16  # bytes: from such an address a GPU's thread can load 16 bytes at a time
 
 
 def recorded_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes for steps of up to `max_num_seqs` sequences: 20 -> [1, 2, 4, 8, 16, 20].
+    """The sizes to record for up to `max_num_seqs` sequences: 20 -> [1, 2, 4, 8, 16, 20].
 
     Raises ValueError for fewer than 1.
     """
@@ -64,38 +56,38 @@ def recorded_sizes(max_num_seqs: int) -> list[int]:
 
 # ---- how to record, and how to copy --------------------------------------------------------------
 class Calls:
-    """Where there are no graphs: a recorded function is the function, a copy is done on return."""
+    """The launcher on a device without graphs: a recorded function is called, a copy blocks."""
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What to call instead of the function."""
+        """The function to call instead of `function`: here the same one."""
         return function
 
     def send(self, target: Tensor, source: Tensor) -> None:
-        """Copy from host memory to the device."""
+        """Copy from host memory to the device; (num_bytes,) uint8 both."""
         target.copy_(source)
 
     def wait(self) -> None:
-        """Return when the last copy's source may be written again."""
+        """Return when the source of the last copy may be overwritten."""
 
 
 class Graphs:
-    """CUDA's graphs. All share one pool of memory: no two of them ever run at the same time."""
+    """The launcher on a GPU. All graphs share one memory pool, because no two run at a time."""
 
     def __init__(self):
         self.memory = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
-        self.sent = torch.cuda.Event()
+        self.sent = torch.cuda.Event()  # recorded after each copy
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record what a function launches; calling the result launches it again.
+        """Capture the launches of a function; calling the result replays them.
 
-        The function may read no value from the device, and the tensors that it works on must
-        outlive the recording. What it returned lies in the recording's own memory: each replay
-        returns the same tensor, written anew.
+        The function may not read a value from the device, and the tensors that it reads and writes
+        must exist as long as the graph. The tensor that it returns lies in the graph's memory: each
+        replay overwrites it and returns it again.
         """
-        # Beforehand it runs twice as it is: kernels are compiled and libraries take their
-        # workspaces, which they may not do while recording. Those belong to a stream, so it is
-        # the stream that records.
+        # The function runs twice before the capture: kernels are compiled and libraries allocate
+        # workspaces, which they may not do during a capture. A workspace belongs to a stream, so
+        # these runs are on the stream that captures.
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -103,8 +95,8 @@ class Graphs:
                 function()
         current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # Nothing is computed in here. Temporary tensors get addresses all the same, and keep them.
-        # "thread_local": what other threads ask of the GPU meanwhile is no mistake.
+        # During the capture nothing is computed, but temporary tensors get the addresses that every
+        # replay will use. "thread_local": calls to the GPU from other threads are no error.
         with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
             result = function()
         assert result.is_cuda, "the pool is on the GPU, the model is not"
@@ -116,24 +108,37 @@ class Graphs:
         return replay
 
     def send(self, target: Tensor, source: Tensor) -> None:
-        """Copy from pinned host memory, in the order of the stream; the host does not wait."""
+        """Copy from pinned host memory in the stream's order; the host does not wait."""
         target.copy_(source, non_blocking=True)
         self.sent.record()
 
     def wait(self) -> None:
-        """Return when the last copy's source may be written again: as a rule at once."""
+        """Return when the source of the last copy may be overwritten, which is nearly always."""
         if not self.sent.query():
             self.sent.synchronize()
 
 
 # ---- the inputs of a step, packed ----------------------------------------------------------------
+class PackedInput(NamedTuple):
+    """Where one input lies in the packed bytes."""
+
+    begin: int  # its first byte
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length in bytes, without the gap to the next input."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def plan_layout(
     size: int, max_blocks: int, draw_inputs: Iterable[str] = ()
-) -> tuple[dict[str, tuple], int]:
-    """Where the inputs of a step lie in packed bytes, and how many bytes they are together.
+) -> tuple[dict[str, PackedInput], int]:
+    """Where the inputs of a step lie in packed bytes, by name, and how many bytes they are.
 
-    name -> (first byte, dtype, shape), for `size` rows with tables of `max_blocks` blocks.
-    `draw_inputs` are the names of what a sampler wants to know of each row.
+    The step has `size` rows with tables of `max_blocks` blocks. `draw_inputs` are names of
+    ROW_INPUTS, the sampler's; here each gets "draw " before its name.
     """
     inputs = {
         "input_ids": (torch.int64, (size,)),
@@ -144,28 +149,32 @@ def plan_layout(
         "block_tables": (torch.int32, (size, max_blocks)),
     }
     inputs |= {f"draw {name}": (ROW_INPUTS[name][0], (size,)) for name in draw_inputs}
-    layout, end = {}, 0
+    layout: dict[str, PackedInput] = {}
+    end = 0
     for name, (dtype, shape) in inputs.items():
-        layout[name] = (end, dtype, shape)
-        end += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        layout[name] = PackedInput(end, dtype, shape)
+        end += -(-layout[name].num_bytes // ALIGNMENT) * ALIGNMENT  # 40 bytes take up 48
     return layout, end
 
 
-def views_of(packed: Tensor, layout: dict[str, tuple]) -> dict[str, Tensor]:
-    """The inputs as tensors in packed bytes (num_bytes,) uint8: nothing is copied."""
+def views_of(
+    packed: Tensor,  # (num_bytes,) uint8
+    layout: dict[str, PackedInput],
+) -> dict[str, Tensor]:
+    """The inputs as tensors that share the packed bytes; nothing is copied."""
     views = {}
-    for name, (begin, dtype, shape) in layout.items():
-        part = packed[begin : begin + math.prod(shape) * dtype.itemsize]
-        views[name] = part.view(dtype).view(shape)
+    for name, field in layout.items():
+        part = packed[field.begin : field.begin + field.num_bytes]
+        views[name] = part.view(field.dtype).view(field.shape)
     return views
 
 
 class RecordedStep(NamedTuple):
-    """A decode step of one size."""
+    """A recorded decode step of one size."""
 
     host: dict[str, np.ndarray]  # its inputs in host memory, where each step is written
-    batch: Batch  # the same on the device, where the recording reads them
-    source: Tensor  # (num_bytes,) uint8: the bytes of `host`, one copy
+    batch: Batch  # its inputs on the device, where the recording reads them
+    source: Tensor  # (num_bytes,) uint8: the bytes of `host`
     target: Tensor  # (num_bytes,) uint8: the bytes of `batch`
     replay: Callable[[], Tensor]  # -> logits (size, V)
 
@@ -174,26 +183,26 @@ def run_and_draw(
     forward: Callable[[Batch], Tensor],
     batch: Batch,
     sampler: Callable[..., Tensor] | None,
-    to_draw: dict[str, Tensor],
+    sampler_arguments: dict[str, Tensor],  # ROW_INPUTS and ROW_OUTPUTS, (size,) each
 ) -> Tensor:
-    """What is recorded: logits (size, V), and the tokens drawn from them if there is a sampler."""
+    """The function that is recorded: logits (size, V), and the tokens if there is a sampler."""
     logits = forward(batch)
     if sampler is not None:
-        sampler(logits, **to_draw)
+        sampler(logits, **sampler_arguments)
     return logits
 
 
 class GraphForward:
-    """A forward (see `engine.py`) that replays decode steps and hands all others on.
+    """A forward (see engine.py) that replays recorded decode steps and runs all others eagerly.
 
-    `forward` is both what is recorded and what runs the rest; any function of a batch will do that
-    reads nothing but the batch, the model and the pool, and asks the device for no value.
-    `sizes` are the numbers of rows to record and `max_seq_len` is the longest context; `progress`
-    wraps the sizes while they are recorded, largest first, so that the smaller ones find room in
-    the memory that it took. `sampler`, a function like `sample_triton`, is recorded behind the
-    logits, for `decode`. Raises ValueError for sizes or lengths below 1.
+    `forward` is recorded, and runs the other steps. It must depend only on the batch, the model and
+    the pool, and may not read a value from the device. `sizes` are the numbers of rows to record,
+    `max_seq_len` is the longest context. The largest size is recorded first, so that the smaller
+    ones fit into the memory that it has allocated; `progress` wraps the sizes in that order.
+    `sampler`, a function like `sample_triton`, is recorded after the logits; `decode` needs it.
+    Raises ValueError for no sizes, and for sizes or lengths below 1.
 
-    On a GPU the logits of a replay are overwritten by the next step of the same size.
+    On a GPU any later step may overwrite the logits of a replay: the graphs share their memory.
     """
 
     @torch.inference_mode()
@@ -212,14 +221,18 @@ class GraphForward:
             raise ValueError(f"{given}: give at least one size, and none below 1")
         device = cache.pool.device
         on_gpu = device.type == "cuda"
-        self.forward, self.sizes, self.max_seq_len = forward, sorted(sizes), max_seq_len
-        self.launcher = launcher or (Graphs() if on_gpu else Calls())
+        self.forward = forward
+        self.sizes = sorted(sizes)
+        self.max_seq_len = max_seq_len
         self.max_blocks = -(-max_seq_len // cache.block_size)
-        self.sampler, self.draw_inputs = sampler, tuple(ROW_INPUTS) if sampler else ()
-        # What was drawn: the next step may take its tokens from here without asking the host.
-        self.token_ids = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
-        self.peaks = torch.zeros(self.sizes[-1], dtype=torch.float32, device=device)
-        # What a padded row holds: it reads nothing, and writes its K and V to scratch.
+        self.launcher = launcher or (Graphs() if on_gpu else Calls())
+        self.sampler = sampler
+        self.draw_inputs = tuple(ROW_INPUTS) if sampler else ()
+        most_rows = self.sizes[-1]
+        # The drawn tokens stay on the device: the next step can read them without the host.
+        self.token_ids = torch.zeros(most_rows, dtype=torch.int64, device=device)
+        self.peaks = torch.zeros(most_rows, dtype=torch.float32, device=device)
+        # The inputs of a padded row.
         self.padding = {
             "input_ids": 0,
             "positions": 0,
@@ -227,8 +240,9 @@ class GraphForward:
             "context_lens": 0,
             "block_tables": cache.scratch_block,
         }
-        # All sizes share one buffer, each from its first byte on: a step copies what it needs.
-        num_bytes = plan_layout(self.sizes[-1], self.max_blocks, self.draw_inputs)[1]
+        # All sizes share one buffer. Each begins at its first byte, and a step copies only the
+        # bytes that its size needs.
+        _, num_bytes = plan_layout(most_rows, self.max_blocks, self.draw_inputs)
         self.packed_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self.packed = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.steps = {size: self._record(size) for size in progress(self.sizes[::-1])}
@@ -245,9 +259,9 @@ class GraphForward:
     def decode(self, batch: Batch, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
         """The next tokens (M,) of the batch's sample rows, and their peaks (M,), without a wait.
 
-        As `draw_tokens_triton` of the logits; where the step was recorded, so was the draw. It
-        takes logits as they are: rows with a bias or penalties are for `__call__`. What it returns
-        is overwritten by the next step.
+        The result is that of `draw_tokens_triton` on the logits. Where the step is recorded, so is
+        the draw, which takes the logits unedited: for rows with a bias or penalties call the object
+        itself. Both tensors are overwritten by the next step.
         """
         size = self.recorded_size(batch)
         if size is None or self.sampler is None:
@@ -256,15 +270,15 @@ class GraphForward:
         return self.token_ids[: len(rows)], self.peaks[: len(rows)]
 
     def recorded_size(self, batch: Batch) -> int | None:
-        """The size whose recording serves a batch; None for one that has to run as it is.
+        """The size to replay for a batch, or None if it has to run eagerly.
 
-        What was recorded is a step in which every sequence adds one token and wants its logits. (A
-        batch that somebody took to a GPU already runs as it is: looking into it would stop both.
-        The token ids alone may be there, drawn by the step before.)
+        A recorded step is one in which every sequence adds one token and wants its logits. A batch
+        that is on the GPU already runs eagerly: to read its sample rows the host would wait for the
+        GPU. Only its token ids may be there, as drawn by the step before.
         """
         num_seqs = len(batch.context_lens)
         is_recorded = (
-            # One row for each at most, and as many rows as sequences: one for each.
+            # At most one token for each sequence, and as many tokens as sequences.
             batch.max_query_len == 1
             and len(batch.input_ids) == num_seqs <= self.sizes[-1]
             and batch.max_context_len <= self.max_seq_len
@@ -276,37 +290,42 @@ class GraphForward:
 
     def _record(self, size: int) -> RecordedStep:
         layout, num_bytes = plan_layout(size, self.max_blocks, self.draw_inputs)
-        source, target = self.packed_host[:num_bytes], self.packed[:num_bytes]
+        source = self.packed_host[:num_bytes]
+        target = self.packed[:num_bytes]
         host = {name: view.numpy() for name, view in views_of(source, layout).items()}
         views = views_of(target, layout)
-        to_draw = {name: views.pop(f"draw {name}") for name in self.draw_inputs}
+        sampler_arguments = {name: views.pop(f"draw {name}") for name in self.draw_inputs}
+        sampler_arguments |= {"out": self.token_ids[:size], "peaks": self.peaks[:size]}
         batch = Batch(
             **views,
-            sample_rows=slice(None),  # all of them; a slice is a view, an index one more launch
+            sample_rows=slice(None),  # all rows; indexing by a slice is a view, not a launch
             max_query_len=1,
-            max_context_len=self.max_seq_len,  # upper bounds are allowed, and this one never moves
+            max_context_len=self.max_seq_len,  # an upper bound, the same in every step
         )
         self.launcher.wait()
         self._clear(host)
-        # The runs before the recording read one token a row, of the scratch block: with contexts of
-        # 0 tokens they would prove little.
+        # The runs before the capture read one token a row, in the scratch block. With a context of
+        # 0 tokens they would not run all of the attention kernel.
         host["context_lens"].fill(1)
         self.launcher.send(target, source)
-        to_draw |= {"out": self.token_ids[:size], "peaks": self.peaks[:size]}
-        # Bound to what it needs and not to this object, which would then never be freed by itself.
-        run = partial(run_and_draw, self.forward, batch, self.sampler, to_draw)
+        # `run` holds no reference to this object: a cycle would keep its memory from being freed
+        # until the garbage collector runs.
+        run = partial(run_and_draw, self.forward, batch, self.sampler, sampler_arguments)
         return RecordedStep(host, batch, source, target, self.launcher.record(run))
 
-    def _replay(self, step: RecordedStep, batch: Batch, rows: list[SampleRow] | None = None):
+    def _replay(
+        self, step: RecordedStep, batch: Batch, rows: list[SampleRow] | None = None
+    ) -> Tensor:
         """Logits (size, V) of a batch's rows and the padded ones; `rows` if tokens are wanted."""
-        self.launcher.wait()  # the step before may be the GPU's still, and its inputs on their way
+        self.launcher.wait()  # the copy of the step before may still be reading the host's bytes
         self._fill(step.host, batch)
         if rows is not None:
+            # The vocabulary's size is not known here; any top_k of 31 bits will do.
             columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))
             for name, column in zip(self.draw_inputs, columns, strict=True):
                 step.host[f"draw {name}"][: len(rows)] = column.numpy()
         self.launcher.send(step.target, step.source)
-        if batch.input_ids.device.type != "cpu":  # drawn a step ago, and never on the host
+        if batch.input_ids.device.type != "cpu":  # drawn by the step before, unknown to the host
             step.batch.input_ids[: len(batch.input_ids)] = batch.input_ids
         return step.replay()
 
@@ -315,18 +334,18 @@ class GraphForward:
         for name, value in self.padding.items():
             host[name].fill(value)
         for name in self.draw_inputs:
-            host[f"draw {name}"].fill(0)  # greedy: a temperature of 0
-        # They too have one query each: as many rows as sequences means a pure decode step.
+            host[f"draw {name}"].fill(0)  # a temperature of 0 is greedy
+        # A padded row has one query too, so a kernel sees a pure decode step.
         host["query_start_locs"][:] = np.arange(len(host["query_start_locs"]))
 
     def _fill(self, host: dict[str, np.ndarray], batch: Batch) -> None:
-        """Write a batch's rows over the first rows of cleared inputs."""
+        """Clear all rows, then write the batch's rows over the first ones."""
         self._clear(host)
         for name in ("input_ids", "positions", "slot_mapping", "context_lens"):
             values = getattr(batch, name)
             if values.device.type == "cpu":
                 host[name][: len(values)] = values.numpy()
-        # A reservation may have given a sequence more blocks than it can ever read.
+        # A reservation may have given a sequence more blocks than max_seq_len needs.
         tables = batch.block_tables.numpy()[:, : self.max_blocks]
         host["block_tables"][: tables.shape[0], : tables.shape[1]] = tables
 
@@ -335,66 +354,12 @@ class GraphForward:
 def rehearse(
     cache: KVCache, forward: Callable[[Batch], Tensor], sizes: list[int], max_seq_len: int
 ) -> tuple[GraphForward, Tensor]:
-    """Hold as much memory as recording all sizes will take, for as long as the result is kept.
+    """Hold the memory that recording all sizes will take, for as long as the result is kept.
 
-    `cache` may be of one block. Only the largest size is recorded, because the others will work in
-    the memory that it took; but each keeps its own logits, and room for them is held too.
+    `llm.py` measures the pool's size meanwhile. `cache` may be of one block. Only the largest size
+    is recorded, because the smaller ones will work in the memory that it has allocated. But each
+    size keeps logits of its own, and room for those is held too: (the sum of the others' rows, V).
     """
     largest = GraphForward(cache, forward, [max(sizes)], max_seq_len)
     logits = largest.steps[max(sizes)].replay()  # (largest size, V)
     return largest, logits.new_empty(sum(sizes) - max(sizes), logits.shape[1])
-
-
-# --------------------------------------------------------------------------------------------------
-def median_ms(forward: Callable[[Batch], Tensor], batch: Batch) -> float:
-    """Milliseconds of a step until its logits are there, the median of 30."""
-    taken = []
-    for _ in range(30):
-        started = time.perf_counter()
-        forward(batch)[0, 0].item()  # asks for a value, and so waits for the device
-        taken.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(taken)
-
-
-def demo():
-    """Sequences join and leave: which steps are replayed, what is copied, and the same logits."""
-    from engine import eager_forward  # for the demo alone: recording needs no engine
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    kernels = (paged_attention_triton, write_kv_triton) if on_gpu else (paged_attention, write_kv)
-    model = GPT(GPTConfig(vocab_size=97, max_seq_len=64, n_layer=2, n_head=2, n_embd=32))
-    model.init_weights(std=0.2).double().to(device).requires_grad_(False).eval()
-    caches = [KVCache(2, 40, 4, 2, 16, torch.float64, device) for _ in range(2)]
-    eager, recorded = (eager_forward(model, cache, *kernels) for cache in caches)
-    graphs = GraphForward(caches[1], recorded, recorded_sizes(8), max_seq_len=64)
-
-    texts = {name: list(range(7 * i + 1, 9 * i + 4)) for i, name in enumerate("ABCDE")}
-    tables = {name: list(range(i, 40, 5)) for i, name in enumerate(texts)}  # 8 blocks of 4 each
-    computed = dict.fromkeys(texts, 0)
-    print("step  sequences  tokens   runs as          bytes copied   next tokens")
-    steps = ["ABC"] * 3 + ["ABCDE"] * 4 + ["BDE"] * 2 + ["E"] * 2
-    for number, names in enumerate(steps, 1):
-        starts = [(n, computed[n]) for n in names]  # the whole prompt, or the newest token
-        rows = [Row(texts[n], start, len(texts[n]) - start, tables[n], 1) for n, start in starts]
-        batch = make_batch(rows, block_size=4, scratch_block=40)
-        want, got = eager(batch), graphs(batch)  # (B, 97) both
-        assert (want - got).abs().max() < 1e-9
-        chosen = got.argmax(-1).tolist()
-        for name, token_id in zip(names, chosen, strict=True):
-            computed[name] = len(texts[name])
-            texts[name].append(token_id)
-        size = graphs.recorded_size(batch)
-        how = "eager" if size is None else f"replay, rows: {size}"
-        copied = "-" if size is None else len(graphs.steps[size].source)
-        print(f"{number:4}  {names:9}  {len(batch.input_ids):6}   {how:18}{copied:>8}     {chosen}")
-
-    if on_gpu:  # elsewhere a recording is a plain call, and there is nothing to win
-        taken = [median_ms(forward, batch) for forward in (eager, graphs)]
-        print(f"one sequence: {taken[0]:.3f} ms eagerly, {taken[1]:.3f} ms replayed")
-    assert {step.target.data_ptr() for step in graphs.steps.values()} == {graphs.packed.data_ptr()}
-    print("ok: the same tokens, from inputs that never move")
-
-
-if __name__ == "__main__":
-    demo()

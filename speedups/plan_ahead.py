@@ -1,10 +1,10 @@
-"""Launch the next step before the tokens of this one were read: their number is known.
+"""Launch the next step before the tokens of this one are read, so that the GPU does not wait.
 
-All weights of the 124M GPT-2 pass through a GPU's memory of 4 TB/s in 0.06 ms. Before each step the
-host chooses who runs, finds blocks, fills tables, turns the last tokens into text; Python takes
-longer for that, and the GPU waits. But nothing of it needs to know those tokens. A sequence that
-decodes is one token longer after each step, whichever token it is; its next block, its next slot
-follow from that, and the token itself is on the device already, where the next step wants it:
+Reading the weights of the 124M GPT-2 takes a memory of 4 TB/s 0.06 ms a step. Between two steps the
+host schedules, allocates blocks, fills tables and decodes the last tokens into text. In Python that
+takes longer, and the GPU waits. But the host needs only the number of new tokens, not their ids, to
+plan the next step: a decoding sequence becomes one token longer, and its next block and slot follow
+from its length. The ids are on the GPU, where the next step reads them:
 
     host     plan 1 .......... read 1, plan 2 ......... read 2       one after the other
     device          [ step 1 ]               [ step 2 ]
@@ -12,17 +12,21 @@ follow from that, and the token itself is on the device already, where the next 
     host     plan 1  plan 2 .. read 1, plan 3 . read 2, plan 4       the host is one step ahead
     device          [ step 1 ][ step 2        ][ step 3        ]
 
-What is learned too late is the end of a text. A sequence that drew EOS has a row in the step that
-was launched meanwhile: one token is computed for nobody, dropped, and its block is free again. (The
-block may be given away while that step still runs: whoever writes to it next does so in a later
-step.) Only requests that need nothing but their newest token go ahead. A penalty counts tokens, a
-log-probability is read by the host, a beam chooses: while such a request is here, steps run one
-after the other. What a production engine does beyond this: does the same for those too, with
-penalties and masks of grammars on the device.
+The host learns too late that a text has ended. If a sequence drew EOS in step 1 it still has a row
+in step 2. That token is computed for nothing and dropped, and the sequence's blocks are freed. They
+may be given to another sequence while step 2 still runs: its writes come in a later step, and the
+device runs steps in order.
+
+Steps overlap only while each running request needs no earlier token on the host (`needs_no_past`).
+A penalty counts tokens, the host reads a log-probability, a strategy chooses: with such a request
+steps run one after the other.
+
+How it is checked: every text, step by step, against the engine that waits, also in random traffic
+with aborts, preemptions and exceptions (tests/speedups/test_plan_ahead.py). A production engine
+overlaps steps with penalties and grammars too: it applies them on the device.
 
 vLLM's "async scheduling"; Zheng et al., "SGLang v0.4: Zero-Overhead Batch Scheduler", 2024.
 Run: python -m speedups.plan_ahead
-Try: logprobs=1 for one request in the demo, and see who waits for whom.
 """
 
 import time
@@ -42,7 +46,8 @@ from sampling import SampleRow, SamplingParams, draw_tokens, refuse
 from scheduler import Scheduler
 from sequence import FINISHED, RUNNING, Continuation, Plan, Sequence
 
-Decode = Callable[[Batch, list[SampleRow]], tuple[Tensor, Tensor]]  # -> what `draw_tokens` returns
+# A batch and its rows -> token ids (M,) and peaks (M,), as `draw_tokens` returns them.
+Decode = Callable[[Batch, list[SampleRow]], tuple[Tensor, Tensor]]
 
 
 # A step planned ahead is launched before the host has read the last tokens. These fields of
@@ -71,22 +76,22 @@ def needs_no_past(params: SamplingParams) -> bool:
 
 
 class InFlight(NamedTuple):
-    """A step that was launched and not read."""
+    """A step that is launched and whose tokens are not read yet."""
 
     plan: Plan
-    sampled: list[Sequence]  # whose tokens it draws, in this order
-    token_ids: Tensor  # (M,) on the device, where the next step takes them from
-    arriving: tuple[Tensor, Tensor]  # the same and their peaks, (M,) each, on the way to the host
-    arrival: torch.cuda.Event | None  # when they are there; None: they are
+    sampled: list[Sequence]  # the sequences whose tokens it draws, in the order of its rows
+    token_ids: Tensor  # (M,) on the device, where the next step reads them
+    arriving: tuple[Tensor, Tensor]  # token ids and peaks, (M,) each, copied to the host
+    arrival: torch.cuda.Event | None  # recorded after the copy; None on a CPU
 
 
 class AheadEngine(InferenceEngine):
     """An engine whose `step()` launches the next step before it reads the tokens of this one.
 
-    A call returns the output of the older of the two. What `InferenceEngine` takes, it takes too.
-    `decode(batch, rows) -> token ids (M,), peaks (M,)` runs the model and draws without waiting for
-    the device, as `GraphForward.decode` does; None draws from what `forward` returns. Of what it
-    returns the token ids may be overwritten by the next call, not before.
+    `step()` returns the output of the step that it has read, the older of the two. The arguments
+    are those of `InferenceEngine`, and `decode(batch, rows) -> token ids (M,), peaks (M,)`: it runs
+    the model and draws without waiting for the device, as `GraphForward.decode` does. None draws
+    from the logits of `forward`. The token ids must stay valid until the next call of `decode`.
     """
 
     steps_overlap = True
@@ -96,7 +101,7 @@ class AheadEngine(InferenceEngine):
         self.decode = decode or (lambda batch, rows: draw(self.forward(batch), rows))
         self.num_wasted_tokens = 0  # computed for sequences that had ended
         self._in_flight: InFlight | None = None
-        self._waited_for: set[str] = set()  # requests whose tokens are needed before the next step
+        self._must_wait_for: set[str] = set()  # ids of requests that forbid a step ahead
 
     # ---- requests ----
     def add_request(
@@ -105,42 +110,49 @@ class AheadEngine(InferenceEngine):
         """As `InferenceEngine.add_request`."""
         request_id = super().add_request(prompt, params, **options)
         if options.get("strategy") or not needs_no_past(params or SamplingParams()):
-            self._waited_for.add(request_id)
+            self._must_wait_for.add(request_id)
         return request_id
 
     def abort(self, request_id: str) -> bool:
         """As `InferenceEngine.abort`; what a step in flight computes for it is dropped."""
-        self._waited_for.discard(request_id)
+        self._must_wait_for.discard(request_id)
         return super().abort(request_id)
 
     # ---- the loop ----
     @torch.inference_mode()
     def step(self) -> StepOutput:
-        """Launch the next step where it can be planned ahead, then read the one before it."""
+        """Launch the next step if it can be planned ahead, then read the one before it."""
         started = time.monotonic()
-        flight, self._in_flight = self._still_wanted(self._in_flight), None  # some were aborted
+        flight = self._without_ended(self._in_flight)  # aborts may have ended some since
+        self._in_flight = None
         if flight is None:
             plan = self.scheduler.schedule()
-            if self._waited_for or not plan.scheduled:
+            if self._must_wait_for or not plan.scheduled:
                 return self._forget_ended(self._run(plan, started))
             flight = self._launch(plan)
         try:
             self._in_flight = self._launch_next(flight)
             continuations = self._read(flight)
-        except BaseException:  # interrupted: what is in flight is computed again
-            launched, self._in_flight = (self._in_flight, flight), None
-            for one in filter(None, launched):
-                self.scheduler.undo(one.plan)
+        except BaseException:
+            # Interrupted: both steps are undone, the younger first, and will be computed again.
+            younger = self._in_flight
+            self._in_flight = None
+            if younger is not None:
+                self.scheduler.undo(younger.plan)
+            self.scheduler.undo(flight.plan)
             raise
-        self._still_wanted(flight)  # who was preempted for the step ahead draws again when back
+        # Planning the step ahead may have preempted a sequence. Its token is not applied: it will
+        # be drawn again when the sequence is back.
+        self._without_ended(flight)
         output = self._finish(flight.plan, continuations, started)
-        self._in_flight = self._still_wanted(self._in_flight)  # some have just ended
+        self._in_flight = self._without_ended(self._in_flight)  # some have just ended
         return self._forget_ended(output)
 
     def _launch(self, plan: Plan, before: InFlight | None = None) -> InFlight:
-        """Run the model over a plan without waiting; some tokens may be those of the step before.
+        """Run the model over a plan without waiting for the device.
 
-        If that fails the plan is undone.
+        `before` is the step that is still in flight: its tokens are inputs of this one. If the
+        launch fails the plan is undone.
         """
         try:
             self.cache.copy_blocks(plan.copies)
@@ -149,29 +161,35 @@ class AheadEngine(InferenceEngine):
             if before is not None:
                 batch = self._take_tokens(batch, plan, before)
             token_ids, peaks = self.decode(batch, rows_to_draw(plan.sampled))
-            # To pinned memory, in the order of the stream: behind this step, before the next one.
-            arriving = [x.to("cpu", non_blocking=True, copy=True) for x in (token_ids, peaks)]
+            # Copies to the host, in the stream's order: after this step and before the next one.
+            arriving = (
+                token_ids.to("cpu", non_blocking=True, copy=True),
+                peaks.to("cpu", non_blocking=True, copy=True),
+            )
             arrival = torch.cuda.Event() if token_ids.is_cuda else None
             if arrival is not None:
                 arrival.record(torch.cuda.current_stream(token_ids.device))
-            return InFlight(plan, plan.sampled, token_ids, tuple(arriving), arrival)
+            return InFlight(plan, plan.sampled, token_ids, arriving, arrival)
         except BaseException:
             self.scheduler.undo(plan)
             raise
 
     def _launch_next(self, flight: InFlight) -> InFlight | None:
-        """Plan and launch the step behind one that nobody has read; None where that has to wait."""
-        scheduler, running = self.scheduler, self.scheduler.running
+        """Plan and launch the step after one that is in flight; None if it has to wait."""
+        scheduler = self.scheduler
+        running = scheduler.running
         all_decode = len(running) == len(flight.plan.sampled)
-        # A block each, as a rule: nobody should be preempted for a step that could have waited.
+        # One more token takes each sequence at most one block. With fewer free blocks the plan
+        # could preempt a sequence, although one that ends in this step may free enough.
         has_room = scheduler.allocator.num_free >= len(running)
-        # Who ends with the token in flight, whichever it is, has no step behind it.
-        sampled = flight.plan.sampled
-        growing = [seq for seq in sampled if len(seq.token_ids) + 1 < scheduler.longest(seq)]
-        if self._waited_for or not (all_decode and has_room and growing):
+        # A sequence that reaches its longest length with the token in flight gets no further step.
+        growing = [
+            seq for seq in flight.plan.sampled if len(seq.token_ids) + 1 < scheduler.longest(seq)
+        ]
+        if self._must_wait_for or not (all_decode and has_room and growing):
             return None
         for seq in growing:
-            seq.token_ids.append(0)  # a place for the token that nobody has seen yet
+            seq.token_ids.append(0)  # a placeholder for the token in flight
         try:
             plan = scheduler.schedule()
             return self._launch(plan, flight) if plan.scheduled else None
@@ -180,34 +198,42 @@ class AheadEngine(InferenceEngine):
                 seq.token_ids.pop()
 
     def _take_tokens(self, batch: Batch, plan: Plan, before: InFlight) -> Batch:
-        """Fill the places of unseen tokens with those that the step before drew, on the device."""
-        kept = set(before.plan.sampled)  # without those who have left it since
-        place = {seq: i for i, seq in enumerate(before.sampled) if seq in kept}
-        sources = [place[seq] for seq, _, _ in plan.scheduled if seq in place]
+        """Replace the placeholders in a batch by the tokens of the step before, on the device."""
+        still_running = set(before.plan.sampled)  # some may have left since the launch
+        row_before = {seq: i for i, seq in enumerate(before.sampled) if seq in still_running}
+        source_rows = [row_before[seq] for seq, _, _ in plan.scheduled if seq in row_before]
         drawn = before.token_ids
-        if sources != list(range(len(drawn))):
-            drawn = drawn[to_device(torch.tensor(sources), drawn.device)]
-        if len(sources) < len(plan.scheduled):  # prompts joined: they bring tokens of their own
-            unseen = torch.tensor([entry.seq in place for entry in plan.scheduled])
-            rows = batch.query_start_locs[:-1][unseen].long()
-            input_ids = to_device(batch.input_ids, drawn.device)
-            input_ids[to_device(rows, drawn.device)] = drawn
-            drawn = input_ids
-        return replace(batch, input_ids=drawn)
+        if source_rows != list(range(len(drawn))):
+            drawn = drawn[to_device(torch.tensor(source_rows), drawn.device)]
+        if len(source_rows) == len(plan.scheduled):
+            return replace(batch, input_ids=drawn)
+        # Prompts have joined, whose tokens are in the batch already: overwrite only the others.
+        has_placeholder = torch.tensor([entry.seq in row_before for entry in plan.scheduled])
+        rows = batch.query_start_locs[:-1][has_placeholder].long()
+        input_ids = to_device(batch.input_ids, drawn.device)
+        input_ids[to_device(rows, drawn.device)] = drawn
+        return replace(batch, input_ids=input_ids)
 
     def _read(self, flight: InFlight) -> list[Continuation]:
-        """Wait for a step's tokens: one for each sequence that still runs."""
+        """Wait for a step's tokens: a continuation for each sequence that still runs.
+
+        Raises ValueError if the logits of such a sequence were not finite. Those of a sequence that
+        has ended or was preempted since the launch do not matter.
+        """
         if flight.arrival is not None:
             flight.arrival.synchronize()
         token_ids, peaks = flight.arriving
-        kept = [seq.status == RUNNING for seq in flight.sampled]
-        refuse(~peaks.isfinite() & torch.tensor(kept, dtype=torch.bool))
-        drawn = zip(flight.sampled, token_ids.tolist(), kept, strict=True)
-        return [Continuation(seq, [token_id]) for seq, token_id, wanted in drawn if wanted]
+        # The plan has lost those that left before this call. Planning the next step may have
+        # preempted more, and may have resumed one that left: so both conditions are needed.
+        in_plan = set(flight.plan.sampled)
+        runs = [seq in in_plan and seq.status == RUNNING for seq in flight.sampled]
+        refuse(~peaks.isfinite() & torch.tensor(runs, dtype=torch.bool))
+        drawn = zip(flight.sampled, token_ids.tolist(), runs, strict=True)
+        return [Continuation(seq, [token_id]) for seq, token_id, still_runs in drawn if still_runs]
 
     # ---- small parts ----
-    def _still_wanted(self, flight: InFlight | None) -> InFlight | None:
-        """Take out of a plan who no longer runs since it was made; None where nobody is left."""
+    def _without_ended(self, flight: InFlight | None) -> InFlight | None:
+        """Take sequences that no longer run out of a step's plan; None if none is left."""
         if flight is None:
             return None
         plan = flight.plan
@@ -219,13 +245,14 @@ class AheadEngine(InferenceEngine):
         return flight if plan.scheduled else None
 
     def _forget_ended(self, output: StepOutput) -> StepOutput:
-        self._waited_for -= {o.request_id for o in output.outputs if o.finished}
+        """Requests that have ended no longer forbid a step ahead."""
+        self._must_wait_for -= {o.request_id for o in output.outputs if o.finished}
         return output
 
 
 # --------------------------------------------------------------------------------------------------
 def demo():
-    """Three requests, one of which meets its stop token: what is launched and read in each call."""
+    """Three requests, one of which meets its stop token: what each call launches and reads."""
     config = GPTConfig(vocab_size=64, max_seq_len=64, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config).init_weights(std=0.2, seed=1).double().eval()
     num_blocks, block_size = 16, 4
@@ -234,42 +261,44 @@ def demo():
         cache = KVCache(2, num_blocks, block_size, 2, 16, torch.float64)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), 8, 32, 64)
         engine = kind(eager_forward(model, cache), cache, scheduler, vocab_size=64)
-        for prompt, num in (([7, 3, 9], 8), ([5, 5], 6), ([20, 21, 22, 23], 9)):
-            stops = stop_token_ids if len(prompt) == 3 else None
-            params = SamplingParams(temperature=0, max_tokens=num, stop_token_ids=stops)
-            engine.add_request(prompt, params)
+        stop = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=stop_token_ids)
+        engine.add_request([7, 3, 9], stop)
+        engine.add_request([5, 5], SamplingParams(temperature=0, max_tokens=6))
+        engine.add_request([20, 21, 22, 23], SamplingParams(temperature=0, max_tokens=9))
         return engine
 
-    def run(engine: InferenceEngine, show: Callable[[StepOutput], None]) -> dict[str, list[int]]:
-        done = {}
+    def run(engine: InferenceEngine, after_step: Callable[[StepOutput], None]):
+        """The token ids of each request, by its id."""
+        texts = {}
         while engine.has_unfinished():
             output = engine.step()
-            show(output)
-            done |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
-        return done
+            after_step(output)
+            texts |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+        return texts
 
     def names(sequences: list[Sequence]) -> str:
         return "".join("ABC"[int(seq.request.request_id)] for seq in sequences)
 
+    # A stops at the first token of its text that was not there before, from the fourth on.
     whole = run(build(InferenceEngine, []), lambda output: None)["0"]
     stop = next(i for i in range(3, 8) if whole[i] not in whole[:i])
     expected = run(build(InferenceEngine, [whole[stop]]), lambda output: None)
     engine = build(AheadEngine, [whole[stop]])
-    print(f"A stops after {stop + 1} tokens, and nobody knows it before; B writes 6, C 9\n")
+    print(f"A stops after {stop + 1} tokens, which the host cannot foresee; B writes 6, C 9\n")
     print("call   read   launched before that   free blocks")
-
-    launched: list[str] = []  # in each call, before its tokens were read
+    launched: list[str] = []  # by each call, before it read
 
     def show(output: StepOutput) -> None:
         launched.append(names(engine._in_flight.sampled if engine._in_flight else []))
-        read, free = names(output.plan.sampled), engine.scheduler.allocator.num_free
-        print(f"{len(launched):4}   {read:4}   {launched[-1]:20} {free:13}")
+        num_free = engine.scheduler.allocator.num_free
+        row = f"{len(launched):4}   {names(output.plan.sampled):4}   {launched[-1]:20}"
+        print(f"{row} {num_free:13}")
 
     assert run(engine, show) == expected
-    print(f"\n{engine.num_wasted_tokens} token was computed for nobody: A had stopped already")
+    print(f"\n{engine.num_wasted_tokens} token was computed for nothing: A had stopped already")
     assert engine.num_wasted_tokens == 1 and engine.scheduler.allocator.num_free == num_blocks
     assert all(launched[:-1]) and not launched[-1]
-    print("ok: the same tokens, and no step but the first was launched when all had been read")
+    print("ok: the same tokens, and each step but the first was launched before the last was read")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from kernels import triton_fused as module
 from kernels.triton_fused import (
     Arrivals,
     add_norm,
+    attend_undivided,
     can_fuse,
     five_launches,
     fused_forward,
     linear_gelu,
     plain_add_norm,
     plain_linear_gelu,
-    plug_for,
     seven_launches,
 )
 from kernels.triton_fused_decode import fused_decode_triton
@@ -466,11 +466,11 @@ def test_rows_that_want_no_logits_get_none(model):
 def test_one_and_two_rows_take_five_launches_and_others_seven(model, monkeypatch, few_rows, want):
     taken = []
 
-    def seven(model, batch, plug, *products):
+    def seven(model, batch, attend, *products):
         taken.append("s" if products and products[0] is module.small_linear else "7")
         return torch.zeros(len(batch.input_ids), 16, dtype=torch.float64, device=DEVICE)
 
-    def five(model, batch, plug):
+    def five(model, batch, attend):
         taken.append("5")
         return torch.zeros(len(batch.input_ids), 16, dtype=torch.float64, device=DEVICE)
 
@@ -529,9 +529,11 @@ def test_a_step_is_seven_launches_a_layer_and_four(tiny_gpt, n_layer):
 
         return stand_in
 
-    plug = plug_for(cache, batch, None, one("attend", "q"))
+    attend = attend_undivided(cache, batch, None, one("attend", "q"))
     with torch.inference_mode(), launches:
-        hidden = seven_launches(model, batch, plug, up=one("up"), join=one("join", "x", "y"))
+        hidden = seven_launches(
+            model, batch, attend, linear_up=one("up"), add_and_norm=one("join", "x", "y")
+        )
         model.logits(hidden[slice(None)])
     assert len(launches.names) == 7 * n_layer + 4, launches.names
     assert launches.names.count("join") == 2 * n_layer + 1
@@ -539,7 +541,7 @@ def test_a_step_is_seven_launches_a_layer_and_four(tiny_gpt, n_layer):
 
     launches.names.clear()
     with torch.inference_mode(), launches:
-        hidden = five_launches(model, batch, plug, one("small"))
+        hidden = five_launches(model, batch, attend, one("small"))
         model.logits(hidden[slice(None)])
     assert len(launches.names) == 5 * n_layer + 5, launches.names
     assert launches.names.count("small") == 4 * n_layer
@@ -553,7 +555,7 @@ def test_counters_are_made_for_the_largest_batch_so_far_and_those_before_are_kep
     assert arrivals.for_rows(1) is first and arrivals.for_rows(6) is first
     second = arrivals.for_rows(7)
     assert len(second) == 2 * 84 and arrivals.for_rows(2) is second
-    assert arrivals.made[0] is first, "a recorded step may still use them"
+    assert arrivals.counters[0] is first, "a recorded step may still use them"
 
 
 def test_no_counters_are_made_while_a_step_is_recorded(monkeypatch):
@@ -561,8 +563,8 @@ def test_no_counters_are_made_while_a_step_is_recorded(monkeypatch):
     arrivals = Arrivals(2, 2, SimpleNamespace(type="cuda"))
     with pytest.raises(AssertionError, match="run the step first"):
         arrivals.for_rows(1)
-    arrivals.made.append(torch.zeros(4, dtype=torch.int32))
-    assert arrivals.for_rows(2) is arrivals.made[0]
+    arrivals.counters.append(torch.zeros(4, dtype=torch.int32))
+    assert arrivals.for_rows(2) is arrivals.counters[0]
 
 
 def test_counters_are_zero_between_steps(model):

@@ -978,6 +978,24 @@ def test_logits_that_are_not_numbers_are_refused_a_step_later_at_most(call):
     assert 0 <= steps[AheadEngine] - steps[InferenceEngine] <= 1
 
 
+@pytest.mark.parametrize("leaves", ["aborted", "preempted", "ended"])
+def test_logits_that_are_not_numbers_of_a_sequence_that_has_left_stop_no_other(leaves):
+    """Its row was launched before it left. The last row of that call is NaN, and it is its row."""
+    prompt, params, num_tokens = ending("end of text")
+    call = num_tokens + 1 if leaves == "ended" else 2
+    served = Served(faults={call: "nan"})
+    served.add(some_prompts([6])[0], max_tokens=14, **GREEDY)
+    last = served.add(prompt, max_tokens=20, **params)
+    if leaves != "ended":
+        served.step()  # launches the second call
+        if leaves == "aborted":
+            served.abort(last)
+        else:
+            served.scheduler.preempt(served.requests[last].sequences[0])
+    served.run()
+    assert len(served.model.calls[call - 1]) == 2, "the row that left was in that call"
+
+
 def test_logits_that_stay_broken_are_refused_again_and_again_and_an_abort_ends_it():
     served = Served(faults=dict.fromkeys(range(4, 60), "nan"))
     ids = [served.add(prompt, max_tokens=8, **GREEDY) for prompt in some_prompts([3, 6])]
