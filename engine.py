@@ -85,6 +85,25 @@ def sample_next(
     ]
 
 
+def rows_by_strategy(
+    plan: Plan, counts: list[int]
+) -> dict[Strategy, tuple[list[Sequence], list[int]]]:
+    """Each strategy's sequences that get a token, and which of the M rows of logits it comes from.
+
+    `counts` are the numbers of rows that the plan's sequences have among the M.
+    """
+    sampled = set(plan.sampled)
+    groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
+    end = 0
+    for (seq, _, _), count in zip(plan.scheduled, counts, strict=True):
+        end += count  # the sequence's rows are [end - count, end)
+        if seq in sampled:
+            sequences, rows = groups.setdefault(seq.request.strategy, ([], []))
+            sequences.append(seq)
+            rows.append(end - 1)  # the row of its newest token predicts the next one
+    return groups
+
+
 class InferenceEngine:
     """Owns the loop. Built by `llm.py`, or by hand from its parts as in the demo below."""
 
@@ -210,23 +229,14 @@ class InferenceEngine:
         return StepOutput(plan, outputs, *counts, milliseconds)
 
     def _continue(self, plan: Plan) -> list[Continuation]:
-        """Forward, then ask each strategy how its sequences go on."""
+        """Run the model, then ask each strategy how its sequences continue."""
         counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
-        logits = self.forward(self._batch_of(plan, counts))  # (M, V)
-
-        sampled = set(plan.sampled)
-        groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
-        end = 0  # of a sequence's rows among the M
-        for entry, count in zip(plan.scheduled, counts, strict=True):
-            end += count
-            self.output_processor.collect_prompt_logprobs(entry, logits[end - count : end])
-            if entry.seq in sampled:  # its last row is the one that predicts something new
-                sequences, indices = groups.setdefault(entry.seq.request.strategy, ([], []))
-                sequences.append(entry.seq)
-                indices.append(end - 1)
+        logits = self.forward(self._batch_of(plan, counts))  # (M, V), M = sum(counts)
+        self.output_processor.collect_prompt_logprobs(plan, counts, logits)
         continuations = []
-        for strategy, (sequences, indices) in groups.items():
-            chosen = logits if len(indices) == len(logits) else logits[indices]
+        for strategy, (sequences, rows) in rows_by_strategy(plan, counts).items():
+            # Nearly always one strategy needs every row: then none is copied.
+            chosen = logits if len(rows) == len(logits) else logits[rows]
             continuations += strategy(sequences, chosen)
         return continuations
 

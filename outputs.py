@@ -1,22 +1,26 @@
-"""What comes out of an engine: text a token at a time, its reasons, its times, its probabilities.
+"""Tokens to text, one at a time: no broken character, nothing sent that a stop string takes back.
 
-The scheduler deals in tokens, a client in text, and the way from one to the other has a memory:
-half an emoji waits for its other half, and text that may be the beginning of a stop string is held
-back. So each sequence has a decoder that sees each token once, and this file is where they live,
-between the engine's loop and whoever waits for its outputs:
+A token of GPT-2 is a run of bytes, and 344 of its 50,256 tokens hold only a part of a character. A
+cat emoji takes three tokens. Decoding each of them alone shows three U+FFFD marks ("?" below) where
+the cat should be. A stop string may be cut into several tokens too, and text that was sent cannot
+be taken back. So text is sent when no later token can change it: its characters are complete, and
+it cannot be the beginning of a stop string.
 
-    sequence.token_ids  ...  83  1212  197 | 30   <- one new token a step
-    decoder                  pushed ───────┘ └─> text grows by what is now certain
-    request  ─> RequestOutput([CompletionOutput(text, token_ids, finish_reason, ...)], metrics, ...)
+    tokens          |F0 9F|  |90|  |88|  |ST|  |EP|  |ST|  |OP|    with stop=["STOP"]
+    each alone         ?      ?     ?     ST    EP    ST    OP
+    StreamDecoder      -      -    cat    -    STEP   -     -
+                       └ no complete character yet    └ may become "STOP", and then does
 
-A stop string is found here, after the scheduler has counted the token that completed it, and ends
-the sequence. What a production engine does beyond this: all of it in a process of its own, so that
-decoding text never delays the next step.
+Each sequence has a `StreamDecoder`, which sees each token once. The `OutputProcessor` keeps the
+decoders. After each step it gives them the new tokens, ends the sequences whose stop string was
+found, and reports to each client its text, reasons, times and log-probabilities. A production
+engine does this in a process of its own, so that decoding text never delays the next step.
 
-The names and fields are vLLM's (RequestOutput, CompletionOutput; its V1 engine has an
-OutputProcessor).
+The names and fields are vLLM's (RequestOutput, CompletionOutput, OutputProcessor).
 Run: python outputs.py
-Try: give the demo the stop string "paged " (with the blank: where is the text cut now?).
+Try: STOP = "paged " in the demo: its blank counts, and the text ends after 13 tokens.
+Or `keep = len(window)` in `_advance`: nothing is held back, "END" leaves in three pieces and is not
+found, so the assert "the text ends before the stop string" fails.
 """
 
 import codecs
@@ -36,24 +40,26 @@ from sequence import FINISHED, Continuation, Plan, Request, Scheduled, Sequence
 class Tokenizer(Protocol):
     """What a lesson needs of a vocabulary; `checkpoints/tokenizer.py` has the real ones."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text; b"" for one that adds none."""
+        """The bytes that one token adds to a text; b"" for a token that adds none."""
 
     def token_text(self, token_id: int) -> str:
-        """How one token looks alone, beside its log-probability."""
+        """One token alone as text, to stand beside its log-probability."""
 
 
+# ---- one sequence's text -------------------------------------------------------------------------
 class StreamDecoder:
     """Turns one sequence's tokens into text as they come, and looks for stop strings.
 
-    `push` each id, then `finish` once. A character is sent by the token that completes it (a code
-    point: an accent may still follow its letter). Nothing is sent that may be the start of one of
-    the `stop` strings; after a match the text ends before it and all later pushes return "". The
-    earliest match wins, and of two at the same place the one listed first. A match has to end
-    after the text of the first `min_tokens` tokens, though it may begin inside it, as in vLLM.
-    Raises ValueError for an empty stop string.
+    Call `push` with each id, then `finish` once. A character is sent with the token that completes
+    it. (A character here is a Unicode code point: an accent may still follow its letter.) Text that
+    may be the beginning of a stop string is held back. After a match the text ends before the stop
+    string, and all later pushes return "". The earliest match wins; of two that begin at the same
+    character the one listed first wins. A match must end after the text of the first `min_tokens`
+    tokens, but may begin inside it, as in vLLM. Raises ValueError for an empty stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0):
@@ -64,17 +70,18 @@ class StreamDecoder:
         self._longest = max(map(len, self._stop), default=0)  # characters
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        # Keeps the bytes of an unfinished character, up to 3, and gives U+FFFD where none can come.
+        # Python's decoder keeps the bytes of an incomplete character (at most 3) until the rest
+        # comes, and gives U+FFFD for bytes that can never become a character.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""  # whole characters that may begin a stop string: fewer than the longest has
-        self._sent: list[str] = []  # joined on demand: adding to one string would copy it each time
+        self._held = ""  # complete characters that may begin a stop string: fewer than _longest
+        self._sent: list[str] = []  # pieces, joined on demand: `text += piece` would copy each time
         self._stopped: str | None = None
 
     @property
     def text(self) -> str:
-        """All text sent so far; after `finish` the whole text, or what stands before the stop."""
+        """All text sent so far; after `finish` the whole text, or what precedes the stop string."""
         if len(self._sent) > 1:
-            self._sent = ["".join(self._sent)]  # asked for after every token: join only once
+            self._sent = ["".join(self._sent)]  # the next call joins only what is new
         return self._sent[0] if self._sent else ""
 
     @property
@@ -83,12 +90,12 @@ class StreamDecoder:
         return self._stopped
 
     def push(self, token_id: int) -> str:
-        """Take one token, return the text that has become final with it, often ""."""
+        """Take one token; return the text that has become final with it, often ""."""
         self._num_tokens += 1
         return self._advance(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 
     def finish(self) -> str:
-        """No token will follow: return what was held back, an unfinished character as U+FFFD."""
+        """No token will follow: return what was held back, an incomplete character as U+FFFD."""
         last = self._advance(self._utf8.decode(b"", final=True))
         held, self._held = self._held, ""
         return last + self._send(held)
@@ -96,34 +103,35 @@ class StreamDecoder:
     def _advance(self, new: str) -> str:
         if self._stopped is not None:
             return ""
-        # All text before `_held` is known to begin no stop string, so the window is short whatever
-        # the length of the text: fewer characters than the longest stop string, plus the new ones.
+        # No stop string begins before `_held`: that text was searched by earlier calls. So the
+        # window is short however long the text is: under `_longest` characters, plus the new ones.
         window = self._held + new
         found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
         if found:
-            at, order = min(found)  # the earliest; at the same place, the one listed first
+            start, order = min(found)  # the earliest; of two that begin together the first listed
             self._stopped, self._held = self._stop[order], ""
-            return self._send(window[:at])
+            return self._send(window[:start])
         keep = self._first_possible_start(window)
         self._held = window[keep:]
         return self._send(window[:keep])
 
     def _find_stops(self, window: str) -> list[tuple[int, int]]:
-        """(place, order in the list) of each stop string that ends in the window's new text."""
+        """(first character, order in the list) of each stop string that ends in the new text."""
         found = []
         for order, stop in enumerate(self._stop):
-            # What ends within the held text came too early to count: `min_tokens`.
-            at = window.find(stop, max(0, len(self._held) - len(stop) + 1))
-            if at >= 0:
-                found.append((at, order))
+            # A match that ends inside the held text is too early: it was not allowed to count
+            # before, because of `min_tokens`. "END" with 2 characters held: search from 0.
+            start = window.find(stop, max(0, len(self._held) - len(stop) + 1))
+            if start >= 0:
+                found.append((start, order))
         return found
 
     def _first_possible_start(self, window: str) -> int:
-        """Where a stop string may have begun that later text completes; len(window) if nowhere.
+        """Where a stop string may begin that later text completes; len(window) if nowhere.
 
         Example: with the stop string "STOP", "a BUST" -> 4 and "a BUSTLE" -> 8.
         """
-        # A stop string of 4 characters that is not complete has shown at most its first 3.
+        # Of a stop string of 4 characters that is still incomplete, at most 3 are in the window.
         for start in range(max(0, len(window) - self._longest + 1), len(window)):
             if any(stop.startswith(window[start:]) for stop in self._stop):
                 return start
@@ -135,6 +143,7 @@ class StreamDecoder:
         return text
 
 
+# ---- what a client gets --------------------------------------------------------------------------
 @dataclass
 class CompletionOutput:
     """One sequence's text so far. `token_ids` includes the token that ended it, `text` does not."""
@@ -161,7 +170,7 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """All that is known of a request after a step."""
+    """Everything known about a request after a step."""
 
     request_id: str
     prompt: str | None
@@ -181,20 +190,22 @@ class StepOutput:
     blocks_taken: int
     blocks_freed: int
     blocks_copied: int
-    blocks_hit: int  # found in a prefix cache
-    blocks_evicted: int  # thrown out of one
+    # The next three are 0 until the lessons on prefix caching and on swapping are here.
+    blocks_hit: int  # found in the prefix cache
+    blocks_evicted: int  # dropped from it
     blocks_swapped: int
     milliseconds: float
 
 
+# ---- from a step to its outputs ------------------------------------------------------------------
 @dataclass
-class _Live:
-    """What is kept of a request until it ends, beside the scheduler's books."""
+class _Followed:
+    """What the processor keeps of a request until it ends."""
 
     request: Request
     prompt: str | None
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # None where nobody asked for them
     decoders: dict[int, StreamDecoder] = field(default_factory=dict)  # by sequence index
     num_pushed: dict[int, int] = field(default_factory=dict)  # tokens that each decoder has seen
 
@@ -208,45 +219,59 @@ class OutputProcessor:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None):
         self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self._live: dict[str, _Live] = {}
+        self._followed: dict[str, _Followed] = {}  # by request id
 
     def add(self, request: Request, prompt: str | None) -> None:
-        """Begin to follow a request; `prompt` is its text, where it came as one."""
-        wants = request.params.prompt_logprobs is not None
+        """Begin to follow a request; `prompt` is its text, None if it came as token ids."""
         metrics = RequestMetrics(arrival_time=time.monotonic())
-        # Nothing comes before a prompt's first token, so nothing predicts it.
-        self._live[request.request_id] = _Live(request, prompt, metrics, [None] if wants else None)
+        # The first entry is None: nothing precedes a prompt's first token, so nothing predicts it.
+        scores: list | None = [None] if request.params.prompt_logprobs is not None else None
+        self._followed[request.request_id] = _Followed(request, prompt, metrics, scores)
 
     def remove(self, request_id: str) -> Request | None:
         """Forget a request; None if it has ended or never was."""
-        live = self._live.pop(request_id, None)
-        return None if live is None else live.request
+        followed = self._followed.pop(request_id, None)
+        return None if followed is None else followed.request
 
-    # ---- the prompt's own probabilities ----
+    # ---- log-probabilities of the prompt ----
     def num_sample_rows(self, entry: Scheduled) -> int:
-        """How many of a sequence's new rows want logits: its last, none mid-prompt, or all."""
+        """How many of a sequence's new rows need logits: all, only its last, or none.
+
+        All while its prompt is scored. None in the middle of a prompt that nobody wants scored.
+        """
         seq, start, num_new_tokens = entry
-        collected = self._live[seq.request.request_id].prompt_logprobs
-        if collected is not None and seq.index == 0 and len(collected) < seq.num_prompt_tokens:
+        scores = self._followed[seq.request.request_id].prompt_logprobs
+        if scores is not None and seq.index == 0 and len(scores) < seq.num_prompt_tokens:
             return num_new_tokens
         return int(start + num_new_tokens == len(seq.token_ids))
 
-    def collect_prompt_logprobs(self, entry: Scheduled, logits: Tensor) -> None:
-        """Score the prompt's tokens with the logits (n, V) of a chunk's n rows.
+    def collect_prompt_logprobs(self, plan: Plan, counts: list[int], logits: Tensor) -> None:
+        """Score the prompts of the requests that asked for it, with the step's logits (M, V).
 
-        The row of position p scores the token at p + 1. Without wish for it this does nothing.
+        `counts` are the numbers of rows that `num_sample_rows` gave for the plan's sequences.
         """
-        seq, start, _ = entry
-        collected = self._live[seq.request.request_id].prompt_logprobs
-        if collected is None or seq.index != 0:
-            return
-        first = len(collected) - 1  # a chunk computed again after a preemption was scored before
-        next_ids = seq.token_ids[first + 1 : min(start + len(logits) + 1, seq.num_prompt_tokens)]
+        end = 0
+        for (seq, start, _), count in zip(plan.scheduled, counts, strict=True):
+            end += count  # the sequence's rows are [end - count, end)
+            followed = self._followed[seq.request.request_id]
+            if followed.prompt_logprobs is not None and seq.index == 0:
+                rows = logits[end - count : end]
+                self._score_prompt(seq.request, followed.prompt_logprobs, start, rows)
+
+    def _score_prompt(self, request: Request, scores: list, start: int, logits: Tensor) -> None:
+        """Append to `scores` those of one chunk, with the logits (n, V) of its n positions.
+
+        The chunk begins at position `start`. The row of position p scores the token at p + 1.
+        """
+        # Tokens [0, len(scores)) are scored. After a preemption a chunk may begin before that: its
+        # first rows are skipped. Worked: 5 scored, start 3 -> the row of position 4 comes first.
+        first = len(scores) - 1
+        next_ids = request.prompt_token_ids[first + 1 : start + len(logits) + 1]
         if next_ids:
             rows = logits[first - start : first - start + len(next_ids)]
-            scored = prompt_logprobs(rows, next_ids, seq.request.params.prompt_logprobs)
-            self._name_tokens(scored)
-            collected += scored
+            new_scores = prompt_logprobs(rows, next_ids, request.params.prompt_logprobs)
+            self._name_tokens(new_scores)
+            scores += new_scores
 
     # ---- after each step ----
     def process(self, plan: Plan, started: float) -> list[RequestOutput]:
@@ -254,79 +279,99 @@ class OutputProcessor:
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
+        self._note_schedule(plan, started)
         now = time.monotonic()
-        for seq in plan.preempted:
-            self._live[seq.request.request_id].metrics.num_preemptions += 1
-        for seq, _, _ in plan.scheduled:
-            metrics = self._live[seq.request.request_id].metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = started
         outputs = []
         for request_id in dict.fromkeys(seq.request.request_id for seq in plan.sampled):
-            live = self._live[request_id]
-            if live.metrics.first_token_time is None:
-                live.metrics.first_token_time = now
-            for seq in live.request.sequences:
-                self._decode(live, seq)
-            finished = all(seq.status == FINISHED for seq in live.request.sequences)
+            followed = self._followed[request_id]
+            metrics, sequences = followed.metrics, followed.request.sequences
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            for seq in sequences:
+                self._follow(followed, seq)
+            finished = all(seq.status == FINISHED for seq in sequences)
             if finished:
-                live.metrics.finished_time = now
-                del self._live[request_id]
-            outputs.append(self._request_output(live, finished))
+                metrics.finished_time = now
+                del self._followed[request_id]
+            outputs.append(self._request_output(followed, finished))
         return outputs
 
-    def _decode(self, live: _Live, seq: Sequence) -> None:
-        """Push a sequence's new tokens through its decoder; a stop string ends the sequence."""
-        pushed = live.num_pushed.get(seq.index, seq.num_prompt_tokens)
-        new_ids = seq.token_ids[pushed:]
-        live.num_pushed[seq.index] = len(seq.token_ids)
-        if live.request.params.logprobs is not None and new_ids:
+    def _note_schedule(self, plan: Plan, started: float) -> None:
+        """Enter in the requests' metrics who was preempted and who was scheduled first."""
+        for seq in plan.preempted:
+            self._followed[seq.request.request_id].metrics.num_preemptions += 1
+        for seq, _, _ in plan.scheduled:
+            metrics = self._followed[seq.request.request_id].metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = started
+
+    def _follow(self, followed: _Followed, seq: Sequence) -> None:
+        """Bring a sequence's names, reason and text up to date with its new tokens."""
+        num_pushed = followed.num_pushed.get(seq.index, seq.num_prompt_tokens)
+        new_ids = seq.token_ids[num_pushed:]
+        followed.num_pushed[seq.index] = len(seq.token_ids)
+        params = followed.request.params
+        if params.logprobs is not None and new_ids:
             self._name_tokens(seq.logprobs[-len(new_ids) :])
-        # EOS needs no further reason; under ignore_eos it can only have been a stop token.
-        eos_token_id = None if live.request.params.ignore_eos else live.request.eos_token_id
-        if seq.finish_reason == "stop" and seq.token_ids[-1] != eos_token_id:
-            seq.stop_reason = seq.token_ids[-1] if seq.stop_reason is None else seq.stop_reason
-        if self.tokenizer is None or not new_ids:
-            return
-        params = live.request.params
-        if seq.index not in live.decoders:
-            decoder = StreamDecoder(self.tokenizer, params.stop, params.min_tokens)
-            live.decoders[seq.index] = decoder
-        decoder = live.decoders[seq.index]
-        # What ended the sequence is no text. Only the scheduler can have said "stop" by now.
-        for token_id in new_ids[:-1] if seq.finish_reason == "stop" else new_ids:
+        # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary stop token.
+        eos_token_id = None if params.ignore_eos else followed.request.eos_token_id
+        if seq.finish_reason == "stop" and seq.stop_reason is None:
+            if seq.token_ids[-1] != eos_token_id:
+                seq.stop_reason = seq.token_ids[-1]
+        if self.tokenizer is not None and new_ids:
+            self._decode(self.tokenizer, followed, seq, new_ids)
+
+    def _decode(
+        self, tokenizer: Tokenizer, followed: _Followed, seq: Sequence, new_ids: list[int]
+    ) -> None:
+        """Push new tokens through the sequence's decoder; a stop string ends the sequence."""
+        decoder = followed.decoders.get(seq.index)
+        if decoder is None:
+            params = followed.request.params
+            decoder = StreamDecoder(tokenizer, params.stop, params.min_tokens)
+            followed.decoders[seq.index] = decoder
+        # A stop token adds no text. If the reason is "stop" here, the scheduler has ended the
+        # sequence at a stop token, which is the last one: stop strings are found only below.
+        ended_by_token = seq.finish_reason == "stop"
+        for token_id in new_ids[:-1] if ended_by_token else new_ids:
             decoder.push(token_id)
         if decoder.stopped is not None:
             self.scheduler.finish(seq, "stop")
+            # Also where the scheduler ended it in the same step: the stop string came first.
             seq.finish_reason, seq.stop_reason = "stop", decoder.stopped
         elif seq.status == FINISHED:
             decoder.finish()
 
-    def _request_output(self, live: _Live, finished: bool) -> RequestOutput:
+    def _request_output(self, followed: _Followed, finished: bool) -> RequestOutput:
+        request, scores = followed.request, followed.prompt_logprobs
         outputs = []
-        for seq in live.request.sequences:
-            if seq.status == FINISHED and seq.finish_reason is None:
-                continue  # dropped by its strategy
-            decoder = live.decoders.get(seq.index)
-            generated = seq.token_ids[seq.num_prompt_tokens :]
-            output = CompletionOutput(seq.index, decoder.text if decoder else "", generated)
-            if live.request.params.logprobs is not None:
-                output.logprobs = list(seq.logprobs)
-                chosen = zip(seq.logprobs, generated, strict=True)
-                output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
-            output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
-            outputs.append(output)
+        for seq in request.sequences:
+            dropped_by_strategy = seq.status == FINISHED and seq.finish_reason is None
+            if not dropped_by_strategy:
+                outputs.append(self._completion(followed, seq))
         return RequestOutput(
-            request_id=live.request.request_id,
-            prompt=live.prompt,
-            prompt_token_ids=live.request.prompt_token_ids,
+            request_id=request.request_id,
+            prompt=followed.prompt,
+            prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
-            prompt_logprobs=None if live.prompt_logprobs is None else list(live.prompt_logprobs),
-            metrics=live.metrics,
+            prompt_logprobs=None if scores is None else list(scores),
+            metrics=followed.metrics,
             finished=finished,
         )
 
+    def _completion(self, followed: _Followed, seq: Sequence) -> CompletionOutput:
+        decoder = followed.decoders.get(seq.index)
+        generated = seq.token_ids[seq.num_prompt_tokens :]
+        output = CompletionOutput(seq.index, decoder.text if decoder else "", generated)
+        if followed.request.params.logprobs is not None:
+            output.logprobs = list(seq.logprobs)  # a copy: later steps append to the sequence's
+            chosen = zip(seq.logprobs, generated, strict=True)
+            output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
+        output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
+        return output
+
     def _name_tokens(self, entries: list[dict[int, Logprob]]) -> None:
+        """Fill in the text of each token in some log-probabilities."""
         if self.tokenizer is not None:
             for entry in entries:
                 for token_id, logprob in entry.items():
@@ -334,44 +379,55 @@ class OutputProcessor:
 
 
 # --------------------------------------------------------------------------------------------------
+WRITTEN = "a 🐉 paged END and"  # what the demo's stand-in for a model writes, one byte a token
+STOP = "END"
+
+
+class ByteTokenizer:
+    """A vocabulary of 256 tokens, one for each byte."""
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of a text."""
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte itself."""
+        return bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        """The byte as text, U+FFFD if it is only a part of a character."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+
 def demo():
-    """A stand-in for the model writes bytes; text comes out whole, and a stop string is cut."""
-
-    class ByteTokenizer:  # 256 tokens, one a byte
-        def encode(self, text):
-            return list(text.encode())
-
-        def token_bytes(self, token_id):
-            return bytes([token_id])
-
-        def token_text(self, token_id):
-            return repr(bytes([token_id]))
-
+    """A stand-in for the model writes bytes; the text comes out whole and ends before STOP."""
     tokenizer = ByteTokenizer()
-    written = tokenizer.encode("a 🐉 in paged memory END and more")
+    written = tokenizer.encode(WRITTEN)
     scheduler = Scheduler(BlockAllocator(8, 8), 4, 64, 64)
     processor = OutputProcessor(scheduler, tokenizer)
-    request = Request("0", [65], arrival=0, params=SamplingParams(stop="END", max_tokens=60))
-    request.sequences = [Sequence(request, 0, [65], 1, max_tokens=60)]
+    request = Request("0", [65], arrival=0, params=SamplingParams(stop=STOP, max_tokens=60))
+    request.sequences = [Sequence(request, 0, [65], num_prompt_tokens=1, max_tokens=60)]
     scheduler.add(request)
     processor.add(request, "A")
 
-    texts = []
-    print("step  token   text so far")
+    texts: list[str] = []  # after each step
+    print("step  token  alone  text so far")
     while scheduler.has_unfinished():
         plan = scheduler.schedule()
         token_id = written[len(texts)]
         scheduler.update(plan, [Continuation(seq, [token_id]) for seq in plan.sampled])
-        output = processor.process(plan, time.monotonic())[0]
+        (output,) = processor.process(plan, time.monotonic())
         texts.append(output.outputs[0].text)
-        if len(texts) in (2, 3, 5, 6, 20, 21, 23, 24):
-            print(f"{len(texts):4}  {token_id:5}   {texts[-1]!r}")
-    final = output.outputs[0]
-    print(f"finish_reason {final.finish_reason!r}, stop_reason {final.stop_reason!r}")
-    print(f"{len(final.token_ids)} tokens, of which the last {len('END')} are no text")
-    assert final.text == "a 🐉 in paged memory " and output.finished
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(texts)
-    assert scheduler.allocator.num_free == 8
+        alone = tokenizer.token_text(token_id)
+        print(f"{len(texts):4}  {token_id:5}  {alone:5}  {texts[-1]!r}")
+        if len(texts) == len(written):
+            break
+    (completion,) = output.outputs
+    print(f"finish_reason {completion.finish_reason!r}, stop_reason {completion.stop_reason!r}")
+    before_stop = WRITTEN[: WRITTEN.index(STOP)]
+    assert completion.text == before_stop, "the text ends before the stop string"
+    assert all(before_stop.startswith(text) for text in texts)
+    assert output.finished and scheduler.allocator.num_free == 8
     print("ok: no character was broken, and the text ends exactly before the stop string")
 
 
