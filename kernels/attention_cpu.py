@@ -1,27 +1,27 @@
-"""The same attention, compiled for the CPU: every block is read once, in place, all heads in turn.
+"""Decode attention on a CPU: the plain Numba loop, then the form that the engine uses.
 
-Decoding is bound by memory: a step of 32 sequences at 1,000 tokens reads 2.4 GB of keys and values
-in float32 and does little with each number. Gathering the blocks into one piece first would move
-those bytes three times. In the pool a block's K and V, all heads of both, lie side by side, so a
-compiled loop over the table reads 98 KB in a row, jumps, and reads the next 98 KB. A prefetch two
-heads ahead hides the jump; a line of K and one of V, a block ahead, have their page looked up:
+Decode attention is limited by memory. A step of 32 sequences of 1,000 tokens reads 2.4 GB of keys
+and values of GPT-2 in float32 and computes little with each number. Copying the blocks into one
+contiguous tensor first would move these bytes three times, so both loops read them in place.
+
+`attend_per_head` is the loop that one writes first: one (sequence, head) at a time. It visits each
+block 12 times and reads 8 KB of it each time. In the pool, K and V of all heads of a block are
+adjacent, so `paged_attention_cpu` reads all 98 KB of a block in one pass and then goes to the next:
 
     table [ 5, 0, 7 ]    block 5: K head 0 1 2 .. 11 | V head 0 1 2 .. 11     then block 0, block 7
                                   └─ scores ─┐            └─ weighted sum
-                                             └─ 2^(score - m) ─┘       m, l, acc: a few KB in cache
+                                             └─ 2^(score - m) ─┘       m, l, acc stay in cache
 
-The contexts are cut into chunks of 256 tokens, and a chunk is the unit of work for a thread. Each
-chunk yields its own m, l and acc, and these merge by the same three equations: one long sequence
-feeds all threads, and a result depends neither on their number nor on the rest of the batch. A
-prompt has the arithmetic to pay for a copy: its blocks are laid out once and a BLAS does the rest.
+A context is cut into chunks of 256 tokens, and the threads share the chunks. Each chunk yields its
+own m, l and acc, and `merge_chunks` combines them by the same three equations. So one long sequence
+keeps all threads busy, and a result depends neither on the number of threads nor on the batch.
+Sequences with 10 or more new tokens go to `prefill_cpu.py`. Measured for 32 sequences of 300 tokens
+on one AVX-512 core: 22 GB/s of K and V, where the library's attention on contiguous memory reads
+15 GB/s.
 
-Numba compiles this at the first call, in seconds, and keeps it on disk; what is in a register is
-said in the words of vector_cpu.py. What a production engine does beyond this: vector code for each
-kind of processor, and one thread team a socket.
-
+Checked by tests/kernels/test_attention_cpu.py against dense attention in float64.
 Dao et al. 2023, "Flash-Decoding for long-context inference" (chunks and merge).
 Run: python -m kernels.attention_cpu
-Try: PREFETCH = False, or CHUNK_LEN = 16, and time experiments/kernels.py again.
 """
 
 import math
@@ -35,43 +35,29 @@ from torch import Tensor
 
 from kernels.numba_tools import (
     HAS_NUMBA,
-    bits,
     compiled,
     compiled_parallel,
-    flat,
+    flat_memory,
     inlined,
+    power_of_two,
     prange,
     prefetch,
-    touch,
-    use_openmp_team,
+    prefetch_line,
+    use_openmp_threads,
     widen,
-    workers,
+    worker_threads,
 )
-from kernels.prefill_cpu import attend_prompt, check, write_kv_cpu
-from kernels.vector_cpu import (
-    first,
-    lanes,
-    largest,
-    load,
-    power_of_two,
-    store,
-    store_totals,
-    total,
-    zeros,
-)
+from kernels.prefill_cpu import attend_prompt, check_tensors, write_kv_cpu
 from paged_attention import paged_attention
 
 __all__ = ["attend_per_head", "paged_attention_cpu", "write_kv_cpu"]
 
-CHUNK_LEN = 256  # tokens of context that one thread walks: 1.6 MB of GPT-2's K and V in float32
-MANY_QUERIES = 10  # from here on a sequence's new tokens are a prompt: worth one copy and a BLAS
-PREFETCH, AHEAD = True, 2  # so many heads ahead of what is read now
-ROUNDED_ONCE = [
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-]  # sums and results
-LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)), and powers of two are cheaper
+CHUNK_LEN = 256  # tokens; with GPT-2 in float32 a chunk is 1.6 MB of one layer's K and V
+MANY_QUERIES = 10  # a sequence with so many new tokens is a prompt: prefill_cpu.py is faster
+TOKENS_AT_ONCE = 16  # scores that are raised to powers together; a multiple of 4
+HEADS_AHEAD = 2  # the kernel prefetches the K and V that it reads two heads later
+MUST_PREFETCH = True  # False, for an experiment: 32 x 300 tokens take 1.3 times as long
+LOG2_E = math.log2(math.e)  # e^x = 2^(x log2(e)): the scale includes it, powers of two are cheaper
 
 
 # ---- the plain form: one (sequence, head) at a time ----------------------------------------------
@@ -139,8 +125,8 @@ def attend_per_head(
     result = torch.empty(q.shape, dtype=torch.float32)
     loop_per_head(
         q.float().contiguous().numpy(),
-        flat(k_cache),
-        flat(v_cache),
+        flat_memory(k_cache),
+        flat_memory(v_cache),
         k_cache.stride()[:3],
         k_cache.shape[2],
         block_tables.numpy(),
@@ -151,199 +137,295 @@ def attend_per_head(
     return result.to(q.dtype)
 
 
-# ---- the walk ------------------------------------------------------------------------------------
+# ---- the fast form: one chunk of one sequence, all heads of a block ------------------------------
 @inlined
-def fold_block(D, q, k, v, where, so_far, acc, scores):
-    """`paged_attention.fold_block` for one query and one head of a block; returns the new m, l.
+def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, scores):
+    """scores[t] = query . k for up to TOKENS_AT_ONCE tokens of one head; returns the largest.
 
-    q and acc are (D,), k and v the whole pool as flat arrays. `where` says which element of them
-    begins the first token, how many tokens there are (as many as a register has lanes, at most),
-    the stride from one to the next, and where to fetch ahead (negative: nowhere). Tokens go four
-    at a time: q is loaded once for four products, acc once for four sums. Where fewer are left the
-    last one is taken again, and its score does not count.
+    query is (D,), k the flat pool, `begin` the index of the first token's row in it and `stride`
+    the distance from one row to the next. Entries of `scores` (TOKENS_AT_ONCE,) without a token
+    become -inf. With `must_fetch` the same number of rows is prefetched from k[fetch_at] on.
     """
-    row, num_tokens, stride, ahead = where
-    m, l = so_far
-    W, last = lanes(acc), row + (num_tokens - 1) * stride
-    # q . k for each token, and the new maximum m'.
+    scores[:] = -np.inf
+    last = begin + (num_tokens - 1) * stride
+    top = scores[0]
     for t in range(0, num_tokens, 4):
-        if ahead >= 0:
-            prefetch(k, ahead + t * stride)
-        r0 = row + t * stride
-        r1, r2, r3 = min(r0 + stride, last), min(r0 + 2 * stride, last), min(r0 + 3 * stride, last)
-        s0 = s1 = s2 = s3 = zeros(acc)
-        for d in range(0, D, W):
-            x = load(q, d, D - d)
-            s0 += x * load(k, r0 + d, D - d)
-            s1 += x * load(k, r1 + d, D - d)
-            s2 += x * load(k, r2 + d, D - d)
-            s3 += x * load(k, r3 + d, D - d)
-        store_totals(scores, t, s0, s1, s2, s3)
-    s = first(load(scores, 0, W), num_tokens)
-    top = max(m, largest(s))
+        if must_fetch:
+            prefetch(k, fetch_at + t * stride)
+        # Four tokens at a time: query[d] is loaded once for four products. Where fewer are left the
+        # last row is read again. Unsigned indices: Numba would test signed ones for k[-1].
+        row0 = np.uint64(begin + t * stride)
+        row1 = np.uint64(min(begin + (t + 1) * stride, last))
+        row2 = np.uint64(min(begin + (t + 2) * stride, last))
+        row3 = np.uint64(min(begin + (t + 3) * stride, last))
+        s0 = s1 = s2 = s3 = scores.dtype.type(0)
+        for d in range(np.uint64(D)):
+            x = query[d]
+            s0 += x * widen(k[row0 + d])
+            s1 += x * widen(k[row1 + d])
+            s2 += x * widen(k[row2 + d])
+            s3 += x * widen(k[row3 + d])
+        top = max(top, max(max(s0, s1), max(s2, s3)))  # the last row twice: the same maximum
+        scores[t] = s0
+        if t + 1 < num_tokens:
+            scores[t + 1] = s1
+        if t + 2 < num_tokens:
+            scores[t + 2] = s2
+        if t + 3 < num_tokens:
+            scores[t + 3] = s3
+    return top
 
-    # l' = l 2^(m - m') + sum(2^(s - m')): before the first token m is -inf, and l and acc are 0.
-    shrink, p = power_of_two(m - top), power_of_two(s - top)
-    store(scores, 0, W, p)
-    for d in range(0, D, W):
-        store(acc, d, D - d, load(acc, d, D - d) * shrink)
 
-    # acc' = acc 2^(m - m') + 2^(s - m') V
+@inlined
+def add_values(D, weights, v, begin, num_tokens, stride, must_fetch, fetch_at, acc):
+    """acc (D,) += weights[t] * v of each token; the other arguments are those of `score_tokens`."""
+    last = begin + (num_tokens - 1) * stride
     for t in range(0, num_tokens, 4):
-        if ahead >= 0:
-            prefetch(v, ahead + t * stride)
-        r0 = row + t * stride
-        r1, r2, r3 = min(r0 + stride, last), min(r0 + 2 * stride, last), min(r0 + 3 * stride, last)
-        p0, p1, p2, p3 = scores[t], scores[t + 1], scores[t + 2], scores[t + 3]
-        for d in range(0, D, W):
-            a = load(acc, d, D - d) + p0 * load(v, r0 + d, D - d)
-            a += p1 * load(v, r1 + d, D - d)
-            a += p2 * load(v, r2 + d, D - d)
-            store(acc, d, D - d, a + p3 * load(v, r3 + d, D - d))
-    return top, l * shrink + total(p)
+        if must_fetch:
+            prefetch(v, fetch_at + t * stride)
+        row0 = np.uint64(begin + t * stride)
+        row1 = np.uint64(min(begin + (t + 1) * stride, last))
+        row2 = np.uint64(min(begin + (t + 2) * stride, last))
+        row3 = np.uint64(min(begin + (t + 3) * stride, last))
+        w0 = weights[t]  # 0 for entries without a token
+        w1 = weights[t + 1]
+        w2 = weights[t + 2]
+        w3 = weights[t + 3]
+        for d in range(np.uint64(D)):  # acc[d] is loaded and stored once for four products
+            total = acc[d] + w0 * widen(v[row0 + d])
+            total += w1 * widen(v[row1 + d])
+            total += w2 * widen(v[row2 + d])
+            acc[d] = total + w3 * widen(v[row3 + d])
+
+
+@inlined
+def fold_tokens(D, query, k, v, begin, num_tokens, stride, must_fetch, fetch_at, m, l, acc, scores):
+    """`paged_attention.fold_block` for one query, one head and up to TOKENS_AT_ONCE tokens.
+
+    Adds to acc (D,) in place and returns the new m and l.
+    """
+    top = score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, scores)
+    m_new = max(m, top)
+
+    # l' = l 2^(m - m') + sum 2^(s - m'): before the first token m is -inf, l and acc are 0.
+    shrink = power_of_two(m - m_new)
+    added = scores.dtype.type(0)
+    for t in range(len(scores)):  # the length is not a constant, so LLVM vectorises the loop
+        weight = power_of_two(scores[t] - m_new)
+        scores[t] = weight
+        added += weight
+
+    # acc' = acc 2^(m - m') + sum 2^(s - m') v
+    for d in range(np.uint64(D)):
+        acc[d] *= shrink
+    add_values(D, scores, v, begin, num_tokens, stride, must_fetch, fetch_at, acc)
+    return m_new, l * shrink + added
 
 
 @compiled
-def walk_chunk(q, H, k, v, shape, table, start, stop, last, m, l, acc, scores):
+def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc, scores):
     """Fold the tokens [start, stop) of one sequence into m, l (T * H,) and acc (T * H, D).
 
-    q is (T * H, D); its query t sits at position `last` + t, the last one that it may read. A
-    block's heads are read in the order in which they lie, and all queries that read a head do so
-    while it is in the cache.
+    queries are (T * H, D), the H heads of each of T new tokens; the first one is at `position` of
+    the sequence. All queries that read a head of a block do so while it is in the cache. `layout`
+    describes the pool: (H_kv, block_size, block_stride, head_stride, token_stride), in elements.
     """
-    H_kv, block_size, block_stride, head_stride, token_stride = shape
-    T, G, D, W = len(q) // H, H // H_kv, q.shape[1], lanes(q)
-    final = (stop - 1) // block_size
-    for b in range(start // block_size, final + 1):
-        # Offsets [begin, end) of block b: a chunk may begin and end inside one.
+    H_kv, block_size, block_stride, head_stride, token_stride = layout
+    D = queries.shape[1]
+    num_queries = len(queries) // H
+    group = H // H_kv  # query heads that share one head of K and V
+    last_block = (stop - 1) // block_size
+    for b in range(start // block_size, last_block + 1):
+        # The chunk's part of block b are the offsets [begin, end).
         begin = max(start - b * block_size, 0)
         end = min(stop - b * block_size, block_size)
         block = np.int64(table[b]) * block_stride  # int64: a pool has more than 2^31 elements
-        next_block = np.int64(table[min(b + 1, final)]) * block_stride
-        if PREFETCH:  # where the next block lies takes longest to find out
-            touch(k, next_block)
-            touch(v, next_block)
+        next_block = np.int64(table[min(b + 1, last_block)]) * block_stride
+        if MUST_PREFETCH:
+            # One line of the next block's K and of its V, early: a TLB miss takes longest.
+            prefetch_line(k, next_block)
+            prefetch_line(v, next_block)
         for h_kv in range(H_kv):
-            tile = block + h_kv * head_stride
-            later = h_kv + AHEAD  # in the order of reading
-            ahead = (block if later < H_kv else next_block) + later % H_kv * head_stride
-            for t in range(T):
-                # Causality is a shorter loop, not a mask: nothing behind it is even loaded.
-                readable = min(end, last + t + 1 - b * block_size) - begin
-                if readable <= 0:
-                    continue
-                for h in range(t * H + h_kv * G, t * H + h_kv * G + G):
-                    for i in range(0, readable, W):
-                        fetch = ahead + i * token_stride if PREFETCH and h == h_kv * G else -1
-                        begins = tile + (begin + i) * token_stride
-                        where = begins, min(readable - i, W), token_stride, fetch
-                        so_far = m[h], l[h]
-                        if D == 64:  # GPT-2 in all its sizes: loops of a known length have no ends
-                            m[h], l[h] = fold_block(64, q[h], k, v, where, so_far, acc[h], scores)
+            head = block + h_kv * head_stride
+            ahead = h_kv + HEADS_AHEAD  # past the last head: the first heads of the next block
+            head_ahead = (block if ahead < H_kv else next_block) + ahead % H_kv * head_stride
+            for t in range(num_queries):
+                # The query at position p reads tokens up to p: causality is a shorter loop.
+                readable = min(end, position + t + 1 - b * block_size) - begin
+                for h in range(t * H + h_kv * group, t * H + (h_kv + 1) * group):
+                    must_fetch = MUST_PREFETCH and h == h_kv * group  # the first reader alone
+                    for i in range(0, readable, TOKENS_AT_ONCE):
+                        first = head + (begin + i) * token_stride
+                        num_tokens = min(readable - i, TOKENS_AT_ONCE)
+                        fetch_at = head_ahead + i * token_stride
+                        # GPT-2's D is 64: with a constant, LLVM unrolls the loops over d.
+                        if D == 64:
+                            m[h], l[h] = fold_tokens(
+                                64, queries[h], k, v, first, num_tokens, token_stride,
+                                must_fetch, fetch_at, m[h], l[h], acc[h], scores,
+                            )  # fmt: skip
                         else:
-                            m[h], l[h] = fold_block(D, q[h], k, v, where, so_far, acc[h], scores)
+                            m[h], l[h] = fold_tokens(
+                                D, queries[h], k, v, first, num_tokens, token_stride,
+                                must_fetch, fetch_at, m[h], l[h], acc[h], scores,
+                            )  # fmt: skip
 
 
 @compiled
-def cut_into_chunks(locs, context_lens, context_starts, few, q, strides, scale, queries, out):
-    """The work list (num_chunks, 4): sequence, first token, last token + 1, first partial row; and
-    where in it each sequence's chunks begin (B + 1,), the last number being its end.
+def walk_chunks(chunks, locs, queries, k, v, layout, tables, context_lens, m, l, acc):
+    """`walk_chunk` for each row of `chunks`: what one thread does. The results go into m, l, acc.
 
-    Also puts q, flat, times `scale` into queries (N, H, D), zeros into out (N, H, D), and returns
-    room for the partial results, m, l (rows, H) and acc (rows, H, D): each chunk has one row for
-    each query of its sequence. Sequences of no queries, or of `few` and more, are left out. Chunks
-    are cut at multiples of CHUNK_LEN whatever else runs: no result depends on the batch.
+    queries are (N, H, D), m and l (rows, H), acc (rows, H, D); `locs` are the query_start_locs.
     """
-    out[:], (N, H, D), dtype = 0, queries.shape, queries.dtype
-    for n in range(N):
-        for h in range(H):
-            at = np.uint64(n * strides[0] + h * strides[1])
-            for d in range(np.uint64(D)):
-                queries[n, h, d] = dtype.type(widen(q[at + d])) * dtype.type(scale)
-    most = context_lens.sum() // CHUNK_LEN + len(context_lens)
-    chunks, begins, n, row = np.empty((most, 4), np.int64), np.zeros(len(locs), np.int64), 0, 0
-    for i in range(len(context_lens)):
-        num_queries = locs[i + 1] - locs[i]
-        if 0 < num_queries < few:
-            for begin in range(0, context_lens[i], CHUNK_LEN):
-                start = max(begin, context_starts[i])
-                stop = min(begin + CHUNK_LEN, context_lens[i])
-                if start < stop:
-                    chunks[n] = i, start, stop, row
-                    n, row = n + 1, row + num_queries
-        begins[i + 1] = n
-    m, l = np.full((row, H), -np.inf, dtype), np.zeros((row, H), dtype)
-    return chunks[:n], begins, m, l, np.zeros((row, H, D), dtype)
-
-
-@compiled
-def walk_chunks(chunks, locs, q, k, v, shape, tables, context_lens, m, l, acc):
-    """One thread's share of the work list; m, l (rows, H) and acc (rows, H, D) are its results."""
-    scores, (_, H, D) = np.empty(lanes(q), q.dtype), q.shape
+    scores = np.empty(TOKENS_AT_ONCE, queries.dtype)
+    _, H, D = queries.shape
     for i, start, stop, row in chunks:
-        begin, T = locs[i], locs[i + 1] - locs[i]
-        sizes = shape, tables[i], start, stop, context_lens[i] - T
-        queries, sums = q[begin : begin + T].reshape(-1, D), acc[row : row + T].reshape(-1, D)
-        m_rows, l_rows = m[row : row + T].reshape(-1), l[row : row + T].reshape(-1)
-        walk_chunk(queries, H, k, v, *sizes, m_rows, l_rows, sums, scores)
+        T = locs[i + 1] - locs[i]
+        walk_chunk(
+            queries[locs[i] : locs[i + 1]].reshape(-1, D),
+            H,
+            k,
+            v,
+            layout,
+            tables[i],
+            start,
+            stop,
+            context_lens[i] - T,  # 17 tokens may be read, 2 of them new -> the first is at 15
+            m[row : row + T].reshape(-1),
+            l[row : row + T].reshape(-1),
+            acc[row : row + T].reshape(-1, D),
+            scores,
+        )
 
 
 @compiled
-def merge_chunks(chunks, begins, locs, m, l, acc, out):
-    """Put some sequences' partial results together in out (N, H, D): the same equations once more.
+def merge_chunks(chunks, chunk_locs, locs, m, l, acc, out):
+    """Combine the partial results of each sequence's chunks in out (N, H, D).
 
-    A partial result summed under its own maximum m counts 2^(m - the largest m); this takes the
-    place of its l. `begins` and `locs` are those of the sequences that are meant; rows of no chunk
-    stay as they are.
+    Sequence i has the chunks [chunk_locs[i], chunk_locs[i + 1]) and the queries
+    [locs[i], locs[i + 1]). A partial result was summed under its own maximum m, so its weight is
+    2^(m - the largest m). The weights overwrite l. Rows without a chunk are not changed.
     """
-    (_, H, D), W = out.shape, lanes(acc)
-    for i in range(len(begins) - 1):
-        for t in range(locs[i + 1] - locs[i] if begins[i] < begins[i + 1] else 0):
-            rows = chunks[begins[i] : begins[i + 1], 3] + t
+    _, H, D = out.shape
+    for i in range(len(chunk_locs) - 1):
+        if chunk_locs[i] == chunk_locs[i + 1]:
+            continue
+        for n in range(locs[i], locs[i + 1]):
+            rows = chunks[chunk_locs[i] : chunk_locs[i + 1], 3] + (n - locs[i])
             for h in range(H):
-                top, total = m[rows[0], h], m.dtype.type(0)
+                top = m[rows[0], h]
                 for row in rows:
                     top = max(top, m[row, h])
+                total = m.dtype.type(0)
                 for row in rows:
-                    if l[row, h] != 0:  # else this query sits before the chunk and read nothing
+                    if l[row, h] != 0:  # 0: the query is before this chunk and has read nothing
                         weight = power_of_two(m[row, h] - top)
                         total += weight * l[row, h]
                         l[row, h] = weight
                 if total != 0:
-                    for d in range(0, D, W):
-                        s = zeros(acc)
-                        for row in rows:
-                            s += l[row, h] * load(acc[row, h], d, D - d)
-                        store(out[locs[i] + t, h], d, D - d, s / total)
+                    for row in rows:
+                        weight = l[row, h] / total
+                        for d in range(D):
+                            out[n, h, d] += weight * acc[row, h, d]
+
+
+# ---- the work list and the threads ---------------------------------------------------------------
+@compiled
+def scale_queries(q, strides, scale, queries):
+    """queries (N, H, D) = q * scale, in the type of the sums. q is flat, with its strides."""
+    N, H, D = queries.shape
+    for n in range(N):
+        for h in range(H):
+            begin = np.uint64(n * strides[0] + h * strides[1])
+            for d in range(np.uint64(D)):
+                queries[n, h, d] = widen(q[begin + d]) * scale
+
+
+@compiled
+def cut_into_chunks(locs, context_lens, context_starts):
+    """The work list (num_chunks, 4), where each sequence's chunks begin in it, the partial rows.
+
+    A row of the list is: sequence, first token, last token + 1, its first row of m, l and acc.
+    Each chunk has one such row for each query of its sequence. Sequences without queries, and those
+    with MANY_QUERIES or more, have no chunks. Chunks are cut at multiples of CHUNK_LEN, whatever
+    else is in the batch, so that a sequence's result does not depend on the batch.
+    """
+    B = len(context_lens)
+    chunks = np.empty((context_lens.sum() // CHUNK_LEN + B, 4), np.int64)
+    chunk_locs = np.zeros(B + 1, np.int64)
+    num_chunks = 0
+    num_rows = 0
+    for i in range(B):
+        num_queries = locs[i + 1] - locs[i]
+        if 0 < num_queries < MANY_QUERIES:
+            # context_starts 70, context_lens 600 -> [70, 256), [256, 512), [512, 600)
+            for begin in range(0, context_lens[i], CHUNK_LEN):
+                start = max(begin, context_starts[i])
+                stop = min(begin + CHUNK_LEN, context_lens[i])
+                if start < stop:
+                    chunks[num_chunks] = i, start, stop, num_rows
+                    num_chunks += 1
+                    num_rows += num_queries
+        chunk_locs[i + 1] = num_chunks
+    return chunks[:num_chunks], chunk_locs, num_rows
+
+
+@compiled
+def prepare(q, q_strides, scale, queries, locs, context_lens, context_starts, out):
+    """All that precedes the walk, in one call from Python.
+
+    Fills queries (N, H, D), sets out (N, H, D) to zero, and returns the work list, where each
+    sequence's chunks begin in it, and m, l (rows, H) and acc (rows, H, D) as they are before the
+    first token.
+    """
+    scale_queries(q, q_strides, scale, queries)
+    out[:] = 0
+    chunks, chunk_locs, num_rows = cut_into_chunks(locs, context_lens, context_starts)
+    _, H, D = queries.shape
+    m = np.full((num_rows, H), -np.inf, queries.dtype)
+    l = np.zeros((num_rows, H), queries.dtype)
+    acc = np.zeros((num_rows, H, D), queries.dtype)
+    return chunks, chunk_locs, m, l, acc
 
 
 @compiled_parallel
-def attend_on_team(chunks, begins, locs, q, k, v, shape, tables, context_lens, m, l, acc, out):
-    """`walk_chunks` with a thread for each part of the list, then `merge_chunks` for each part of
-    the sequences."""
+def attend_on_openmp(
+    chunks, chunk_locs, locs, queries, k, v, layout, tables, context_lens, m, l, acc, out
+):
+    """OpenMP's threads share the chunks, and then the sequences whose chunks are merged."""
     for c in prange(len(chunks)):
-        walk_chunks(chunks[c : c + 1], locs, q, k, v, shape, tables, context_lens, m, l, acc)
-    for i in prange(len(begins) - 1):
-        merge_chunks(chunks, begins[i : i + 2], locs[i : i + 2], m, l, acc, out)
+        walk_chunks(chunks[c : c + 1], locs, queries, k, v, layout, tables, context_lens, m, l, acc)
+    for i in prange(len(chunk_locs) - 1):
+        merge_chunks(chunks, chunk_locs[i : i + 2], locs[i : i + 2], m, l, acc, out)
 
 
-def attend_chunks(num_threads, chunks, begins, locs, inputs, partials, out):
-    """Share the work out among threads. No result depends on who computed it, so any number of
-    threads gives the same bits."""
+def attend_chunks(
+    num_threads, chunks, chunk_locs, locs,
+    queries, k, v, layout, tables, context_lens, m, l, acc, out,
+):  # fmt: skip
+    """Walk and merge all chunks on `num_threads` threads; any number of them gives the same bits.
+
+    The threads are OpenMP's where it is there, and Python's own otherwise.
+    """
     num_threads = max(1, min(num_threads, len(chunks)))
-    if num_threads > 1 and use_openmp_team(num_threads):
-        attend_on_team(chunks, begins, locs, *inputs, *partials, out)
+    if num_threads > 1 and use_openmp_threads(num_threads):
+        attend_on_openmp(
+            chunks, chunk_locs, locs, queries, k, v, layout, tables, context_lens, m, l, acc, out
+        )
         return
-    cuts = [len(chunks) * w // num_threads for w in range(num_threads + 1)]
-    mine, *shares = (chunks[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True))
-    others = [
-        workers(os.getpid(), num_threads).submit(walk_chunks, share, locs, *inputs, *partials)
-        for share in shares
-    ]
-    walk_chunks(mine, locs, *inputs, *partials)
+    others = []
+    for w in range(1, num_threads):
+        share = chunks[len(chunks) * w // num_threads : len(chunks) * (w + 1) // num_threads]
+        others.append(
+            worker_threads(os.getpid(), num_threads).submit(
+                walk_chunks, share, locs, queries, k, v, layout, tables, context_lens, m, l, acc
+            )
+        )
+    share = chunks[: len(chunks) // num_threads]  # this thread's own
+    walk_chunks(share, locs, queries, k, v, layout, tables, context_lens, m, l, acc)
     for other in others:
         other.result()
-    merge_chunks(chunks, begins, locs, *partials, out)
+    merge_chunks(chunks, chunk_locs, locs, m, l, acc, out)
 
 
 # ---- the common signature ------------------------------------------------------------------------
@@ -362,37 +444,45 @@ def paged_attention_cpu(
 ) -> Tensor:
     """`paged_attention.paged_attention` for float64, float32 and bfloat16 pools in host memory.
 
-    Runs on as many threads as PyTorch does (`torch.set_num_threads`), and may be called from
-    several threads at once. Raises TypeError for another dtype, ValueError where the last
-    dimension is not contiguous or K and V are laid out differently.
+    It runs on as many threads as PyTorch does (`torch.set_num_threads`), and several threads may
+    call it at the same time. Raises TypeError for another dtype, and ValueError where the last
+    dimension is not contiguous or the strides of K and V differ.
     """
-    check("paged_attention_cpu", q, k_cache, v_cache)
+    check_tensors("paged_attention_cpu", q, k_cache, v_cache)
     if k_cache.stride() != v_cache.stride():
         strides = f"{k_cache.stride()} and {v_cache.stride()}"
         raise ValueError(f"paged_attention_cpu: strides of k and v are {strides}: make them equal")
-    out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype)
+    # Sums are float32 or float64; a bfloat16 result is rounded once, by the last line.
     dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
-    # Sums are 32 bits or 64: a bfloat16 result is rounded once, at the end.
-    in_place = out.is_contiguous() and (dtype, out.dtype) in ROUNDED_ONCE
-    result = out if in_place else torch.empty(q.shape, dtype=dtype)
-    shape = (*k_cache.shape[1:3], *k_cache.stride()[:3])
-    k, v, tables = flat(k_cache), flat(v_cache), block_tables.numpy()
-    locs, lens = query_start_locs.numpy(), context_lens.numpy()
-    starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
+    is_in_place = out.dtype == dtype and out.is_contiguous()
+    result = out if is_in_place else torch.empty(q.shape, dtype=dtype)
 
-    # Few steps: after so much reading the caches hold nothing of Python, and each line takes 10 us.
-    queries = np.empty(q.shape, np.float64 if dtype == torch.float64 else np.float32)
-    scaled, target = (flat(q), q.stride(), scale * LOG2_E, queries), bits(result)
-    chunks, begins, *partials = cut_into_chunks(locs, lens, starts, MANY_QUERIES, *scaled, target)
-    inputs = queries, k, v, shape, tables, lens
-    attend_chunks(torch.get_num_threads(), chunks, begins, locs, inputs, partials, target)
+    # Few calls from Python: a layer's K and V have evicted the interpreter's code and data from the
+    # caches, and each line takes about 10 us.
+    k, v = flat_memory(k_cache), flat_memory(v_cache)
+    layout = (*k_cache.shape[1:3], *k_cache.stride()[:3])
+    tables, locs, lens = block_tables.numpy(), query_start_locs.numpy(), context_lens.numpy()
+    starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
+    target = result.numpy()
+    queries = np.empty(q.shape, target.dtype)
+    chunks, chunk_locs, m, l, acc = prepare(
+        flat_memory(q), q.stride(), scale * LOG2_E, queries, locs, lens, starts, target
+    )
+    num_threads = torch.get_num_threads()
+    attend_chunks(
+        num_threads, chunks, chunk_locs, locs,
+        queries, k, v, layout, tables, lens, m, l, acc, target,
+    )  # fmt: skip
 
     if max_query_len >= MANY_QUERIES:
         for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
             rows = slice(locs[i], locs[i + 1])
-            where = shape, tables[i], int(lens[i]), int(starts[i])
-            attend_prompt(q[rows].detach().to(dtype), k, v, *where, scale, result[rows])
-    return out if in_place else out.copy_(result)
+            prompt = q[rows].detach().to(dtype)
+            context_len, start = int(lens[i]), int(starts[i])
+            attend_prompt(prompt, k, v, layout, tables[i], context_len, start, scale, result[rows])
+    return out if is_in_place else out.copy_(result)
 
 
 # --------------------------------------------------------------------------------------------------

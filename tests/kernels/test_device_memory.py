@@ -1,4 +1,4 @@
-"""kernels/device_memory.py: large pages, and how much memory is free."""
+"""device_memory.py: tensors in huge pages, freed with their last view."""
 
 import gc
 import math
@@ -13,7 +13,7 @@ from kernels import device_memory
 from kernels.device_memory import preallocate
 from kv_cache import KVCache
 
-LARGE = (33, 1 << 20)  # 132 MiB of float32 that no page size divides evenly into rows
+LARGE = (33, 1 << 20)  # 132 MiB of float32
 HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -46,13 +46,13 @@ def test_a_large_pool_lies_in_huge_pages():
         2, num_blocks=671, block_size=16, num_kv_heads=12, head_dim=64, allocate=preallocate
     )
     gained = in_huge_pages() - before
-    # All but the two ends; and a busy machine may be short of whole free pieces of 2 MB.
+    # All but the two ends; and a busy machine may lack free pieces of 2 MB.
     assert gained > cache.pool.nbytes / 2, f"{gained} of {cache.pool.nbytes} bytes"
     assert not cache.pool.any()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own count")
-def test_large_memory_goes_with_its_last_tensor():
+def test_large_memory_is_freed_with_its_last_view():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -75,20 +75,18 @@ def test_a_system_without_huge_pages_gives_ordinary_ones(monkeypatch):
 
     monkeypatch.setattr(device_memory.mmap, "mmap", Refusing)
     assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
-    monkeypatch.setattr(
-        device_memory.mmap, "mmap", None
-    )  # never asked where there is no such advice
+    monkeypatch.setattr(device_memory.mmap, "mmap", None)  # without the advice: not called
     monkeypatch.delattr(device_memory.mmap, "MADV_HUGEPAGE", raising=False)
     assert preallocate(LARGE, torch.float32).zero_().shape == LARGE
 
 
-def test_small_memory_is_not_worth_a_mapping(monkeypatch):
+def test_small_tensors_are_not_mapped(monkeypatch):
     monkeypatch.setattr(device_memory.mmap, "mmap", None)
     assert preallocate((2, 3), torch.float32).shape == (2, 3)
     assert preallocate((0,), torch.float32).numel() == 0
 
 
-def test_another_device_has_memory_of_its_own(monkeypatch):
+def test_on_another_device_nothing_is_mapped(monkeypatch):
     monkeypatch.setattr(device_memory.mmap, "mmap", None)
     assert preallocate(LARGE, torch.bfloat16, "meta").is_meta
     assert preallocate(LARGE, torch.bfloat16, torch.device("meta")).dtype == torch.bfloat16

@@ -1,10 +1,9 @@
-"""linear_cpu.py: the float64 product, a sum's exact order, and the memory around it untouched.
+"""linear_cpu.py: the float64 product, the exact order of a sum, and no access outside the arrays.
 
-A sum is said to take its inputs one after the other, with one rounding each. That says every bit of
-a result, so here it is added up once more in exactly this way, and compared bit for bit.
+A sum adds its inputs in order, with one rounding for each. That determines every bit of a result,
+so `sums_in_order` adds in NumPy in the same way, and the tests compare bit for bit.
 """
 
-import copy
 import itertools
 import math
 import os
@@ -60,13 +59,13 @@ def random_x(rows, inputs, dtype, seed=1):
 
 
 def product(x, linear):
-    """In float64, from the very numbers that the layer gets."""
+    """The product in float64, from the same rounded numbers that the layer gets."""
     want = x.double() @ linear.weight.double().t()
     return want if linear.bias is None else want + linear.bias.double()
 
 
 def check(got, want, dtype):
-    """The right shape and type, and as near to the float64 product as it has to be."""
+    """Assert the shape, the dtype, and the distance from the float64 product `want`."""
     assert got.dtype == dtype and got.shape == want.shape
     assert not got.requires_grad
     if want.numel() == 0:
@@ -74,7 +73,7 @@ def check(got, want, dtype):
     largest, error = want.abs().max(), (got.double() - want).abs()
     assert error.max() <= BOUNDS[dtype] * largest
     if dtype == torch.bfloat16:
-        # Rounded once, and at most into the neighbour: the sum itself is one of float32.
+        # The sum is in float32 and is rounded to bfloat16 once.
         one_place = torch.finfo(torch.bfloat16).eps * want.abs()
         assert (error <= one_place + BOUNDS[torch.float32] * largest).all()
 
@@ -82,8 +81,9 @@ def check(got, want, dtype):
 def rounded_once(products, sums):
     """float32(products + sums) from float64 products and float32 sums, rounded only at the end.
 
-    The sum in float64 would be the first of two roundings. Where it is not exact its last bit is
-    made odd, on the side on which the rest lies: then it is no tie that the second one may break.
+    A sum in float64 rounds once and the cast to float32 a second time. To avoid an error by both,
+    the first rounding is "to odd": where the float64 sum is not exact its last bit is made odd, and
+    then it is never halfway between two float32.
     """
     exact = products + sums
     back = exact - products
@@ -94,7 +94,7 @@ def rounded_once(products, sums):
 
 
 def sums_in_order(x, linear):
-    """In float32: from the bias on one input after the other, with one rounding each."""
+    """The sums in float32: the bias, then input after input, with one rounding for each."""
     outputs = len(linear.weight)
     start = torch.zeros(outputs) if linear.bias is None else linear.bias.float()
     sums = start.expand(len(x), outputs).numpy().astype(np.float64)
@@ -105,10 +105,10 @@ def sums_in_order(x, linear):
 
 
 def sums_of(layer, x):
-    """In float32: what the compiled loop makes of x, before a result is rounded to bfloat16."""
-    rows = F.pad(x.float(), (0, layer.room_in)).numpy()
-    out = np.full((len(x), len(layer.first_sums)), math.nan, np.float32)
-    multiply(rows, layer.words, layer.first_sums, out)
+    """The compiled loop's sums in float32, before they are rounded to bfloat16."""
+    rows = F.pad(x.float(), (0, layer.padding_in)).numpy()
+    out = np.full((len(x), len(layer.padded_bias)), math.nan, np.float32)
+    multiply(rows, layer.words, layer.padded_bias, out)
     return torch.from_numpy(out[:, : layer.out_features])
 
 
@@ -122,6 +122,7 @@ def set_threads():
 
 # ---- it is a product -----------------------------------------------------------------------------
 @here
+@pytest.mark.oracle
 @EACH_DTYPE
 def test_two_outputs_by_hand(dtype):
     linear = plain_layer(3, 2, dtype)
@@ -132,9 +133,10 @@ def test_two_outputs_by_hand(dtype):
 
 
 @here
+@pytest.mark.oracle
 @EACH_DTYPE
-@pytest.mark.parametrize("outputs", [1, 23, 24, 25, 47, 48, 49, 97])
-@pytest.mark.parametrize("inputs", [1, 3, 47, 768, 769, 1537])
+@pytest.mark.parametrize("outputs", [1, 23, 25, 47, 48, 49, 97])
+@pytest.mark.parametrize("inputs", [1, 3, 768, 1537])
 def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtype):
     x = random_x(max(ROW_COUNTS), inputs, dtype)
     for bias in (True, False):
@@ -161,7 +163,7 @@ def test_any_size_is_the_float64_product(rows, inputs, outputs, dtype, bias, see
 
 @here
 def test_every_finite_bfloat16_comes_through_as_it_is():
-    """As the lower and as the upper half of a word, and as an input: 1 times it, and 0 more."""
+    """As the lower half of a word, as the upper half, and as an input: 1 times it, plus 0."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     every = bits.view(torch.bfloat16)
     every = every[every.isfinite()]
@@ -194,24 +196,9 @@ def test_a_view_of_a_wider_tensor_is_multiplied_and_only_read(dtype):
 
 @here
 @EACH_DTYPE
-def test_the_plain_weights_may_be_a_view_and_are_not_changed(dtype):
-    linear = plain_layer(48, 96, dtype)
-    turned = random_x(48, 96, dtype).t()
-    linear.weight = nn.Parameter(turned, requires_grad=False)
-    before, x = turned.clone(), random_x(9, 48, dtype)
-    layer = PanelLinear(linear)
-    want = product(x, linear)
-    check(layer(x), want, dtype)
-    assert torch.equal(turned, before)
-    turned.fill_(math.nan)  # panels are a copy
-    check(layer(x), want, dtype)
-
-
-@here
-@EACH_DTYPE
 @pytest.mark.parametrize("rows", [0, 1, 9, 64])
 @pytest.mark.parametrize("outputs", [1, 15, 16, 24, 50, 96])
-def test_the_activation_behind_it_is_gpt2s_and_rounded_once(outputs, rows, dtype):
+def test_the_activation_after_it_is_gpt2s_and_rounded_once(outputs, rows, dtype):
     linear, x = plain_layer(47, outputs, dtype), random_x(rows, 47, dtype) * 8
     want = F.gelu(product(x, linear), approximate="tanh")
     check(PanelLinear(linear, "gelu_new")(x), want, dtype)
@@ -250,7 +237,7 @@ def test_a_sum_takes_its_inputs_one_after_the_other_with_one_rounding_each(input
 
 
 def test_the_oracle_of_the_order_rounds_once():
-    """1 + 2**-24 is a tie in float32, and what comes behind it decides; float64 would lose it."""
+    """1 + 2**-24 is halfway between two float32: 2**-60 more or less decides, float64 loses it."""
     products, sums = np.array([2.0**-24 + 2.0**-60, 2.0**-24 - 2.0**-60]), np.ones(2)
     assert rounded_once(products, sums).tolist() == [1 + 2.0**-23, 1.0]
     assert rounded_once(-products, -sums).tolist() == [-1 - 2.0**-23, -1.0]
@@ -276,7 +263,7 @@ def test_a_row_alone_among_others_and_on_any_number_of_threads_is_the_same(
 
 
 @here
-def test_it_runs_on_as_many_threads_as_pytorch_does(set_threads):
+def test_it_uses_as_many_threads_as_pytorch_does(set_threads):
     import numba
 
     layer, x = PanelLinear(plain_layer(8, 100, torch.float32)), random_x(3, 8, torch.float32)
@@ -319,7 +306,7 @@ def test_a_weight_that_is_not_finite_reaches_its_own_output_alone(inputs, dtype)
 
 
 def between_guards(values, guard, behind=2):
-    """A contiguous copy of an array, with `behind` times its last row of `guard` on both sides."""
+    """A contiguous copy of an array with `behind` rows full of `guard` before and after it."""
     around = np.full((len(values) + 2 * behind, *values.shape[1:]), guard, values.dtype)
     around[behind : len(values) + behind] = values
     return around, around[behind : len(values) + behind]
@@ -329,19 +316,19 @@ def between_guards(values, guard, behind=2):
 @EACH_DTYPE
 @pytest.mark.parametrize("num_words", [4, 20, 768, 772, 1540])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 15, 64, 65, 71, 130])
-def test_only_the_results_rows_are_written_and_nothing_beside_the_inputs_is_read(
+def test_only_the_results_rows_are_written_and_nothing_outside_the_inputs_is_read(
     rows, num_words, dtype
 ):
-    """Beside x, the panels and the bias lies NaN; beside the result a number that has to stay."""
+    """NaN surrounds x, the panels and the bias; a number that must not change, the result."""
     per_word = 4 // dtype.itemsize
     linear = plain_layer(num_words * per_word, 2 * PANEL, dtype)
     layer, x = PanelLinear(linear), random_x(rows, num_words * per_word, dtype)
     nan = math.nan if per_word == 1 else 0x7FC07FC0  # two of bfloat16's
     _, words = between_guards(layer.words, nan)
-    _, first_sums = between_guards(layer.first_sums, math.nan, 3 * PANEL)
+    _, padded_bias = between_guards(layer.padded_bias, math.nan, 3 * PANEL)
     _, numbers = between_guards(x.float().numpy(), math.nan, 20)
     around, out = between_guards(np.full((rows, 2 * PANEL), SENTINEL, np.float32), SENTINEL, 20)
-    multiply(numbers, words, first_sums, out)
+    multiply(numbers, words, padded_bias, out)
     assert torch.equal(torch.from_numpy(out).to(dtype), layer(x))
     check(torch.from_numpy(out).to(dtype), product(x, linear), dtype)
     assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
@@ -352,13 +339,13 @@ def test_only_the_results_rows_are_written_and_nothing_beside_the_inputs_is_read
 @pytest.mark.parametrize("num_words", [4, 768, 772, 1540])
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 64, 65, 130])
 def test_rows_meet_each_piece_of_each_panel_once_and_in_order(rows, num_words, dtype, monkeypatch):
-    """Twice would give the same on one thread, but two would take turns with one sum."""
+    """On one thread a piece that is multiplied twice is not seen; on two it is a data race."""
     calls, per_word = [], 4 // dtype.itemsize
     monkeypatch.setattr(linear_cpu, "multiply_tile", lambda *args: calls.append(args))
     x, w = np.empty((rows, num_words * per_word)), np.empty((3, num_words, PANEL))
     multiply.py_func(x, w, np.empty(3 * PANEL), np.empty((rows, 3 * PANEL)))
     met = []
-    for _, _, _, _, (x_at, w_at, *_), _, _ in calls:
+    for _, x_at, _, _, w_at, *_ in calls:
         row, number = divmod(x_at, num_words * per_word)
         met.append((row, w_at // (num_words * PANEL), number // per_word))
     pieces = range(0, num_words, WORDS_AT_ONCE)
@@ -368,32 +355,21 @@ def test_rows_meet_each_piece_of_each_panel_once_and_in_order(rows, num_words, d
 
 
 # ---- arguments -----------------------------------------------------------------------------------
-@here
-@EACH_DTYPE
-@pytest.mark.parametrize("shape", [(4, 46), (4, 48), (47, 4), (), (47,), (47, 47, 47), (1, 4, 47)])
-def test_an_x_of_another_shape_is_refused_with_both(shape, dtype):
-    layer = PanelLinear(plain_layer(47, 50, dtype))
-    with pytest.raises(ValueError) as error:
-        layer(torch.zeros(shape, dtype=dtype))
-    assert str(shape) in str(error.value) and f"(N, 47) of {dtype}" in str(error.value)
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @here
 @pytest.mark.parametrize(
-    ("dtype", "other"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64),
-        (torch.bfloat16, torch.float16),
-        (torch.float32, torch.int64),
-    ],
+    ("dtype", "shape", "other"),
+    [(F32, shape, F32) for shape in [(4, 46), (4, 48), (47, 4), (), (47,), (47, 47, 47)]]
+    + [(F32, (4, 47), other) for other in (BF16, torch.float64, torch.int64)]
+    + [(BF16, (4, 47), other) for other in (F32, torch.float16)],
 )
-def test_an_x_of_another_dtype_is_refused_with_both(dtype, other):
+def test_an_x_of_another_shape_or_dtype_is_refused_with_both(dtype, shape, other):
     layer = PanelLinear(plain_layer(47, 50, dtype))
     with pytest.raises(ValueError) as error:
-        layer(torch.zeros(4, 47, dtype=other))
-    assert f"(4, 47) of {other}" in str(error.value) and f"(N, 47) of {dtype}" in str(error.value)
+        layer(torch.zeros(shape, dtype=other))
+    assert f"{shape} of {other}" in str(error.value) and f"(N, 47) of {dtype}" in str(error.value)
 
 
 # ---- a module ------------------------------------------------------------------------------------
@@ -413,19 +389,8 @@ def test_with_and_without_gradients_it_computes_the_same(dtype):
 
 @here
 @EACH_DTYPE
-def test_a_copy_computes_the_same_and_from_its_own_weights(dtype):
-    layer, x = PanelLinear(plain_layer(47, 50, dtype)), random_x(9, 47, dtype)
-    want, copied = layer(x), copy.deepcopy(layer)
-    layer.words.fill(0)
-    layer.first_sums.fill(0)
-    assert torch.equal(copied(x), want)
-    assert layer(x).abs().max() == 0
-
-
-@here
-@EACH_DTYPE
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (47, 49), (48, 48), (769, 97)])
-def test_the_weights_are_there_once_in_panels_and_filled_up_with_zeros(inputs, outputs, dtype):
+def test_the_panels_hold_the_weights_once_and_zeros_for_padding(inputs, outputs, dtype):
     linear = plain_layer(inputs, outputs, dtype)
     layer, per_word = PanelLinear(linear), 4 // dtype.itemsize
     panels, words = math.ceil(outputs / PANEL), math.ceil(inputs / per_word / TURN) * TURN
@@ -437,20 +402,6 @@ def test_the_weights_are_there_once_in_panels_and_filled_up_with_zeros(inputs, o
     in_rows = layer.weight.transpose(1, 2).reshape(panels * PANEL, words * per_word)
     assert torch.equal(in_rows[:outputs, :inputs], linear.weight)
     assert in_rows.count_nonzero() == linear.weight.count_nonzero()
-
-
-@here
-@EACH_DTYPE
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_pytorchs_default_type_changes_nothing(default, bias, dtype):
-    linear, x = plain_layer(40, 50, dtype, bias=bias), random_x(9, 40, dtype)
-    want = PanelLinear(linear)(x)
-    torch.set_default_dtype(default)
-    try:
-        assert torch.equal(PanelLinear(linear)(x), want)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @here
@@ -501,9 +452,9 @@ for word, per_word in ((float32, 1), (uint32, 2)):
     code = multiply.inspect_asm(multiply.signatures[-1])
     loop = max(re.split(r"^\\S+:$", code, flags=re.M), key=lambda part: part.count("vfmadd"))
     assert loop.count("vfmadd") == ROWS * VECTORS * TURN * per_word, "products in one turn"
-    until_last = loop[: loop.rindex("vfmadd")]  # behind it the sums are stored
+    until_last = loop[: loop.rindex("vfmadd")]  # the sums are stored after it
     stored = re.findall(r"vmov\\w+\\s+%[yz]mm\\d+, .*\\(.*", until_last)
-    assert len(stored) <= 2, "registers whose content has to wait in memory"
+    assert len(stored) <= 2, "sums that are stored and loaded again"
 print(ROWS, "rows", "zmm" in loop)
 """
 
@@ -541,88 +492,41 @@ def test_on_a_processor_with_shorter_registers(tmp_path):
 
 
 # ---- where it is used ----------------------------------------------------------------------------
-@pytest.fixture
-def machine(monkeypatch):
-    """Makes the processor have these features, and OpenMP's threads or not; it is asked anew."""
-
-    def have(*features, team=True):
-        can_use_panels.cache_clear()
-        asked = SimpleNamespace(get_host_cpu_features=lambda: dict.fromkeys(features, True))
-        monkeypatch.setattr(linear_cpu, "binding", asked)
-        monkeypatch.setattr(linear_cpu, "has_openmp_team", lambda: team)
-
-    yield have
-    can_use_panels.cache_clear()
-
-
 @needs_numba
-@pytest.mark.parametrize("features", [{"avx512f", "avx512bw"}, {"sse2", "avx2", "fma"}])
-def test_long_registers_and_openmp_are_what_it_takes(features, machine):
-    machine(*features)
-    assert can_use_panels(torch.float32) and can_use_panels(torch.bfloat16)
-    machine(*features, team=False)
-    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
-
-
-@needs_numba
-@pytest.mark.parametrize("features", [set(), {"sse2", "avx"}, {"avx2"}, {"fma"}, {"neon"}])
-def test_without_long_registers_there_are_no_panels(features, machine):
-    machine(*features)
-    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
-
-
-@needs_numba
-def test_a_feature_that_is_named_but_absent_is_none(machine, monkeypatch):
-    machine()
-    for features, wanted in (
-        ({"avx512f": False}, False),
-        ({"avx512f": True, "amx-bf16": False}, True),
-    ):
-        can_use_panels.cache_clear()
-        monkeypatch.setattr(linear_cpu.binding, "get_host_cpu_features", lambda f=features: f)
-        assert can_use_panels(torch.bfloat16) == wanted
-
-
-@needs_numba
-def test_a_matrix_unit_multiplies_bfloat16_and_panels_float32(machine):
-    machine("avx512f", "amx-bf16")
-    assert can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
-
-
-@needs_numba
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8])
-def test_no_other_type_is_put_into_panels(machine, dtype):
-    machine("avx512f")
-    assert not can_use_panels(dtype)
-
-
-@needs_numba
-def test_without_numba_there_are_no_panels(machine, monkeypatch):
-    machine("avx512f")
-    assert can_use_panels(torch.float32)
-    can_use_panels.cache_clear()
+@pytest.mark.parametrize(
+    ("features", "has_openmp", "float32", "bfloat16"),
+    [
+        ({"avx512f": True, "avx512bw": True}, True, True, True),
+        ({"sse2": True, "avx2": True, "fma": True}, True, True, True),
+        ({"avx512f": True}, False, False, False),
+        ({"avx512f": True, "amx-bf16": True}, True, True, False),  # the matrix unit is faster
+        ({"avx512f": True, "amx-bf16": False}, True, True, True),
+        ({"avx512f": False}, True, False, False),
+        ({"avx2": True}, True, False, False),
+        ({"fma": True}, True, False, False),
+        ({"neon": True}, True, False, False),
+        ({}, True, False, False),
+    ],
+)
+def test_panels_need_long_registers_and_openmp(
+    features, has_openmp, float32, bfloat16, monkeypatch
+):
+    asked = SimpleNamespace(get_host_cpu_features=lambda: features)
+    monkeypatch.setattr(linear_cpu, "binding", asked)
+    monkeypatch.setattr(linear_cpu, "has_openmp_threads", lambda: has_openmp)
+    wants = {torch.float32: float32, torch.bfloat16: bfloat16}
+    wants |= dict.fromkeys((torch.float64, torch.float16, torch.int8), False)
+    for dtype, want in wants.items():
+        assert can_use_panels.__wrapped__(dtype) == want
     monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
-    monkeypatch.delattr(linear_cpu, "binding")  # nor was it imported
-    assert not can_use_panels(torch.float32) and not can_use_panels(torch.bfloat16)
+    monkeypatch.delattr(linear_cpu, "binding")  # it is not imported then
+    assert not can_use_panels.__wrapped__(torch.float32)
 
 
 def run(code, *args, **env):
-    """What a Python of its own prints."""
+    """What a new Python process prints."""
     env = os.environ | {"PYTHONIOENCODING": "utf-8"} | env
     options = {"env": env, "capture_output": True, "encoding": "utf-8", "timeout": 300}
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, **options)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
-
-
-WITHOUT_NUMBA = """
-import sys
-sys.modules["numba"] = sys.modules["llvmlite"] = None
-from kernels import linear_cpu
-linear_cpu.demo()
-"""
-
-
-def test_without_numba_the_file_imports_and_its_demo_says_what_is_missing():
-    printed = run(WITHOUT_NUMBA)
-    assert printed.startswith("ok:") and "numba" in printed

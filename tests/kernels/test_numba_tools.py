@@ -1,0 +1,112 @@
+"""numba_tools.py: bfloat16 widened, powers of two, prefetches that change nothing."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from kernels.numba_tools import (
+    FASTMATH,
+    HAS_NUMBA,
+    as_numpy,
+    flat_memory,
+    power_of_two,
+    prefetch,
+    prefetch_line,
+    widen,
+)
+
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="nothing is compiled without numba")
+
+
+def fresh(function):
+    """`compiled` without the cache on disk, which an edit of numba_tools.py would not renew."""
+    if not HAS_NUMBA:
+        return function
+    import numba
+
+    return numba.njit(fastmath=FASTMATH)(function)
+
+
+@fresh
+def widen_each(x, out):
+    for i in range(len(x)):
+        out[i] = widen(x[i])
+
+
+@fresh
+def raise_each(x, out):
+    for i in range(len(x)):
+        out[i] = power_of_two(x[i])
+
+
+@fresh
+def prefetch_at(x, index):
+    prefetch(x, index)
+    prefetch_line(x, index)
+
+
+@needs_numba
+def test_each_bfloat16_is_widened_exactly():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    out = np.empty(2**16, np.float32)
+    widen_each(as_numpy(every), out)
+    assert np.array_equal(out, every.float().numpy(), equal_nan=True)
+
+
+@needs_numba
+@pytest.mark.oracle
+@pytest.mark.parametrize(("dtype", "lowest"), [(np.float32, -126), (np.float64, -1000)])
+def test_a_power_of_two_is_within_two_units_of_its_last_place(dtype, lowest):
+    x = np.concatenate(
+        [np.linspace(lowest, 126, 200_003), np.linspace(-1, 1, 100_001), np.arange(-126, 127)]
+    ).astype(dtype)
+    out = np.empty_like(x)
+    raise_each(x, out)
+    want = np.exp2(x.astype(np.longdouble))
+    assert (np.abs(out / want - 1) < 2 * np.finfo(dtype).eps).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_minus_infinity_gives_zero_and_nan_stays_nan(dtype):
+    # Softmax needs both: the weight of an entry without a token, and an overflow that is seen.
+    x = np.array([-math.inf, -1e30, -5000, math.nan, 0, 1] * 9, dtype)  # whole vectors and a rest
+    out = np.empty_like(x)
+    raise_each(x, out)
+    assert np.array_equal(out, np.array([0, 0, 0, math.nan, 1, 2] * 9, dtype), equal_nan=True)
+
+
+@needs_numba
+def test_a_prefetch_of_any_address_changes_nothing():
+    x = np.arange(100, dtype=np.float32)
+    for index in (0, 99, -1, 10**6, -(10**9), 2**40):
+        prefetch_at(x, index)
+    assert np.array_equal(x, np.arange(100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_flat_memory_begins_at_a_views_first_element_and_is_the_same_memory(dtype):
+    tensor = torch.arange(24, dtype=dtype).view(2, 3, 4)
+    flat = flat_memory(tensor[1, :, 1:])  # its first element is number 13
+    assert len(flat) == 24 - 13
+    flat[0] = as_numpy(torch.tensor([7], dtype=dtype))[0]
+    assert tensor[1, 0, 1] == 7
+
+
+def test_without_numba_the_files_import_and_their_demos_end_with_ok():
+    code = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+from kernels import attention_cpu, linear_cpu, packed_linear, prefill_cpu
+attention_cpu.demo()
+linear_cpu.demo()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("ok:") for line in lines)
