@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.numba_tools import FASTMATH, flat, widen
+from kernels.numba_tools import FASTMATH, flat_memory, widen
 
 
 @numba.njit(parallel=True, fastmath=FASTMATH, cache=True)
@@ -63,7 +63,7 @@ def per_head_numba(
     assert k_cache.shape[1] == q.shape[1] and k_cache.stride() == v_cache.stride()
     out = torch.empty(q.shape, dtype=torch.float32)
     strides = np.array(k_cache.stride(), dtype=np.int64)  # a product with int32 ids is int64 too
-    caches = flat(k_cache), flat(v_cache), strides, k_cache.shape[2]
+    caches = flat_memory(k_cache), flat_memory(v_cache), strides, k_cache.shape[2]
     places = block_tables.numpy(), context_lens.numpy()
     queries = q.float().contiguous().numpy()
     _per_head(queries, *caches, *places, np.float32(scale), out.numpy())
