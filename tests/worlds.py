@@ -32,13 +32,9 @@ def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")(test))
 
 
-def kernel_marks(has_triton: bool) -> list:
-    """What all tests of a file of Triton's kernels are marked with.
-
-    Interpreted they take minutes: in the short run of the tests the file's demo stands for them.
-    """
-    needs = "the GPU's kernels need triton (Linux only)"
-    return [pytest.mark.skipif(not has_triton, reason=needs), pytest.mark.slow]
+def needs_triton(has_triton: bool):
+    """The mark of the tests of Triton's kernels."""
+    return pytest.mark.skipif(not has_triton, reason="the GPU's kernels need triton (Linux only)")
 
 
 def some(count: int, *choices) -> list[tuple]:

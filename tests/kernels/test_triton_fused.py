@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from test_triton_small_linear import launched_by
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
+from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, needs_triton, some
 
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
@@ -42,7 +42,7 @@ from sampling import SamplingParams
 from scheduler import Scheduler
 from speedups.cuda_graphs import Calls, GraphForward, Graphs
 
-pytestmark = kernel_marks(HAS_TRITON)
+pytestmark = needs_triton(HAS_TRITON)
 SHAPE = {"max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "tie_word_embeddings": False}
 BLOCK_SIZE = 4
 # In 64 bits the order of sums is all that differs; a GPU's library may take a coarser tanh.

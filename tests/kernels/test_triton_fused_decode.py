@@ -25,8 +25,8 @@ from worlds import (
     ON_GPU,
     SEED,
     check_on_device,
-    kernel_marks,
     needs_gpu,
+    needs_triton,
     some,
     world_of,
 )
@@ -37,7 +37,7 @@ from kernels.triton_fused_decode import fused_decode, fused_decode_triton, num_a
 from kernels.triton_prefill import HAS_TRITON
 from kv_cache import write_kv
 
-pytestmark = kernel_marks(HAS_TRITON)
+pytestmark = needs_triton(HAS_TRITON)
 CHUNK_LENS = [0, 7, 64, 100]  # no chunks, less than a tile, a tile, more than one
 EACH_CHUNK_LEN = pytest.mark.parametrize("chunk_len", CHUNK_LENS)
 GPT2 = {"num_kv_heads": 12, "head_dim": 64, "block_size": 16}

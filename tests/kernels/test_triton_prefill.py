@@ -18,8 +18,8 @@ from worlds import (
     ON_GPU,
     SEED,
     check_on_device,
-    kernel_marks,
     needs_gpu,
+    needs_triton,
     random_world,
     some,
     world_of,
@@ -31,7 +31,7 @@ from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton, write_kv_tr
 from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
 
-pytestmark = kernel_marks(HAS_TRITON)
+pytestmark = needs_triton(HAS_TRITON)
 
 
 def check(world, **changes):

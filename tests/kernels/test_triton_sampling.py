@@ -24,7 +24,7 @@ from draws import (
     rows_at_many_u,
     rows_of,
 )
-from worlds import DEVICE, ON_GPU, SEED, kernel_marks, needs_gpu
+from worlds import DEVICE, ON_GPU, SEED, needs_gpu, needs_triton
 
 from kernels import triton_sampling as module
 from kernels.triton_prefill import HAS_TRITON, tl, triton
@@ -48,7 +48,7 @@ from sampling import (
     uniform,
 )
 
-pytestmark = kernel_marks(HAS_TRITON)
+pytestmark = needs_triton(HAS_TRITON)
 GPT2_VOCAB = 50_257
 # A weight e^z is right to about |z| / 2**23 of itself here, and to 2**-23 there. Where |z| is large
 # there is little weight: no sum of weights, as a share of all, is off by more than this.

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, kernel_marks, needs_gpu, some
+from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, needs_triton, some
 
 from kernels import triton_small_linear as module
 from kernels.triton_prefill import HAS_TRITON, INTERPRETED
 from kernels.triton_small_linear import linear_tiles, plain_small_linear, small_linear
 
-pytestmark = kernel_marks(HAS_TRITON)
+pytestmark = needs_triton(HAS_TRITON)
 OPTIONS = ["", "norm", "gelu", "residual", "norm gelu", "norm residual", "gelu residual"]
 OPTIONS += ["norm gelu residual"]
 
