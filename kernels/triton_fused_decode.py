@@ -51,8 +51,9 @@ from paged_attention import paged_attention
 @triton.jit
 def write_new_token(
     k_row, v_row,  # pointers to the new token's k and v of one head
-    k_head, v_head,  # pointers to the head's K and V in block 0
-    slot, stride_block, stride_token,  # int64; strides in elements
+    k_cache, v_cache, head_offset,  # the latter in elements: where the head is in block 0
+    slot_mapping,  # pointer to the token's slot
+    stride_block, stride_token,  # in elements
     dim,  # (1, TILE_D)
     is_read, is_written,  # (1, TILE_D) bool
     BLOCK_SIZE: tl.constexpr,
@@ -61,11 +62,12 @@ def write_new_token(
 
     They are rounded to that type so that this step computes with the numbers that later steps read.
     """
-    new_k = tl.load(k_row + dim, is_read, other=0.0).to(k_head.dtype.element_ty)
-    new_v = tl.load(v_row + dim, is_read, other=0.0).to(v_head.dtype.element_ty)
-    at = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + dim
-    tl.store(k_head + at, new_k, is_written)
-    tl.store(v_head + at, new_v, is_written)
+    new_k = tl.load(k_row + dim, is_read, other=0.0).to(k_cache.dtype.element_ty)
+    new_v = tl.load(v_row + dim, is_read, other=0.0).to(v_cache.dtype.element_ty)
+    slot = tl.load(slot_mapping).to(tl.int64)
+    at = slot // BLOCK_SIZE * stride_block + slot % BLOCK_SIZE * stride_token + head_offset + dim
+    tl.store(k_cache + at, new_k, is_written)
+    tl.store(v_cache + at, new_v, is_written)
     return new_k, new_v
 
 
@@ -188,14 +190,12 @@ def fused_decode_kernel(
     is_new = owns_new & (dim < HEAD_DIM)
     k_row = k + i * stride_k_row + kv_head * stride_k_head
     v_row = v + i * stride_v_row + kv_head * stride_v_head
-    slot = tl.load(slot_mapping + i).to(tl.int64)
-    k_head = k_cache + kv_head * stride_head
-    v_head = v_cache + kv_head * stride_head
+    head_offset = kv_head * stride_head
     # With more than 16 heads several programs own the same new token: the first of them writes it.
     is_written = is_new & (tl.program_id(0) % GROUP_TILES == 0)
     new_k, new_v = write_new_token(
-        k_row, v_row, k_head, v_head, slot, stride_block, stride_token, dim,
-        is_new, is_written, BLOCK_SIZE,
+        k_row, v_row, k_cache, v_cache, head_offset, slot_mapping + i, stride_block, stride_token,
+        dim, is_new, is_written, BLOCK_SIZE,
     )  # fmt: skip
 
     query = q + i * stride_q_row + head[:, None] * stride_q_head + dim
@@ -204,7 +204,8 @@ def fused_decode_kernel(
     end = tl.minimum(stop, context_len - 1)  # the walk ends before the slot that was just written
     last = tl.full([TILE_G], 0, tl.int32) + end - 1  # all rows are heads of the same query
     full = first + (end - first) // TILE_K * TILE_K  # [first, full): whole tiles
-    kv = (block_tables + i * stride_table, k_head, v_head, stride_block, stride_token)
+    table = block_tables + i * stride_table
+    kv = (table, k_cache + head_offset, v_cache + head_offset, stride_block, stride_token)
     m, l, acc = walk(queries, last, factor, first, full, end, kv, HEAD_DIM, BLOCK_SIZE, TILE_K)
     if owns_new:
         m, l, acc = fold_new_token(m, l, acc, queries, new_k, new_v, factor)
