@@ -106,6 +106,7 @@ class AttentionRules:
         """No variant: the kernel itself chooses how to work."""
         self.check(self.world([1024, 1023, 257, 256], block_size=block_size, dtype=dtype))
 
+    @pytest.mark.slow
     def test_every_context_around_tiles_and_chunks(self):
         lengths = [1, 2, 31, 32, 33, 34, 63, 64, 65, 66, 96, 97, 127, 128, 129, 130, 192, 193]
         self.check_all(range(1, 1025) if ON_GPU else lengths, block_size=16, dtype=torch.float32)

@@ -1,9 +1,9 @@
 """Write, attend and merge in one launch, against dense attention in float64, in poisoned pools.
 
-As in `test_triton_decode.py` the kernel is compiled where there is a GPU and interpreted
-where not. Here the newest token of each sequence isn't in the pool yet: its slot is NaN, and its k
-and v are in the QKV product. The interpreter runs one program after another, so it shows no race;
-but it can be told to run them in any order.
+What holds for all attention kernels stands in attention_rules.py. Here the newest token of each
+sequence isn't in the pool yet: its slot is NaN, and its k and v are in the QKV product. The
+interpreter runs one program after another, so it shows no race; but it can be told to run them in
+any order.
 """
 
 import math
@@ -15,13 +15,12 @@ import sys
 
 import pytest
 import torch
+from attention_rules import GPT2, AttentionRules, captured, check_compiled, shorten
 from conftest import ROOT
 from worlds import (
     ALL_DTYPES,
-    BLOCK_SIZES,
     DEVICE,
     DTYPES,
-    EACH_DTYPE,
     ON_GPU,
     SEED,
     check_on_device,
@@ -40,7 +39,6 @@ from kv_cache import write_kv
 pytestmark = needs_triton(HAS_TRITON)
 CHUNK_LENS = [0, 7, 64, 100]  # no chunks, less than a tile, a tile, more than one
 EACH_CHUNK_LEN = pytest.mark.parametrize("chunk_len", CHUNK_LENS)
-GPT2 = {"num_kv_heads": 12, "head_dim": 64, "block_size": 16}
 
 
 def decodes(context_lens, **kwargs):
@@ -113,12 +111,26 @@ def run(world, **changes):
     return fused_decode_triton(**arguments_of(world, **changes))
 
 
+class TestFusedDecode(AttentionRules):
+    """One query a sequence, in one piece and in chunks. A context of 0 tokens is a padded row."""
+
+    kernel = staticmethod(fused_decode_triton)
+    variants = [{"chunk_len": chunk_len} for chunk_len in CHUNK_LENS]
+
+    def query_len(self, context_len, number):
+        return 1
+
+    def arguments(self, world):
+        return arguments_of(world)
+
+    def check(self, world, **changes):
+        return check(world, **changes)
+
+
 # ---- it is a write and attention -----------------------------------------------------------------
 @needs_gpu
 def test_the_kernel_is_compiled_not_interpreted():
-    import triton
-
-    assert isinstance(module.fused_decode_kernel, triton.runtime.JITFunction)
+    check_compiled(module, "fused_decode_kernel")
 
 
 def two_tokens(**changes):
@@ -154,35 +166,17 @@ def test_a_new_token_is_written_and_counts_beside_what_the_pool_holds(chunk_len)
     assert arguments["arrived"].tolist() == [0]
 
 
-def test_the_plain_twin_writes_and_attends_as_well():
-    arguments = two_tokens()
-    del arguments["arrived"]
-    assert fused_decode(**arguments).tolist() == [[[2.0, 20.0]]]
-    assert arguments["v_cache"][0].flatten().tolist() == [3.0, 30.0]
-
-
-@pytest.mark.parametrize(
-    "block_size, chunk_len, dtype", some(24, BLOCK_SIZES, CHUNK_LENS, DTYPES), ids=str
-)
-def test_it_equals_dense_attention_whatever_the_block_size(block_size, chunk_len, dtype):
-    contexts = sorted({1, 2, block_size, block_size + 1, 511 if ON_GPU else 130})
-    check(decodes(contexts, block_size=block_size, dtype=dtype), chunk_len=chunk_len)
-
-
-@pytest.mark.parametrize(
-    "context_len, dtype", some(12, [255, 256, 257, 511, 512, 513, 1023, 1024], DTYPES), ids=str
-)
-def test_contexts_around_the_chunks_of_256_up_to_the_1024_tokens_of_gpt2(context_len, dtype):
-    """No chunk length given: few sequences of more than 256 tokens are cut by 256."""
-    check(decodes([context_len, 1], block_size=16, dtype=dtype))
-
-
-@pytest.mark.parametrize("chunk_len", [0, 32])
-def test_every_context_around_tiles_and_chunks(chunk_len):
-    lengths = [1, 2, 31, 32, 33, 34, 63, 64, 65, 66, 96, 97, 127, 128, 129, 130, 192, 193]
-    if ON_GPU:
-        lengths = list(range(1, 1025))
-    check(decodes(lengths, block_size=16, dtype=torch.float32), chunk_len=chunk_len)
+@EACH_CHUNK_LEN
+def test_the_plain_twin_and_the_kernel_agree(chunk_len):
+    world = decodes([70, 9, 30, 1], num_kv_heads=2, group=2, block_size=3)
+    arguments = arguments_of(world)
+    poisoned = world.pool.clone()
+    plain = {name: x for name, x in arguments.items() if name != "arrived"}
+    want, pool = fused_decode(**plain), world.pool.clone()
+    world.pool.copy_(poisoned)
+    got = fused_decode_triton(**arguments, chunk_len=chunk_len)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
 
 
 @pytest.mark.parametrize("chunk_len", [1, 2, 3, 8])
@@ -192,50 +186,7 @@ def test_chunks_smaller_than_a_tile(chunk_len):
     check(decodes(lengths, dtype=torch.float32), chunk_len=chunk_len)
 
 
-@pytest.mark.filterwarnings("error")  # rows of the tile that are no heads compute on real numbers
-@pytest.mark.parametrize(
-    "group, num_kv_heads, chunk_len", some(14, [1, 2, 3, 4, 8, 16, 17, 20, 33], [1, 3], [0, 16])
-)
-def test_a_group_of_query_heads_shares_one_head_of_k_and_v(group, num_kv_heads, chunk_len):
-    """More than 16 of them are several programs: one of them writes, and all count the token."""
-    for dtype in (torch.float32, torch.float16):
-        shape = {"group": group, "num_kv_heads": num_kv_heads, "dtype": dtype}
-        check(decodes([9, 1, 0, 50], **shape), chunk_len=chunk_len)
-
-
-@pytest.mark.parametrize(
-    "head_dim, chunk_len, dtype",
-    some(20, [1, 5, 16, 64, 80, 96, 128, 256], [0, 16], DTYPES),
-    ids=str,
-)
-def test_any_head_size(head_dim, chunk_len, dtype):
-    world = decodes([9, 1, 50], head_dim=head_dim, num_kv_heads=2, dtype=dtype)
-    check(world, chunk_len=chunk_len)
-
-
 # ---- the new token -------------------------------------------------------------------------------
-@EACH_CHUNK_LEN
-@pytest.mark.parametrize("position", [0, 60, 127, 128])
-def test_one_position_may_outweigh_all_others(position, chunk_len):
-    """The running maximum jumps at an old token, or at the new one: position 128."""
-    world = decodes([129], dtype=torch.float32)
-    world.kv[0][0][position] = world.q[0] * 60
-    world.write()
-    result = check(world, chunk_len=chunk_len)
-    torch.testing.assert_close(result[0], world.kv[0][1][position], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("chunk_len, dtype", some(8, CHUNK_LENS, DTYPES), ids=str)
-def test_very_negative_scores_do_not_divide_by_zero(chunk_len, dtype):
-    world = decodes([1, 9, 120], dtype=dtype)
-    world.q[:] = 1.0
-    for k, _ in world.kv:
-        k[:] = -(2.0**15)
-    world.write()
-    result = check(world, chunk_len=chunk_len)
-    assert (result.abs().amax((1, 2)) > 0).all()
-
-
 @EACH_CHUNK_LEN
 @pytest.mark.parametrize("part", ["k", "v"])
 def test_a_nan_of_the_new_token_is_not_hidden(part, chunk_len):
@@ -243,13 +194,6 @@ def test_a_nan_of_the_new_token_is_not_hidden(part, chunk_len):
     arguments[part][0] = math.nan
     result = fused_decode_triton(**arguments)
     assert result[0].isnan().all() and not result[1].isnan().any()
-
-
-@EACH_CHUNK_LEN
-def test_a_nan_in_the_pool_is_not_hidden(chunk_len):
-    world = decodes([90], dtype=torch.float32)
-    world.v_cache[world.tables[0][1], 0, 2] = math.nan
-    assert run(world, chunk_len=chunk_len).isnan().all()
 
 
 def test_the_new_token_counts_as_later_steps_will_read_it():
@@ -278,6 +222,28 @@ def test_k_and_v_may_be_of_another_type_than_the_pool(given):
     after = expected_pool(world, arguments)
     check_on_device(lambda out, **_: fused_decode_triton(**arguments, out=out), world)
     assert torch.equal(world.pool.nan_to_num(99.0), after.nan_to_num(99.0))
+
+
+@EACH_CHUNK_LEN
+@pytest.mark.parametrize("context_len", [2, 65, 129, 130])
+def test_the_token_before_the_new_one_is_read(context_len, chunk_len):
+    """In the pool and last of its chunk, or first of the chunk that the new one is in."""
+    arguments = arguments_of(decodes([context_len]), chunk_len=chunk_len)
+    block, offset = divmod(context_len - 2, 4)
+    block_id = arguments["block_tables"][0, block].item()
+    arguments["k_cache"][block_id, :, offset] = math.nan
+    assert fused_decode_triton(**arguments).isnan().all()
+
+
+def test_a_sequence_grows_step_by_step_over_blocks_and_chunks():
+    """What one step wrote the next one reads: 20 steps from the first token on."""
+    world = decodes([20], num_kv_heads=2, group=2, block_size=3, dtype=torch.float32)
+    k, v = world.kv[0]
+    world.pool.fill_(math.nan)
+    arrived = counters(world)
+    for length in range(1, 21):
+        world.context_lens, world.kv = [length], [torch.stack([k[:length], v[:length]])]
+        check(world, chunk_len=8, arrived=arrived)
 
 
 # ---- padded rows ---------------------------------------------------------------------------------
@@ -366,23 +332,6 @@ def test_the_tile_of_a_merge_may_hold_one_chunk():
     check(world, chunk_len=16)
 
 
-def test_chunks_that_are_absent_are_not_waited_for():
-    """Sequences of one chunk beside one of many, and upper bounds that make room for more."""
-    world = decodes([1, 70, 0, 8, 9], dtype=torch.float32)
-    for max_context_len in (70, 81, 300):
-        check(world, chunk_len=8, max_context_len=max_context_len)
-
-
-def test_memory_that_held_something_else_does_not_reach_the_merge():
-    """Partial results lie in memory that is not cleared: what was there before must not count."""
-    world = decodes([1, 70, 0, 8, 9], dtype=torch.float32)
-    for poison in (math.nan, math.inf, 1e30):
-        for size in (5 * 40, 5 * 40 * 16, 10 * 40, 4096, 2**16):
-            several = [torch.full((size,), poison, device=DEVICE) for _ in range(4)]
-            del several  # the allocator hands these pieces out again
-        check(world, chunk_len=8, max_context_len=320)
-
-
 @pytest.fixture
 def grid_order(monkeypatch):
     """A function that makes the interpreter run programs in another order: `grid_order(order)`.
@@ -439,7 +388,6 @@ def test_the_chunk_of_the_new_token_may_come_first(grid_order):
     assert ran == [(0, 2, 0), (0, 1, 0), (0, 0, 0)]
 
 
-# ---- a sequence's result is its own --------------------------------------------------------------
 @pytest.mark.parametrize("chunk_len, dtype", some(5, [0, 33, 64], DTYPES), ids=str)
 def test_chunks_of_fixed_length_give_the_same_bits_alone_and_in_a_batch(chunk_len, dtype):
     contexts = [130, 3, 64, 65, 7]
@@ -453,46 +401,7 @@ def test_chunks_of_fixed_length_give_the_same_bits_alone_and_in_a_batch(chunk_le
         assert torch.equal(fused_decode_triton(**arguments | alone)[0], together[i]), i
 
 
-@pytest.mark.parametrize("chunk_len, dtype", some(6, CHUNK_LENS, DTYPES), ids=str)
-def test_where_the_blocks_lie_does_not_change_a_bit(chunk_len, dtype):
-    world = decodes([70, 130, 9], dtype=dtype)
-    scattered = run(world, chunk_len=chunk_len)
-    ids = iter(range(sum(map(len, world.tables))))
-    world.pool.fill_(math.nan)
-    world.tables = [[next(ids) for _ in table] for table in world.tables]
-    world.write()
-    assert torch.equal(run(world, chunk_len=chunk_len), scattered)
-
-
-def test_upper_bounds_larger_than_needed_change_nothing():
-    world = decodes([9, 4, 70])
-    for max_context_len in (70, 71, 256, 257, 1000):
-        check(world, max_context_len=max_context_len)
-
-
-def test_a_sequence_grows_step_by_step_over_blocks_and_chunks():
-    """What one step wrote the next one reads: 20 steps from the first token on."""
-    world = decodes([20], num_kv_heads=2, group=2, block_size=3, dtype=torch.float32)
-    k, v = world.kv[0]
-    world.pool.fill_(math.nan)
-    arrived = counters(world)
-    for length in range(1, 21):
-        world.context_lens, world.kv = [length], [torch.stack([k[:length], v[:length]])]
-        check(world, chunk_len=8, arrived=arrived)
-
-
 # ---- the arguments -------------------------------------------------------------------------------
-@pytest.mark.parametrize("chunk_len, dtype", some(6, CHUNK_LENS, DTYPES), ids=str)
-def test_q_k_and_v_may_be_slices_of_the_qkv_product_and_the_caches_views(chunk_len, dtype):
-    world = decodes([7, 90], num_kv_heads=2, group=3, dtype=dtype)
-    arguments = arguments_of(world, chunk_len=chunk_len)
-    names = ("q", "k", "v", "k_cache", "v_cache")
-    assert not any(arguments[name].is_contiguous() for name in names)
-    views = fused_decode_triton(**arguments)
-    copies = {name: arguments[name].contiguous() for name in names}
-    assert torch.equal(views, fused_decode_triton(**arguments | copies))
-
-
 def test_q_k_and_v_may_have_strides_of_their_own():
     world = decodes([7, 90], num_kv_heads=2, group=3)
     arguments = arguments_of(world)
@@ -504,49 +413,6 @@ def test_q_k_and_v_may_have_strides_of_their_own():
     }
     assert [x.stride() for x in turned.values()] == [(16, 32, 1), (32, 16, 1), (64, 32, 1)]
     check(world, **turned)
-
-
-def test_the_caches_may_have_any_strides_but_the_same_ones():
-    world = decodes([7, 90], num_kv_heads=2)
-    arguments = arguments_of(world)
-    names = ("k_cache", "v_cache")  # heads outside, tokens inside
-    turned = {name: arguments[name].transpose(1, 2).contiguous().transpose(1, 2) for name in names}
-    want = fused_decode_triton(**arguments)
-    assert turned["k_cache"].stride() != world.k_cache.stride()
-    assert torch.equal(fused_decode_triton(**arguments | turned), want)
-    for name in names:
-        assert torch.equal(turned[name].nan_to_num(99.0), arguments[name].nan_to_num(99.0))
-    with pytest.raises(ValueError, match="strides"):
-        fused_decode_triton(**arguments | {"v_cache": turned["v_cache"]})
-
-
-def test_tables_may_be_a_view_of_wider_ones():
-    world = decodes([9, 4, 12])
-    wide = torch.full((3, 40), world.scratch, dtype=torch.int32, device=DEVICE)
-    wide[:, 10:13] = world.arguments()["block_tables"]
-    check(world, block_tables=wide[:, 10:13])
-
-
-def test_padded_table_columns_hold_the_scratch_block_and_are_not_read():
-    check(decodes([9, 4, 70], num_padded_columns=3))
-
-
-@pytest.mark.parametrize("chunk_len", [0, 16])
-def test_the_result_goes_into_out_and_nowhere_else(chunk_len):
-    world = decodes([9, 0, 70, 30], num_kv_heads=2)
-    wide = torch.full((4, 3 * 32), 7.0, dtype=world.dtype, device=DEVICE)
-    out = wide[:, 32:64].unflatten(1, (2, 16))
-    assert check(world, out=out, chunk_len=chunk_len) is out
-    out.fill_(7.0)
-    assert (wide == 7.0).all()
-
-
-@EACH_CHUNK_LEN
-def test_the_scale_is_an_argument(chunk_len):
-    world = decodes([7, 90])
-    default = run(world, chunk_len=chunk_len)
-    world.scale = 1.0  # a layer's own scale is in q already
-    assert (check(world, chunk_len=chunk_len) - default).abs().max() > 1e-3
 
 
 def wider(x):
@@ -583,68 +449,6 @@ def test_shapes_that_contradict_each_other_are_refused_before_anything_is_writte
     arguments |= {name: made(arguments[name]) for name, made in change.items()}
     with pytest.raises(ValueError, match=message):
         fused_decode_triton(**arguments)
-    assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
-
-
-# ---- it does depend on the blocks ----------------------------------------------------------------
-@pytest.mark.parametrize("position", [0, 70, 127])
-def test_one_wrong_value_in_a_block_changes_the_result(position):
-    for cache in ("k_cache", "v_cache"):
-        world = decodes([129, 129], num_kv_heads=2, dtype=torch.float32)
-        right = run(world, chunk_len=64)
-        block_id = world.tables[1][position // 4]
-        # A key that is the query itself draws weight to it, whatever the dice say.
-        change = world.q[1, 1] * 4 if cache == "k_cache" else 40.0
-        getattr(world, cache)[block_id, 1, position % 4] = change
-        changed = (run(world, chunk_len=64) - right).abs().amax(2) > 1e-3
-        assert changed.tolist() == [[False, False], [False, True]]
-
-
-@EACH_CHUNK_LEN
-@pytest.mark.parametrize("context_len", [2, 65, 129, 130])
-def test_the_token_before_the_new_one_is_read(context_len, chunk_len):
-    """In the pool and last of its chunk, or first of the chunk that the new one is in."""
-    arguments = arguments_of(decodes([context_len]), chunk_len=chunk_len)
-    block, offset = divmod(context_len - 2, 4)
-    block_id = arguments["block_tables"][0, block].item()
-    arguments["k_cache"][block_id, :, offset] = math.nan
-    assert fused_decode_triton(**arguments).isnan().all()
-
-
-# ---- random worlds -------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("seed", range(SEED, SEED + (3 if ON_GPU else 5)))
-def test_any_batch_of_decodes_in_any_chunks_equals_dense_attention(seed, dtype):
-    # A GPU compiles for each type, block size and head size: few of these, many batches of each.
-    choose = random.Random(seed)
-    shape = {
-        "block_size": choose.choice([1, 2, 3, 5, 16, 32]),
-        "group": choose.choice([1, 2, 3]),
-        "head_dim": choose.choice([16, 24, 64]),
-        "num_kv_heads": choose.choice([1, 2]),
-        "dtype": dtype,
-    }
-    longest = 2000 if ON_GPU else 150
-    for batch in range(50 if ON_GPU else 1):
-        choose = random.Random(1000 * batch + seed)
-        lengths = [
-            choose.choice([0, 1, choose.randint(1, longest)]) for _ in range(choose.randint(1, 5))
-        ]
-        world = decodes(lengths, num_padded_columns=choose.choice([0, 2]), seed=seed, **shape)
-        chunk_len = choose.choice([None, 0, 16, 33, 64, 100, 256])
-        check(world, chunk_len=chunk_len, max_context_len=choose.choice([longest, 2000]))
-
-
-@EACH_CHUNK_LEN
-def test_the_plain_twin_and_the_kernel_agree(chunk_len):
-    world = decodes([70, 9, 30, 1], num_kv_heads=2, group=2, block_size=3)
-    arguments = arguments_of(world)
-    poisoned = world.pool.clone()
-    plain = {name: x for name, x in arguments.items() if name != "arrived"}
-    want, pool = fused_decode(**plain), world.pool.clone()
-    world.pool.copy_(poisoned)
-    got = fused_decode_triton(**arguments, chunk_len=chunk_len)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
 
 
@@ -750,13 +554,6 @@ def test_a_thousand_batches_share_their_counters():
 
 
 @needs_gpu
-@EACH_DTYPE
-@pytest.mark.parametrize("chunk_len", [None, 0, 256])
-def test_64_sequences_of_512_tokens_of_gpt2s_shape(chunk_len, dtype):
-    check(decodes([512] * 64, dtype=dtype, **GPT2), chunk_len=chunk_len)
-
-
-@needs_gpu
 def test_a_batch_may_have_more_rows_than_a_grids_second_axis():
     """70,000 sequences of one token: only a grid's first axis is that long."""
     n = 70_000
@@ -775,29 +572,17 @@ def test_a_batch_may_have_more_rows_than_a_grids_second_axis():
 @pytest.mark.parametrize("context_lens", [[40] * 6, [1, 30, 900, 7, 300, 0]])
 def test_a_recorded_graph_gives_the_bits_of_the_eager_call(context_lens):
     """A replay reads lengths, tables and slots anew, and finds the counters as it left them."""
-    first = decodes([1024] * 6, dtype=torch.float16)
-    arguments = arguments_of(first)
-    out = torch.empty_like(first.q)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compile before recording
-        fused_decode_triton(**arguments, out=out)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fused_decode_triton(**arguments, out=out)
-
-    first.context_lens = context_lens
-    first.kv = [kv[:, :n] for kv, n in zip(first.kv, context_lens, strict=True)]
-    first.pool.fill_(math.nan)
-    first.write()
-    newest = newest_of(first)
-    arguments["slot_mapping"].copy_(newest["slot_mapping"])
+    world = decodes([1024] * 6, dtype=torch.float16)
+    arguments = arguments_of(world)
+    out = torch.empty_like(world.q)
+    replay = captured(lambda: fused_decode_triton(**arguments, out=out))
+    shorten(world, context_lens)
+    arguments["slot_mapping"].copy_(newest_of(world)["slot_mapping"])
     arguments["context_lens"].copy_(torch.tensor(context_lens))
     for _ in range(3):
         out.fill_(math.nan)
-        graph.replay()
+        replay()
         replayed = out.clone()
         assert torch.equal(replayed, fused_decode_triton(**arguments))
-    assert ((replayed.double() - first.expected()).abs() <= first.bound(of_weights=1)).all()
+    assert ((replayed.double() - world.expected()).abs() <= world.bound(of_weights=1)).all()
     assert not arguments["arrived"].any()
