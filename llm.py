@@ -1,9 +1,8 @@
 """The one place where the parts are chosen and put together: `LLM(model, ...)`.
 
-Every other file takes what it needs as an argument: the scheduler an allocator, the cache a size,
-the engine a forward. That keeps each of them readable alone, and it leaves one question: who
-decides? This file does. It has vLLM's face, so that what is learned here carries over, and so that
-a script written for vLLM needs little more than another import:
+Every other file takes what it needs as an argument: the scheduler takes an allocator, the cache a
+size, the engine a forward. So each of them can be read alone. This file makes the choices, with
+vLLM's names, so that a script written for vLLM needs little more than another import:
 
     from llm import LLM, SamplingParams
     llm = LLM("assets/tiny-gpt2")
@@ -13,96 +12,112 @@ a script written for vLLM needs little more than another import:
             tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
             EngineConfig      ┘            └─> forward(batch) -> logits ───┘
 
-What is chosen by default: float32, packed weights where that pays and the Numba kernels on a CPU;
-on a GPU the Triton kernels, decode steps that are recorded once and replayed, and bfloat16 where it
-has it, else float16, whatever the file holds. What a production engine does beyond this: several
-GPUs, and processes around them.
+By default a CPU computes in float32 with Numba's kernels (`kernels/backends.py`), and the weights
+of a wide model are packed (`kernels/packed_linear.py`). A GPU computes in bfloat16, or in float16
+where it has no bfloat16, with Triton's kernels, and decode steps are recorded once and replayed
+(`speedups/cuda_graphs.py`). A file that only some machines or options need is imported in the
+function that needs it: `LLM()` on a CPU loads no file about GPUs.
 
 vLLM's class of this name: docs.vllm.ai, "Offline inference".
 Run: python llm.py
-Try: block_size=1 or num_blocks=12 in the demo: the texts stay the same, the blocks do not.
+Try: BLOCK_SIZE = 1 in the demo: the pool holds the same number of tokens in 16 times as many
+blocks, and the texts are the same. TIGHT_POOL_TOKENS = 16: a prompt and its 24 new tokens no longer
+fit into the pool, so the request is refused.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from block_allocator import BlockAllocator
-from checkpoints.hub import find_folder
-from checkpoints.load import load_model, weights_kind
+from checkpoints.load import load_model, local_path, weights_kind
 from checkpoints.tokenizer import BPETokenizer, gpt2_tokenizer, load_tokenizer
-from engine import Forward, InferenceEngine, eager_forward
+from engine import Draw, Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.device_memory import free_memory_bytes, preallocate
-from kernels.packed_linear import pack
-from kernels.triton_fused import fused_forward
-from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kv_cache import KVCache
 from model import GPT
 from outputs import RequestOutput
 from policies import first_come_first_served
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
-from speedups.cuda_graphs import GraphForward, recorded_sizes, rehearse
-from speedups.plan_ahead import AheadEngine
+
+if TYPE_CHECKING:
+    from speedups.cuda_graphs import GraphForward
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-gpt2"
 
-GPT2_VOCAB_SIZES = (50257, 50304)  # as it is, and padded to a multiple of 64 by nanoGPT
+GPT2_VOCAB_SIZES = (50257, 50304)  # GPT-2's own, and nanoGPT's: padded to a multiple of 64
+
+
+# ---- the options ---------------------------------------------------------------------------------
+def option(default: Any, help: str) -> Any:
+    """A field of EngineConfig: its default, and the help text of its flag in generate.py."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine may use, named as in vLLM but for the pool's size and max_seq_len."""
+    """What an engine may use, in vLLM's names except for num_blocks, kv_cache_mb and max_seq_len.
 
-    block_size: int = 16  # tokens; larger wastes more of each sequence's last block
-    num_blocks: int | None = None  # the pool's size in blocks, or
-    kv_cache_mb: float | None = None  # in 10**6 bytes, or neither: what the device has free
-    gpu_memory_utilization: float = 0.9  # of the free memory of a GPU, where the pool is measured
-    max_num_seqs: int = 256  # sequences in one step
-    max_num_batched_tokens: int = 2048  # in one step: so long a prompt keeps decoders waiting
-    max_seq_len: int | None = None  # tokens in one sequence; None: as many as the model can see
-    cuda_graphs: bool = True  # record decode steps and replay them; without a GPU it means nothing
-    plan_ahead: bool = False  # launch a decode step before the tokens of the last one were read
-    fused: bool = False  # join a decode step's small operations, with Triton's kernels
-    seed: int = 0  # of requests that bring none
+    A new field needs nothing else to become a flag of generate.py.
+    """
+
+    block_size: int = option(16, "tokens in a block; a larger block leaves more of it unfilled")
+    num_blocks: int | None = option(None, "the pool's size in blocks")
+    kv_cache_mb: float | None = option(None, "the pool's size in MB (10**6 bytes)")
+    # Used only if neither of the two sizes above is given and the device is a GPU:
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory for the pool")
+    max_num_seqs: int = option(256, "sequences in one step at most")
+    # A prompt of so many tokens keeps all decoding sequences waiting for one long step.
+    max_num_batched_tokens: int = option(2048, "tokens in one step at most")
+    max_seq_len: int | None = option(None, "tokens in one sequence at most (None: as the model)")
+    cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
+    plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
+    fused: bool = option(False, "on a GPU, join a decode step's small operations")
+    seed: int = option(0, "the seed of requests that bring none")
 
     def __post_init__(self):
         may_be_none = ("num_blocks", "max_seq_len")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
             value = getattr(self, name)
-            left_open = value is None and name in may_be_none
-            if not left_open and (type(value) is not int or value < 1):
+            is_left_open = value is None and name in may_be_none
+            if not is_left_open and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
-        mb, share = self.kv_cache_mb, self.gpu_memory_utilization
-        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
-            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
-        if not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
         for name in ("cuda_graphs", "plan_ahead", "fused"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        mb = self.kv_cache_mb
+        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
+            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
+        share = self.gpu_memory_utilization
+        if not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: it must be an integer from 0 to 2**63 - 1")
 
 
+# ---- the tokenizer and the pool's size -----------------------------------------------------------
 def find_tokenizer(path: Path | None, vocab_size: int) -> BPETokenizer | None:
-    """The tokenizer that lies beside the weights; for a vocabulary like GPT-2's, tiktoken's own.
+    """The tokenizer in the folder of the weights; else, for GPT-2's vocabulary, tiktoken's.
 
-    None where there is neither: such a model is served with token ids. Raises ValueError for files
-    that are damaged, or that belong to a larger vocabulary.
+    Returns None if there is neither: such a model takes and gives token ids. Raises ValueError for
+    files that are damaged, or that belong to a larger vocabulary than the model's.
     """
     if path is not None:
         folder = path if path.is_dir() else path.parent
-        if tokenizer := load_tokenizer(folder):
-            # A token that was added, [PAD] say, may have no row: a prompt that has it is refused.
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is not None:
+            # Only ordinary tokens are counted. The model may have no row for a token that was
+            # added later, [PAD] for example: a prompt with that token is refused.
             if tokenizer.num_ordinary > vocab_size:
                 sizes = f"{tokenizer.num_ordinary} tokens, and the model has {vocab_size} rows"
                 raise ValueError(
@@ -120,47 +135,51 @@ def choose_num_blocks(
     gpu_memory_utilization: float = 0.9,
     device: str | torch.device = "cpu",
 ) -> int:
-    """The pool's size in blocks: as given, or from its bytes, or from what the device has free.
+    """The pool's size in blocks: as given, or from its bytes, or from the device's free memory.
 
-    `most_useful` is what `max_num_seqs` sequences of `max_seq_len` tokens could fill: a
-    measured pool never takes more. 1 MB is 10**6 bytes. Raises ValueError where not even one
-    block fits.
+    `most_useful` is the number of blocks that `max_num_seqs` sequences of `max_seq_len` tokens
+    fill. A measured pool is never larger. 1 MB is 10**6 bytes. Raises ValueError if both sizes are
+    given, if not even one block fits, or if the pool is larger than the free memory.
     """
     if num_blocks is not None and kv_cache_mb is not None:
         raise ValueError(
             f"num_blocks={num_blocks} and kv_cache_mb={kv_cache_mb} both size the pool: give one"
         )
-    if num_blocks is None and kv_cache_mb is not None:
+    free_bytes = free_memory_bytes(device)
+    if kv_cache_mb is not None:
+        # Rounded, because 66.650112 * 1e6 is 66650111.99999999 in floating point.
         num_blocks = round(kv_cache_mb * 1e6) // block_bytes
         if num_blocks < 1:
             mb = block_bytes / 1e6
             raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
-    free = free_memory_bytes(device)
-    if num_blocks is None:
+    elif num_blocks is None:
         on_gpu = torch.device(device).type == "cuda"
-        budget = free * gpu_memory_utilization if on_gpu else min(2**30, free / 4)
+        # A CPU's memory belongs to other programs too: at most 1 GiB, and a quarter of what is free
+        budget = free_bytes * gpu_memory_utilization if on_gpu else min(2**30, free_bytes / 4)
         num_blocks = min(int(budget) // block_bytes, most_useful)
         if num_blocks < 1:
             sizes = f"one block takes {block_bytes / 1e6:.0f} MB, {budget / 1e6:.0f} MB may be used"
             raise ValueError(f"{sizes}: lower block_size")
     if num_blocks < 1:
         raise ValueError(f"num_blocks is {num_blocks}: the pool needs at least 1 block")
-    needed = (num_blocks + 1) * block_bytes
-    if needed > free:
-        sizes = f"the pool needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+    needed_bytes = (num_blocks + 1) * block_bytes  # the scratch block is one more
+    if needed_bytes > free_bytes:
+        sizes = f"the pool needs {needed_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free"
         raise ValueError(f"{sizes}: lower num_blocks or kv_cache_mb")
     return num_blocks
 
 
+# ---- the engine ----------------------------------------------------------------------------------
 class LLM:
     """A model, its tokenizer, and an engine around them.
 
     `model` is a name on the hub (`gpt2`, `org/name@revision`), a folder in Hugging Face's GPT-2
-    layout, a nanoGPT checkpoint (`out/ckpt.pt`), `random:gpt2` (-medium, -large, -xl), or a `GPT`,
-    which brings no tokenizer and is served in its own dtype and on its own device.
-    `threads` is what PyTorch may use on a CPU, in the whole process; None leaves it alone (for
-    a model as small as the shipped one, 1 is fastest). The keyword arguments after `policy` are
-    `EngineConfig`'s fields.
+    layout, a nanoGPT checkpoint (`out/ckpt.pt`), `random:gpt2` (-medium, -large, -xl), or a `GPT`.
+    A `GPT` brings no tokenizer and keeps its dtype and its device.
+    `threads` is the number of CPU threads of PyTorch, for the whole process; None leaves it as it
+    is. (For a model as small as the shipped one, 1 is fastest.)
+    `reserve` and `policy` are the scheduler's. The other keyword arguments are the fields of
+    `EngineConfig`. Raises ValueError for a choice that does not exist or does not fit.
     """
 
     def __init__(
@@ -171,52 +190,60 @@ class LLM:
         dtype: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
-        reserve=reserve_now,
-        policy=first_come_first_served,
+        reserve: Callable = reserve_now,
+        policy: Callable = first_come_first_served,
         **config,
     ):
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads is {threads!r}: it must be an integer of at least 1")
         self.config = EngineConfig(**config)
         if isinstance(model, GPT):
-            self.model, self.model_name, self.weights = model, "a GPT object", "given weights"
-            self.tokenizer = None
-            if model.training and model.config.dropout:
-                raise ValueError("the GPT drops out at random while it trains: call model.eval()")
-            if (device, dtype) != ("auto", "auto"):
-                raise ValueError("a GPT object is served where and as it is: move or cast it first")
+            self._take_model(model, device, dtype)
         else:
-            self.model_name, self.weights = str(model), weights_kind(str(model))
-            where = resolve_device(device)
-            path = None if self.weights == "random weights" else find_folder(model)
-            self.model = load_model(path or model, resolve_dtype(dtype, where), where)
-            pack(self.model, self.config.max_num_seqs)
-            self.tokenizer = find_tokenizer(path, self.model.config.vocab_size)
+            self._load_model(model, device, dtype)
         weight = self.model.wte.weight
-        self.backend = resolve_backend(backend, weight.device, weight.dtype)
+        self.device, self.dtype = weight.device, weight.dtype
+        self.backend = resolve_backend(backend, self.device, self.dtype)
         if threads is not None:
             torch.set_num_threads(threads)
         self.engine = self._build_engine(reserve, policy)
 
-    def _build_engine(self, reserve, policy) -> InferenceEngine:
-        shape, config = self.model.config, self.config
-        weight = self.model.wte.weight
+    def _take_model(self, model: GPT, device: str, dtype: str) -> None:
+        """Serve a GPT object as it is."""
+        if model.training and model.config.dropout:
+            raise ValueError("the GPT drops out at random while it trains: call model.eval()")
+        if (device, dtype) != ("auto", "auto"):
+            raise ValueError("a GPT object is served where and as it is: move or cast it first")
+        self.model = model
+        self.model_name = "a GPT object"
+        self.weights = "given weights"
+        self.tokenizer: BPETokenizer | None = None
+
+    def _load_model(self, name: str | Path, device: str, dtype: str) -> None:
+        """Load weights and tokenizer, or fill a known shape with random weights."""
+        self.model_name = str(name)
+        self.weights = weights_kind(self.model_name)
+        chosen_device = resolve_device(device)
+        chosen_dtype = resolve_dtype(dtype, chosen_device)
+        path = None if self.weights == "random weights" else local_path(name)
+        self.model = load_model(path or name, chosen_dtype, chosen_device)
+        if chosen_device.type == "cpu":
+            from kernels.packed_linear import pack  # for a CPU only
+
+            pack(self.model, self.config.max_num_seqs)
+        self.tokenizer = find_tokenizer(path, self.model.config.vocab_size)
+
+    def _build_engine(self, reserve: Callable, policy: Callable) -> InferenceEngine:
+        """Choose the pool's size, then build all parts around it."""
+        config = self.config
+        shape = self.model.config
         self.max_seq_len = config.max_seq_len or shape.max_seq_len
         if self.max_seq_len > shape.max_seq_len:
             most = shape.max_seq_len
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
-        # The kernel that draws has no use for 64 bits: it is for speed.
-        can_draw = can_record(self.backend, weight.device) and weight.dtype != torch.float64
-        ahead = config.plan_ahead and can_draw
-        records = config.cuda_graphs and can_record(self.backend, weight.device)
-        sizes = recorded_sizes(config.max_num_seqs) if records else []
-        num_blocks = self._measure_pool(sizes)
+        num_blocks = self._choose_pool_size()
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
-        cache, forward = self._build_forward(num_blocks)
-        if records:
-            bar = partial(tqdm, desc="recording decode steps", unit="size", disable=None)
-            options = {"progress": bar, "sampler": sample_triton if ahead else None}
-            forward = GraphForward(cache, forward, sizes, self.max_seq_len, **options)
+
         scheduler = Scheduler(
             BlockAllocator(num_blocks, config.block_size),
             config.max_num_seqs,
@@ -225,115 +252,209 @@ class LLM:
             reserve,
             policy,
         )
-        parts = forward, cache, scheduler, shape.vocab_size, self.tokenizer, shape.eos_token_id
-        draw = draw_tokens_triton if can_draw else draw_tokens
-        if config.plan_ahead:
-            decode = forward.decode if ahead and records else None
-            return AheadEngine(*parts, config.seed, draw=draw, decode=decode)
-        return InferenceEngine(*parts, config.seed, draw)
+        cache = self._build_cache(num_blocks)
+        eager = self._build_forward(cache)
+        recorded = self._record_steps(cache, eager) if self._records_steps() else None
+        engine_class, options = self._choose_engine(recorded)
+        return engine_class(
+            forward=recorded or eager,
+            cache=cache,
+            scheduler=scheduler,
+            vocab_size=shape.vocab_size,
+            tokenizer=self.tokenizer,
+            eos_token_id=shape.eos_token_id,
+            seed=config.seed,
+            draw=self._choose_draw(),
+            **options,
+        )
 
-    def _measure_pool(self, sizes: list[int]) -> int:
-        """How many blocks the pool gets, where steps of these sizes will be recorded."""
-        shape, config, weight = self.model.config, self.config, self.model.wte.weight
-        # The pool's place is part of a recording, and what a recording takes is no longer free for
-        # the pool: so record over a pool of one block, and hold that while the pool is measured.
-        held = rehearse(*self._build_forward(1), sizes, self.max_seq_len) if sizes else None
-        block_bytes = shape.kv_bytes_per_token(weight.dtype) * config.block_size
+    # ---- which parts ----
+    def _records_steps(self) -> bool:
+        """Whether decode steps are recorded as CUDA graphs."""
+        return self.config.cuda_graphs and can_record(self.backend, self.device)
+
+    def _draws_on_gpu(self) -> bool:
+        """Whether a Triton kernel draws the tokens. It computes in 32 bits: not for float64."""
+        return can_record(self.backend, self.device) and self.dtype != torch.float64
+
+    def _choose_draw(self) -> Draw:
+        """The function that turns logits into tokens."""
+        if not self._draws_on_gpu():
+            return draw_tokens
+        from kernels.triton_sampling import draw_tokens_triton  # for a GPU only
+
+        return draw_tokens_triton
+
+    def _choose_engine(
+        self, recorded: "GraphForward | None"
+    ) -> tuple[type[InferenceEngine], dict[str, Callable]]:
+        """The engine's class, and what it takes beside the plain engine's arguments."""
+        if not self.config.plan_ahead:
+            return InferenceEngine, {}
+        from speedups.plan_ahead import AheadEngine  # for plan_ahead=True only
+
+        # A recorded step with the draw in it: the host launches it and reads nothing.
+        if recorded is not None and recorded.sampler is not None:
+            return AheadEngine, {"decode": recorded.decode}
+        return AheadEngine, {}
+
+    def _choose_pool_size(self) -> int:
+        """The number of blocks in the pool, with room left for the recorded steps."""
+        # A recording holds the address of the pool that it reads, so the real recordings are made
+        # after the pool. They take memory of their own, which the pool must leave free. Therefore
+        # one recording is made first, over a pool of one block, and kept while memory is measured.
+        rehearsal = self._rehearse_steps() if self._records_steps() else None
+        config = self.config
         num_blocks = choose_num_blocks(
-            block_bytes,
+            self.model.config.kv_bytes_per_token(self.dtype) * config.block_size,
             most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
             num_blocks=config.num_blocks,
             kv_cache_mb=config.kv_cache_mb,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            device=weight.device,
+            device=self.device,
         )
-        del held
+        del rehearsal  # its memory is free again
         return num_blocks
 
-    def _build_forward(self, num_blocks: int) -> tuple[KVCache, Forward]:
-        """A pool of so many blocks, and the forward over it."""
-        shape, weight, kernels = self.model.config, self.model.wte.weight, BACKENDS[self.backend]
-        cache = KVCache(
+    def _build_cache(self, num_blocks: int) -> KVCache:
+        """A pool of this many blocks."""
+        shape = self.model.config
+        return KVCache(
             num_layers=shape.n_layer,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
             num_kv_heads=shape.n_head,
             head_dim=shape.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self.device,
             allocate=preallocate,
         )
-        forward = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
-        if self.config.fused:
-            if self.backend != "triton":
-                raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
-            forward = fused_forward(self.model, cache, otherwise=forward)
-        return cache, forward
 
+    def _build_forward(self, cache: KVCache) -> Forward:
+        """The model over this pool, with the backend's kernels."""
+        kernels = BACKENDS[self.backend].load()
+        eager = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
+        if not self.config.fused:
+            return eager
+        if self.backend != "triton":
+            raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
+        from kernels.triton_fused import fused_forward  # for fused=True only
+
+        return fused_forward(self.model, cache, otherwise=eager)  # prefill steps stay eager
+
+    # ---- recorded steps: on a GPU only ----
+    def _rehearse_steps(self) -> object:
+        """Hold as much memory as `_record_steps` will take, for as long as the result is kept."""
+        from speedups.cuda_graphs import recorded_sizes, rehearse  # for a GPU only
+
+        cache = self._build_cache(1)
+        sizes = recorded_sizes(self.config.max_num_seqs)
+        return rehearse(cache, self._build_forward(cache), sizes, self.max_seq_len)
+
+    def _record_steps(self, cache: KVCache, eager: Forward) -> "GraphForward":
+        """A forward that replays decode steps; other steps run eagerly."""
+        from speedups.cuda_graphs import GraphForward, recorded_sizes  # for a GPU only
+
+        sampler = None
+        if self.config.plan_ahead and self._draws_on_gpu():
+            from kernels.triton_sampling import sample_triton
+
+            sampler = sample_triton
+        return GraphForward(
+            cache,
+            eager,
+            recorded_sizes(self.config.max_num_seqs),
+            self.max_seq_len,
+            progress=partial(tqdm, desc="recording decode steps", unit="size", disable=None),
+            sampler=sampler,
+        )
+
+    # ---- the face of vLLM ----
     def generate(
         self,
         prompts: str | list[int] | Sequence[str | list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Complete all prompts together; the outputs come in the order of the prompts.
+        """Complete all prompts together; the outputs are in the order of the prompts.
 
-        A prompt is text or a list of token ids; `sampling_params` is one for all or one
-        each. Raises ValueError if any prompt cannot be served; then none of them is.
+        A prompt is text or a list of token ids; `sampling_params` is one for all prompts or one
+        for each. Raises ValueError if any prompt is refused; then no prompt is served.
         """
         if self.engine.has_unfinished():
             raise ValueError(
                 "the engine still has requests: finish them with llm.engine.step() first"
             )
-        if not isinstance(prompts, str | list | tuple) or isinstance(sampling_params, dict):
-            kinds = f"{type(prompts).__name__} and {type(sampling_params).__name__}"
-            raise ValueError(f"{kinds} given: prompts are text or lists, params SamplingParams")
-        if isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts)):
-            prompts = [prompts]
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            counts = f"{len(prompts)} prompts but {len(sampling_params)} sampling params"
-            raise ValueError(f"{counts}: give one for all, or one each")
+        pairs = _pair(prompts, sampling_params)
         request_ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
+            for prompt, params in pairs:
                 request_ids.append(self.engine.add_request(prompt, params))
-            with tqdm(total=len(prompts), disable=not use_tqdm, unit="request") as bar:
+            with tqdm(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
                 while self.engine.has_unfinished():
                     ended = [o for o in self.engine.step().outputs if o.finished]
                     outputs |= {output.request_id: output for output in ended}
                     bar.update(len(ended))
-        except BaseException:  # a refused prompt or Ctrl-C: leave no half-finished request behind
+        except BaseException:  # a refused prompt or Ctrl-C: leave no request in the engine
             for request_id in request_ids:
                 self.engine.abort(request_id)
             raise
         return [outputs[request_id] for request_id in request_ids]
 
 
+def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParams | None]]:
+    """Each prompt with its parameters; the arguments are those of `LLM.generate`."""
+    if not isinstance(prompts, str | list | tuple) or isinstance(sampling_params, dict):
+        kinds = f"{type(prompts).__name__} and {type(sampling_params).__name__}"
+        raise ValueError(f"{kinds} given: prompts are text or lists, params SamplingParams")
+    is_one_prompt = isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts))
+    if is_one_prompt:
+        prompts = [prompts]
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        sampling_params = [sampling_params] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        counts = f"{len(prompts)} prompts but {len(sampling_params)} sampling params"
+        raise ValueError(f"{counts}: give one for all, or one each")
+    return list(zip(prompts, sampling_params, strict=True))
+
+
 # --------------------------------------------------------------------------------------------------
+BLOCK_SIZE = 16
+POOL_TOKENS = 1024
+TIGHT_POOL_TOKENS = 64
+
+
 def demo():
-    """The shipped model writes three beginnings on, together and alone: the same texts."""
+    """The shipped model continues three openings, together and one by one: the same texts."""
     prompts = ["Once upon a time there was a", "The wolf said to the", '"Dear child," said']
     params = SamplingParams(temperature=0.7, seed=5, max_tokens=24)
-    llm = LLM(num_blocks=64, max_num_batched_tokens=64, threads=1)
-    together = llm.generate(prompts, params)
-    allocator = llm.engine.scheduler.allocator
-    print(
-        f"{llm.model_name.split('/')[-1]}, {llm.weights}, {llm.model.num_parameters():,} parameters"
+    llm = LLM(
+        block_size=BLOCK_SIZE,
+        num_blocks=POOL_TOKENS // BLOCK_SIZE,
+        max_num_batched_tokens=64,
+        threads=1,
     )
+    name = llm.model_name.split("/")[-1]
+    allocator = llm.engine.scheduler.allocator
+    print(f"{name}, {llm.weights}, {llm.model.num_parameters():,} parameters")
+    print(f"backend {llm.backend}, {str(llm.dtype)[6:]} on the {llm.device.type}")
     print(f"a pool of {allocator.num_blocks} blocks of {allocator.block_size} tokens\n")
+    together = llm.generate(prompts, params)
     for output in together:
         print(f"[{output.prompt}]{output.outputs[0].text!r}")
-    tight = LLM(num_blocks=4, max_num_batched_tokens=8)
-    alone = [tight.generate(prompt, params)[0] for prompt in prompts]
-    print(
-        f"\nalone, in a pool of 4 blocks: {sum(len(o.outputs[0].token_ids) for o in alone)} tokens"
+
+    tight = LLM(
+        block_size=BLOCK_SIZE,
+        num_blocks=TIGHT_POOL_TOKENS // BLOCK_SIZE,
+        max_num_batched_tokens=8,
     )
+    alone = [tight.generate(prompt, params)[0] for prompt in prompts]
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in alone)
+    print(f"\none by one, in a pool of {TIGHT_POOL_TOKENS} tokens: {num_tokens} tokens written")
     assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in together]
     assert allocator.num_free == allocator.num_blocks
-    print("ok: a seed means the same text in any batch, and every block is free again")
+    print("ok: with its seed a prompt has the same text in any batch; every block is free again")
 
 
 if __name__ == "__main__":

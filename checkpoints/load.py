@@ -23,6 +23,7 @@ Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a m
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.hub import find_folder
 from checkpoints.untrusted import MOST_SHOWN, read_json, shown
 from checkpoints.weight_files import Stored, catalogue, model_args, read
 from model import GPT, GPTConfig, attend_one_sequence
@@ -72,6 +72,15 @@ NANOGPT_FIELDS = {"n_positions": "block_size"} | {
 }
 
 
+def local_path(name: str | Path) -> Path:
+    """The folder or file on this machine; a name on the hub is fetched if it has to be."""
+    if os.path.exists(name):  # Path("").exists() is True
+        return Path(name)
+    from checkpoints.hub import find_folder  # imported here: a local folder needs no hub
+
+    return find_folder(name)
+
+
 def weights_kind(name: str) -> str:
     """Return "random weights" or "trained weights", to be printed beside every measured figure."""
     return "random weights" if name.startswith("random:") else "trained weights"
@@ -90,7 +99,7 @@ def load_model(
     name = str(name)
     if name.startswith("random:"):
         return random_model(name.removeprefix("random:"), dtype, device)
-    path = find_folder(name)
+    path = local_path(name)
     # The config and the tensors' shapes come first. Numbers are read only if the two agree.
     config = read_config(path / "config.json") if (path / "config.json").exists() else None
     stored = catalogue(path)
@@ -269,7 +278,7 @@ def describe(name: str) -> None:
     num_sequences = 1e9 / kv_bytes / longest
     print(f"1 GB of KV     {num_sequences:.1f} sequences of {longest:,} tokens, in 16 bits")
     if weights_kind(name) == "trained weights":
-        path = find_folder(name)
+        path = local_path(name)
         stored = catalogue(path)
         files = ", ".join(sorted({tensor.path.name for tensor in stored}))
         print(f"files          {len(stored)} tensors in {files}, in {stored[0].path.parent}")

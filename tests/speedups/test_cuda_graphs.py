@@ -850,7 +850,7 @@ def test_a_pool_is_measured_while_a_rehearsal_holds_its_memory(recording_llm, mo
             happened.append("made")
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(recording_llm, "rehearse", rehearse_and_tell)
+    monkeypatch.setattr("speedups.cuda_graphs.rehearse", rehearse_and_tell)
     monkeypatch.setattr(recording_llm, "choose_num_blocks", choose_and_tell)
     monkeypatch.setattr(recording_llm, "KVCache", make_and_tell)
     recording_llm.LLM(model, block_size=4, max_num_seqs=3)
