@@ -1,16 +1,16 @@
 """The command line: prompts in, streamed text out.
 
-Without arguments the shipped model goes on with a dozen fairy tales at once, from a pool that is
-too small for all of them: the strip shows which request holds which block, step by step. A capital
-letter is a full block, a small one the block that is being filled, a dot is free. Requests join
-when the pool has room, give their blocks back when they end, and the newest gives way when the pool
-runs dry.
+Without arguments the shipped model continues twelve openings of fairy tales at once. All of them
+together need nearly twice as many blocks as the pool has. A strip shows after each step which
+request holds which block: a capital letter is a full block, a small letter a block that is not full
+yet, a dot a free block. A request starts when the pool has room for it, and its blocks are free
+again when its text ends. If the pool is full, the newest request is preempted.
 
-    pool |AAAaBBbCCCCc··DDd·EEe···|    41 tokens/step ...
+    |AAAaBBbCCCCc··DDd·EEe···|
+    step   12     96 tokens   ...   running   5  waiting   7  pool  80%
 
-With one prompt the text is streamed as it comes; with many, a line shows the progress, and the
-texts follow in the order of the prompts. What a production engine does beyond this: it serves them
-over HTTP.
+The text of one prompt is printed word by word; those of several prompts are printed at the end, in
+the order of the prompts. Each option of the engine is a flag, with the default of `EngineConfig`.
 
 Run: python generate.py
      python generate.py "Once upon a time" --max-tokens 200 --temperature 0.8
@@ -18,24 +18,32 @@ Run: python generate.py
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
      python generate.py --record steps.jsonl     (python -m plots.draw pool --recording steps.jsonl)
-     python generate.py --explain                (where the time of its steps went)
-Try: --num-blocks 40 (more preemptions, the same texts), --block-size 1, --max-num-batched-tokens 8.
+     python generate.py --explain                (how long each kind of step takes, and why)
+Try: --num-blocks 40: more preemptions, and the same texts.
+     --block-size 1: no small letters, because a block of one token is always full.
 """
 
 import json
 import sys
 import textwrap
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
-from dataclasses import asdict, fields, replace
+from argparse import (
+    ArgumentParser,
+    BooleanOptionalAction,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _ArgumentGroup,
+)
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput
-from watch.explain import Explainer
-from watch.recorder import Recorder
 from watch.terminal import Meter, Screen, letter_of
+
+Prompt = str | list[int]  # text or token ids
+Engine = Any  # an InferenceEngine, or an Explainer or Recorder around one: the same methods
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [
@@ -52,56 +60,50 @@ OPENINGS = [
     ("A Fox once saw", 45),
     ("Then the little tailor laughed, and said to the giant that he was not afraid,", 75),
 ]
-DEMO_POOL_TOKENS = 480  # a little over half of what the twelve would fill together
-DEMO_DEFAULTS = {"block_size": 8, "temperature": 0.7, "top_p": 0.95}  # flags that are given win
+DEMO_POOL_TOKENS = 480  # a little over half of the tokens of all twelve texts
+DEMO_DEFAULTS = {"block_size": 8, "temperature": 0.7, "top_p": 0.95}
 
 
 # ---- the command line ----------------------------------------------------------------------------
-HELP = {
+SAMPLING_HELP = {
     "n": "texts for each prompt",
     "temperature": "0 is greedy",
     "top_k": "sample from the k likeliest tokens; 0 is all",
     "top_p": "sample from the likeliest tokens that hold this share of the probability",
     "min_p": "leave out tokens less likely than this share of the likeliest",
-    "presence_penalty": "taken from the logit of each token that was generated",
-    "frequency_penalty": "taken from it once for each time",
-    "repetition_penalty": "divides the logits of tokens seen in prompt or text; 1 is none",
+    "presence_penalty": "subtracted once from the logit of each token in the text so far",
+    "frequency_penalty": "subtracted from it once for each time that the token was written",
+    "repetition_penalty": "divides the logits of tokens in prompt and text; 1 is none",
     "seed": "the same seed writes the same text, in any batch",
     "max_tokens": "tokens to write at most",
     "min_tokens": "tokens to write before the text may end",
-    "stop": "a text that ends the output; may be given several times",
+    "stop": "a string that ends the text; may be given several times",
     "ignore_eos": "go on after the end-of-text token",
     "logprobs": "log-probabilities of this many likeliest tokens, in --jsonl output",
-    "block_size": "tokens in a block",
-    "num_blocks": "the pool in blocks",
-    "kv_cache_mb": "the pool in MB (10**6 bytes); neither: what is free",
-    "gpu_memory_utilization": "share of a GPU's free memory for the pool",
-    "max_num_seqs": "sequences in one step",
-    "max_num_batched_tokens": "tokens in one step",
-    "max_seq_len": "tokens in one sequence; default: the model's",
-    "cuda_graphs": "on a GPU, record decode steps once and replay them (on if nothing is said)",
-    "fused": "on a GPU, join a decode step's small operations (off if not said)",
-    "plan_ahead": "launch the next step before the last one's tokens are read (off if not said)",
 }
+# A line of JSONL may set these; a flag is no place for a dict or a long list.
+SAMPLING_WITHOUT_FLAG = {"logit_bias", "stop_token_ids", "prompt_logprobs"}
 
 
-def add_flags(group, cls, skip: str = "") -> None:
-    """A flag for each field of a dataclass that HELP knows; its default is the field's."""
-    for field in (f for f in fields(cls) if f.name in HELP and f.name != skip):
-        default, flag, text = field.default, "--" + field.name.replace("_", "-"), HELP[field.name]
-        if field.name == "stop":
-            group.add_argument(flag, action="append", help=text)
-        elif isinstance(default, bool):
-            group.add_argument(flag, action=BooleanOptionalAction, default=default, help=text)
-        else:
-            kind = type(default) if default is not None else get_args(field.type)[0]  # int | None
-            group.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
+def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
+    """A flag for a field of a dataclass, with the field's name, type and default."""
+    flag = "--" + field.name.replace("_", "-")
+    if field.name == "stop":
+        group.add_argument(flag, action="append", help=help)
+    elif isinstance(field.default, bool):
+        help = f"{help}; {'on' if field.default else 'off'} by default"
+        group.add_argument(flag, action=BooleanOptionalAction, default=field.default, help=help)
+    else:
+        # A field that may be None has a type like int | None: the flag's is the first, int.
+        kind = get_args(field.type)[0] if field.default is None else type(field.default)
+        help = f"{help} (default {field.default})"
+        group.add_argument(flag, type=kind, default=field.default, help=help)
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line; engine and sampling flags come from their dataclasses.
+def build_parser() -> ArgumentParser:
+    """The flags: a few of this program, then those of EngineConfig and SamplingParams.
 
-    Without prompts it is the demonstration's, which has other defaults for some flags.
+    Raises KeyError for a field without help text.
     """
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="prompts; none: the demonstration")
@@ -111,25 +113,43 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
-    parser.add_argument("--threads", type=int, help="CPU threads; the shipped model: 1")
+    parser.add_argument("--threads", type=int, help="CPU threads (default 1 for the shipped model)")
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     parser.add_argument("--record", type=Path, help="write what each step did to this file")
-    parser.add_argument("--explain", action="store_true", help="say where the steps' time went")
-    add_flags(parser.add_argument_group("the engine"), EngineConfig, skip="seed")
-    add_flags(parser.add_argument_group("sampling"), SamplingParams)
+    parser.add_argument("--explain", action="store_true", help="say why steps take so long")
+    engine_flags = parser.add_argument_group("the engine")
+    for field in fields(EngineConfig):
+        if field.name != "seed":  # --seed is the requests' seed
+            add_flag(engine_flags, field, field.metadata["help"])
+    sampling_flags = parser.add_argument_group("sampling")
+    for field in fields(SamplingParams):
+        if field.name not in SAMPLING_WITHOUT_FLAG:
+            add_flag(sampling_flags, field, SAMPLING_HELP[field.name])
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line; `is_demo` says that it has no prompts."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     args.is_demo = not args.prompts and args.file is None
-    if args.is_demo:
-        parser.set_defaults(**DEMO_DEFAULTS, is_demo=True)
-        args = parser.parse_args(argv)
-        if args.num_blocks is None and args.kv_cache_mb is None and args.block_size > 0:
-            args.num_blocks = -(-DEMO_POOL_TOKENS // args.block_size)
+    if not args.is_demo:
+        return args
+    parser.set_defaults(**DEMO_DEFAULTS)  # a flag that is given replaces them
+    args = parser.parse_args(argv)
+    args.is_demo = True
+    if args.num_blocks is None and args.kv_cache_mb is None and args.block_size > 0:
+        args.num_blocks = -(-DEMO_POOL_TOKENS // args.block_size)  # rounded up
     return args
 
 
+# ---- the prompts ---------------------------------------------------------------------------------
 def sampling_params(args: Namespace, **overrides) -> SamplingParams:
-    """SamplingParams from the flags, with one prompt's own values on top."""
+    """SamplingParams from the flags, with one prompt's own values in their place.
+
+    Raises ValueError for a name or a value that SamplingParams does not have.
+    """
     names = {field.name for field in fields(SamplingParams)}
     if unknown := set(overrides) - names:
         raise ValueError(f"{min(unknown)!r} is no sampling parameter")
@@ -137,66 +157,92 @@ def sampling_params(args: Namespace, **overrides) -> SamplingParams:
     return SamplingParams(**(values | overrides))
 
 
-def read_entry(line: str, args: Namespace) -> tuple[str | list[int], SamplingParams]:
-    """One line of JSONL: an object with a "prompt" and, if it likes, its own parameters."""
+def read_entry(line: str, args: Namespace) -> tuple[Prompt, SamplingParams]:
+    """One line of JSONL: an object with a "prompt", and parameters if it has its own."""
     entry = json.loads(line)
     if "prompt" not in entry:
         raise ValueError("there is no 'prompt'")
     prompt = entry.pop("prompt")
-    if isinstance(entry.get("logit_bias"), dict):  # a key of JSON is a string, a token id is not
+    if isinstance(entry.get("logit_bias"), dict):  # JSON's keys are strings, token ids are integers
         entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
     return prompt, sampling_params(args, **entry)
 
 
-def read_prompts(args: Namespace) -> list[tuple[str | list[int], SamplingParams]]:
-    """The prompts of arguments and file, each with its parameters. ValueError names a bad line."""
-    from_flags = sampling_params(args)  # first of all: no line is to blame for a flag
-    if args.is_demo:
-        # Each writes half of its tokens at least: a tale that ends at once would show nothing.
-        return [(t, replace(from_flags, max_tokens=n, min_tokens=n // 2)) for t, n in OPENINGS]
-    prompts = [(prompt, from_flags) for prompt in args.prompts]
-    if args.file is None:
-        return prompts
-    try:  # "-sig": some editors begin a file with an invisible mark
-        text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text("utf-8-sig")
+def read_file(args: Namespace, from_flags: SamplingParams) -> list[tuple[Prompt, SamplingParams]]:
+    """The prompts of --file. Raises ValueError that names the line."""
+    try:
+        if args.file == "-":
+            text = sys.stdin.read()
+        else:
+            # "-sig": some editors begin a file with an invisible mark, which is left out
+            text = Path(args.file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{args.file} cannot be read: {error}") from None
+    prompts: list[tuple[Prompt, SamplingParams]] = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.lstrip().startswith("{"):
                 prompts.append(read_entry(line, args))
             elif line.strip():
                 prompts.append((line.rstrip("\r"), from_flags))
-        except (ValueError, TypeError, RecursionError) as error:  # TypeError: a value of odd type
+        # TypeError: JSON of an unexpected type; RecursionError: too many brackets in brackets
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{args.file}, line {number}: {error}") from None
+    return prompts
+
+
+def read_prompts(args: Namespace) -> list[tuple[Prompt, SamplingParams]]:
+    """The prompts of the arguments, then those of --file, each with its parameters."""
+    from_flags = sampling_params(args)  # first, so that no line is blamed for a bad flag
+    if args.is_demo:
+        # At least half of the tokens are written, so that no text ends at once.
+        return [
+            (opening, replace(from_flags, max_tokens=num, min_tokens=num // 2))
+            for opening, num in OPENINGS
+        ]
+    prompts: list[tuple[Prompt, SamplingParams]] = [(p, from_flags) for p in args.prompts]
+    if args.file is not None:
+        prompts += read_file(args, from_flags)
     if not prompts:
         raise ValueError(f"{args.file} holds no prompt: one a line, or JSONL with a 'prompt' each")
     return prompts
 
 
 # ---- running -------------------------------------------------------------------------------------
-def run_all(llm: LLM, prompts: list, screen: Screen) -> list[RequestOutput]:
-    """Serve all prompts together; outputs in their order. A refused prompt stops everything."""
-    engine = llm.engine
-    ids, outputs = [engine.add_request(prompt, params) for prompt, params in prompts], {}
+def run_all(
+    engine: Engine, prompts: list[tuple[Prompt, SamplingParams]], screen: Screen
+) -> list[RequestOutput]:
+    """Serve all prompts together; the outputs are in their order.
+
+    Raises ValueError for a refused prompt, before any prompt is served.
+    """
+    request_ids = [engine.add_request(prompt, params) for prompt, params in prompts]
+    outputs: dict[str, RequestOutput] = {}
     while engine.has_unfinished():
-        screen.meter.add(step := engine.step())
+        step = engine.step()
+        screen.meter.add(step)
         outputs |= {output.request_id: output for output in step.outputs if output.finished}
-        screen.show(last=not engine.has_unfinished())
-    return [outputs[request_id] for request_id in ids]
+        screen.draw(is_last=not engine.has_unfinished())
+    return [outputs[request_id] for request_id in request_ids]
 
 
-def stream_one(llm: LLM, prompt: str | list[int], params: SamplingParams, meter: Meter) -> None:
-    """Print a single text while it is written."""
-    llm.engine.add_request(prompt, params)
+def stream_one(
+    engine: Engine, prompt: Prompt, params: SamplingParams, meter: Meter, has_tokenizer: bool
+) -> None:
+    """Print a single text while it is written; without a tokenizer its token ids."""
+    engine.add_request(prompt, params)
     print(prompt if isinstance(prompt, str) else "", end="", flush=True)
-    shown = 0
-    while llm.engine.has_unfinished():
-        meter.add(step := llm.engine.step())
+    num_printed = 0  # characters
+    while engine.has_unfinished():
+        step = engine.step()
+        meter.add(step)
         for output in step.outputs:
-            text, ids = output.outputs[0].text, output.outputs[0].token_ids
-            print(text[shown:] if llm.tokenizer else f" {ids[-1]}", end="", flush=True)
-            shown = len(text)
+            completion = output.outputs[0]
+            if has_tokenizer:
+                print(completion.text[num_printed:], end="", flush=True)
+                num_printed = len(completion.text)
+            else:
+                print(f" {completion.token_ids[-1]}", end="", flush=True)
     print()
 
 
@@ -206,52 +252,80 @@ def as_json(output: RequestOutput, llm: LLM) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def as_text(output: RequestOutput, llm: LLM, named: bool) -> str:
-    """A request's texts for a reader, wrapped; token ids where there is no tokenizer."""
-    name, shown = f"[{letter_of(output.request_id)}] " if named else "", []
+def as_text(output: RequestOutput, llm: LLM, has_letter: bool) -> str:
+    """A request's texts, wrapped at 98 columns; token ids if there is no tokenizer."""
+    letter = f"[{letter_of(output.request_id)}] " if has_letter else ""
+    texts = []
     for completion in output.outputs:
         written = completion.text if llm.tokenizer else " ".join(map(str, completion.token_ids))
-        lines = f"{name}{output.prompt or ''}{written}".split("\n")
-        shown.append("\n".join(textwrap.fill(line, 98) for line in lines if line.strip()))
-    return "\n\n".join(shown)
+        lines = f"{letter}{output.prompt or ''}{written}".split("\n")
+        texts.append("\n".join(textwrap.fill(line, 98) for line in lines if line.strip()))
+    return "\n\n".join(texts)
 
 
 def write_all(outputs: list[RequestOutput], llm: LLM, args: Namespace) -> None:
-    """All texts, or one line of JSON each, to where the flags say; the demonstration names them."""
-    texts = [as_json(o, llm) if args.jsonl else as_text(o, llm, args.is_demo) for o in outputs]
-    whole = ("\n" if args.jsonl else "\n\n").join(texts)
+    """Print all outputs or write them to --out, as texts or as lines of JSON."""
+    if args.jsonl:
+        whole = "\n".join(as_json(output, llm) for output in outputs)
+    else:
+        whole = "\n\n".join(as_text(output, llm, args.is_demo) for output in outputs)
     if args.out is None:
         print(whole)
     else:
         args.out.write_text(f"{whole}\n", encoding="utf-8")
 
 
-def run(args: Namespace) -> None:
-    """Load the model, serve the prompts, print or write what came out."""
-    prompts = read_prompts(args)
-    # Rather now than after the work:
+def check_flags(args: Namespace) -> None:
+    """Raise ValueError for flags that would fail only after the texts are written."""
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise ValueError(f"--out {args.out} is a folder, or there is no folder {args.out.parent}")
     if args.plan_ahead and (args.explain or args.record is not None):
         raise ValueError("--explain and --record want one step at a time: leave out --plan-ahead")
+
+
+def build_llm(args: Namespace) -> LLM:
+    """The LLM that the flags describe."""
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
-    config |= {name: getattr(args, name) for name in ("device", "dtype", "backend", "threads")}
-    if args.threads is None and args.model == str(SHIPPED_MODEL):
-        config["threads"] = 1  # so small a model that a second thread waits more than it works
-    llm = LLM(args.model, **config)
+    threads = args.threads
+    if threads is None and args.model == str(SHIPPED_MODEL):
+        threads = 1  # a second thread waits longer than it works for so small a model
+    return LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        threads=threads,
+        **config,
+    )
+
+
+def run(args: Namespace) -> None:
+    """Load the model, serve the prompts, print or write their texts."""
+    prompts = read_prompts(args)
+    check_flags(args)
+    llm = build_llm(args)
+    engine: Engine = llm.engine
+    explainer = None
     if args.explain:
-        llm.engine = explainer = Explainer(llm.engine, llm.model)
+        from watch.explain import Explainer  # for --explain only
+
+        engine = explainer = Explainer(engine, llm.model)
     if args.record is not None:
-        llm.engine = Recorder(llm.engine, args.record, model=Path(llm.model_name).name)
-    meter = Meter(llm)
-    if len(prompts) == 1 and prompts[0][1].n == 1 and not args.jsonl and args.out is None:
-        stream_one(llm, *prompts[0], meter)
+        from watch.recorder import Recorder  # for --record only
+
+        engine = Recorder(engine, args.record, model=Path(llm.model_name).name)
+
+    meter = Meter(engine.scheduler, f"{llm.weights}, {llm.backend}, {str(llm.dtype)[6:]}")
+    is_one_text = len(prompts) == 1 and prompts[0][1].n == 1
+    if is_one_text and not args.jsonl and args.out is None:
+        prompt, params = prompts[0]
+        stream_one(engine, prompt, params, meter, has_tokenizer=llm.tokenizer is not None)
     else:
-        outputs = run_all(llm, prompts, Screen(meter, strip=args.is_demo, stream=sys.stderr))
+        outputs = run_all(engine, prompts, Screen(meter, args.is_demo, stream=sys.stderr))
         print(file=sys.stderr)
         write_all(outputs, llm, args)
     print(f"\n{meter.summary()}", file=sys.stderr)
-    if args.explain:
+    if explainer is not None:
         print("", *explainer.report(), sep="\n", file=sys.stderr)
 
 

@@ -1,137 +1,137 @@
-"""A run as a terminal shows it: whose each block of the pool is, and a line of figures.
+"""A run as text in a terminal: the owner of each block of the pool, and a line of figures.
 
-A pool of 60 blocks fits into one line, a cell each, and a step changes two or three of them. Drawn
-over and over in one place it shows what no figure does: who holds much, who waits, whose blocks
-fill up and go back all at once.
+A pool of 60 blocks fits into one line, one character a block, and a step changes two or three of
+them. Drawn again after each step in the same place, the line shows which requests hold many blocks
+and how blocks fill up and are freed. `generate.py` draws it:
 
-    |AAAaBBbCCCCc··DDd·EEe···|     a letter a request: capital is a full block, small the one
-    step   12     96 tokens ..     that is being filled, a dot is free
+    |AAAaBBbCCCCc··DDd·EEe···|     a letter is a request: a capital is a full block, a small letter
+    step   12     96 tokens ..     is a block that is not full yet, a dot is a free block
 
-Everything is counted from outside, from what each step returns and from the scheduler's queues, so
-an engine runs the same whether somebody watches or not. Where the output is no terminal there are
-plain lines, one a second. What a production engine does beyond this: the same figures as a page of
-metrics, read every few seconds by whoever draws the curves.
-
-Run: python -m watch.terminal
-Try: block_size=1 in the demo (longer strips, nearly no small letters), or num_blocks=6.
+All figures come from what a step returns and from the scheduler's queues, so an engine does the
+same with and without a meter. If the output is no terminal, a plain line is printed once a second.
+The tests compare the strip with one drawn by hand.
 """
 
 import time
 from typing import TextIO
 
-from llm import LLM
 from outputs import StepOutput
-from sampling import SamplingParams
 from scheduler import Scheduler
 
-COLOURS = [31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96]  # of a terminal, one a request
+COLOURS = [31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96]  # a terminal's codes, one a request
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SECONDS_BETWEEN_DRAWINGS = 0.05  # on a terminal
+SECONDS_BETWEEN_LINES = 1.0  # in a file or a pipe
 
 
 def letter_of(request_id: str) -> str:
-    """The letter that stands for a request in the strip and before its text."""
+    """The letter of a request in the strip and before its text; request 26 is A again."""
     return LETTERS[int(request_id) % len(LETTERS)]
 
 
 class Meter:
-    """Counts what steps did, from outside: tokens, time, blocks, utilisation, preemptions."""
+    """Counts what the steps did: tokens, time, blocks, utilisation, preemptions.
 
-    def __init__(self, llm: LLM):
-        self.llm, self.scheduler, self.started = llm, llm.engine.scheduler, time.monotonic()
-        # The last two are sums over all steps.
-        self.steps = self.generated = self.peak_blocks = self.tokens_held = self.places_held = 0
+    `about` stands in the summary: for example the weights, the backend and the dtype.
+    """
+
+    def __init__(self, scheduler: Scheduler, about: str):
+        self.scheduler = scheduler
+        self.about = about
+        self.started = time.monotonic()
+        self.num_steps = 0
+        self.num_tokens = 0  # that were written
+        self.peak_blocks = 0
+        # Two sums over all steps; utilisation is the first divided by the second.
+        self.sum_of_tokens_held = 0
+        self.sum_of_slots_held = 0
 
     def add(self, step: StepOutput) -> None:
-        """Take one step into account."""
+        """Count one step, right after it has run."""
         allocator = self.scheduler.allocator
-        self.steps += 1
-        self.generated += len(step.plan.sampled)
-        held = allocator.num_blocks - allocator.num_free
-        # Those who ended in this step have given their blocks back, but held them until then.
-        ended = [seq for seq, _, _ in step.plan.scheduled if not seq.block_table]
-        given_back = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
-        self.peak_blocks = max(self.peak_blocks, held + given_back)
-        self.places_held += held * allocator.block_size
-        self.tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
+        self.num_steps += 1
+        self.num_tokens += len(step.plan.sampled)
+        num_held = allocator.num_blocks - allocator.num_free
+        # A sequence that ended in this step held its blocks until the end of the step.
+        ended = [entry.seq for entry in step.plan.scheduled if not entry.seq.block_table]
+        num_freed = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
+        self.peak_blocks = max(self.peak_blocks, num_held + num_freed)
+        self.sum_of_tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
+        self.sum_of_slots_held += num_held * allocator.block_size
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the slots in held blocks that hold a token, over all steps."""
+        return self.sum_of_tokens_held / max(self.sum_of_slots_held, 1)
 
     @property
     def tokens_per_s(self) -> float:
-        return self.generated / max(time.monotonic() - self.started, 1e-9)
+        """Tokens that were written, for each second since the meter was made."""
+        return self.num_tokens / max(time.monotonic() - self.started, 1e-9)
 
     def line(self) -> str:
-        """One line for a terminal that waits."""
-        used = 1 - self.scheduler.allocator.num_free / self.scheduler.allocator.num_blocks
-        speed = f"{self.generated:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
+        """The present state in one line."""
+        allocator = self.scheduler.allocator
+        share_held = 1 - allocator.num_free / allocator.num_blocks
+        speed = f"{self.num_tokens:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
         queues = f"running {len(self.scheduler.running):3}  waiting {self.scheduler.num_waiting:3}"
-        return f"step {self.steps:4}  {speed}  {queues}  pool {used:4.0%}"
+        return f"step {self.num_steps:4}  {speed}  {queues}  pool {share_held:4.0%}"
 
     def summary(self) -> str:
-        """What the run came to."""
-        llm, scheduler, seconds = self.llm, self.scheduler, time.monotonic() - self.started
+        """The figures of the whole run, in two lines."""
+        scheduler = self.scheduler
+        seconds = time.monotonic() - self.started
+        speed = f"{self.num_tokens} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s"
+        blocks = f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks"
+        again = f"{scheduler.num_recomputed_tokens} tokens computed again"
         return (
-            f"{self.generated} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s "
-            f"({llm.weights}, {llm.backend}, {str(llm.model.wte.weight.dtype)[6:]})\n"
-            f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks, utilisation "
-            f"{self.tokens_held / max(self.places_held, 1):.1%}, {scheduler.num_preemptions} "
-            f"preemptions, {scheduler.num_recomputed_tokens} tokens computed again"
+            f"{speed} ({self.about})\n{blocks}, utilisation {self.utilisation:.1%}, "
+            f"{scheduler.num_preemptions} preemptions, {again}"
         )
 
 
-def pool_strip(scheduler: Scheduler, colour: bool, width: int = 96) -> list[str]:
-    """The pool, one cell a block: whose it is, capital when full; lines of `width` cells."""
-    allocator, cells = scheduler.allocator, ["·"] * scheduler.allocator.num_blocks
+def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = 96) -> list[str]:
+    """The pool with one character a block, in lines of `width` blocks.
+
+    Example: two blocks of request 0, one of request 1, all full but the second:
+    `["|AaB····|"]`.
+    """
+    allocator = scheduler.allocator
+    cells = ["·"] * allocator.num_blocks
     for seq in scheduler.running:
         letter = letter_of(seq.request.request_id)
         code = COLOURS[LETTERS.index(letter) % len(COLOURS)]
         for i, block_id in enumerate(seq.block_table):
-            full = (i + 1) * allocator.block_size <= seq.num_computed_tokens
-            cell = letter if full else letter.lower()
-            cells[block_id] = f"\033[{code}m{cell}\033[0m" if colour else cell
+            # block 1 holds positions [16, 32) if block_size is 16: full from 32 tokens on
+            is_full = (i + 1) * allocator.block_size <= seq.num_computed_tokens
+            cell = letter if is_full else letter.lower()
+            cells[block_id] = f"\033[{code}m{cell}\033[0m" if in_colour else cell
     return [f"|{''.join(cells[i : i + width])}|" for i in range(0, len(cells), width)]
 
 
 class Screen:
-    """Shows the progress on a terminal in place, elsewhere as plain lines now and then."""
+    """Draws the progress: on a terminal always in the same place, elsewhere as plain lines."""
 
-    def __init__(self, meter: Meter, strip: bool, stream: TextIO):
-        self.meter, self.strip, self.stream = meter, strip, stream
-        self.is_terminal, self.lines_up, self.shown_at = stream.isatty(), 0, float("-inf")
+    def __init__(self, meter: Meter, has_strip: bool, stream: TextIO):
+        self.meter = meter
+        self.has_strip = has_strip
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+        self.num_lines_drawn = 0
+        self.last_drawn = float("-inf")  # on the clock of time.monotonic
 
-    def show(self, last: bool = False) -> None:
-        """Draw the state after a step; a terminal is redrawn at most 20 times a second."""
-        if time.monotonic() - self.shown_at < (0.05 if self.is_terminal else 1.0) and not last:
+    def draw(self, is_last: bool = False) -> None:
+        """Draw the state after a step, unless the last drawing was a moment ago."""
+        interval = SECONDS_BETWEEN_DRAWINGS if self.is_terminal else SECONDS_BETWEEN_LINES
+        if time.monotonic() - self.last_drawn < interval and not is_last:
             return
-        self.shown_at = time.monotonic()
-        lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.strip else []
+        self.last_drawn = time.monotonic()
+        lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.has_strip else []
         lines.append(self.meter.line())
-        # On a terminal over the lines of the last time: up to the first of them, and erase each.
-        up = f"\033[{self.lines_up}A" if self.is_terminal and self.lines_up else ""
-        erase = "\r\033[K" if self.is_terminal else ""
-        print(up + "\n".join(erase + line for line in lines), file=self.stream, flush=True)
-        self.lines_up = len(lines)
-
-
-# --------------------------------------------------------------------------------------------------
-def demo():
-    """Four tales of the shipped model in a pool that is too small for them, every fourth step."""
-    llm = LLM(block_size=4, num_blocks=20, threads=1)
-    meter, openings = Meter(llm), ["The wind", "Once upon a time", "A Fox once saw", "The princess"]
-    for opening, num in zip(openings, (16, 30, 24, 40)):
-        params = SamplingParams(temperature=0.7, seed=1, max_tokens=num, ignore_eos=True)
-        llm.engine.add_request(opening, params)
-    scheduler, seen = llm.engine.scheduler, set()
-    while llm.engine.has_unfinished():
-        meter.add(llm.engine.step())
-        strip = pool_strip(scheduler, colour=False)
-        seen |= set("".join(strip))
-        if meter.steps % 4 == 1:
-            held = sum(len(seq.block_table) for seq in scheduler.running)
-            print(f"{strip[0]}  {meter.steps:3} steps, {meter.generated:3} tokens, {held:2} blocks")
-    assert {"A", "a", "D", "·"} <= seen and strip == [f"|{'·' * 20}|"]
-    assert meter.generated == 16 + 30 + 24 + 40 and scheduler.num_preemptions > 0
-    print(f"at most {meter.peak_blocks} of 20 blocks; preemptions: {scheduler.num_preemptions}")
-    print("ok: every request had its letter, and in the end no cell has one")
-
-
-if __name__ == "__main__":
-    demo()
+        text = "\n".join(lines)
+        if self.is_terminal:
+            # "\033[2A" moves the cursor two lines up, "\r\033[K" erases the line that it is in.
+            up = f"\033[{self.num_lines_drawn}A" if self.num_lines_drawn else ""
+            text = up + "\n".join(f"\r\033[K{line}" for line in lines)
+        print(text, file=self.stream, flush=True)
+        self.num_lines_drawn = len(lines)
