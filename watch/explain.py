@@ -1,45 +1,41 @@
-"""Where the time of a run's steps goes: each is counted and timed from outside, and judged.
+"""Where the time of a run's steps goes: their work is counted, and compared with the machine.
 
-An engine that takes 30 ms for a step may be perfect or ten times too slow; a profile says which
-call took longest, never whether it had to. What a step has to do can be counted: 12 sequences of
-the 124M GPT-2 in 32 bits with 500 tokens each read 495 MB of weights and 442 MB of keys and values,
-in any engine. Divided by what this machine can do at most, each count is a floor, and the largest
-floor names what the step is bound by. An `Explainer` stands around the engine, as a recorder does:
+A step of 58 ms may be good or ten times too slow. A profile shows which call took longest, but not
+whether it had to take so long. The work of a step can be counted. For example, 12 sequences of the
+124M GPT-2 in float32 with 500 tokens each read 495 MB of weights and 442 MB of keys and values, in
+any engine. Divided by what this machine can do at most, each count is a floor (`roofline.py`). The
+largest floor says what the step is bound by. An `Explainer` is used in place of the engine:
 
     step() ──> engine.step() ──> StepOutput: who ran, from where to where ─> rows, context tokens
-                  └─> forward(batch) ──> its time; what the step has more is the host's
+                  └─> forward(batch) ──> its time; the rest of the step is the host's time
 
     weights read             494.6 MB   24.7 ms
     keys and values read     442.4 MB   22.1 ms    through one memory: at least 46.8 ms,
     measured                            58.5 ms    and this step takes 1.25 times as long
 
-A decode step adds one token to each of its sequences; any other counts as prefill. What a
-production engine does beyond this: a trace of every kernel, and the hardware's own counters.
+A step in which each sequence adds one token is a decode step; every other step is a prefill step.
+The tests compare the counts with counts by hand and with PyTorch's own counter.
 
-Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4); see watch/roofline.py.
-Run: python -m watch.explain
-Try: the two functions of kernels/attention_cpu.py in the demo's eager_forward (what is above all
-floors shrinks), or one prompt instead of six (which floors grow smaller, and which do not?).
+Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4). Run: python generate.py --explain
 """
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from block_allocator import BlockAllocator
-from engine import Forward, InferenceEngine, eager_forward
-from kv_cache import Batch, KVCache, Row, make_batch
-from model import GPT, GPTConfig
+from engine import Forward, InferenceEngine
+from kv_cache import Batch, Row, make_batch
+from model import GPT
 from outputs import StepOutput
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Plan
 from watch.roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 
-# The floors' lines in the table.
+# The titles of the floors in the table.
 TITLES = {
     "weights": "weights read",
     "KV": "keys and values read",
@@ -48,31 +44,35 @@ TITLES = {
     "launches": "launches of the forward",
     "host": "host's own time",
 }
-# What a step is called that such work binds, and what follows.
+# For the largest floor: the name of such a step, and what follows from it.
 VERDICTS = {
-    "weights": ("weight-bound", "larger steps would share the reading"),
-    "KV": ("KV-bound", "shorter contexts would take less"),
+    "weights": ("weight-bound", "more sequences a step would share one reading of the weights"),
+    "KV": ("KV-bound", "shorter contexts would take less time"),
     "operations": ("compute-bound", "twice the tokens take twice the time"),
-    "launches": ("launch-bound", "fewer, larger kernels would take less"),
-    "host": ("host-bound", "larger steps would share its work"),
+    "launches": ("launch-bound", "fewer and larger kernels would take less time"),
+    "host": ("host-bound", "more sequences a step would share the host's work"),
 }
 
 
 # ---- what a step has to do -----------------------------------------------------------------------
 class CountedStep(NamedTuple):
-    """One step of a run: what its plan asked for, and how long it took."""
+    """One step of a run: the work that its plan asked for, and how long it took."""
 
     num_rows: int  # tokens that went through the layers
-    num_sample_rows: int  # of them, those whose logits were wanted
-    num_context_tokens: int  # whose K and V were read
-    num_pairs: int  # of a query and a position that it reads, in each head of each layer
-    is_decode: bool  # each of its sequences added one token
+    num_sample_rows: int  # those of them whose logits were computed
+    num_context_tokens: int  # tokens whose K and V were read
+    num_pairs: int  # of a query and a position that it reads; the same in each head and layer
+    is_decode: bool  # each sequence added one token
     step_ms: float  # on the host's clock, from the plan to the text
-    forward_ms: Callable[[], float]  # asked for after the run: a GPU may not have come so far
+    forward_ms: Callable[[], float]  # called after the run: a GPU may still be computing
 
     @property
     def measured_ms(self) -> float:
-        """The whole step: a GPU's also where nobody waited for it, in the middle of a prompt."""
+        """The time of the step; at least that of its forward.
+
+        The host waits for a GPU only when it reads tokens. A step in the middle of a prompt reads
+        none, so on the host's clock it may end before its forward.
+        """
         return max(self.step_ms, self.forward_ms())
 
 
@@ -81,68 +81,78 @@ def count_plan(plan: Plan) -> tuple[int, int, int]:
 
     Example: positions [4, 7) of a sequence are 3 rows over 7 tokens, in 5 + 6 + 7 = 18 pairs.
     """
-    context_tokens = pairs = 0
+    num_context_tokens = 0
+    num_pairs = 0
     for _, start, n in plan.scheduled:
-        context_tokens += start + n
-        pairs += n * start + n * (n + 1) // 2
-    return plan.num_tokens, context_tokens, pairs
+        num_context_tokens += start + n
+        # Each of n queries reads the `start` tokens before; among themselves 1 + 2 + .. + n.
+        num_pairs += n * start + n * (n + 1) // 2
+    return plan.num_tokens, num_context_tokens, num_pairs
 
 
-def split_parts(model: GPT) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The parts that all rows of a step go through, and those for rows that want logits."""
-    last = model.h[-1]
-    sampled = [last.attn.c_proj, last.ln_2, last.mlp, model.ln_f, model.lm_head]
-    return [*model.h[:-1], last.ln_1, last.attn.c_attn], sampled
+def parts_for_all_rows(model: GPT) -> nn.ModuleList:
+    """The parts that all rows of a step go through: the last layer only up to its K and V."""
+    last: Any = model.h[-1]
+    return nn.ModuleList([*model.h[:-1], last.ln_1, last.attn.c_attn])
+
+
+def parts_for_sample_rows(model: GPT) -> nn.ModuleList:
+    """The parts that only the rows go through whose logits are computed."""
+    last: Any = model.h[-1]
+    return nn.ModuleList([last.attn.c_proj, last.ln_2, last.mlp, model.ln_f, model.lm_head])
 
 
 def weight_bytes(model: GPT, num_rows: int, num_sample_rows: int) -> int:
     """Bytes of weights that a step reads.
 
-    All of the layers, once, however many rows there are. Of the two embeddings only a row each a
-    token: 6 KB of the 124M shape's 158 MB. The head reads its matrix whole, and as the last layer
-    behind its attention only where logits are wanted; that it may be the embedding's own matrix
-    saves room, not reading.
+    A step reads a layer's weights once, however many rows it has. Of each of the two embeddings it
+    reads one row a token: 6 KB of the 158 MB of the 124M shape. It reads the head, and the last
+    layer after its K and V, only if it computes logits. A tied head is read like a head of its own.
     """
-    every, sampled = split_parts(model)
-    parts = nn.ModuleList(every + sampled if num_sample_rows else every).parameters()
-    looked_up = 2 * num_rows * model.config.n_embd * model.wte.weight.dtype.itemsize
-    # Of packed weights only sizes and type are asked for, not their order.
-    return looked_up + sum(weight.numel() * weight.dtype.itemsize for weight in parts)
+    num_bytes = 2 * num_rows * model.config.n_embd * model.wte.weight.dtype.itemsize  # embeddings
+    parts = [parts_for_all_rows(model)]
+    if num_sample_rows:
+        parts.append(parts_for_sample_rows(model))
+    for part in parts:
+        # Packed weights too have a size and a dtype.
+        num_bytes += sum(weight.numel() * weight.dtype.itemsize for weight in part.parameters())
+    return num_bytes
 
 
 def count_operations(model: GPT, step: CountedStep) -> int:
-    """Multiplications and additions of a step's products and of its attention.
+    """Multiplications and additions of a step's matrix products and of its attention.
 
-    Each weight of a layer meets each row; those of the head, and of the last layer behind its
-    attention, each row that wants logits. In every layer each pair is C multiply-adds for the
-    scores of all heads, and C more for the sum over V. LayerNorms, activations and residuals are
-    left out: a thousandth of it.
+    Each weight is multiplied with each row that goes through its part. A pair of a query and a
+    position costs C multiply-adds for the scores of all heads and C for the sum over V, in each
+    layer. LayerNorms, activations and residuals are left out: they are about a thousandth of it.
     """
-    products = 0
-    for parts, num_rows in zip(
-        split_parts(model), (step.num_rows, step.num_sample_rows), strict=True
-    ):
-        linears = [p for p in nn.ModuleList(parts).modules() if hasattr(p, "in_features")]
-        products += num_rows * sum(p.in_features * p.out_features for p in linears)
-    in_pairs = 2 * model.config.n_layer * model.config.n_embd
-    return 2 * (products + step.num_pairs * in_pairs)
+    all_rows = step.num_rows * _num_weights_of_products(parts_for_all_rows(model))
+    sample_rows = step.num_sample_rows * _num_weights_of_products(parts_for_sample_rows(model))
+    attention = step.num_pairs * 2 * model.config.n_layer * model.config.n_embd
+    return 2 * (all_rows + sample_rows + attention)  # a multiplication and an addition each
+
+
+def _num_weights_of_products(parts: nn.ModuleList) -> int:
+    # nn.Linear and its packed forms have these two attributes.
+    linears: list[Any] = [part for part in parts.modules() if hasattr(part, "in_features")]
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def count_launches(call: Callable[[], object]) -> int:
-    """What a GPU is asked to do in one call, copies included, as PyTorch's profiler sees it."""
-    call()  # whatever compiles, compiles now
+    """Kernels and copies that a GPU runs in one call, counted by PyTorch's profiler."""
+    call()  # compiles what has to be compiled
     torch.cuda.synchronize()
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_gpu for event in profiler.events())
+    return sum(1 for event in profiler.events() if event.device_type == on_gpu)
 
 
 # ---- the table -----------------------------------------------------------------------------------
 class Explained(NamedTuple):
-    """A kind of step: the median one's work, its floors, and how long it took."""
+    """A kind of step: the work of the median step, its floors, and how long it took."""
 
     kind: str  # "decode" or "prefill"
     num_steps: int
@@ -152,15 +162,15 @@ class Explained(NamedTuple):
 
     @property
     def times_floor(self) -> float:
-        """How many times as long as its largest floor the step took."""
+        """The measured time divided by the largest floor."""
         return self.step.measured_ms / max(self.floors_ms.values())
 
     @property
     def verdict(self) -> str:
-        """One sentence: what such steps are bound by."""
+        """What such a step is bound by, in one sentence."""
         bound, consequence = VERDICTS[bound_by(self.floors_ms)]
         if self.num_steps == 1:
-            consequence = "it was the only one, and warmed up"
+            consequence = "it was the only one, so its time includes the warm-up"
         elif self.times_floor > 2:
             consequence = "less than half of the time is explained"
         times = f"{self.times_floor:,.2f} times its floor"
@@ -168,7 +178,7 @@ class Explained(NamedTuple):
 
 
 def _column(e: Explained, names: list[str]) -> list[tuple[str, str]]:
-    """The two cells of a kind of step in each line of the table but the first."""
+    """The cells (work, floor) of a kind of step, one pair for each line below the table's head."""
     amounts = {
         "weights": f"{e.work.weight_bytes / 1e6:,.1f} MB",
         "KV": f"{e.work.kv_bytes / 1e6:,.1f} MB",
@@ -189,28 +199,34 @@ def _column(e: Explained, names: list[str]) -> list[tuple[str, str]]:
 
 
 def table(kinds: list[Explained]) -> list[str]:
-    """Lines for a terminal: what a step of each kind has to do, and how long that takes at least.
+    """The lines of a table with two columns for each kind of step: its work, and the floors.
 
-    The line of the launches stands there only if somebody counted them.
+    It has a line for launches only if they were counted for some kind.
     """
     names = [name for name in TITLES if any(name in e.floors_ms for e in kinds)]
-    titles = ["the median of them", "tokens computed", "context tokens read"]
-    titles += [*(TITLES[name] for name in names), "measured", "measured / largest floor"]
-    heads = (f"{e.kind}, {e.num_steps:,} step{'s' * (e.num_steps != 1)}" for e in kinds)
+    titles = [
+        "the median of them",
+        "tokens computed",
+        "context tokens read",
+        *(TITLES[name] for name in names),
+        "measured",
+        "measured / largest floor",
+    ]
+    heads = [f"{e.kind}, {e.num_steps:,} step{'s' if e.num_steps > 1 else ''}" for e in kinds]
+    columns = [_column(e, names) for e in kinds]
     lines = [" " * 26 + "".join(f"{head:>26}" for head in heads)]
-    for title, *cells in zip(titles, *(_column(e, names) for e in kinds), strict=True):
-        pairs = (f"{work:>14}{time_ms:>12}" for work, time_ms in cells)
-        lines.append(f"{title:26}{''.join(pairs)}".rstrip())
+    for title, *pairs in zip(titles, *columns, strict=True):
+        cells = "".join(f"{work:>14}{floor:>12}" for work, floor in pairs)
+        lines.append(f"{title:26}{cells}".rstrip())
     return lines
 
 
 # ---- around an engine ----------------------------------------------------------------------------
 class Explainer:
-    """An engine whose steps are counted and timed: its methods are the engine's, and `report`.
+    """An engine whose steps are counted and timed: the engine's methods, and `report`.
 
-    `model` is the one behind the engine's forward: its weights are what a step reads. Raises
-    ValueError for an engine that plans ahead: the time of a step that another one overlaps cannot
-    be taken apart.
+    `model` is the model of the engine's forward: its weights are what a step reads. Raises
+    ValueError for an engine that plans ahead: its steps overlap, so none has a time of its own.
     """
 
     steps_overlap = False
@@ -218,7 +234,8 @@ class Explainer:
     def __init__(self, engine: InferenceEngine, model: GPT):
         if engine.steps_overlap:
             raise ValueError("steps that were planned ahead overlap: explain without plan_ahead")
-        self.engine, self.model = engine, model
+        self.engine = engine
+        self.model = model
         self.steps: list[CountedStep] = []
 
     @property
@@ -231,104 +248,120 @@ class Explainer:
     def add_request(
         self, prompt: str | list[int], params: SamplingParams | None = None, **options
     ) -> str:
-        """Queue a prompt as the engine does."""
+        """Add a request to the engine."""
         return self.engine.add_request(prompt, params, **options)
 
     def abort(self, request_id: str) -> bool:
-        """End a request as the engine does."""
+        """Abort a request of the engine."""
         return self.engine.abort(request_id)
 
     def step(self) -> StepOutput:
-        """Run one step and count it. A step that raised is not counted."""
-        forward, ran = self.engine.forward, []
+        """Run one step of the engine and count it. A step that raises is not counted."""
+        forward = self.engine.forward
+        is_on_gpu = self.engine.cache.pool.is_cuda
+        num_sample_rows = 0
+        forward_ms: Callable[[], float] | None = None  # None: the step ran no sequence
 
-        def timed(batch: Batch) -> Tensor:
-            logits, forward_ms = _timed(forward, batch, self.engine.cache.pool.is_cuda)
-            ran.append((len(batch.sample_rows), forward_ms))
+        def timed_forward(batch: Batch) -> Tensor:
+            nonlocal num_sample_rows, forward_ms
+            logits, forward_ms = _timed(forward, batch, is_on_gpu)
+            num_sample_rows = len(batch.sample_rows)
             return logits
 
-        self.engine.forward = timed
+        self.engine.forward = timed_forward
         try:
             output = self.engine.step()
         finally:
-            self.engine.forward = forward  # between two of our steps the engine is as it was
-        for num_sample_rows, forward_ms in ran:  # once, or never: where nobody could run
-            rows, *counts = count_plan(output.plan)
-            is_decode = rows == len(output.plan.scheduled)
-            times = output.milliseconds, forward_ms
-            self.steps.append(CountedStep(rows, num_sample_rows, *counts, is_decode, *times))
+            self.engine.forward = forward  # between two steps the engine is unchanged
+        if forward_ms is not None:
+            num_rows, num_context_tokens, num_pairs = count_plan(output.plan)
+            counted = CountedStep(
+                num_rows=num_rows,
+                num_sample_rows=num_sample_rows,
+                num_context_tokens=num_context_tokens,
+                num_pairs=num_pairs,
+                is_decode=num_rows == len(output.plan.scheduled),
+                step_ms=output.milliseconds,
+                forward_ms=forward_ms,
+            )
+            self.steps.append(counted)
         return output
 
     def work(self, step: CountedStep) -> Work:
-        """What a step had to do; launches are counted for a decode step on a GPU."""
+        """The work of a step; launches are counted for a decode step on a GPU only."""
         cache = self.engine.cache
-        token_bytes = cache.pool[:, 0].nbytes // cache.block_size  # K and V of one, all layers
+        token_bytes = cache.pool[:, 0].nbytes // cache.block_size  # K and V of a token, all layers
         launches = None
-        if cache.pool.device.type == "cuda" and step.is_decode:
+        if cache.pool.is_cuda and step.is_decode:
             batch = self.rehearsal(step)
             launches = count_launches(lambda: self.engine.forward(batch))
         return Work(
-            weight_bytes(self.model, step.num_rows, step.num_sample_rows),
-            token_bytes * step.num_context_tokens,
-            count_operations(self.model, step),
-            launches,
-            step.measured_ms - step.forward_ms(),
+            weight_bytes=weight_bytes(self.model, step.num_rows, step.num_sample_rows),
+            kv_bytes=token_bytes * step.num_context_tokens,
+            operations=count_operations(self.model, step),
+            launches=launches,
+            host_ms=step.measured_ms - step.forward_ms(),
         )
 
     def rehearsal(self, step: CountedStep) -> Batch:
-        """A batch like a decode step's that disturbs nobody: it lies in the scratch block."""
+        """A batch like that of a decode step. It reads and writes the scratch block only."""
         cache = self.engine.cache
-        context = max(1, step.num_context_tokens // step.num_rows)
-        table = [cache.scratch_block] * -(-context // cache.block_size)
-        rows = [Row([0] * context, context - 1, 1, table, 1)] * step.num_rows
-        return make_batch(rows, cache.block_size, cache.scratch_block)
+        context_len = max(1, step.num_context_tokens // step.num_rows)
+        block_table = [cache.scratch_block] * -(-context_len // cache.block_size)
+        # Token 0 at the last position of the context, with its logits.
+        row = Row([0] * context_len, context_len - 1, 1, block_table, 1)
+        return make_batch([row] * step.num_rows, cache.block_size, cache.scratch_block)
 
     def median_steps(self) -> dict[str, tuple[int, CountedStep]]:
-        """For each kind of step how many there were, and the one that took the median time.
+        """For each kind of step: how many there were, and the one that took the median time.
 
-        One step and not the median of each of its figures: so they fit together. The first of a
-        kind compiles and warms up: it stands for them only if it is the only one. Raises
-        ValueError before any step was run.
+        All figures are those of this one step, so they belong together. The first step of a kind
+        includes compilation and warm-up, so it is left out if there are others. Raises ValueError
+        if no step has run.
         """
         if not self.steps:
             raise ValueError("0 steps have run, so there is nothing to explain: call step() first")
-        found = {}
+        medians = {}
         for kind, is_decode in (("decode", True), ("prefill", False)):
             steps = [step for step in self.steps if step.is_decode == is_decode]
-            ranked = sorted(steps[1:] or steps, key=lambda step: step.measured_ms)
-            if ranked:
-                found[kind] = len(steps), ranked[(len(ranked) - 1) // 2]
-        return found
+            if steps:
+                ranked = sorted(steps[1:] or steps, key=lambda step: step.measured_ms)
+                medians[kind] = (len(steps), ranked[(len(ranked) - 1) // 2])  # the lower of two
+        return medians
 
     @torch.inference_mode()
     def report(self) -> list[str]:
-        """Measure the ceilings, which takes a second or two, and lay the table; its lines."""
-        device, dtype = self.engine.cache.pool.device, self.model.wte.weight.dtype
+        """The lines of the report. Measuring the ceilings takes a second or two."""
+        device = self.engine.cache.pool.device
+        dtype = self.model.wte.weight.dtype
         if device.type == "cuda":
-            torch.cuda.synchronize()  # every forward has ended, and knows its time
+            torch.cuda.synchronize()  # now every forward has its time
         medians = self.median_steps()
         works = {kind: self.work(step) for kind, (_, step) in medians.items()}
-        first = next(iter(works.values()))  # the decode step's, where there is one
+        # The decode step's if there is one: the buffer of the read is as large as what it reads.
+        first = next(iter(works.values()))
         ceilings = measure_ceilings(device, dtype, first.weight_bytes + first.kv_bytes)
-        kinds = [
-            Explained(kind, *medians[kind], work, floors_ms(work, ceilings))
-            for kind, work in works.items()
-        ]
+        kinds = []
+        for kind, (num_steps, step) in medians.items():
+            floors = floors_ms(works[kind], ceilings)
+            kinds.append(Explained(kind, num_steps, step, works[kind], floors))
         head = _ceilings_line(ceilings, device, dtype)
         return [head, *table(kinds), *(kind.verdict for kind in kinds)]
 
 
-def _timed(forward: Forward, batch: Batch, on_gpu: bool) -> tuple[Tensor, Callable[[], float]]:
-    """Logits, and a function that gives the milliseconds they took, on a GPU once it is through.
+def _timed(forward: Forward, batch: Batch, is_on_gpu: bool) -> tuple[Tensor, Callable[[], float]]:
+    """The logits, and a function that returns the milliseconds of the forward.
 
-    There two events are queued before and behind the forward's own work: nobody waits for them.
+    On a GPU two events are recorded, before and after the forward's kernels. Recording an event
+    does not wait; the function may be called when the forward is done.
     """
-    if not on_gpu:
+    if not is_on_gpu:
         started = time.perf_counter()
         logits = forward(batch)
         taken_ms = (time.perf_counter() - started) * 1e3
         return logits, lambda: taken_ms
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first = torch.cuda.Event(enable_timing=True)
+    last = torch.cuda.Event(enable_timing=True)
     first.record()
     logits = forward(batch)
     last.record()
@@ -336,46 +369,12 @@ def _timed(forward: Forward, batch: Batch, on_gpu: bool) -> tuple[Tensor, Callab
 
 
 def _ceilings_line(ceilings: Ceilings, device: torch.device, dtype: torch.dtype) -> str:
-    """The head of a report: what was measured, with which threads, in which type."""
-    num_threads, where = torch.get_num_threads(), f"this {device.type}"
+    """The first line of a report: the measured rates, the number of threads, the dtype."""
+    machine = f"this {device.type}"
     if device.type == "cpu":
-        where += f" with {num_threads} thread{'s' * (num_threads != 1)}"
+        num_threads = torch.get_num_threads()
+        machine += f" with {num_threads} thread{'s' if num_threads > 1 else ''}"
     launch = "" if ceilings.launch_ms is None else f", {ceilings.launch_ms * 1e3:.2f} us a launch"
     reads = f"{ceilings.bytes_per_ms / 1e6:,.1f} GB/s read"
     products = f"{ceilings.operations_per_ms / 1e6:,.0f} GFLOP/s multiplied in {str(dtype)[6:]}"
-    return f"at most, on {where}: {reads}, {products}{launch}"
-
-
-# --------------------------------------------------------------------------------------------------
-def demo():
-    """Six prompts through a small random model: the table, and the same tokens as without it."""
-    torch.set_num_threads(1)
-    model = GPT(GPTConfig(vocab_size=4096, max_seq_len=256, n_layer=4, n_head=4, n_embd=256))
-    model.init_weights(std=0.2).eval()
-    prompts = [list(range(1, 40 + 8 * i)) for i in range(6)]
-    wanted = SamplingParams(temperature=0, max_tokens=24)
-
-    def run(wrap: Callable) -> tuple[dict[str, list[int]], InferenceEngine]:
-        cache = KVCache(4, num_blocks=64, block_size=16, num_kv_heads=4, head_dim=64)
-        scheduler = Scheduler(BlockAllocator(64, 16), 8, 128, 256)
-        engine = wrap(InferenceEngine(eager_forward(model, cache), cache, scheduler, 4096))
-        for prompt in prompts:
-            engine.add_request(prompt, wanted)
-        written = {}
-        while engine.has_unfinished():
-            outputs = engine.step().outputs
-            written |= {o.request_id: o.outputs[0].token_ids for o in outputs if o.finished}
-        return written, engine
-
-    bare, _ = run(lambda engine: engine)
-    written, explainer = run(lambda engine: Explainer(engine, model))
-    print("\n".join(explainer.report()))
-    # The last token of each sequence is written and never computed.
-    rows = sum(len(prompt) + wanted.max_tokens - 1 for prompt in prompts)
-    assert sum(step.num_rows for step in explainer.steps) == rows
-    assert written == bare
-    print(f"ok: {rows} tokens computed in {len(explainer.steps)} steps, all counted, none changed")
-
-
-if __name__ == "__main__":
-    demo()
+    return f"at most, on {machine}: {reads}, {products}{launch}"
