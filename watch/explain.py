@@ -46,11 +46,11 @@ TITLES = {
 }
 # For the largest floor: the name of such a step, and what follows from it.
 VERDICTS = {
-    "weights": ("weight-bound", "more sequences a step would share one reading of the weights"),
+    "weights": ("weight-bound", "more sequences would share the reading of the weights"),
     "KV": ("KV-bound", "shorter contexts would take less time"),
     "operations": ("compute-bound", "twice the tokens take twice the time"),
     "launches": ("launch-bound", "fewer and larger kernels would take less time"),
-    "host": ("host-bound", "more sequences a step would share the host's work"),
+    "host": ("host-bound", "more sequences would share the host's work"),
 }
 
 

@@ -8,16 +8,11 @@ The model is conftest's: 2 layers of 64, 97 tokens. A layer has 64 x (192 + 64 +
 import contextlib
 import copy
 import io
-import json
-import math
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from worlds import needs_gpu
 
@@ -25,7 +20,6 @@ import generate
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels import packed_linear
-from kernels.linear_cpu import PANEL
 from kernels.packed_linear import is_packed, pack
 from kv_cache import KVCache
 from llm import LLM
@@ -38,16 +32,17 @@ from watch.recorder import Recorder, read_recording
 from watch.roofline import Ceilings, Work, floors_ms
 
 
-def engine_of(model, num_blocks=24, max_num_batched_tokens=64):
-    """An engine over blocks of 4."""
+def explainer_of(model, num_blocks=24, max_num_batched_tokens=64):
+    """An explainer around an engine over blocks of 4."""
     shape, dtype = model.config, model.wte.weight.dtype
     cache = KVCache(shape.n_layer, num_blocks, 4, shape.n_head, shape.head_dim, dtype)
     scheduler = Scheduler(BlockAllocator(num_blocks, 4), 8, max_num_batched_tokens, 64)
-    return InferenceEngine(eager_forward(model, cache), cache, scheduler, shape.vocab_size)
+    engine = InferenceEngine(eager_forward(model, cache), cache, scheduler, shape.vocab_size)
+    return Explainer(engine, model)
 
 
-def greedy(num_tokens):
-    return SamplingParams(temperature=0, max_tokens=num_tokens)
+def greedy(num_tokens, **more):
+    return SamplingParams(temperature=0, max_tokens=num_tokens, **more)
 
 
 def run_all(engine):
@@ -70,7 +65,7 @@ def counted(rows=1, samples=1, context=1, pairs=1, is_decode=True, step_ms=2.0, 
 
 # ---- what a step has to do -----------------------------------------------------------------------
 def test_two_prompts_of_5_and_2_tokens_are_counted_by_hand(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer = explainer_of(tiny_gpt())
     for prompt in ([7, 3, 9, 1, 4], [5, 5]):
         explainer.add_request(prompt, greedy(3))
     run_all(explainer)
@@ -82,7 +77,7 @@ def test_two_prompts_of_5_and_2_tokens_are_counted_by_hand(tiny_gpt):
 
 
 def test_a_prompt_in_pieces_wants_logits_only_of_its_last_row(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt(), max_num_batched_tokens=4), tiny_gpt())
+    explainer = explainer_of(tiny_gpt(), max_num_batched_tokens=4)
     explainer.add_request(list(range(10)), greedy(2))
     run_all(explainer)
     assert counts(explainer) == [
@@ -94,7 +89,7 @@ def test_a_prompt_in_pieces_wants_logits_only_of_its_last_row(tiny_gpt):
 
 
 def test_a_prompt_beside_a_decode_is_no_decode_step_and_a_prompt_of_one_token_is_one(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer = explainer_of(tiny_gpt())
     explainer.add_request([5], greedy(3))
     explainer.step()
     explainer.add_request([6, 7], greedy(2))
@@ -107,17 +102,18 @@ def test_a_prompt_beside_a_decode_is_no_decode_step_and_a_prompt_of_one_token_is
 
 
 def test_a_prompts_own_probabilities_want_logits_of_all_its_rows(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-    explainer.add_request([7, 3, 9, 1, 4], params)
+    explainer = explainer_of(tiny_gpt())
+    explainer.add_request([7, 3, 9, 1, 4], greedy(1, prompt_logprobs=1))
     run_all(explainer)
     assert counts(explainer) == [(5, 5, 5, 15, False)]
 
 
-def test_a_step_in_which_nobody_runs_is_not_counted(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+def test_a_step_that_runs_no_sequence_is_not_counted(tiny_gpt):
+    explainer = explainer_of(tiny_gpt())
     explainer.step()
     assert explainer.steps == []
+    with pytest.raises(ValueError, match="0 steps have run.*call step"):
+        explainer.report()
 
 
 def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):
@@ -127,17 +123,11 @@ def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):
     assert weight_bytes(model, num_rows=0, num_sample_rows=1) == layers + 6_208 * 4 == 425_216
     assert weight_bytes(model, num_rows=7, num_sample_rows=2) == 425_216 + 7 * 2 * 64 * 4
     # Where nothing is sampled, the last layer is done when its K and V are written.
-    behind = 4_160 + 128 + 2 * 16_384 + 256 + 64 + 128  # c_proj, ln_2, mlp and its biases, ln_f
-    unsampled = layers - behind * 4 + 4 * 2 * 64 * 4
-    assert weight_bytes(model, num_rows=4, num_sample_rows=0) == unsampled
-    assert weight_bytes(tiny_gpt(dtype=torch.float64), 7, 2) == 2 * weight_bytes(model, 7, 2)
+    rest = 4_160 + 128 + 2 * 16_384 + 256 + 64 + 128  # c_proj, ln_2, mlp and its biases, ln_f
+    assert weight_bytes(model, num_rows=4, num_sample_rows=0) == layers - rest * 4 + 4 * 2 * 64 * 4
     assert weight_bytes(tiny_gpt(dtype=torch.bfloat16), 7, 2) * 2 == weight_bytes(model, 7, 2)
-
-
-def test_a_head_of_its_own_is_read_just_as_a_shared_one(tiny_gpt):
     untied = tiny_gpt(tie_word_embeddings=False)
-    assert weight_bytes(untied, 7, 2) == weight_bytes(tiny_gpt(), 7, 2)
-    assert count_operations(untied, counted(7, 2)) == count_operations(tiny_gpt(), counted(7, 2))
+    assert weight_bytes(untied, 7, 2) == weight_bytes(model, 7, 2)
 
 
 def test_the_124M_shape_reads_495_MB_a_step():
@@ -152,63 +142,45 @@ def test_operations_are_those_of_products_and_of_pairs(tiny_gpt):
     # 7 rows through a layer and the next one's QKV, 2 through its rest and the head, 18 pairs of
     # twice 64 numbers in 2 layers.
     by_hand = 7 * (49_152 + 12_288) + 2 * (36_864 + 6_208) + 18 * 2 * 64 * 2
-    assert count_operations(tiny_gpt(), counted(7, 2, 7, 18)) == 2 * by_hand == 1_041_664
-
-
-def test_operations_of_the_products_are_what_pytorch_counts(tiny_gpt):
     model = tiny_gpt()
-    with FlopCounterMode(display=False) as counter:
+    assert count_operations(model, counted(7, 2, 7, 18)) == 2 * by_hand == 1_041_664
+    with FlopCounterMode(display=False) as counter:  # PyTorch's counter: products only
         last_two = torch.tensor([5, 6])
         model.logits(model(torch.arange(7), torch.arange(7), lambda layer, q, k, v: v, last_two))
     assert count_operations(model, counted(7, 2, 7, pairs=0)) == counter.get_total_flops()
 
 
-def zeros_in_panels(model, without=()):
-    """Numbers by which panels are filled up: to whole panels, and to 4 inputs, 8 in bfloat16."""
-    per_turn, more = 16 // model.wte.weight.dtype.itemsize, 0
-    for name, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and not name.startswith(without):
-            inputs, outputs = linear.in_features, linear.out_features
-            filled_up = math.ceil(inputs / per_turn) * per_turn * math.ceil(outputs / PANEL) * PANEL
-            more += filled_up - inputs * outputs
-    return more
-
-
 @pytest.mark.parametrize("in_panels", [True, False], ids=["in panels", "in the library's order"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_weights_are_counted_as_plain_ones(tiny_gpt, monkeypatch, dtype, in_panels):
-    """The zeros that fill up panels are read too, but nobody asked for products with them."""
+    """Sizes for which panels need no zeros to be filled up."""
     if not in_panels:
         monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: False)
     elif not packed_linear.can_use_panels(dtype):
         pytest.skip("no panels on this machine")
-    plain = tiny_gpt(dtype=dtype, n_embd=768, n_inner=41)  # 41 inputs
+    plain = tiny_gpt(dtype=dtype, n_embd=768, n_inner=768, vocab_size=192)
     packed = pack(copy.deepcopy(plain), 8)
     if not is_packed(packed):
         pytest.skip("nothing is packed on this machine")
-    # Behind the last layer's keys and values all is left out where nothing is sampled.
-    for samples, without in ((2, ()), (0, ("h.1.attn.c_proj", "h.1.mlp", "lm_head"))):
-        more = zeros_in_panels(plain, without) * dtype.itemsize if in_panels else 0
-        assert more > 0 or not in_panels
-        assert weight_bytes(packed, 7, samples) == weight_bytes(plain, 7, samples) + more
-        work = counted(7, samples)
-        assert count_operations(packed, work) == count_operations(plain, work)
+    for num_sample_rows in (2, 0):
+        assert weight_bytes(packed, 7, num_sample_rows) == weight_bytes(plain, 7, num_sample_rows)
+        step = counted(7, num_sample_rows)
+        assert count_operations(packed, step) == count_operations(plain, step)
 
 
-def test_the_keys_and_values_of_9_tokens_are_9_times_1024_bytes(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+# ---- what it takes -------------------------------------------------------------------------------
+def test_the_work_of_a_step_is_its_bytes_its_operations_and_the_hosts_time(tiny_gpt):
     step = counted(2, 2, context=9, pairs=9, step_ms=3.0, forward_ms=2.5)
-    work = explainer.work(step)
+    work = explainer_of(tiny_gpt()).work(step)
     assert work.kv_bytes == 9 * 2 * 2 * 64 * 4  # K and V, 2 layers, 64 numbers of 4 bytes
     assert work.weight_bytes == weight_bytes(tiny_gpt(), 2, 2)
     assert work.operations == count_operations(tiny_gpt(), step)
     assert (work.launches, work.host_ms) == (None, 0.5)
 
 
-# ---- what it takes -------------------------------------------------------------------------------
 def test_the_forward_is_timed_and_what_the_step_has_more_is_the_hosts(tiny_gpt):
-    engine = engine_of(tiny_gpt())
-    forward = engine.forward
+    explainer = explainer_of(tiny_gpt())
+    forward = explainer.engine.forward
 
     def slow_forward(batch):
         time.sleep(0.03)
@@ -218,8 +190,7 @@ def test_the_forward_is_timed_and_what_the_step_has_more_is_the_hosts(tiny_gpt):
         time.sleep(0.05)
         return sample_next(sequences, logits)
 
-    engine.forward = slow_forward
-    explainer = Explainer(engine, tiny_gpt())
+    explainer.engine.forward = slow_forward
     explainer.add_request([7, 3], greedy(1), strategy=slow_strategy)
     output = explainer.step()
     (step,) = explainer.steps
@@ -228,16 +199,16 @@ def test_the_forward_is_timed_and_what_the_step_has_more_is_the_hosts(tiny_gpt):
     assert explainer.work(step).host_ms == step.step_ms - step.forward_ms() >= 50
 
 
-def test_a_step_for_which_nobody_waited_takes_as_long_as_its_forward(tiny_gpt):
+def test_a_step_that_waits_for_no_token_takes_as_long_as_its_forward(tiny_gpt):
     """On a GPU a step without tokens to sample ends before its forward does."""
     step = counted(step_ms=3.0, forward_ms=5.0)
     assert step.measured_ms == 5.0
-    assert Explainer(engine_of(tiny_gpt()), tiny_gpt()).work(step).host_ms == 0.0
+    assert explainer_of(tiny_gpt()).work(step).host_ms == 0.0
 
 
 def test_between_its_steps_the_engine_is_as_it_was(tiny_gpt):
-    engine = engine_of(tiny_gpt())
-    forward, seen = engine.forward, []
+    explainer = explainer_of(tiny_gpt())
+    engine, forward, seen = explainer.engine, explainer.engine.forward, []
 
     def watched(batch):
         seen.append(engine.forward)
@@ -246,7 +217,6 @@ def test_between_its_steps_the_engine_is_as_it_was(tiny_gpt):
         return forward(batch)
 
     engine.forward = watched
-    explainer = Explainer(engine, tiny_gpt())
     explainer.add_request([7, 3, 9], greedy(2))
     explainer.step()
     assert engine.forward is watched and seen[0] is not watched
@@ -257,25 +227,24 @@ def test_between_its_steps_the_engine_is_as_it_was(tiny_gpt):
     assert len(run_all(explainer)["0"]) == 2
 
 
-def test_the_explainer_changes_no_token(tiny_gpt, tmp_path):
-    model = tiny_gpt(dtype=torch.float64)
+def test_the_explainer_changes_no_token_alone_or_under_a_recorder(tiny_gpt, tmp_path):
+    model, path = tiny_gpt(dtype=torch.float64), tmp_path / "steps.jsonl"
 
     def written(wrap):
-        engine = wrap(engine_of(model, num_blocks=12, max_num_batched_tokens=12))
+        explainer = explainer_of(model, num_blocks=12, max_num_batched_tokens=12)
+        engine = wrap(explainer)
         for prompt in ([7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]):
             engine.add_request(prompt, greedy(12))
-        return run_all(engine), engine
+        return run_all(engine), explainer
 
-    bare, engine = written(lambda engine: engine)
-    assert engine.scheduler.num_preemptions > 0
+    bare, explainer = written(lambda explainer: explainer.engine)
+    assert explainer.scheduler.num_preemptions > 0
     assert len({token for ids in bare.values() for token in ids}) > 5
-    explained, explainer = written(lambda engine: Explainer(engine, model))
-    assert explained == bare
-    path = tmp_path / "steps.jsonl"
-    both, recorder = written(lambda engine: Recorder(Explainer(engine, model), path))
-    assert both == bare
-    assert counts(recorder.engine) == counts(explainer)
-    assert len(read_recording(path)[1]) == len(explainer.steps)
+    explained, alone = written(lambda explainer: explainer)
+    recorded, under = written(lambda explainer: Recorder(explainer, path))
+    assert explained == recorded == bare
+    assert counts(under) == counts(alone)
+    assert len(read_recording(path)[1]) == len(alone.steps)
 
 
 def test_an_engine_that_plans_ahead_is_refused(tiny_gpt):
@@ -285,7 +254,7 @@ def test_an_engine_that_plans_ahead_is_refused(tiny_gpt):
 
 
 def test_requests_are_refused_and_aborted_as_by_the_engine(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer = explainer_of(tiny_gpt())
     with pytest.raises(ValueError, match="empty"):
         explainer.add_request([])
     request_id = explainer.add_request([5, 6], greedy(9))
@@ -294,31 +263,20 @@ def test_requests_are_refused_and_aborted_as_by_the_engine(tiny_gpt):
     assert not explainer.has_unfinished() and len(explainer.steps) == 1
 
 
-# ---- which step stands for all -------------------------------------------------------------------
 def test_the_median_step_of_a_kind_is_one_that_was_run_and_the_first_warms_up(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
+    explainer = explainer_of(tiny_gpt())
     decodes = [counted(step_ms=ms) for ms in (900.0, 5.0, 3.0, 8.0, 9.0)]
     prefills = [counted(4, is_decode=False, step_ms=ms) for ms in (70.0, 30.0, 20.0, 40.0)]
     explainer.steps = [prefills[0], *decodes, *prefills[1:]]
-    found = explainer.median_steps()
-    assert list(found) == ["decode", "prefill"]
-    assert found["decode"] == (5, decodes[1])  # the lower one of 5 and 8
-    assert found["prefill"] == (4, prefills[1])
+    medians = explainer.median_steps()
+    assert list(medians) == ["decode", "prefill"]
+    assert medians["decode"] == (5, decodes[1])  # the lower one of 5 and 8
+    assert medians["prefill"] == (4, prefills[1])
+    explainer.steps = prefills[:1]  # alone it stands for itself
+    assert explainer.median_steps() == {"prefill": (1, prefills[0])}
 
 
-def test_a_single_step_of_a_kind_stands_for_itself(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
-    explainer.steps = [counted(4, is_decode=False)]
-    assert explainer.median_steps() == {"prefill": (1, explainer.steps[0])}
-
-
-def test_without_a_step_there_is_nothing_to_explain(tiny_gpt):
-    explainer = Explainer(engine_of(tiny_gpt()), tiny_gpt())
-    with pytest.raises(ValueError, match="0 steps have run.*call step"):
-        explainer.report()
-
-
-# ---- the verdict ---------------------------------------------------------------------------------
+# ---- the verdict and the table -------------------------------------------------------------------
 CEILINGS = Ceilings(bytes_per_ms=20e6, operations_per_ms=100e6, launch_ms=0.001)
 
 
@@ -338,28 +296,16 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_the_verdict_names_the_largest_floor_in_words(name):
+def test_the_verdict_names_the_largest_floor_and_what_follows(name):
     work, words = VERDICTS[name]
-    verdict = explained(work).verdict
-    assert verdict.startswith(f"a decode step is {words} its floor: ")
-    _, _, consequence = verdict.partition(" its floor: ")
+    start, _, consequence = explained(work).verdict.partition(" its floor: ")
+    assert start == f"a decode step is {words}"
     hardly = "less than half of the time is explained"
-    assert (consequence == hardly) == (name == "launches")
-    assert len(verdict) <= 100
+    assert consequence == (hardly if name == "launches" else explain.VERDICTS[name][1])
+    alone = explained(work, "prefill", 1).verdict
+    assert alone.startswith("a prefill step is ") and "its time includes the warm-up" in alone
 
 
-def test_a_prefill_step_has_a_verdict_too():
-    step = counted(512, 1, 512, 131_328, False, 1200.0, 1190.0)
-    work = Work(497_700_000, 37_700_000, 92 * 10**9)
-    words = "a prefill step is compute-bound, at 1.30 times its floor: "
-    assert explained(work, "prefill", 2, step).verdict.startswith(words + "twice the tokens")
-    # One prompt alone: its prefill was the first step of the run, whatever that had to compile.
-    assert (
-        explained(work, "prefill", 1, step).verdict == words + "it was the only one, and warmed up"
-    )
-
-
-# ---- the table -----------------------------------------------------------------------------------
 TABLE = """\
                                     decode, 57 steps           prefill, 1 step
 the median of them                  work    floor ms          work    floor ms
@@ -387,43 +333,23 @@ def two_kinds(ceilings=CEILINGS):
 
 
 def test_the_table_shows_work_floors_and_what_was_measured():
-    assert table(two_kinds()) == TABLE.splitlines()
-
-
-def test_where_nobody_counts_launches_their_line_is_left_out():
-    lines = table(two_kinds(CEILINGS._replace(launch_ms=None)))
-    expected = [line for line in TABLE.splitlines() if not line.startswith("launches")]
-    assert lines == expected
-
-
-def test_one_kind_alone_has_one_pair_of_columns():
-    lines = table(two_kinds()[:1])
-    assert lines == [line[:52].rstrip() for line in TABLE.splitlines()]
-
-
-def test_the_largest_figures_fit_into_their_columns():
-    step = counted(99_999_999, 1, 999_999_999, 1, True, 99_999.0, 90_000.0)
-    work = Work(899_999_000_000, 99_999_000_000, 99_999 * 10**9, 99_999, 9_999.0)
-    lines = table([explained(work, "prefill", 999_999, step)] * 2)
-    assert max(map(len, lines)) == 78
-    assert lines[0].split() == ["prefill,", "999,999", "steps"] * 2
-    for line in lines[2:]:
-        title, cells = line[:26], line[26:]
-        assert title.endswith(" ")  # the first cell begins with a blank at least
-        assert cells[:26].split() == cells[26:].split() != []
-        assert len(cells.split()) == 2 * len(cells[:26].split())  # none runs into the next
+    lines = TABLE.splitlines()
+    assert table(two_kinds()) == lines
+    assert table(two_kinds()[:1]) == [line[:52].rstrip() for line in lines]
+    without_launches = two_kinds(CEILINGS._replace(launch_ms=None))
+    assert table(without_launches) == [li for li in lines if not li.startswith("launches")]
 
 
 def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt, monkeypatch):
     asked = []
 
-    def ceilings(*what):
-        asked.append(what)
+    def ceilings(*arguments):
+        asked.append(arguments)
         return CEILINGS._replace(launch_ms=None)
 
     monkeypatch.setattr(explain, "measure_ceilings", ceilings)
     model = tiny_gpt()
-    explainer = Explainer(engine_of(model), model)
+    explainer = explainer_of(model)
     for prompt in ([7, 3, 9, 1, 4], [5, 5]):
         explainer.add_request(prompt, greedy(3))
     run_all(explainer)
@@ -434,10 +360,9 @@ def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt
         for kind, step in (("decode", explainer.steps[1]), ("prefill", explainer.steps[0]))
     ]
     assert lines[1:] == [*table(kinds), *(kind.verdict for kind in kinds)]
-    (device, dtype, num_bytes) = asked[0]
-    assert (device.type, dtype) == ("cpu", torch.float32)
     # The bytes of the decode step: 2 rows, 6 + 3 tokens of 1,024 bytes.
-    assert num_bytes == weight_bytes(model, 2, 2) + 9 * 1024
+    decode_bytes = weight_bytes(model, 2, 2) + 9 * 1024
+    assert asked == [(torch.device("cpu"), torch.float32, decode_bytes)]
     assert lines[0] == (
         "at most, on this cpu with 1 thread: 20.0 GB/s read, 100 GFLOP/s multiplied in float32"
     )
@@ -445,9 +370,9 @@ def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt
 
 # ---- on a GPU ------------------------------------------------------------------------------------
 def test_a_rehearsal_touches_no_block_but_the_scratch_block(tiny_gpt):
-    """It is run after the work, to count launches; whoever still holds blocks keeps them."""
-    engine = engine_of(tiny_gpt())
-    explainer = Explainer(engine, tiny_gpt())
+    """It runs after the work, to count launches; requests that still hold blocks keep them."""
+    explainer = explainer_of(tiny_gpt())
+    engine = explainer.engine
     explainer.add_request(list(range(10)), greedy(9))
     explainer.step()
     before = engine.cache.pool.clone()
@@ -476,7 +401,7 @@ def test_timing_a_forward_waits_for_nothing():
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _, taken_ms = explain._timed(lambda batch: x @ x, None, on_gpu=True)
+        _, taken_ms = explain._timed(lambda batch: x @ x, None, is_on_gpu=True)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     torch.cuda.synchronize()
@@ -496,77 +421,30 @@ def test_on_a_gpu_the_launches_of_a_decode_step_are_counted(tiny_gpt):
 
 
 # ---- the command line ----------------------------------------------------------------------------
-LINES = [
-    r"at most, on this \w+.*: [\d.,]+ GB/s read, [\d,]+ GFLOP/s multiplied in \w+.*",
-    r" +decode, [\d,]+ steps( +prefill, [\d,]+ steps?)?",
-    r"the median of them .*",
-    r"tokens computed .*",
-    r"context tokens read .*",
-    r"weights read .*",
-    r"keys and values read .*",
-    r"both, through one memory .*",
-    r"operations .*",
-    r"host's own time .*",
-    r"measured .*",
-    r"measured / largest floor .*",
-    r"a decode step is \w+-bound, at [\d.,]+ times its floor: .*",
-]
-
-
-def check_report(err, has_prefill=True):
-    """The report is the end of stderr, behind the summary and a blank line; returns its lines."""
-    _, _, report = err.rpartition("tokens computed again\n\n")
-    assert report, err
-    lines = [line for line in report.splitlines() if not line.startswith("launches")]
-    verdicts = [r"a prefill step is \w+-bound, .*"] if has_prefill else []
-    for line, pattern in zip(lines, LINES + verdicts, strict=True):
-        assert re.fullmatch(pattern, line), line
-    return lines
-
-
 def run_main(*args):
     """What main printed to (stdout, stderr)."""
+    small = ["--num-blocks", "64", "--max-tokens", "6", "--temperature", "0", "--ignore-eos"]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        generate.main([str(arg) for arg in args])
+        generate.main([*args, *small, "--device", "cpu"])
     return out.getvalue(), err.getvalue()
 
 
-SMALL = ["--num-blocks", "64", "--max-tokens", "6", "--temperature", "0", "--ignore-eos"]
-
-
-def test_explain_as_a_user_types_it_on_the_shipped_model():
-    words = ["Once upon a time there was", *SMALL, "--device", "cpu"]
-    command = [sys.executable, "generate.py", *words, "--explain"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
-    assert found.returncode == 0, found.stderr
-    lines = check_report(found.stderr)
-    assert found.stdout == run_main(*words)[0]  # the text is the same, and the table is not in it
-    read_mb = weight_bytes(LLM(num_blocks=8, device="cpu").model, 1, 1) / 1e6
-    assert lines[5].split()[2:4] == [f"{read_mb:.1f}", "MB"]
-    assert lines[3].split()[2] == "1"  # one sequence: a row a step
-
-
-def test_explain_works_with_many_prompts_a_file_and_jsonl(tmp_path):
-    (tmp_path / "prompts.txt").write_text("The wolf\nThe princess and the fox\n")
-    flags = ["--file", tmp_path / "prompts.txt", "--jsonl", *SMALL]
-    plain, explained_too = run_main(*flags), run_main(*flags, "--explain")
-    check_report(explained_too[1])
-    texts = [
-        [json.loads(line)["outputs"] for line in out.splitlines()]
-        for out, _ in (plain, explained_too)
-    ]
-    assert texts[0] == texts[1] and len(texts[0]) == 2
-
-
-def test_explain_works_beside_a_recording(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    _, err = run_main("The wolf", "The fox", *SMALL, "--explain", "--record", path)
-    check_report(err)
+def test_generate_explains_its_steps_after_the_summary_and_writes_the_same_text(tmp_path):
+    prompts, path = ["Once upon a time there was", "The fox"], tmp_path / "steps.jsonl"
+    out, err = run_main(*prompts, "--explain", "--record", str(path))
+    assert out == run_main(*prompts)[0]
+    _, _, report = err.rpartition("tokens computed again\n\n")
+    lines = report.splitlines()
+    assert lines[0].startswith("at most, on this cpu with 1 thread: ")
+    assert lines[1].split() == "decode, 5 steps prefill, 1 step".split()
+    read_mb = weight_bytes(LLM(num_blocks=8, device="cpu").model, 2, 2) / 1e6
+    assert lines[3].split()[2] == "2"  # two sequences, a row each
+    assert lines[5].split()[2:4] == [f"{read_mb:,.1f}", "MB"]
+    for line, kind in zip(lines[-2:], ("decode", "prefill"), strict=True):
+        assert re.fullmatch(rf"a {kind} step is \w+-bound, at [\d.,]+ times its floor: .*", line)
     assert len(read_recording(path)[1]) == 6
 
 
-def test_explain_works_in_the_demonstration(monkeypatch):
-    openings = [(opening, 6) for opening, _ in generate.OPENINGS[:3]]
-    monkeypatch.setattr(generate, "OPENINGS", openings)
-    check_report(run_main("--explain")[1])
+def test_generate_explains_a_streamed_text_too():
+    assert "a decode step is " in run_main("Once upon a time", "--explain")[1]
