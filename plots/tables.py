@@ -139,35 +139,29 @@ def files_of_wings() -> list[str]:
 # ---- measured rows -------------------------------------------------------------------------------
 def reaches() -> list[str]:
     """README's one table: what the engine reaches, and where paging loses."""
-    decode, slab, no_cache = DYNAMIC_CACHE, "speed against contiguous", "speed against no cache"
-    one = ("cpu/peers.csv", "paged engine", decode)
-    blocks, prompts = ("cpu/kernels.csv", "whole blocks, all heads", slab), ("cpu/kernels.csv",)
-    long = "batch=1 prompt=64 new=500 "
-    gpt2 = {"threads": 2, "model": "random:gpt2"}
-    figures = equal_memory_figures()
-    paged, reserved = figures["paged"], figures["maximum, buddies"]
-    at_once = "running at once, mean"
-    ratios = {
-        "decode, 32 sequences / transformers": newest(*one, "decode batch=32 "),
-        "decode, 8 sequences / transformers": newest(*one, "decode batch=8 "),
-        "decode, 1 sequence / transformers": newest(*one, "decode batch=1 "),
-        "decode attention, 32 x 256 tokens / contiguous slab": newest(
-            *blocks, "batch=32 context=256 "
-        ),
-        "a prompt's attention, 8 x 256 tokens / contiguous slab": newest(
-            *prompts, "paged", slab, "prefill batch=8 "
-        ),
-        "500 new tokens, 1 sequence / no cache": newest(
-            "cpu/speed.csv", "paged", no_cache, long, **gpt2
-        ),
-        "the same / contiguous slab": newest("cpu/speed.csv", "paged", slab, long, **gpt2),
-        "requests at once in equal memory / reserving the maximum": paged[at_once]
-        / reserved[at_once],
+    rows = []
+
+    def compare(name: str, ratio: float) -> None:
+        rows.append(f"{name} | {ratio:.2f} | {'loses' if ratio < 1 else 'wins'}")
+
+    for batch in (32, 8, 1):
+        name = f"decode, {batch} sequence{'s' * (batch > 1)} / transformers"
+        decode = f"decode batch={batch} "
+        compare(name, newest("cpu/peers.csv", "paged engine", DYNAMIC_CACHE, decode))
+    file, slab = "cpu/kernels.csv", "speed against contiguous"
+    ratio = newest(file, "whole blocks, all heads", slab, "batch=32 context=256 ")
+    compare("decode attention, 32 x 256 tokens / contiguous slab", ratio)
+    ratio = newest(file, "paged", slab, "prefill batch=8 ")
+    compare("a prompt's attention, 8 x 256 tokens / contiguous slab", ratio)
+    file, long = "cpu/speed.csv", "batch=1 prompt=64 new=500 "
+    for other, metric in (("no cache", "speed against no cache"), ("contiguous slab", slab)):
+        ratio = newest(file, "paged", metric, long, threads=2, model="random:gpt2")
+        compare(f"500 new tokens, 1 sequence, 2 threads / {other}", ratio)
+    at_once = {
+        plan: figures["running at once, mean"] for plan, figures in equal_memory_figures().items()
     }
-    rows = [
-        f"{name} | {ratio:.2f} | {'loses' if ratio < 1 else 'wins'}"
-        for name, ratio in ratios.items()
-    ]
+    ratio = at_once["paged"] / at_once["maximum, buddies"]
+    compare("requests at once in equal memory / reserving the maximum", ratio)
     return table("the same work: PagedGPT / the other | times as much | paging", rows)
 
 
