@@ -67,7 +67,7 @@ def test_the_files_marked_with_a_star_import_no_torch():
 
 
 def test_the_demo_that_is_printed_in_full_is_what_the_file_prints():
-    shown = re.search(r"`python block_allocator.py` prints:\n\n```\n(.*?)```", README, re.DOTALL)
+    shown = re.search(r"lesson prints this:\n\n```\n(.*?)```", README, re.DOTALL)
     command = [sys.executable, "block_allocator.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown is not None and shown.group(1) == printed.stdout
