@@ -1,7 +1,7 @@
 """Ceilings and floors: what is measured, how it is timed, and which floor is the largest.
 
-How fast this machine is nobody can assert. So the clock is replaced where a rate is computed, and
-what is left for the real one are bounds that any machine keeps.
+No test can know how fast this machine is. So the clock is replaced where a rate is computed, and
+the real clock is only compared with bounds that hold on any machine.
 """
 
 import time
@@ -49,7 +49,7 @@ def test_each_floor_is_the_work_divided_by_the_ceiling():
 
 
 @pytest.mark.parametrize("launches, launch_ms", [(None, 0.25), (10, None), (None, None)])
-def test_launches_that_nobody_counted_or_timed_have_no_floor(launches, launch_ms):
+def test_launches_without_a_count_or_a_time_have_no_floor(launches, launch_ms):
     floors = floors_ms(Work(6000, 2000, 9000, launches), Ceilings(1000.0, 3000.0, launch_ms))
     assert list(floors) == ["weights", "KV", "memory", "operations", "host"]
 
@@ -99,11 +99,6 @@ def test_the_buffer_is_as_large_as_what_the_step_reads_within_bounds(
     assert [result.item() for result in clock.results] == [expected / 4]
 
 
-def test_the_fastest_read_is_the_ceiling(monkeypatch):
-    Clock(monkeypatch, lambda result: iter([5.0, 4.0, 8.0, 2.0, 8.0, 8.0, 8.0]))
-    assert roofline.read_rate(CPU, 2**20) == 2**20 / 2.0
-
-
 def test_products_grow_until_one_takes_long(monkeypatch):
     times_ms = {256: 1.0, 512: 5.0, 1024: 11.0}
     clock = Clock(monkeypatch, lambda result: always(times_ms[len(result)]))
@@ -111,10 +106,12 @@ def test_products_grow_until_one_takes_long(monkeypatch):
     assert [tuple(result.shape) for result in clock.results] == [(n, n) for n in times_ms]
 
 
-def test_the_best_product_is_the_ceiling_and_not_the_last(monkeypatch):
+def test_the_fastest_try_of_the_best_size_is_the_ceiling(monkeypatch):
     times_ms = {256: iter([3.0, 1.0, 2.0]), 512: iter([99.0, 98.0, 99.0])}
     Clock(monkeypatch, lambda result: times_ms[len(result)])
     assert roofline.product_rate(CPU, torch.float32) == 2 * 256**3 / 1.0
+    Clock(monkeypatch, lambda result: iter([5.0, 4.0, 8.0, 2.0, 8.0, 8.0, 8.0]))
+    assert roofline.read_rate(CPU, 2**20) == 2**20 / 2.0
 
 
 def test_products_end_at_the_largest_and_are_of_the_models_type(monkeypatch):
@@ -130,7 +127,7 @@ def test_the_ceilings_of_a_cpu_take_less_than_two_seconds_and_have_no_launches()
     ceilings = roofline.measure_ceilings(CPU, torch.float32, 100_000_000)
     assert time.perf_counter() - started < 2
     assert ceilings.launch_ms is None
-    # From the slowest that can be thought of to the fastest: 10 MB/s to 10 TB/s, and so on.
+    # 10 MB/s to 10 TB/s, 0.1 GFLOP/s to 1 PFLOP/s
     assert 1e4 < ceilings.bytes_per_ms < 1e10
     assert 1e5 < ceilings.operations_per_ms < 1e12
 
@@ -138,10 +135,3 @@ def test_the_ceilings_of_a_cpu_take_less_than_two_seconds_and_have_no_launches()
 @needs_gpu
 def test_an_empty_kernel_on_a_gpu_takes_about_a_microsecond():
     assert 0.2e-3 < roofline.launch_time_ms(torch.device("cuda")) < 20e-3
-
-
-@needs_gpu
-def test_the_ceilings_of_a_gpu_are_beyond_those_of_a_cpu():
-    gpu = roofline.measure_ceilings(torch.device("cuda"), torch.float16, 2**28)
-    cpu = roofline.measure_ceilings(CPU, torch.float32, 2**28)
-    assert gpu.bytes_per_ms > cpu.bytes_per_ms and gpu.operations_per_ms > cpu.operations_per_ms
