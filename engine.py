@@ -1,8 +1,8 @@
 """schedule, forward, sample, repeat: the loop that every serving engine comes down to.
 
-Ten requests served one after the other read all of the model's weights once for each token of each
-request. Served together, one reading gives a token to each of the ten, and decoding is bound by
-just that reading. So the engine runs whoever the scheduler picks as one flat batch, step after
+Decoding is bound by reading the model's weights. Ten requests served one after the other read all
+weights once for each token of each request. Served together, one reading gives a token to each of
+the ten. So the engine runs the sequences that the scheduler picks as one flat batch, step after
 step, and requests join and leave between any two steps:
 
     add_request ─> waiting ─┐                                     ┌─> finished: blocks back, output
@@ -10,22 +10,24 @@ step, and requests join and leave between any two steps:
                                    ^       (all sequences at once)       │
                                    └─────────────────────────────────────┘
 
-Two things come from outside. `forward(batch) -> logits` runs the model: here eagerly, elsewhere as
-a recorded graph. And each request has a strategy, which turns the logits of its sequences into
-their continuations: one token each (sampling), several children (beams), several tokens (an
-accepted draft). `step()` knows neither, and hosts no guests: recorders, metrics and progress bars
-live on the `StepOutput` it returns. What a production engine does beyond this: plans the next step
-while the device still runs this one (`plan_ahead.py`), and serves from processes of their own.
+Two functions are passed in. `forward(batch) -> logits` runs the model: here layer by layer,
+elsewhere as a recorded CUDA graph. And each request has a strategy, which turns the logits of its
+sequences into their continuations: one token each (sampling), several children (beam search), or
+several tokens (an accepted draft). `step()` knows neither of the two. Recorders and progress bars
+are not part of it: they read the `StepOutput` that it returns. A production engine plans the next
+step while the device still runs this one, as speedups/plan_ahead.py does.
 
-Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI.
+Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI,
+section 3.
 Run: python engine.py
-Try: max_num_batched_tokens=4 in the demo (watch the long prompt arrive in pieces), or
-num_blocks=7 (somebody is preempted, and writes the same text all the same).
+Try: MAX_NUM_BATCHED_TOKENS = 4 in the demo: B's prompt of 14 tokens arrives in pieces. Or
+NUM_BLOCKS = 7: B and C are preempted, compute their tokens again, and write the same texts.
 """
 
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,15 +41,19 @@ from sampling import SampleRow, SamplingParams, child_seed, collect_logprobs, dr
 from scheduler import Scheduler
 from sequence import Continuation, Plan, Request, Sequence
 
-Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of batch.sample_rows
+Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of the M rows in batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
-Draw = Callable[[Tensor, list[SampleRow]], tuple[Tensor, Tensor]]  # see `sampling.draw_tokens`
+# logits (M, V), a SampleRow for each -> token ids (M,), largest logits (M,): `draw_tokens`
+Draw = Callable[[Tensor, list[SampleRow]], tuple[Tensor, Tensor]]
 
 
 def eager_forward(
     model: GPT, cache: KVCache, attention: Callable = paged_attention, write: Callable = write_kv
 ) -> Forward:
-    """The plain forward: every layer in turn, logits of the sample rows only."""
+    """The plain forward: every layer in turn, logits of the sample rows only.
+
+    `attention` and `write` are the two kernels of a backend (see kv_cache.py).
+    """
 
     def forward(batch: Batch) -> Tensor:
         batch = batch.to(cache.pool.device)
@@ -58,12 +64,12 @@ def eager_forward(
 
 
 def rows_to_draw(sequences: list[Sequence]) -> list[SampleRow]:
-    """What a sampler has to know of each sequence, to draw its next token."""
+    """What a sampler needs to draw each sequence's next token."""
     return [
         SampleRow(
             params=seq.request.params,
             seed=seq.seed,
-            position=len(seq.token_ids),
+            position=len(seq.token_ids),  # of the token that is drawn
             token_ids=seq.token_ids,
             num_prompt_tokens=seq.num_prompt_tokens,
             eos_token_id=seq.request.eos_token_id,
@@ -75,7 +81,10 @@ def rows_to_draw(sequences: list[Sequence]) -> list[SampleRow]:
 def sample_next(
     sequences: list[Sequence], logits: Tensor, draw: Draw = draw_tokens
 ) -> list[Continuation]:
-    """The strategy of ordinary requests: a token for each sequence, all in one vectorised call."""
+    """The strategy of ordinary requests: one token for each sequence, in one vectorised call.
+
+    `logits` is (B, V), one row a sequence.
+    """
     rows = rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = collect_logprobs(logits, rows, token_ids, peaks)
@@ -104,10 +113,19 @@ def rows_by_strategy(
     return groups
 
 
-class InferenceEngine:
-    """Owns the loop. Built by `llm.py`, or by hand from its parts as in the demo below."""
+class BlockCounts(NamedTuple):
+    """Totals of the scheduler and its allocator since the start, in blocks."""
 
-    steps_overlap = False  # True where a step is launched before the last one was read
+    taken: int
+    freed: int
+    hit: int
+    evicted: int
+
+
+class InferenceEngine:
+    """Owns the loop. `llm.py` builds one; the demo below builds one by hand from its parts."""
+
+    steps_overlap = False  # True in an engine that launches a step before it has read the last one
 
     def __init__(
         self,
@@ -125,12 +143,13 @@ class InferenceEngine:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
-        known = eos_token_id is not None and 0 <= eos_token_id < vocab_size
-        self.eos_token_id = eos_token_id if known else None  # an id it has not never comes
+        # An id outside the vocabulary is never drawn, so it cannot end a text.
+        is_drawable = eos_token_id is not None and 0 <= eos_token_id < vocab_size
+        self.eos_token_id = eos_token_id if is_drawable else None
         self.seed = seed
         self.strategy: Strategy = partial(sample_next, draw=draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
-        self._num_requests = 0
+        self._num_requests = 0  # also the next request's id and arrival
         self._counted = self._count_blocks()
 
     # ---- requests ----
@@ -152,12 +171,10 @@ class InferenceEngine:
         the pool.
         """
         params = SamplingParams() if params is None else params
-        prompt_token_ids = self._check_prompt(prompt, params)
-        arrival = self._num_requests
         request = Request(
-            request_id=str(arrival),
-            prompt_token_ids=prompt_token_ids,
-            arrival=arrival,
+            request_id=str(self._num_requests),
+            prompt_token_ids=self._check_prompt(prompt, params),
+            arrival=self._num_requests,
             priority=priority,
             user=user,
             deadline=deadline,
@@ -165,34 +182,37 @@ class InferenceEngine:
             strategy=strategy or self.strategy,
             eos_token_id=self.eos_token_id,
         )
-        max_seq_len = self.scheduler.max_seq_len
-        stop_token_ids = set(params.stop_token_ids)
-        if self.eos_token_id is not None and not params.ignore_eos:
-            stop_token_ids.add(self.eos_token_id)
-        seed = child_seed(self.seed, arrival) if params.seed is None else params.seed
-        for index in range(params.n):
-            seq = Sequence(
-                request=request,
-                index=index,
-                token_ids=list(prompt_token_ids),
-                num_prompt_tokens=len(prompt_token_ids),
-                max_tokens=params.max_tokens or max_seq_len - len(prompt_token_ids),
-                min_tokens=params.min_tokens,
-                stop_token_ids=frozenset(stop_token_ids),
-                seed=child_seed(seed, index),
-            )
-            request.sequences.append(seq)
+        request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
         self.scheduler.add(request)
         self._num_requests += 1
         self.output_processor.add(request, prompt if isinstance(prompt, str) else None)
         return request.request_id
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        """The sequence of one of the `n` texts that a request asks for."""
+        params, prompt = request.params, request.prompt_token_ids
+        stop_token_ids = set(params.stop_token_ids)
+        if self.eos_token_id is not None and not params.ignore_eos:
+            stop_token_ids.add(self.eos_token_id)
+        # A hash, not a sum: with seed + index text 2 of seed 1 would be text 1 of seed 2.
+        seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
+        return Sequence(
+            request=request,
+            index=index,
+            token_ids=list(prompt),  # a copy: the sequence appends to it
+            num_prompt_tokens=len(prompt),
+            max_tokens=params.max_tokens or self.scheduler.max_seq_len - len(prompt),
+            min_tokens=params.min_tokens,
+            stop_token_ids=frozenset(stop_token_ids),
+            seed=child_seed(seed, index),
+        )
 
     def has_unfinished(self) -> bool:
         """Whether a further `step()` has anything to do."""
         return self.scheduler.has_unfinished()
 
     def abort(self, request_id: str) -> bool:
-        """End a request in whatever state it is, free its blocks at once; False if it is gone."""
+        """End a request in any state and free its blocks at once; False if it has ended already."""
         request = self.output_processor.remove(request_id)
         if request is None:
             return False
@@ -203,30 +223,37 @@ class InferenceEngine:
     # ---- the loop ----
     @torch.inference_mode()
     def step(self) -> StepOutput:
-        """Run one step for whoever the scheduler picks."""
+        """Run one step for the sequences that the scheduler picks."""
         started = time.monotonic()
         return self._run(self.scheduler.schedule(), started)
 
     def _run(self, plan: Plan, started: float) -> StepOutput:
-        """Carry a plan out from the first copy to the last text."""
+        """Carry out a plan, from the copies of blocks to the outputs."""
         try:
-            self.cache.copy_blocks(plan.copies)
+            self.cache.copy_blocks(plan.copies)  # before the forward writes into the copies
             continuations = self._continue(plan) if plan.scheduled else []
         except BaseException:
-            self.scheduler.undo(plan)  # interrupted: whatever was planned is computed again
+            self.scheduler.undo(plan)  # all that was planned is computed again
             raise
         return self._finish(plan, continuations, started)
 
     def _finish(self, plan: Plan, continuations: list[Continuation], started: float) -> StepOutput:
-        """Apply what the strategies said, and say what the step did."""
+        """Apply the continuations, decode the new text, and report what the step did."""
         self.scheduler.update(plan, continuations)
         outputs = self.output_processor.process(plan, started)
-        before, self._counted = self._counted, self._count_blocks()
-        taken, freed, hit, evicted = (b - a for a, b in zip(before, self._counted, strict=True))
-        swapped = len(plan.swap_in) + len(plan.swap_out)
-        milliseconds = (time.monotonic() - started) * 1e3
-        counts = (taken, freed, len(plan.copies), hit, evicted, swapped)
-        return StepOutput(plan, outputs, *counts, milliseconds)
+        before, now = self._counted, self._count_blocks()
+        self._counted = now
+        return StepOutput(
+            plan=plan,
+            outputs=outputs,
+            blocks_taken=now.taken - before.taken,
+            blocks_freed=now.freed - before.freed,
+            blocks_copied=len(plan.copies),
+            blocks_hit=now.hit - before.hit,
+            blocks_evicted=now.evicted - before.evicted,
+            blocks_swapped=len(plan.swap_in) + len(plan.swap_out),
+            milliseconds=(time.monotonic() - started) * 1e3,
+        )
 
     def _continue(self, plan: Plan) -> list[Continuation]:
         """Run the model, then ask each strategy how its sequences continue."""
@@ -242,9 +269,9 @@ class InferenceEngine:
 
     # ---- small parts ----
     def _batch_of(self, plan: Plan, counts: list[int]) -> Batch:
-        """A plan's tokens as tensors in host memory: how they get to the model, a forward knows.
+        """A plan's tokens as tensors in host memory; the forward moves them to its device.
 
-        `counts` says how many of each sequence's last rows want logits.
+        `counts` says how many of each sequence's last rows need logits.
         """
         rows = [
             Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
@@ -253,75 +280,100 @@ class InferenceEngine:
         return make_batch(rows, self.cache.block_size, self.cache.scratch_block)
 
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
-        """Token ids of a prompt that can be served, or a ValueError in one sentence."""
+        """A prompt's token ids, if it can be served; otherwise a ValueError in one sentence."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params is a {type(params).__name__}: give a SamplingParams")
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            what = "a text prompt" if isinstance(prompt, str) else "a stop string"
-            raise ValueError(f"{what} needs a tokenizer, and this model has none: give token ids")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not isinstance(ids, list):
-            kind = type(ids).__name__
-            raise ValueError(f"the prompt is of type {kind}: give text or a list of token ids")
+        params.check_vocabulary(self.vocab_size)
+        ids = self._encode(prompt, params)
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
         unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if unknown:
             known = f"ids are integers from 0 to {self.vocab_size - 1}"
             raise ValueError(f"the prompt has token id {unknown[0]!r}: {known}")
-        params.check_vocabulary(self.vocab_size)
-        if len(ids) >= self.scheduler.max_seq_len:
-            limit = self.scheduler.max_seq_len
-            raise ValueError(f"prompt has {len(ids)} tokens, max_seq_len is {limit}: shorten it")
+        max_seq_len = self.scheduler.max_seq_len
+        if len(ids) >= max_seq_len:
+            found = f"prompt has {len(ids)} tokens, max_seq_len is {max_seq_len}"
+            raise ValueError(f"{found}: shorten it")
         return list(ids)
 
-    def _count_blocks(self) -> tuple[int, int, int, int]:
+    def _encode(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """The token ids of a text; a list as it is. ValueError where a tokenizer is missing."""
+        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
+            asked = "a text prompt" if isinstance(prompt, str) else "a stop string"
+            raise ValueError(f"{asked} needs a tokenizer, and this model has none: give token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, list):
+            kind = type(prompt).__name__
+            raise ValueError(f"the prompt is of type {kind}: give text or a list of token ids")
+        return prompt
+
+    def _count_blocks(self) -> BlockCounts:
         scheduler = self.scheduler
-        taken, freed = scheduler.num_blocks_taken, scheduler.num_blocks_freed
-        return taken, freed, scheduler.num_blocks_hit, scheduler.allocator.num_evicted
+        return BlockCounts(
+            taken=scheduler.num_blocks_taken,
+            freed=scheduler.num_blocks_freed,
+            hit=scheduler.num_blocks_hit,
+            evicted=scheduler.allocator.num_evicted,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
+NUM_BLOCKS = 9
+MAX_NUM_BATCHED_TOKENS = 12
+PROMPTS = [[7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]]  # of A, B and C
+MAX_TOKENS = [8, 5, 9]
+
+
 def demo():
     """Three prompts through one pool, one line a step; then each alone and without any cache."""
     config = GPTConfig(vocab_size=64, max_seq_len=64, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config).init_weights(std=0.2).double().eval()
-    num_blocks, block_size = 9, 4
-    cache = KVCache(2, num_blocks, block_size, 2, 16, torch.float64)
-    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), 8, 12, 64)
+    cache = KVCache(2, NUM_BLOCKS, 4, 2, 16, torch.float64)
+    allocator = BlockAllocator(NUM_BLOCKS, block_size=4)
+    scheduler = Scheduler(allocator, 8, MAX_NUM_BATCHED_TOKENS, max_seq_len=64)
     engine = InferenceEngine(eager_forward(model, cache), cache, scheduler, vocab_size=64)
-    prompts = [[7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]]
-    wanted = [8, 5, 9]
-    for prompt, num in zip(prompts, wanted, strict=True):
-        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=num))
+    for prompt, max_tokens in zip(PROMPTS, MAX_TOKENS, strict=True):
+        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
 
-    print("step  rows  computed in this step [start, end)            pool, 9 blocks of 4")
-    done, number = {}, 0
+    print(f"step  rows  computed in this step [start, end)            {NUM_BLOCKS} blocks of 4")
+    written: dict[str, list[int]] = {}
+    num_steps = 0
     while engine.has_unfinished():
         output = engine.step()
-        spans = {
-            f"{'ABC'[int(seq.request.request_id)]}[{start},{start + n})"
-            for seq, start, n in output.plan.scheduled
-        }
-        cells = ["."] * num_blocks
-        for seq in scheduler.running:
-            for block_id in seq.block_table:
-                cells[block_id] = "ABC"[int(seq.request.request_id)]
-        number += 1
-        pool = "".join(cells)
-        print(f"{number:4} {output.plan.num_tokens:5}  {'  '.join(sorted(spans)):48} |{pool}|")
-        done |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+        num_steps += 1
+        show_step(num_steps, output, scheduler)
+        written |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
 
-    for i, (prompt, num) in enumerate(zip(prompts, wanted, strict=True)):
-        ids = list(prompt)  # the oracle: no cache, no batch
-        for _ in range(num):
-            everything = torch.tensor(ids), torch.arange(len(ids))
-            hidden = model(*everything, attend_one_sequence)
-            ids.append(model.logits(hidden[-1:]).argmax().item())
-        assert done[str(i)] == ids[len(prompt) :]
-        print(f"{'ABC'[i]} wrote {done[str(i)]}")
-    assert scheduler.allocator.num_free == num_blocks
+    for i, (prompt, max_tokens) in enumerate(zip(PROMPTS, MAX_TOKENS, strict=True)):
+        assert written[str(i)] == write_alone(model, prompt, max_tokens)
+        print(f"{'ABC'[i]} wrote {written[str(i)]}")
+    assert allocator.num_free == NUM_BLOCKS
     print("ok: batched and paged, the tokens are those of one-at-a-time without a cache")
+
+
+def show_step(number: int, output: StepOutput, scheduler: Scheduler) -> None:
+    """One line: what each sequence computed, and which blocks it holds afterwards."""
+
+    def name(seq: Sequence) -> str:
+        return "ABC"[int(seq.request.request_id)]
+
+    spans = [f"{name(seq)}[{start},{start + n})" for seq, start, n in output.plan.scheduled]
+    cells = ["."] * NUM_BLOCKS
+    for seq in scheduler.running:
+        for block_id in seq.block_table:
+            cells[block_id] = name(seq)
+    print(f"{number:4} {output.plan.num_tokens:5}  {'  '.join(spans):48} |{''.join(cells)}|")
+
+
+def write_alone(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+    """The oracle: no cache and no batch, all tokens computed again for each new one."""
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend_one_sequence)
+        ids.append(model.logits(hidden[-1:]).argmax().item())
+    return ids[len(prompt) :]
 
 
 if __name__ == "__main__":

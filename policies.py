@@ -1,24 +1,28 @@
 """Who runs first, who waits, who is preempted: each policy is a function of a few lines.
 
-A scheduler has to answer one question in three places: which waiting sequence comes next, in which
-order the running ones get their tokens, and who gives up its blocks when the pool runs dry. One
-order of precedence answers all three, and a policy is a function from a sequence to its place in
-that order. The smallest key runs first; the largest is preempted first:
+A scheduler has three questions. Which waiting sequence starts next? In which order do the running
+ones get their tokens? Which of them gives up its blocks when the pool is full? One order of
+precedence answers all three. A policy is a function from a sequence to its key in that order. The
+smallest key runs first; the largest is preempted first:
 
-    arrival      1   2   3   4   5            pool dry: sequence 3 is preempted, not 1
+    arrival      1   2   3   4   5            the pool is full: sequence 3 is preempted, not 1,
                 [running  ] [waiting]         and returns before 4, because its key is smaller
 
-A key must not change while a sequence waits (the queue is a heap: 100,000 may wait, and a step
-costs the same). And it must be a total order in which the first can always finish: that is why
-there is never a livelock, two sequences taking blocks from each other for ever. What a production
-engine does beyond this: priorities, fair shares between users, deadlines, each with a guard against
-starvation.
+What a key may do: while a sequence waits, its key must not change. The queue is a heap that holds
+the key of the moment when the sequence entered it (so a step costs the same with 100,000 waiting).
+While a sequence runs, its key must not change either: it is entered in the running list by binary
+search, which is right only as long as the list is sorted by the keys of this moment. A key may
+change between the two, when a sequence starts or is preempted. And the order must be one in which
+the sequence at the front stays there until it ends: otherwise two sequences could take blocks from
+each other for ever, and none would end.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, section 4.5 (first come first served;
 the latest arrival is preempted first; a sequence's blocks go all or not at all).
 Run: python policies.py
-Try: a policy that returns `-seq.request.arrival` (last come first served: who starves?), or one
-that puts short prompts first, `(len(seq.token_ids), seq.request.arrival)`.
+Try: `return -seq.request.arrival, seq.index` (last come first served): Ada came first, and is
+preempted; the assert "the newest gives way" fails. Or `return
+len(seq.request.prompt_token_ids), seq.index` (short prompts first, a key that never changes): the
+longest prompt is Ada's, and the same assert fails.
 """
 
 from types import SimpleNamespace
@@ -33,26 +37,33 @@ def first_come_first_served(seq) -> tuple[int, int]:
 
 
 # --------------------------------------------------------------------------------------------------
+POLICY = first_come_first_served
+NAMES = {1: "Ada", 2: "Bo", 3: "Cy", 4: "Di", 5: "Ed"}  # by arrival
+
+
 def demo():
     """Five requests, three of them running: who is preempted, and who comes next."""
-    names = {1: "Ada", 2: "Bo", 3: "Cy", 4: "Di", 5: "Ed"}
-    running = [SimpleNamespace(request=SimpleNamespace(arrival=a), index=0) for a in (2, 1, 3)]
-    waiting = [SimpleNamespace(request=SimpleNamespace(arrival=a), index=0) for a in (5, 4)]
 
-    def show(queue: list) -> str:
-        ordered = sorted(queue, key=first_come_first_served)
-        return ", ".join(names[seq.request.arrival] for seq in ordered)
+    def sequence(arrival: int):
+        prompt = [0] * (6 - arrival)  # Ada's prompt has 5 tokens, Ed's has 1
+        request = SimpleNamespace(arrival=arrival, prompt_token_ids=prompt)
+        return SimpleNamespace(request=request, index=0)
 
-    print(f"running, in the order in which they get tokens: {show(running)}")
-    print(f"waiting, in the order in which they will start: {show(waiting)}")
-    victim = max(running, key=first_come_first_served)
+    def names(queue: list) -> str:
+        return ", ".join(NAMES[seq.request.arrival] for seq in sorted(queue, key=POLICY))
+
+    running = [sequence(arrival) for arrival in (2, 1, 3)]
+    waiting = [sequence(arrival) for arrival in (5, 4)]
+    print(f"running, in the order in which they get tokens: {names(running)}")
+    print(f"waiting, in the order in which they will start: {names(waiting)}")
+    victim = max(running, key=POLICY)
     running.remove(victim)
     waiting.append(victim)
-    print(f"\nthe pool is dry: {names[victim.request.arrival]} is preempted")
-    print(f"running: {show(running)}")
-    print(f"waiting: {show(waiting)}")
-    assert show(running) == "Ada, Bo" and show(waiting) == "Cy, Di, Ed"
-    print("ok: the newest gave way, and stands before all who came after it")
+    print(f"\nthe pool is full: {NAMES[victim.request.arrival]} is preempted")
+    print(f"running: {names(running)}")
+    print(f"waiting: {names(waiting)}")
+    assert names(running) == "Ada, Bo" and names(waiting) == "Cy, Di, Ed", "the newest gives way"
+    print("ok: the newest gives way, and waits before all who came after it")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
 """Every step, choose again who runs: continuous batching, chunked prefill, preemption.
 
 A static batch starts together and ends with its longest member: a request for 5 tokens beside one
-for 500 holds its place for 495 steps. Here each step is planned from scratch. There is no "prefill
-phase" and no "decode phase" either. A sequence has some tokens and `num_computed_tokens` of them in
-the cache, and every step it may catch up within the step's token budget:
+for 500 keeps its place, unused, for 495 steps. Here each step is planned from scratch. There is no
+"prefill phase" and no "decode phase" either: `num_computed_tokens` says how many of a sequence's
+tokens are in the cache, and in every step it may catch up, within the step's token budget:
 
-    a new prompt of 300 tokens   300 behind  ->  this step 64 of them, then 64, .. (chunked prefill)
-    a sequence that is writing     1 behind  ->  this step that one                (decode)
-    preempted after 120 tokens   120 behind  ->  later all of them again           (recompute)
+    a new prompt of 300 tokens   300 behind  ->  64 now, 64 in the next step, .. (chunked prefill)
+    a sequence that is writing     1 behind  ->  1 now                           (decode)
+    preempted after 120 tokens   120 behind  ->  all of them again, later        (recompute)
 
-    A 5+8  Pddddddd                P  new tokens of a prompt in this step
-    B 6+6  Pdddx...Pd              d  one token   .  waits   x  preempted (its blocks went to A)
+    F  5+9     ..Pdddddddd    P  new tokens of a prompt    d  one new token    .  waits
+    G  5+5     ......PdddxP   x  preempted: C and F take its blocks; then all tokens again
 
-When the pool is dry the last in the order of precedence gives up all its blocks, waits in front of
-all who came later, and computes its tokens again: the first in line never waits, so there is no
-livelock. This file touches no tensor and imports no torch: a plan is numbers and block ids. What a
-production engine does beyond this: the same, with encoders, adapters, several GPUs and requests
-split between them.
+When the pool is full the last in the order of precedence gives up all its blocks and waits. It
+stays ahead of all requests that came after it. The first in line is never preempted for another,
+so it always finishes, and there is no livelock. This file touches no tensor: a plan is numbers and
+block ids. The picture docs/batching.svg shows a static and a continuous batch side by side.
 
 Yu et al. 2022, "Orca", OSDI, section 3.1 (iteration-level scheduling); Kwon et al. 2023,
 "PagedAttention", arXiv:2309.06180, section 4.5 (preemption); Agrawal et al. 2023, "Sarathi",
 arXiv:2308.16369 (chunked prefill).
 Run: python scheduler.py
-Try: in the demo, max_num_batched_tokens=3 (prompts arrive in pieces), or num_blocks=12 (no
-preemption).
+Try: MAX_NUM_BATCHED_TOKENS = 4 in the demo: prompts arrive in pieces (PP), and it takes 20 steps.
+Or NUM_BLOCKS = 12: nothing is preempted, so the assert "one preemption" fails.
 """
 
 import heapq
@@ -42,11 +41,11 @@ def reserve_now(seq: Sequence) -> int:
 
 
 class Scheduler:
-    """Decides who runs, and keeps the books of who holds which blocks.
+    """Decides which sequences run, and which blocks each of them holds.
 
     `reserve(seq)` says for how many tokens a sequence needs memory, `policy(seq)` its place in
-    the order of precedence. Each sequence's blocks belong to it from its start until it ends or
-    is preempted.
+    the order of precedence (see policies.py). A sequence holds its blocks from its start until it
+    ends or is preempted. Raises ValueError for a limit below 1.
     """
 
     def __init__(
@@ -69,15 +68,18 @@ class Scheduler:
         self.policy = policy
         self.running: list[Sequence] = []  # in the order of precedence
         self._waiting: list[tuple] = []  # a heap of (key, tie-breaker, sequence)
-        # Of the heap's entries some may have been aborted meanwhile: num_waiting counts the others.
-        self._pushes = self.num_waiting = 0
-        self.num_preemptions = self.num_recomputed_tokens = 0  # tokens computed, then lost
-        # Blocks; those that were hit were found filled by `match_prefix`.
-        self.num_blocks_taken = self.num_blocks_freed = self.num_blocks_hit = 0
+        self._pushes = 0  # the tie-breaker: of two equal keys the earlier push comes first
+        self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
+        # Totals, for statistics:
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0  # tokens that were computed, and lost to a preemption
+        self.num_blocks_taken = 0
+        self.num_blocks_freed = 0
+        self.num_blocks_hit = 0  # found already filled, by `match_prefix`
 
     # ---- in and out ----
     def add(self, request: Request) -> None:
-        """Queue a request's sequences. ValueError if one could never be finished in this pool."""
+        """Queue a request's sequences. Raises ValueError if the pool is too small for one."""
         for seq in request.sequences:
             needed = self.allocator.blocks_needed(max(self.longest(seq), self.reserve(seq)))
             if needed > self.allocator.num_blocks:
@@ -94,12 +96,12 @@ class Scheduler:
         return bool(self.running or self.num_waiting)
 
     def finish(self, seq: Sequence, reason: str | None) -> None:
-        """End a sequence in any state; its blocks go back. Ending it twice does nothing."""
+        """End a sequence in any state and free its blocks. Ending it twice does nothing."""
         if seq.status == RUNNING:
             self.running.remove(seq)
             self._free(seq)
         elif seq.status == WAITING:
-            self.num_waiting -= 1  # its entry in the heap is dropped when it comes up
+            self.num_waiting -= 1  # its entry is dropped when it reaches the heap's top
         else:
             return
         seq.status, seq.finish_reason = FINISHED, reason
@@ -108,79 +110,114 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`."""
         plan = Plan()
-        budget = self.max_num_batched_tokens
+        budget = self._continue_running(plan, self.max_num_batched_tokens)
+        # After a preemption the pool is full. Started now, the preempted sequence would take its
+        # blocks back, and nothing would be gained.
+        if not plan.preempted:
+            self._start_waiting(plan, budget)
+        return plan
+
+    def _continue_running(self, plan: Plan, budget: int) -> int:
+        """Plan the running sequences in their order; returns what is left of the token budget."""
         for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
-            if not budget or seq.status != RUNNING:
-                break  # preempted by one before it: so are all behind it
-            behind = len(seq.token_ids) - seq.num_computed_tokens
-            num_new_tokens = behind if behind < budget else budget
+            # Preemption takes the last in line first. So if this one was preempted for an earlier
+            # one, then all that follow it were too.
+            if budget == 0 or seq.status != RUNNING:
+                break
+            num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # how far it is behind
+            if num_new_tokens > budget:  # (`min` would cost 15 us a step with 256 sequences)
+                num_new_tokens = budget
+            # 0 behind: its step is still running, and its next token is not known yet.
             if num_new_tokens:
                 if not self._make_room(seq, num_new_tokens, plan):
-                    break  # it was the last in line itself, and gave up its own blocks
+                    break  # it was the last in line, and gave up its own blocks
                 self._advance(seq, num_new_tokens, plan)
                 budget -= num_new_tokens
-        # Whoever was just preempted must not come back in the same step: the pool is dry.
-        while budget and not plan.preempted and len(self.running) < self.max_num_seqs:
+        return budget
+
+    def _start_waiting(self, plan: Plan, budget: int) -> None:
+        """Start waiting sequences in their order, until one does not fit or the budget is used."""
+        while budget and len(self.running) < self.max_num_seqs:
             seq = self._next_waiting()
             if seq is None or not self._start(seq):
                 break
             num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             self._advance(seq, num_new_tokens, plan)
             budget -= num_new_tokens
-        return plan
 
     def _advance(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> None:
         """Enter a sequence's new tokens in the plan."""
         start = seq.num_computed_tokens
-        # Scheduled(...) without its Python-level constructor: half the time, 256 times a step.
+        # The same as Scheduled(seq, start, num_new_tokens) in half the time, 256 times a step.
         plan.scheduled.append(tuple.__new__(Scheduled, (seq, start, num_new_tokens)))
         seq.num_computed_tokens = start + num_new_tokens
         if start + num_new_tokens == len(seq.token_ids):
-            plan.sampled.append(seq)
+            plan.sampled.append(seq)  # its newest token is computed, so the next can be drawn
 
+    # ---- blocks for a running sequence ----
     def _make_room(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> bool:
-        """Blocks for a running sequence's next tokens, preempting from the end of the line.
+        """Give a sequence the blocks that its next tokens are written to, all of them its own.
 
-        False where the sequence itself had to be preempted.
+        Where the pool is full, others are preempted. False if the sequence itself had to be.
         """
-        table, allocator, block_size = seq.block_table, self.allocator, self.allocator.block_size
-        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
+        allocator, block_size = self.allocator, self.allocator.block_size
+        start = seq.num_computed_tokens
+        end = start + num_new_tokens  # K and V of positions [start, end) are written
         first = start // block_size
-        if end <= (first + 1) * block_size and first < len(table):
-            if allocator.ref_count(table[first]) == 1:
-                return True  # nearly always: one block is written, it is there, nobody shares it
-        # A comparison of sizes, never a modulo: 17 tokens, block_size 16, 1 block held -> 1 more.
-        missing = self._blocks_wanted(seq, end) - len(table) if end > len(table) * block_size else 0
+        # Nearly always one block is written, the sequence has it, and nobody shares it.
+        if end <= (first + 1) * block_size and first < len(seq.block_table):
+            if allocator.ref_count(seq.block_table[first]) == 1:
+                return True
         while True:
-            # It may write into any block from the first on; those that a fork shares are copied.
-            written = enumerate(table[first : allocator.blocks_needed(end)], first)
-            shared = [i for i, block_id in written if allocator.ref_count(block_id) > 1]
             try:
-                new_blocks = allocator.allocate(missing + len(shared))
-                break
+                self._grow(seq, end)
+                self._copy_on_write(seq, start, end, plan)
+                return True
             except NoFreeBlocks:
-                victim = self.running[-1]  # if it was a fork, its leaving may end the sharing
-                self.preempt(victim)
-                plan.preempted.append(victim)
-                if victim is seq:
+                if self._preempt_last(plan) is seq:
                     return False
+
+    def _grow(self, seq: Sequence, end: int) -> None:
+        """Step 1: append blocks to the table until it has room for `end` tokens."""
+        table, allocator = seq.block_table, self.allocator
+        # A comparison of sizes, never a modulo: 17 tokens, block_size 16, 1 block held -> 1 more.
+        if end > len(table) * allocator.block_size:
+            new_blocks = allocator.allocate(self._blocks_wanted(seq, end) - len(table))
+            self.num_blocks_taken += len(new_blocks)
+            table += new_blocks
+
+    def _copy_on_write(self, seq: Sequence, start: int, end: int, plan: Plan) -> None:
+        """Step 2: replace shared blocks that hold positions [start, end) by copies of its own."""
+        table, allocator = seq.block_table, self.allocator
+        # Positions 6 to 8 in blocks of 4: the logical blocks 1 and 2 are written, [1, 3).
+        written = range(start // allocator.block_size, allocator.blocks_needed(end))
+        shared = [i for i in written if allocator.ref_count(table[i]) > 1]
+        new_blocks = allocator.allocate(len(shared))  # all or nothing
         self.num_blocks_taken += len(new_blocks)
-        for i in shared:
-            new_block = new_blocks.pop()
+        for i, new_block in zip(shared, new_blocks, strict=True):
             plan.copies.append((table[i], new_block))
-            allocator.free([table[i]])  # not the last holder: the block lives on
+            allocator.free([table[i]])  # the fork that shares it still holds it
             table[i] = new_block
-        table += new_blocks
-        return True
+
+    def _preempt_last(self, plan: Plan) -> Sequence:
+        """Step 3, if the pool is full: the last in line gives up its blocks. Returns it.
+
+        Then the caller tries again from step 1. If the last was a fork, nothing may be shared now.
+        """
+        victim = self.running[-1]
+        self.preempt(victim)
+        plan.preempted.append(victim)
+        return victim
 
     def _blocks_wanted(self, seq: Sequence, num_tokens: int = 0) -> int:
-        """Blocks for what a sequence reserves and for `num_tokens`; at most the whole pool."""
+        """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool."""
         wanted = self.allocator.blocks_needed(max(num_tokens, self.reserve(seq)))
         return min(wanted, self.allocator.num_blocks)
 
     def _start(self, seq: Sequence) -> bool:
         """Move the first waiting sequence to running if the pool has what it reserves."""
-        # At least its last token must be computed: without a query there are no logits to sample.
+        # Its last token is always computed, even if a cache has it: the next token is drawn from
+        # the logits of that token's query.
         table = self.allocator.match_prefix(seq.token_ids[:-1])
         needed = self._blocks_wanted(seq) - len(table)
         try:
@@ -207,7 +244,7 @@ class Scheduler:
         self._push(seq)
 
     def undo(self, plan: Plan) -> None:
-        """A plan was not carried out: nothing it promised is in the cache, so compute it again."""
+        """Take back a plan that was not carried out: its sequences lose their blocks and wait."""
         for seq, start, _ in reversed(plan.scheduled):
             if seq.status == RUNNING:
                 seq.num_computed_tokens = start
@@ -217,40 +254,46 @@ class Scheduler:
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
         """Append the sampled tokens, end what is complete, fork parents of several children.
 
-        A sampled sequence without a continuation is dropped: its strategy saw no future in it.
+        A sampled sequence without a continuation is dropped: its strategy has given it up.
         """
         for seq, start, num_new_tokens in plan.scheduled:
             if seq.status == RUNNING:
-                # What this plan computed: a later plan may have advanced the sequence since.
+                # What this plan computed; a later plan may have advanced the sequence already.
                 self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
-        first: dict[Sequence, Continuation] = {}
-        for future in continuations:
-            if first.setdefault(future.parent, future) is not future:
-                # One more child of the same parent: fork it before the parent itself grows.
-                if future.parent.status == RUNNING:
-                    self._extend(self._fork(future.parent, future), future)
+        first: dict[Sequence, Continuation] = {}  # of each parent
+        for continuation in continuations:
+            parent = continuation.parent
+            if parent not in first:
+                first[parent] = continuation
+            elif parent.status == RUNNING:
+                # One more child. It is forked now, before the parent itself gets its new tokens.
+                self._extend(self._fork(parent, continuation), continuation)
         for seq in plan.sampled:
             if seq.status != RUNNING:
-                continue  # aborted since the plan was made
-            if future := first.get(seq):
-                self._extend(seq, future)
+                continue  # aborted or preempted since the plan was made
+            if seq in first:
+                self._extend(seq, first[seq])
             else:
                 self.finish(seq, None)
 
-    def _extend(self, seq: Sequence, future: Continuation) -> None:
+    def _extend(self, seq: Sequence, continuation: Continuation) -> None:
         """Append a continuation's tokens one by one until one of them ends the sequence."""
-        token_ids, before, reason = seq.token_ids, len(seq.token_ids), None
-        for token_id in future.token_ids:
+        token_ids = seq.token_ids
+        num_before = len(token_ids)
+        longest = self.longest(seq)
+        reason = None
+        for token_id in continuation.token_ids:
             token_ids.append(token_id)
             num_generated = len(token_ids) - seq.num_prompt_tokens
             if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
                 reason = "stop"
                 break
-            if len(token_ids) >= self.longest(seq):
+            if len(token_ids) >= longest:
                 reason = "length"
                 break
-        if future.logprobs is not None:
-            seq.logprobs += future.logprobs[: len(token_ids) - before]
+        if continuation.logprobs is not None:
+            # Tokens after the end were not appended, so their log-probabilities are not either.
+            seq.logprobs += continuation.logprobs[: len(token_ids) - num_before]
         if reason is not None:
             self.finish(seq, reason)
 
@@ -258,8 +301,8 @@ class Scheduler:
         """Tokens that a sequence may have at most, its prompt included."""
         return min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
 
-    def _fork(self, parent: Sequence, future: Continuation) -> Sequence:
-        """A second sequence with the same past: it shares all blocks until one of both writes."""
+    def _fork(self, parent: Sequence, continuation: Continuation) -> Sequence:
+        """A second sequence with the same tokens: it shares all blocks until one of both writes."""
         self.allocator.fork(parent.block_table)
         child = Sequence(
             request=parent.request,
@@ -269,7 +312,7 @@ class Scheduler:
             max_tokens=parent.max_tokens,
             min_tokens=parent.min_tokens,
             stop_token_ids=parent.stop_token_ids,
-            seed=parent.seed if future.seed is None else future.seed,
+            seed=parent.seed if continuation.seed is None else continuation.seed,
             num_computed_tokens=parent.num_computed_tokens,
             block_table=list(parent.block_table),
             logprobs=list(parent.logprobs),
@@ -280,28 +323,32 @@ class Scheduler:
 
     # ---- the queues ----
     def _run(self, seq: Sequence) -> None:
+        """Enter a sequence among the running ones, at its place in the order of precedence."""
         seq.status = RUNNING
         insort(self.running, seq, key=self.policy)
 
     def _push(self, seq: Sequence) -> None:
+        """Enter a sequence in the waiting queue."""
         seq.status = WAITING
         self._pushes += 1
         heapq.heappush(self._waiting, (self.policy(seq), self._pushes, seq))
         self.num_waiting += 1
 
     def _next_waiting(self) -> Sequence | None:
+        """The waiting sequence that comes first; it stays in the queue."""
         while self._waiting and self._waiting[0][2].status != WAITING:
             heapq.heappop(self._waiting)  # aborted while it waited
         return self._waiting[0][2] if self._waiting else None
 
     def _free(self, seq: Sequence) -> None:
+        """Give back a sequence's blocks."""
         counts = [self.allocator.ref_count(block_id) for block_id in seq.block_table]
-        self.num_blocks_freed += counts.count(1)  # those that a fork holds too are not free yet
+        self.num_blocks_freed += counts.count(1)  # a block that a fork holds too is not free yet
         self.allocator.free(seq.block_table)
         seq.block_table = []
 
     def check_integrity(self) -> None:
-        """Assert that the blocks held are those of the running sequences, and hold their tokens."""
+        """Assert that running sequences hold all used blocks, with room for their tokens."""
         self.allocator.check_integrity([seq.block_table for seq in self.running])
         for seq in self.running:
             room = len(seq.block_table) * self.allocator.block_size
@@ -313,12 +360,22 @@ class Scheduler:
 
 
 # --------------------------------------------------------------------------------------------------
+NUM_BLOCKS = 8
+MAX_NUM_BATCHED_TOKENS = 16
+MAX_NUM_SEQS = 4
+WANTED = {  # prompt tokens, generated tokens
+    **{"A": (3, 2), "B": (6, 2), "C": (3, 12), "D": (3, 6)},
+    **{"E": (5, 4), "F": (5, 9), "G": (5, 5)},
+}
+
+
 def demo():
-    """Five requests in a pool of 8 blocks of 4: who runs in which step, as one strip each."""
-    wanted = {"A": (6, 9), "B": (10, 12), "C": (3, 4), "D": (5, 6), "E": (8, 5)}
-    scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens=16, max_seq_len=64)
+    """Seven requests in a pool of 8 blocks of 4: who runs in which step, as one strip each."""
+    scheduler = Scheduler(
+        BlockAllocator(NUM_BLOCKS, block_size=4), MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, 64
+    )
     strips: dict[Sequence, str] = {}
-    for arrival, (name, (prompt, generated)) in enumerate(wanted.items()):
+    for arrival, (name, (prompt, generated)) in enumerate(WANTED.items()):
         request = Request(name, list(range(prompt)), arrival)
         request.sequences = [Sequence(request, 0, list(range(prompt)), prompt, generated)]
         scheduler.add(request)
@@ -333,20 +390,30 @@ def demo():
             strips[seq] += marks.get(seq, " " if seq.status == FINISHED else ".")
         scheduler.update(plan, [Continuation(seq, [0]) for seq in plan.sampled])
 
-    print("prompt + generated tokens; at most 4 at once, 16 tokens a step, 8 blocks of 4\n")
-    for (name, (prompt, generated)), strip in zip(wanted.items(), strips.values(), strict=True):
+    print(f"prompt + generated tokens; at most {MAX_NUM_SEQS} at once, ", end="")
+    print(f"{MAX_NUM_BATCHED_TOKENS} tokens a step, {NUM_BLOCKS} blocks of 4\n")
+    for (name, (prompt, generated)), strip in zip(WANTED.items(), strips.values(), strict=True):
         print(f"{name} {prompt:2}+{generated:<2} {strip}")
-    print("\nP many tokens of a prompt, d one token, . waits, x preempted")
-    print(f"{len(strip)} steps, {scheduler.num_preemptions} preemptions", end=", ")
+    print("\nP several tokens of a prompt, d one token, . waits, x preempted")
+    print(f"{scheduler.num_preemptions} preemption, ", end="")
     print(f"{scheduler.num_recomputed_tokens} tokens computed again")
-    # Static: four start together and end with the longest, then the fifth.
-    first_four = list(wanted.values())[:4]
-    static = max(generated for _, generated in first_four) + wanted["E"][1]
-    blocks = sum(scheduler.allocator.blocks_needed(sum(numbers)) for numbers in first_four)
-    print(f"a static batch of 4 takes {static} steps, but {blocks} blocks for 4 whole sequences")
-    assert scheduler.num_preemptions > 0 and scheduler.allocator.num_free == 8
-    assert all(seq.num_generated == seq.max_tokens for seq in strips)
-    print("ok: all five finished with every token they asked for, and 8 of 8 blocks are free")
+    num_steps = len(strip)
+    static_steps, static_blocks = static_batches(list(WANTED.values()), scheduler.allocator)
+    print(f"continuous batching: {num_steps} steps in {NUM_BLOCKS} blocks")
+    print(f"static batches:      {static_steps} steps, and up to {static_blocks} blocks at once")
+    assert all(seq.num_generated == seq.max_tokens for seq in strips), "every token was written"
+    assert scheduler.allocator.num_free == NUM_BLOCKS and num_steps < static_steps
+    assert scheduler.num_preemptions == 1, "one preemption"
+    print("ok: all tokens of all requests in fewer steps and fewer blocks than static batches")
+
+
+def static_batches(wanted: list[tuple[int, int]], allocator: BlockAllocator) -> tuple[int, int]:
+    """Steps, and blocks at most, of batches of `MAX_NUM_SEQS` that start and end together."""
+    batches = [wanted[i : i + MAX_NUM_SEQS] for i in range(0, len(wanted), MAX_NUM_SEQS)]
+    # The prefill gives the first token. Each batch lasts as long as its longest text.
+    steps = sum(max(generated for _, generated in batch) for batch in batches)
+    blocks = [sum(allocator.blocks_needed(p + g) for p, g in batch) for batch in batches]
+    return steps, max(blocks)
 
 
 if __name__ == "__main__":

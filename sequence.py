@@ -1,9 +1,9 @@
 """What a scheduler moves about: requests, their sequences, and the plan of one step.
 
 A `Request` is what a client asked for. It owns one or more `Sequence`s, each a list of tokens with
-one block table; n texts for one prompt are n sequences, and a beam that forks becomes two.
-Everything that says where a sequence stands is in four fields, and there is no flag for prefill or
-decode:
+one block table: three texts for one prompt are three sequences, and a beam that forks becomes two.
+Four fields say how far a sequence is. There is no flag for prefill or decode: the difference of two
+numbers tells them apart.
 
     token_ids            [ prompt ............ | generated ...... ]      19 tokens
     num_prompt_tokens    12 ───────────────────┘
@@ -14,12 +14,14 @@ decode:
        ^                  │                            running: has blocks
        └─────preempt──────┘                            finished: has none, has a reason
 
-Plain values only: no tensor, no tokenizer, no model. What a production engine does beyond this:
-keeps image embeddings, adapters and the state of structured output here too.
+A `Plan` says what one step does with them, and a `Continuation` says how a sequence goes on. These
+are plain values: no tensor, no tokenizer, no model. vLLM's `Request` holds image embeddings, LoRA
+adapters and the state of a grammar too.
 
+Yu et al. 2022, "Orca", OSDI, section 4.2 (a request's state between two iterations).
 Run: python sequence.py
-Try: print a `Sequence` of the scheduler's demo while it runs, and find the step in which it is
-prefilled.
+Try: CHUNK = 5 in the demo: the prompt of 12 tokens is 7 behind after the first chunk. Or
+CHUNK = 12: the whole prompt is computed in one step, and the row of the chunk is missing.
 """
 
 from collections.abc import Callable
@@ -31,17 +33,22 @@ WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What a client asked for; it owns its sequences. `params` and `strategy` pass through."""
+    """What a client asked for; it owns its sequences.
+
+    The scheduler does not read `params` (a `SamplingParams`) and `strategy`: they are for the
+    sampler and the engine.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     arrival: int  # rises with every request
+    # These three come to life with the policies of the server, which will read them.
     priority: int = 0
     user: str | None = None
     deadline: float | None = None
     params: Any = None
     strategy: Callable | None = None
-    eos_token_id: int | None = None  # for the strategy; what ends a sequence is its stop_token_ids
+    eos_token_id: int | None = None  # for the sampler; a sequence ends at its stop_token_ids
     sequences: list["Sequence"] = field(default_factory=list)
 
 
@@ -57,7 +64,8 @@ class Sequence:
     min_tokens: int = 0  # generated tokens before which no stop token ends it
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
-    num_computed_tokens: int = 0  # tokens whose K and V are in the cache, or will be after the plan
+    # Tokens whose K and V are in the cache, or will be after the step that is planned.
+    num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: str = WAITING
     finish_reason: str | None = None  # "stop", "length", "abort", or None while it runs
@@ -67,6 +75,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """Tokens after the prompt."""
         return len(self.token_ids) - self.num_prompt_tokens
 
 
@@ -83,19 +92,23 @@ class Plan:
     """What one step does. In this order: swap out, swap in, copies, then the forward."""
 
     scheduled: list[Scheduled] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)  # those whose newest token is computed
+    # Sequences whose newest token is computed in this step: each gets a next token.
+    sampled: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    swap_out: list[tuple[int, int]] = field(default_factory=list)  # (block id, host block id)
+    # Empty until the lesson on swapping (swap.py) is here: pairs (block id, host block id).
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to), for copy-on-write
+    # Pairs of block ids (from, to), for copy-on-write.
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
+        """New tokens of all sequences: the rows that the model computes."""
         return sum(entry.num_new_tokens for entry in self.scheduled)
 
 
 class Continuation(NamedTuple):
-    """One future of a sequence: the tokens that follow. Two with the same parent fork it."""
+    """The tokens that follow a sequence. Two continuations with the same parent fork it."""
 
     parent: Sequence
     token_ids: list[int]
@@ -104,33 +117,36 @@ class Continuation(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
+CHUNK = 8  # tokens of the demo's prompt in its first step
+
+
 def demo():
-    """One sequence through its life: how far behind it is says what a step must do."""
-    request = Request("0", list(range(12)), arrival=0)
-    seq = Sequence(request, 0, list(range(12)), num_prompt_tokens=12, max_tokens=3)
+    """One sequence through its life: how far behind it is says what the next step must do."""
+    prompt = list(range(12))
+    request = Request("0", prompt, arrival=0)
+    seq = Sequence(request, 0, list(prompt), num_prompt_tokens=12, max_tokens=3)
     request.sequences.append(seq)
     print("after                     tokens  computed  behind  generated")
 
-    def show(event: str):
-        behind = len(seq.token_ids) - seq.num_computed_tokens
-        counts = (
-            f"{len(seq.token_ids):6} {seq.num_computed_tokens:9} {behind:7} {seq.num_generated:10}"
-        )
-        print(f"{event:25} {counts}")
+    def show(event: str) -> int:
+        num_tokens, num_computed = len(seq.token_ids), seq.num_computed_tokens
+        behind = num_tokens - num_computed
+        print(f"{event:25} {num_tokens:6} {num_computed:9} {behind:7} {seq.num_generated:10}")
         return behind
 
     behind = [show("arriving: all is behind")]
-    seq.num_computed_tokens += 8  # a chunk of the prompt, as the step's budget allows
-    behind.append(show("a chunk of 8: prefill"))
-    seq.num_computed_tokens += 4
-    seq.token_ids.append(99)
+    seq.num_computed_tokens += CHUNK  # as many as the step's budget allows
+    if CHUNK < 12:
+        behind.append(show(f"a chunk of {CHUNK}: prefill"))
+        seq.num_computed_tokens = 12
+    seq.token_ids.append(99)  # drawn from the logits of the prompt's last token
     behind.append(show("the rest, a token drawn"))
     seq.num_computed_tokens += 1
     seq.token_ids.append(42)
     behind.append(show("one step more: decode"))
-    seq.num_computed_tokens = 0
+    seq.num_computed_tokens = 0  # its blocks are gone, its tokens are not
     behind.append(show("preempted: recompute"))
-    assert behind == [12, 4, 1, 1, 14]
+    assert behind[0] == 12 and behind[-3:] == [1, 1, 14]
     print("ok: one number, tokens minus computed, tells prefill, decode and recompute apart")
 
 
