@@ -12,7 +12,16 @@ from conftest import ROOT
 
 OK = "ok:"
 # (file, what the docstring says word for word, text to replace, replacement, how it must end)
-EXPERIMENTS = []
+EXPERIMENTS = [
+    ("llm.py", "BLOCK_SIZE = 1", "BLOCK_SIZE = 16", "BLOCK_SIZE = 1", OK),
+    (
+        "llm.py",
+        "TIGHT_POOL_TOKENS = 16",
+        "TIGHT_POOL_TOKENS = 64",
+        "TIGHT_POOL_TOKENS = 16",
+        "the pool has 1",
+    ),
+]
 
 
 @pytest.mark.parametrize("name, said, old, new, end", EXPERIMENTS)
@@ -22,6 +31,7 @@ def test_an_experiment_that_a_docstring_names_can_be_made(name, said, old, new, 
     assert " ".join(said.split()) in " ".join(docstring.split()), "the docstring says otherwise"
     code = source.replace(docstring, "", 1)
     assert code.count(old) == 1, f"{old!r} occurs {code.count(old)} times"
+    (tmp_path / "assets").symlink_to(ROOT / "assets")  # the shipped model lies beside llm.py
     (tmp_path / name).write_text(code.replace(old, new), encoding="utf-8")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {"PYTHONIOENCODING": "utf-8"}
