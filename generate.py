@@ -81,7 +81,7 @@ SAMPLING_HELP = {
     "ignore_eos": "go on after the end-of-text token",
     "logprobs": "log-probabilities of this many likeliest tokens, in --jsonl output",
 }
-# A line of JSONL may set these; a flag is no place for a dict or a long list.
+# These have no flag: a dict or a list of ids is hard to type. A line of JSONL may set them.
 SAMPLING_WITHOUT_FLAG = {"logit_bias", "stop_token_ids", "prompt_logprobs"}
 
 
@@ -94,7 +94,7 @@ def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
         help = f"{help}; {'on' if field.default else 'off'} by default"
         group.add_argument(flag, action=BooleanOptionalAction, default=field.default, help=help)
     else:
-        # A field that may be None has a type like int | None: the flag's is the first, int.
+        # A field with default None has a type like int | None; the flag's type is int.
         kind = get_args(field.type)[0] if field.default is None else type(field.default)
         help = f"{help} (default {field.default})"
         group.add_argument(flag, type=kind, default=field.default, help=help)
@@ -130,13 +130,13 @@ def build_parser() -> ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line; `is_demo` says that it has no prompts."""
+    """The flags and prompts of the command line; `is_demo` is True if it has no prompts."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.is_demo = not args.prompts and args.file is None
     if not args.is_demo:
         return args
-    parser.set_defaults(**DEMO_DEFAULTS)  # a flag that is given replaces them
+    parser.set_defaults(**DEMO_DEFAULTS)  # a flag on the command line replaces its default
     args = parser.parse_args(argv)
     args.is_demo = True
     if args.num_blocks is None and args.kv_cache_mb is None and args.block_size > 0:
@@ -146,7 +146,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # ---- the prompts ---------------------------------------------------------------------------------
 def sampling_params(args: Namespace, **overrides) -> SamplingParams:
-    """SamplingParams from the flags, with one prompt's own values in their place.
+    """SamplingParams from the flags; `overrides`, the values of one line of JSONL, replace them.
 
     Raises ValueError for a name or a value that SamplingParams does not have.
     """
@@ -163,7 +163,7 @@ def read_entry(line: str, args: Namespace) -> tuple[Prompt, SamplingParams]:
     if "prompt" not in entry:
         raise ValueError("there is no 'prompt'")
     prompt = entry.pop("prompt")
-    if isinstance(entry.get("logit_bias"), dict):  # JSON's keys are strings, token ids are integers
+    if isinstance(entry.get("logit_bias"), dict):  # JSON has strings as keys: make them integers
         entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
     return prompt, sampling_params(args, **entry)
 
@@ -185,7 +185,7 @@ def read_file(args: Namespace, from_flags: SamplingParams) -> list[tuple[Prompt,
                 prompts.append(read_entry(line, args))
             elif line.strip():
                 prompts.append((line.rstrip("\r"), from_flags))
-        # TypeError: JSON of an unexpected type; RecursionError: too many brackets in brackets
+        # TypeError: JSON of an unexpected type; RecursionError: too many nested brackets
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{args.file}, line {number}: {error}") from None
     return prompts

@@ -109,7 +109,7 @@ class EngineConfig:
 def find_tokenizer(path: Path | None, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in the folder of the weights; else, for GPT-2's vocabulary, tiktoken's.
 
-    Returns None if there is neither: such a model takes and gives token ids. Raises ValueError for
+    Returns None if there is neither: then prompts and outputs are token ids. Raises ValueError for
     files that are damaged, or that belong to a larger vocabulary than the model's.
     """
     if path is not None:
@@ -178,7 +178,7 @@ class LLM:
     A `GPT` brings no tokenizer and keeps its dtype and its device.
     `threads` is the number of CPU threads of PyTorch, for the whole process; None leaves it as it
     is. (For a model as small as the shipped one, 1 is fastest.)
-    `reserve` and `policy` are the scheduler's. The other keyword arguments are the fields of
+    `reserve` and `policy` are passed to the scheduler. The other keyword arguments are the fields of
     `EngineConfig`. Raises ValueError for a choice that does not exist or does not fit.
     """
 
@@ -274,7 +274,7 @@ class LLM:
         return self.config.cuda_graphs and can_record(self.backend, self.device)
 
     def _draws_on_gpu(self) -> bool:
-        """Whether a Triton kernel draws the tokens. It computes in 32 bits: not for float64."""
+        """Whether a Triton kernel draws the tokens. It computes in 32 bits, so it does not serve float64."""
         return can_record(self.backend, self.device) and self.dtype != torch.float64
 
     def _choose_draw(self) -> Draw:

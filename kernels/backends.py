@@ -1,7 +1,7 @@
-"""The same attention as three backends, and which of them this machine can run.
+"""The same attention as several backends, and which of them this machine can run.
 
-The oracle is written in PyTorch and runs everywhere. One translation is compiled for the CPU, one
-for the GPU. Each backend has a kernel that reads the pool and one that writes to it, and each has
+The oracle is written in PyTorch and runs everywhere. Numba compiles a version for the CPU, Triton
+two versions for the GPU. Each backend has a kernel that reads the pool and one that writes to it, and each has
 limits: the kind of device, the types, a library that may be missing. The backend is chosen once,
 when an engine is built, so no loop asks for it:
 
@@ -97,7 +97,7 @@ class Backend(NamedTuple):
 
     @property
     def missing(self) -> str | None:
-        """The library that the kernels need and that cannot be imported; None if nothing lacks."""
+        """The name of the library that the kernels need, if it cannot be imported; else None."""
         try:
             if self.library is not None:
                 import_module(self.library)
@@ -134,7 +134,7 @@ BACKENDS = {
 def _why_unusable(name: str, device: torch.device) -> str | None:
     """The reason why a backend cannot run on a device; None if it can."""
     backend = BACKENDS[name]
-    # The device is compared first: it needs no import, and most backends end here.
+    # The device is compared first, because that imports nothing.
     if backend.device not in (None, device.type):
         return f"runs on {backend.device}, the model is on {device.type}"
     if missing := backend.missing:
@@ -152,7 +152,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         raise ValueError(f"backend is {backend!r}: choose auto, {', '.join(BACKENDS)}")
     names = list(BACKENDS)
     first = 0 if backend == "auto" else names.index(backend)
-    lacks_dtype = None  # the fastest backend that was skipped for its types
+    lacks_dtype = None  # the first backend that was skipped because it lacks `dtype`
     for name in names[first:]:
         reason = _why_unusable(name, device)
         if reason and name == backend:
@@ -198,7 +198,7 @@ def can_record(backend: str, device: torch.device) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 def demo():
-    """What this machine can run, what "auto" chooses, and that all it can run agree."""
+    """Print what this machine can run and what "auto" chooses; check that all results agree."""
     device = resolve_device("auto")
     print(f"PyTorch sees {'a GPU' if device.type == 'cuda' else 'no GPU'}\n")
     print("backend         runs on   missing   computes in")

@@ -68,7 +68,7 @@ class CountedStep(NamedTuple):
 
     @property
     def measured_ms(self) -> float:
-        """The time of the step; at least that of its forward.
+        """The time of the step, but at least the time of its forward.
 
         The host waits for a GPU only when it reads tokens. A step in the middle of a prompt reads
         none, so on the host's clock it may end before its forward.
@@ -97,7 +97,7 @@ def parts_for_all_rows(model: GPT) -> nn.ModuleList:
 
 
 def parts_for_sample_rows(model: GPT) -> nn.ModuleList:
-    """The parts that only the rows go through whose logits are computed."""
+    """The parts that a row goes through only if its logits are computed."""
     last: Any = model.h[-1]
     return nn.ModuleList([last.attn.c_proj, last.ln_2, last.mlp, model.ln_f, model.lm_head])
 
@@ -107,7 +107,8 @@ def weight_bytes(model: GPT, num_rows: int, num_sample_rows: int) -> int:
 
     A step reads a layer's weights once, however many rows it has. Of each of the two embeddings it
     reads one row a token: 6 KB of the 158 MB of the 124M shape. It reads the head, and the last
-    layer after its K and V, only if it computes logits. A tied head is read like a head of its own.
+    layer after its K and V, only if it computes logits. A head that shares the weights of the
+    embedding is read as a whole, too.
     """
     num_bytes = 2 * num_rows * model.config.n_embd * model.wte.weight.dtype.itemsize  # embeddings
     parts = [parts_for_all_rows(model)]

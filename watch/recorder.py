@@ -32,7 +32,7 @@ from sequence import FINISHED, Sequence
 
 FORMAT, VERSION = "PagedGPT recording", 1
 
-# The fields of a line and their types; an `int` is at least 0 and no bool.
+# The fields of a line and their types. An `int` is at least 0, and not a bool.
 STEP_FIELDS = {
     "step": int,
     "milliseconds": float,

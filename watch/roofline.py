@@ -41,8 +41,8 @@ class Ceilings(NamedTuple):
 class Work(NamedTuple):
     """The work of a step. The host's part is a measured time; everything else is a count."""
 
-    weight_bytes: int  # that are read
-    kv_bytes: int  # that are read
+    weight_bytes: int  # bytes of weights that are read
+    kv_bytes: int  # bytes of K and V that are read
     operations: int  # additions and multiplications
     launches: int | None = None  # kernels of the forward; None: not counted
     host_ms: float = 0.0
@@ -139,7 +139,7 @@ def read_rate(device: torch.device, num_bytes: int) -> float:
 
     The buffer has `num_bytes`, the bytes that a step reads, but at least 1 MiB and at most 256 MiB.
     A small model's weights stay in the processor's cache from step to step and come faster than
-    from memory. A buffer of the same size does too.
+    from memory. A buffer of the same size comes from the cache too.
     """
     num_floats = min(max(num_bytes, LEAST_READ_BYTES), MOST_READ_BYTES) // 4
     # Ones, because an empty tensor has no pages of memory until it is written.
@@ -207,7 +207,9 @@ def demo():
     # The logits are computed for the last token of a sequence only. So only that token goes through
     # the rest of the last layer after its K and V, and through the head.
     last_token = 43_900_000
-    width, num_layers, dtype = 768, 12, torch.float32
+    width = 768
+    num_layers = 12
+    dtype = torch.float32
     weight_bytes = (every_token + last_token) * dtype.itemsize
     torch.set_num_threads(1)
     ceilings = measure_ceilings(torch.device("cpu"), dtype, weight_bytes)

@@ -70,7 +70,7 @@ class Meter:
         return self.num_tokens / max(time.monotonic() - self.started, 1e-9)
 
     def line(self) -> str:
-        """The present state in one line."""
+        """The state after the last step in one line."""
         allocator = self.scheduler.allocator
         share_held = 1 - allocator.num_free / allocator.num_blocks
         speed = f"{self.num_tokens:6} tokens  {self.tokens_per_s:7.1f} tokens/s"
@@ -93,7 +93,7 @@ class Meter:
 def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = 96) -> list[str]:
     """The pool with one character a block, in lines of `width` blocks.
 
-    Example: two blocks of request 0, one of request 1, all full but the second:
+    Example: request 0 has a full block and one that is not full, request 1 has a full block:
     `["|AaB····|"]`.
     """
     allocator = scheduler.allocator
