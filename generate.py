@@ -288,7 +288,7 @@ def build_llm(args: Namespace) -> LLM:
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
     threads = args.threads
     if threads is None and args.model == str(SHIPPED_MODEL):
-        threads = 1  # a second thread waits longer than it works for so small a model
+        threads = 1  # a second thread would only wait: the model is too small
     return LLM(
         args.model,
         device=args.device,

@@ -178,7 +178,7 @@ class LLM:
     A `GPT` brings no tokenizer and keeps its dtype and its device.
     `threads` is the number of CPU threads of PyTorch, for the whole process; None leaves it as it
     is. (For a model as small as the shipped one, 1 is fastest.)
-    `reserve` and `policy` are passed to the scheduler. The other keyword arguments are the fields of
+    `reserve` and `policy` are passed to the scheduler. The other keyword arguments are fields of
     `EngineConfig`. Raises ValueError for a choice that does not exist or does not fit.
     """
 
@@ -274,7 +274,7 @@ class LLM:
         return self.config.cuda_graphs and can_record(self.backend, self.device)
 
     def _draws_on_gpu(self) -> bool:
-        """Whether a Triton kernel draws the tokens. It computes in 32 bits, so it does not serve float64."""
+        """Whether a Triton kernel draws the tokens. It computes in 32 bits, so not for float64."""
         return can_record(self.backend, self.device) and self.dtype != torch.float64
 
     def _choose_draw(self) -> Draw:

@@ -1,9 +1,9 @@
 """The same attention as several backends, and which of them this machine can run.
 
 The oracle is written in PyTorch and runs everywhere. Numba compiles a version for the CPU, Triton
-two versions for the GPU. Each backend has a kernel that reads the pool and one that writes to it, and each has
-limits: the kind of device, the types, a library that may be missing. The backend is chosen once,
-when an engine is built, so no loop asks for it:
+two versions for the GPU. Each backend has a kernel that reads the pool and one that writes to it.
+Each has limits: the kind of device, the types, a library that may be missing. The backend is chosen
+once, when an engine is built, so no loop asks for it:
 
     backend         runs on    computes in                  needs
     triton          cuda       float16, 32, 64, bfloat16    triton    "auto" takes the first line
