@@ -77,7 +77,7 @@ def loop_per_head(q, k, v, strides, block_size, block_tables, context_lens, scal
         acc = np.zeros(D, np.float32)
         scores = np.empty(block_size, np.float32)
         for start in range(0, context_lens[i], block_size):
-            block_id = np.int64(block_tables[i, start // block_size])  # int64: a pool has > 2^31
+            block_id = np.int64(block_tables[i, start // block_size])  # int64, as below
             first_row = block_id * block_stride + h * head_stride
             num_tokens = min(block_size, context_lens[i] - start)  # the last block may not be full
 
@@ -146,14 +146,14 @@ def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, s
     the distance from one row to the next. Entries of `scores` (TOKENS_AT_ONCE,) without a token
     become -inf. With `must_fetch` the same number of rows is prefetched from k[fetch_at] on.
     """
-    scores[:] = -np.inf
     last = begin + (num_tokens - 1) * stride
-    top = scores[0]
+    top = scores.dtype.type(-np.inf)
     for t in range(0, num_tokens, 4):
         if must_fetch:
             prefetch(k, fetch_at + t * stride)
-        # Four tokens at a time: query[d] is loaded once for four products. Where fewer are left the
-        # last row is read again. Unsigned indices: Numba would test signed ones for k[-1].
+        # Four tokens at a time: query[d] is loaded once for four products. Where fewer are left
+        # the last row is read again, which does not change the maximum. The indices are unsigned,
+        # because Numba would test signed ones for negative values, as in k[-1].
         row0 = np.uint64(begin + t * stride)
         row1 = np.uint64(min(begin + (t + 1) * stride, last))
         row2 = np.uint64(min(begin + (t + 2) * stride, last))
@@ -165,14 +165,13 @@ def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, s
             s1 += x * widen(k[row1 + d])
             s2 += x * widen(k[row2 + d])
             s3 += x * widen(k[row3 + d])
-        top = max(top, max(max(s0, s1), max(s2, s3)))  # the last row twice: the same maximum
+        top = max(top, max(max(s0, s1), max(s2, s3)))
         scores[t] = s0
-        if t + 1 < num_tokens:
-            scores[t + 1] = s1
-        if t + 2 < num_tokens:
-            scores[t + 2] = s2
-        if t + 3 < num_tokens:
-            scores[t + 3] = s3
+        scores[t + 1] = s1
+        scores[t + 2] = s2
+        scores[t + 3] = s3
+    for t in range(num_tokens, len(scores)):  # entries without a token get the weight 0
+        scores[t] = -np.inf
     return top
 
 
@@ -187,7 +186,7 @@ def add_values(D, weights, v, begin, num_tokens, stride, must_fetch, fetch_at, a
         row1 = np.uint64(min(begin + (t + 1) * stride, last))
         row2 = np.uint64(min(begin + (t + 2) * stride, last))
         row3 = np.uint64(min(begin + (t + 3) * stride, last))
-        w0 = weights[t]  # 0 for entries without a token
+        w0 = weights[t]
         w1 = weights[t + 1]
         w2 = weights[t + 2]
         w3 = weights[t + 3]
@@ -236,7 +235,7 @@ def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc
     group = H // H_kv  # query heads that share one head of K and V
     last_block = (stop - 1) // block_size
     for b in range(start // block_size, last_block + 1):
-        # The chunk's part of block b are the offsets [begin, end).
+        # The chunk contains the offsets [begin, end) of block b.
         begin = max(start - b * block_size, 0)
         end = min(stop - b * block_size, block_size)
         block = np.int64(table[b]) * block_stride  # int64: a pool has more than 2^31 elements
@@ -343,7 +342,7 @@ def scale_queries(q, strides, scale, queries):
 
 @compiled
 def cut_into_chunks(locs, context_lens, context_starts):
-    """The work list (num_chunks, 4), where each sequence's chunks begin in it, the partial rows.
+    """Returns the work list (num_chunks, 4), where each sequence's chunks begin, the partial rows.
 
     A row of the list is: sequence, first token, last token + 1, its first row of m, l and acc.
     Each chunk has one such row for each query of its sequence. Sequences without queries, and those

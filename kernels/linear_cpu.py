@@ -11,9 +11,9 @@ AVX2, which has half as many registers of half the size):
                                           each turn of the loop prefetches lines of the next panel
 
 Rows 0 to 7, then rows 8 to 15 and so on use the same panel while it is in the L2 cache, and each
-such tile of rows prefetches its share of the next panel. Measured on one AVX-512 core with layers
-of 768 x 3072 in float32: 8 rows take 0.9 times as long as only reading the weights with the
-library's product, and 32 rows 0.7 times as long as the library.
+such tile of rows prefetches its share of the next panel. Measured on one AVX-512 core with six
+layers of 768 x 3072 in float32 (57 MB): 8 rows take 2.1 ms, 27 GB/s of weights, and 32 rows 4.2 ms;
+PyTorch's `nn.Linear` takes 6.1 and 12.7 ms.
 
 Each sum adds its inputs in order, with one rounding for each, whatever else is in the batch. So a
 row's result is the same bits alone and in any batch, on any number of threads. (A library may add
@@ -111,7 +111,7 @@ if HAS_NUMBA:
     def opaque(builder, index):
         """The same index, but LLVM cannot know it: it loads from there again.
 
-        Otherwise LLVM would keep the loaded words in registers, and AVX2 has none to spare.
+        Otherwise LLVM would keep the loaded words in registers, and all 16 of AVX2 are in use.
         """
         return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [index], side_effect=False)
 

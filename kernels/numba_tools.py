@@ -144,7 +144,7 @@ def power_of_two_float32(x):
     2^n is made by writing n + 127 into the exponent of a float32 (bits 23 to 30).
     """
     is_zero = x <= np.float32(-127)
-    # x + 127.5 is positive, so that the cast rounds down. NaN takes exponent 0 and stays NaN by f.
+    # x + 127.5 is positive, so the cast rounds down. For NaN the exponent is 0, and f is NaN.
     exponent = np.int32(x + np.float32(127.5)) if x > np.float32(-127) else np.int32(0)
     n = np.int32(exponent - 127)  # Numba would subtract in 64 bits and fill half a register
     f = np.float32(0) if is_zero else x - np.float32(n)

@@ -55,6 +55,14 @@ def tiny_gpt():
     return build
 
 
+@pytest.fixture
+def set_threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shipped_model_folder() -> Path:
     """The trained model that the repository ships. Where it is absent a test fails, not skips."""

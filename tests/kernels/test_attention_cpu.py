@@ -5,18 +5,14 @@ compiled, has three dtypes and runs on several threads. `World.check` compares e
 that read nothing and have to be zero, and writes the result into memory full of NaN.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallel import in_new_process, in_threads
 from strategies import worlds
 from worlds import SEED, World, random_world
 
@@ -40,14 +36,12 @@ pytestmark = pytest.mark.skipif(not HAS_NUMBA, reason="the kernel of the CPU nee
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16"])
-
-
-@pytest.fixture
-def set_threads():
-    """`torch.set_num_threads`, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+# The same; `make test` runs it in float32 alone, because each dtype compiles for ten seconds.
+ORACLE = pytest.mark.parametrize(
+    "dtype",
+    [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.oracle), DTYPES[2]],
+    ids=["fp64", "fp32", "bf16"],
+)
 
 
 def check(query_lens, context_lens, **kwargs):
@@ -55,7 +49,7 @@ def check(query_lens, context_lens, **kwargs):
     return World(query_lens, context_lens, **kwargs).check(paged_attention_cpu)
 
 
-# ---- it is attention -----------------------------------------------------------------------------
+# ---- the result is attention ---------------------------------------------------------------------
 @EACH_DTYPE
 def test_one_query_reads_its_context_through_the_table(dtype):
     # Two positions in two blocks of one token; q . k = 0 for both, so it is the mean of the values.
@@ -77,8 +71,11 @@ def test_one_query_reads_its_context_through_the_table(dtype):
     assert out.dtype == dtype and out.tolist() == [[[2.0, 20.0]]]
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.oracle), torch.bfloat16],
+    ids=["fp32", "bf16"],
+)
 def test_the_plain_loop_one_sequence_and_head_at_a_time_equals_dense_attention(dtype):
     world = World([1] * 4, [1, 16, 40, 0], block_size=16, head_dim=64, dtype=dtype)
     names = ("q", "k_cache", "v_cache", "block_tables", "context_lens", "scale")
@@ -87,8 +84,7 @@ def test_the_plain_loop_one_sequence_and_head_at_a_time_equals_dense_attention(d
     world.check(lambda **_: result)
 
 
-@pytest.mark.oracle
-@EACH_DTYPE
+@ORACLE
 def test_prompts_chunks_and_decodes_of_gpt2s_head_size_are_one_call(dtype):
     shape = {"block_size": 16, "head_dim": 64, "dtype": dtype}
     check([6, 4, 1, 3, 1, 1, 40, 1], [6, 9, 33, 3, 1, 16, 90, 700], **shape)
@@ -165,7 +161,7 @@ def test_no_sequences_and_no_rows(dtype):
     no_sequences.check(paged_attention_cpu, max_query_len=1, max_context_len=4)
 
 
-# ---- values that a softmax may fall over ---------------------------------------------------------
+# ---- values at which a softmax could overflow ----------------------------------------------------
 @EACH_DTYPE
 def test_scores_far_beyond_what_exp_can_take(dtype):
     """Scores in the thousands: almost all weight lies on one value, and nothing overflows."""
@@ -178,8 +174,7 @@ def test_scores_far_beyond_what_exp_can_take(dtype):
     assert result.isfinite().all()
 
 
-@pytest.mark.oracle
-@EACH_DTYPE
+@ORACLE
 def test_chunks_with_far_apart_maxima_are_merged_under_the_largest(dtype):
     """Inputs of size 20: scores of several hundred, and each chunk of 256 tokens has its own."""
     world = World([1, 2, 1, 1], [700, 1000, 513, 600], head_dim=16, dtype=dtype, size=20.0)
@@ -217,7 +212,7 @@ def test_equal_scores_give_the_mean_of_the_values(score, dtype):
 
 
 def test_a_value_that_overwhelms_the_others_in_the_last_block():
-    """The running maximum jumps at the end: all that was summed before shrinks to nothing."""
+    """The running maximum jumps at the end, and all earlier sums get the weight 0."""
     world = World([1, 5], [33, 37], dtype=torch.float32)
     for (k, _), rows in zip(world.kv, (slice(0, 1), slice(1, 6)), strict=True):
         k[-1] = world.q[rows][-1] * 60
@@ -342,7 +337,7 @@ def test_other_types_are_refused_by_name(dtype):
 @pytest.mark.parametrize("query_lens", [[1], [3], [40]])
 @pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
 def test_a_nan_that_may_be_read_is_not_hidden(cache, query_lens, dtype):
-    """A model that overflows shows it: zeros in its place would look like an answer."""
+    """An overflow in the model has to be visible in its output."""
     world = World(query_lens, [300], num_kv_heads=1, dtype=dtype)
     getattr(world, cache)[world.tables[0][1], 0, 2] = math.nan
     assert world.run(paged_attention_cpu).isnan().all()
@@ -419,9 +414,7 @@ print("threads of", numba.threading_layer())
 def test_the_first_call_of_a_process_leaves_the_number_of_threads_alone(threads):
     """Numba's start sets OpenMP's number of threads to the number of cores."""
     code = FIRST_CALL.format(threads=threads)
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == "threads of omp"
+    assert in_new_process(code).splitlines()[-1] == "threads of omp"
 
 
 def test_without_openmp_the_answer_is_no_and_nothing_is_changed():
@@ -437,9 +430,7 @@ from kernels.attention_cpu import demo
 demo()
 assert torch.get_num_threads() == 2
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1].startswith("ok:")
+    assert in_new_process(code).splitlines()[-1].startswith("ok:")
 
 
 @EACH_DTYPE
@@ -460,27 +451,6 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(threads, dtype, set_
             "max_context_len": length,
         }
         assert torch.equal(world.run(paged_attention_cpu, **alone), together[row : row + n]), i
-
-
-def in_threads(*works):
-    """Run each of them in a thread of its own, at the same time; raises what they raise."""
-    barrier, raised = threading.Barrier(len(works)), []
-
-    def start(work):
-        barrier.wait(timeout=60)
-        try:
-            work()
-        except BaseException as error:  # an assertion of a thread would pass unseen
-            raised.append(error)
-
-    threads = [threading.Thread(target=start, args=(work,), daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-        assert not thread.is_alive(), "it hangs"
-    if raised:
-        raise raised[0]
 
 
 def test_each_python_thread_has_its_own_number_of_openmp_threads():
@@ -631,23 +601,9 @@ def test_a_pool_of_another_type_is_refused_by_name():
         written(write_kv_cpu, k, v, torch.float16, torch.tensor([0, 1, 2]))
 
 
-# ---- in processes of their own -------------------------------------------------------------------
-def run_python(code, **variables):
-    """What a fresh process prints, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | variables,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
+# ---- in new processes ----------------------------------------------------------------------------
 COUNT_COMPILATIONS = """
-import json, sys
+import sys
 sys.path.insert(0, "tests")
 import torch
 from numba.core import event
@@ -659,42 +615,15 @@ with event.install_recorder("numba:compile") as compiled:
         world.check(paged_attention_cpu)
     k, v = torch.randn(2, 3, 2, 8)
     write_kv_cpu(k, v, world.k_cache, world.v_cache, torch.tensor([0, 1, 2]))
-print(json.dumps(len(compiled.buffer)))
+print(len(compiled.buffer))
 """
 
 
 @pytest.mark.slow
 def test_what_one_process_compiled_the_next_one_loads(tmp_path):
     folder = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    assert run_python(COUNT_COMPILATIONS, **folder) > 0
+    assert int(in_new_process(COUNT_COMPILATIONS, **folder)) > 0
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
     assert files
-    assert run_python(COUNT_COMPILATIONS, **folder) == 0
+    assert int(in_new_process(COUNT_COMPILATIONS, **folder)) == 0
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
-
-
-WITHOUT_NUMBA = """
-import json, sys
-sys.modules["numba"] = None
-sys.path.insert(0, "tests")
-import torch
-from kernels.attention_cpu import HAS_NUMBA, paged_attention_cpu, write_kv_cpu
-from worlds import World
-world, kv, errors = World([1], [3]), torch.zeros(2, 1, 2, 8).double(), []
-for call in (
-    lambda: world.run(paged_attention_cpu),
-    lambda: write_kv_cpu(*kv, world.k_cache, world.v_cache, torch.tensor([0])),
-):
-    try:
-        call()
-    except (RuntimeError, ImportError) as error:
-        errors.append(str(error))
-print(json.dumps([HAS_NUMBA, errors]))
-"""
-
-
-def test_without_numba_the_file_imports_and_a_call_says_what_is_missing():
-    has_numba, errors = run_python(WITHOUT_NUMBA)
-    assert has_numba is False
-    assert len(errors) == 2
-    assert all("numba" in error and "\n" not in error for error in errors)

@@ -6,20 +6,16 @@ so `sums_in_order` adds in NumPy in the same way, and the tests compare bit for 
 
 import itertools
 import math
-import os
 import platform
-import subprocess
-import sys
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallel import in_new_process, in_threads
 from torch import nn
 
 from kernels import linear_cpu
@@ -112,17 +108,8 @@ def sums_of(layer, x):
     return torch.from_numpy(out[:, : layer.out_features])
 
 
-@pytest.fixture
-def set_threads():
-    """`torch.set_num_threads`, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # ---- it is a product -----------------------------------------------------------------------------
 @here
-@pytest.mark.oracle
 @EACH_DTYPE
 def test_two_outputs_by_hand(dtype):
     linear = plain_layer(3, 2, dtype)
@@ -133,7 +120,6 @@ def test_two_outputs_by_hand(dtype):
 
 
 @here
-@pytest.mark.oracle
 @EACH_DTYPE
 @pytest.mark.parametrize("outputs", [1, 23, 25, 47, 48, 49, 97])
 @pytest.mark.parametrize("inputs", [1, 3, 768, 1537])
@@ -147,6 +133,7 @@ def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtyp
 
 
 @here
+@pytest.mark.oracle
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 150),
@@ -419,25 +406,20 @@ def test_several_threads_multiply_at_once(set_threads):
     set_threads(2)
     kinds = [(769, 145, torch.float32), (96, 300, torch.bfloat16), (47, 50, torch.float32)]
     layers = [PanelLinear(plain_layer(*kind)) for kind in kinds]
-    xs = [[random_x(r, i, d, seed=r) for i, _, d in kinds] for r in (33, 9)]
-    want = [[layer(x) for layer, x in zip(layers, mine, strict=True)] for mine in xs]
-    together, wrong, done = threading.Barrier(2, timeout=20), [], []
 
-    def work(which):
-        set_threads(2)
-        for _ in range(30):
-            together.wait()
-            for layer, x, right in zip(layers, xs[which], want[which], strict=True):
-                if not torch.equal(layer(x), right):
-                    wrong.append((which, layer.in_features))
-        done.append(which)
+    def many_times(rows):
+        xs = [random_x(rows, inputs, dtype, seed=rows) for inputs, _, dtype in kinds]
+        want = [layer(x) for layer, x in zip(layers, xs, strict=True)]
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [0, 1] and wrong == []
+        def work():
+            torch.set_num_threads(2)
+            for _ in range(30):
+                for layer, x, right in zip(layers, xs, want, strict=True):
+                    assert torch.equal(layer(x), right)
+
+        return work
+
+    in_threads(many_times(33), many_times(9))
 
 
 # ---- other processors ----------------------------------------------------------------------------
@@ -460,6 +442,7 @@ print(ROWS, "rows", "zmm" in loop)
 
 
 @here
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 alone")
 @pytest.mark.parametrize(
     ("processor", "features", "said"),
@@ -470,7 +453,7 @@ print(ROWS, "rows", "zmm" in loop)
 )
 def test_sums_stay_in_registers_of_either_kind(processor, features, said, tmp_path):
     env = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    assert run(INNERMOST_LOOP, *features, **env) == said + "\n"
+    assert in_new_process(INNERMOST_LOOP, *features, **env) == said + "\n"
 
 
 SHORTER = """
@@ -483,11 +466,12 @@ sys.exit(pytest.main([*sys.argv[1:], "-q", "-n", "0", "-p", "no:cacheprovider"])
 
 
 @here
+@pytest.mark.slow
 @pytest.mark.skipif(linear_cpu.LANES == 8, reason="this processor's registers are the shorter ones")
 def test_on_a_processor_with_shorter_registers(tmp_path):
     env = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     which = "one_rounding_each or nothing_beside or own_row or by_hand"
-    printed = run(SHORTER, "tests/kernels/test_linear_cpu.py", "-k", which, **env)
+    printed = in_new_process(SHORTER, "tests/kernels/test_linear_cpu.py", "-k", which, **env)
     assert "passed" in printed and "skipped" not in printed
 
 
@@ -521,12 +505,3 @@ def test_panels_need_long_registers_and_openmp(
     monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
     monkeypatch.delattr(linear_cpu, "binding")  # it is not imported then
     assert not can_use_panels.__wrapped__(torch.float32)
-
-
-def run(code, *args, **env):
-    """What a new Python process prints."""
-    env = os.environ | {"PYTHONIOENCODING": "utf-8"} | env
-    options = {"env": env, "capture_output": True, "encoding": "utf-8", "timeout": 300}
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, **options)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
