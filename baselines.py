@@ -35,45 +35,49 @@ from torch import Tensor
 
 from model import GPT, Attend, GPTConfig, attend_one_sequence
 
-# plug(starts, counts): the socket's function for a step that computes positions
-# [start, start + count) of each sequence.
+# plug(starts, counts) gives the model's `attend` function for one step, in which positions
+# [starts[i], starts[i] + counts[i]) of sequence i are computed.
 Plug = Callable[[list[int], list[int]], Attend]
 
 
 # ---- no cache ------------------------------------------------------------------------------------
 def attend_without_cache(starts: list[int], counts: list[int]) -> Attend:
     """The plug that keeps nothing: whole sequences end to end, each attends to its own tokens."""
-    assert not any(starts), "what lies before a start is not kept: start at 0"
+    assert not any(starts), "K and V of earlier positions are not kept: every start must be 0"
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
-        return torch.cat([attend_one_sequence(layer, *qkv) for qkv in sequences])
+        # q (N, H, D), k and v (N, H_kv, D), N = sum(counts): cut into one piece for each sequence.
+        pieces = zip(q.split(counts), k.split(counts), v.split(counts), strict=True)
+        return torch.cat([attend_one_sequence(layer, *piece) for piece in pieces])
 
     return attend
 
 
 @torch.inference_mode()
 def next_logits(model: GPT, plug: Plug, sequences: list[list[int]], starts: list[int]) -> Tensor:
-    """Scores of each sequence's next token, (B, V), computing its tokens from its start on."""
+    """The logits (B, V) of each sequence's next token. Tokens are computed from its start on."""
     device = model.wte.weight.device
-    spans = [(ids, start, len(ids)) for ids, start in zip(sequences, starts, strict=True)]
-    input_ids = [token_id for ids, start, end in spans for token_id in ids[start:end]]
-    positions = [position for _, start, end in spans for position in range(start, end)]
-    counts = [end - start for _, start, end in spans]
-    flat = (torch.tensor(numbers, device=device) for numbers in (input_ids, positions))  # (N,) each
+    new_ids = [ids[start:] for ids, start in zip(sequences, starts, strict=True)]
+    counts = [len(ids) for ids in new_ids]
+    flat_ids = [token_id for ids in new_ids for token_id in ids]
+    flat_positions = [start + i for start, n in zip(starts, counts) for i in range(n)]
+    input_ids = torch.tensor(flat_ids, device=device)  # (N,)
+    positions = torch.tensor(flat_positions, device=device)  # (N,)
+    # Counts 3, 5, 2 end at rows 3, 8 and 10, so the last rows are 2, 7 and 9.
     last_rows = torch.tensor([end - 1 for end in accumulate(counts)], device=device)  # (B,)
-    return model.logits(model(*flat, plug(starts, counts), last_rows))
+    hidden = model(input_ids, positions, plug(starts, counts), last_rows)  # (B, C)
+    return model.logits(hidden)
 
 
 def generate_no_cache(
     model: GPT, prompts: list[list[int]], max_tokens: int, eos_token_id: int | None = None
 ) -> list[list[int]]:
-    """Greedy continuations of all prompts, every token computed again in every step.
+    """Greedy continuations of all prompts; every token is computed again in every step.
 
-    Each ends after `max_tokens` tokens, with `eos_token_id` (which it keeps), or where prompt and
-    continuation together reach the model's `max_seq_len`. A static batch: it ends with its longest
-    member, and who ended before is computed along until then. Raises ValueError for a prompt
-    without tokens, or without room for one more.
+    A text ends after `max_tokens` tokens, with `eos_token_id` (which it keeps), or when prompt and
+    text together reach the model's `max_seq_len`. This is a static batch: it ends with its longest
+    text, and texts that have ended are computed along until then. Raises ValueError for an empty
+    prompt, or a prompt that leaves no room for one more token.
     """
 
     def from_the_start(sequences: list[list[int]], starts: list[int]) -> Tensor:
@@ -89,7 +93,7 @@ def _generate(
     max_seq_len: int,
     eos_token_id: int | None,
 ) -> list[list[int]]:
-    """The greedy loop around `logits_of(sequences, starts)` -> (B, V), which every road has."""
+    """The greedy loop of both baselines, around `logits_of(sequences, starts)` -> (B, V)."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}: it must be at least 1")
     for prompt in prompts:
@@ -97,27 +101,30 @@ def _generate(
             found = f"prompt has {len(prompt)} tokens, max_seq_len is {max_seq_len}"
             raise ValueError(f"{found}: it needs at least 1, and room for one more")
     sequences = [list(prompt) for prompt in prompts]
-    most = [min(len(prompt) + max_tokens, max_seq_len) for prompt in prompts]
-    running = list(range(len(prompts)))
-    starts = [0] * len(prompts)  # nothing of a prompt is computed yet
-    while running:
+    longest = [min(len(prompt) + max_tokens, max_seq_len) for prompt in prompts]
+    unfinished = list(range(len(prompts)))
+    starts = [0] * len(prompts)  # the first step computes whole prompts
+    while unfinished:
         chosen = logits_of(sequences, starts).argmax(-1).tolist()
-        for i in running:
+        for i in unfinished:
             sequences[i].append(chosen[i])
-        unfinished = [i for i in running if len(sequences[i]) < most[i]]
-        running = [i for i in unfinished if sequences[i][-1] != eos_token_id]
-        starts = [len(token_ids) - 1 for token_ids in sequences]  # from now on only the newest
+        unfinished = [
+            i
+            for i in unfinished
+            if len(sequences[i]) < longest[i] and sequences[i][-1] != eos_token_id
+        ]
+        starts = [len(ids) - 1 for ids in sequences]  # every later step computes the newest token
     return [ids[len(prompt) :] for ids, prompt in zip(sequences, prompts, strict=True)]
 
 
 # ---- one contiguous slab per sequence ------------------------------------------------------------
 class ContiguousCache:
-    """`max_num_seqs` slabs of `max_seq_len` tokens, allocated once; sequence i lives in slab i.
+    """`max_num_seqs` slabs of `max_seq_len` tokens, allocated once; sequence i has slab i.
 
-    `slabs` is (num_layers, 2, max_num_seqs, H_kv, max_seq_len, D). A layer's K is then
-    (max_num_seqs, H_kv, max_seq_len, D), the order that `scaled_dot_product_attention` wants: its
-    first B sequences and first tokens are a view, and nothing is copied to be read. And one head's
-    keys lie side by side, one stream of memory.
+    `slabs` is (num_layers, 2, max_num_seqs, H_kv, max_seq_len, D). So a layer's K is a view
+    (max_num_seqs, H_kv, max_seq_len, D), the shape that `scaled_dot_product_attention` takes: the
+    first tokens of the first B sequences are a slice of it, read without a copy. The keys of one
+    head are adjacent in memory.
     """
 
     def __init__(
@@ -131,57 +138,80 @@ class ContiguousCache:
         device: str | torch.device = "cpu",
         allocate: Callable[..., Tensor] = torch.empty,
     ):
-        self.max_num_seqs, self.max_seq_len = max_num_seqs, max_seq_len
+        """`allocate(shape, dtype=, device=)` gives the slabs' memory."""
+        self.max_num_seqs = max_num_seqs
+        self.max_seq_len = max_seq_len
         shape = (num_layers, 2, max_num_seqs, num_kv_heads, max_seq_len, head_dim)
         self.slabs = allocate(shape, dtype=dtype, device=device)
-        self._num_clean = 0  # tokens from the start of every slab that are written or zero
+        self._num_clean = 0  # positions [0, _num_clean) of every slab are written or zero
 
     def attend(self, starts: list[int], counts: list[int]) -> Attend:
         """The plug for one step: positions [start, start + count) of the first B sequences.
 
-        One library call a layer for the whole batch, over views of the slabs. Every count is at
-        least 1, and what lies before a start has been written by an earlier step.
+        One library call a layer for the whole batch, on views of the slabs. Every count is at
+        least 1, and earlier steps have written all positions before a start.
         """
-        spans = list(zip(starts, counts, strict=True))
-        B, T, longest = len(spans), max(counts), max(start + count for start, count in spans)
+        B, T = len(starts), max(counts)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        longest = max(ends)
         assert min(counts) > 0 and B <= self.max_num_seqs and longest <= self.max_seq_len
-        # A masked score is a weight of 0, but 0 * NaN is NaN, and fresh memory may hold one. So
-        # zero what a step reaches for the first time; what older sequences left is harmless.
-        self.slabs[..., self._num_clean : longest, :] = 0
-        self._num_clean = max(self._num_clean, longest)
-        where = [(i, t, spans[i][0] + t) for i in range(B) for t in range(counts[i])]
-        sequence, t, position = torch.tensor(where, device=self.slabs.device).unbind(1)  # (N,) each
-        # Whole prompts: causal from the first token on, and the padding after a shorter prompt
-        # is in nobody's past. One query each, all of one length: it reads all there is. Only
-        # the rest needs a mask.
+        self._clean(longest)
+        sequence, row, position = self._places(starts, counts)  # (N,) each
+        # Whole prompts are causal from their first token on: no query of a shorter prompt reads
+        # the padding after it. Single queries of equally long sequences read all tokens that are
+        # there. Only the other cases need a mask.
         is_causal = not any(starts)
         reads_all = T == 1 and len(set(starts)) == 1
         mask = None if is_causal or reads_all else self._mask(starts, T, longest)
-        options = {"attn_mask": mask, "is_causal": is_causal}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_slabs, v_slabs = self.slabs[layer]
             k_slabs[sequence, :, position] = k
             v_slabs[sequence, :, position] = v
-            queries = q[:, None] if T == 1 else q.new_zeros(B, T, *q.shape[1:])  # (B, T, H, D)
-            if T > 1:
-                queries[sequence, t] = q
-            # (B, H, T, D), and twice (B, H_kv, longest, D)
-            views = queries.transpose(1, 2), k_slabs[:B, :, :longest], v_slabs[:B, :, :longest]
-            grouped = q.shape[1] != k.shape[1]  # several query heads to one of K and V
-            out = F.scaled_dot_product_attention(*views, **options, enable_gqa=grouped)
-            out = out.transpose(1, 2)  # (B, T, H, D)
-            return out[:, 0] if T == 1 else out[sequence, t]  # (N, H, D)
+            if T == 1:
+                queries = q[:, None]  # (B, 1, H, D): one query each, nothing to pad
+            else:
+                queries = q.new_zeros(B, T, *q.shape[1:])  # (B, T, H, D), short ones padded
+                queries[sequence, row] = q
+            out = F.scaled_dot_product_attention(
+                queries.transpose(1, 2),  # (B, H, T, D)
+                k_slabs[:B, :, :longest],  # (B, H_kv, longest, D)
+                v_slabs[:B, :, :longest],
+                attn_mask=mask,
+                is_causal=is_causal,
+                enable_gqa=q.shape[1] != k.shape[1],  # several query heads share one head of K
+            ).transpose(1, 2)  # (B, T, H, D)
+            return out[:, 0] if T == 1 else out[sequence, row]  # (N, H, D)
 
         return attend
+
+    def _clean(self, longest: int) -> None:
+        """Zero the positions below `longest` that no step has reached before.
+
+        The weight of a masked score is 0, but 0 * NaN is NaN, and fresh memory may hold one. What
+        earlier sequences have left in a slab is finite and does no harm.
+        """
+        self.slabs[..., self._num_clean : longest, :] = 0
+        self._num_clean = max(self._num_clean, longest)
+
+    def _places(self, starts: list[int], counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of the N new tokens: its sequence, its row among the T, its position."""
+        triples = [
+            (i, t, start + t)
+            for i, (start, count) in enumerate(zip(starts, counts, strict=True))
+            for t in range(count)
+        ]
+        sequence, row, position = torch.tensor(triples, device=self.slabs.device).unbind(1)
+        return sequence, row, position
 
     def _mask(self, starts: list[int], T: int, longest: int) -> Tensor:
         """What is added to the scores, (B, 1, T, longest): 0 up to a query's position, then -inf.
 
-        Built as wide as the slab and then cut: on a GPU rows of a mask that do not begin at
-        aligned addresses would be copied in every layer.
+        It is built as wide as the slab and then cut, so that its rows begin at aligned addresses:
+        a mask whose rows do not is copied by the library in every layer, on a GPU.
         """
         device = self.slabs.device
+        # The t-th query of a sequence stands at position start + t, and reads that far.
         last = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
         ahead = torch.arange(self.max_seq_len, device=device) > last[:, None, :, None]
         return self.slabs.new_zeros(ahead.shape).masked_fill_(ahead, -math.inf)[..., :longest]
@@ -196,17 +226,24 @@ def generate_contiguous(
 ) -> list[list[int]]:
     """Greedy continuations of all prompts: one prefill, then one row a sequence and step.
 
-    Ends, errors and the static batch are those of `generate_no_cache`: who ended before computes
-    its last token again and again. Give a `cache` to use it again, or to bound its memory: its
-    `max_seq_len` then ends a sequence too. Raises ValueError for fewer slabs than prompts.
+    Texts end as in `generate_no_cache`, and the same prompts are refused. The batch is static too.
+    Pass a `cache` to use it again or to bound its memory; its `max_seq_len` then ends a text too.
+    Raises ValueError if it has fewer slabs than there are prompts.
     """
-    shape, weight = model.config, model.wte.weight
+    config, weight = model.config, model.wte.weight
     if cache is None:
-        sizes = shape.n_layer, len(prompts), shape.max_seq_len, shape.n_head, shape.head_dim
-        cache = ContiguousCache(*sizes, weight.dtype, weight.device)
+        cache = ContiguousCache(
+            config.n_layer,
+            len(prompts),
+            config.max_seq_len,
+            config.n_head,
+            config.head_dim,
+            weight.dtype,
+            weight.device,
+        )
     if len(prompts) > cache.max_num_seqs:
         raise ValueError(f"{len(prompts)} prompts, {cache.max_num_seqs} slabs: raise max_num_seqs")
-    max_seq_len = min(shape.max_seq_len, cache.max_seq_len)
+    max_seq_len = min(config.max_seq_len, cache.max_seq_len)
     logits_of = partial(next_logits, model, cache.attend)
     return _generate(logits_of, prompts, max_tokens, max_seq_len, eos_token_id)
 

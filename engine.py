@@ -299,11 +299,11 @@ class InferenceEngine:
 
     def _encode(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """The token ids of a text; a list as it is. ValueError where a tokenizer is missing."""
+        if self.tokenizer is not None and isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             asked = "a text prompt" if isinstance(prompt, str) else "a stop string"
             raise ValueError(f"{asked} needs a tokenizer, and this model has none: give token ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
         if not isinstance(prompt, list):
             kind = type(prompt).__name__
             raise ValueError(f"the prompt is of type {kind}: give text or a list of token ids")
@@ -372,7 +372,7 @@ def write_alone(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
     ids = list(prompt)
     for _ in range(max_tokens):
         hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend_one_sequence)
-        ids.append(model.logits(hidden[-1:]).argmax().item())
+        ids.append(int(model.logits(hidden[-1:]).argmax()))
     return ids[len(prompt) :]
 
 

@@ -24,7 +24,6 @@ Try: CHUNK = 5 in the demo: the prompt of 12 tokens is 7 behind after the first 
 CHUNK = 12: the whole prompt is computed in one step, and the row of the chunk is missing.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,7 +46,7 @@ class Request:
     user: str | None = None
     deadline: float | None = None
     params: Any = None
-    strategy: Callable | None = None
+    strategy: Any = None
     eos_token_id: int | None = None  # for the sampler; a sequence ends at its stop_token_ids
     sequences: list["Sequence"] = field(default_factory=list)
 
