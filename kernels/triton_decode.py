@@ -54,7 +54,7 @@ MAX_GROUP_ROWS = 16  # heads in one product: a tensor core takes the same time f
 
 @triton.jit
 def zero_if_padded(row, query_start_locs, num_seqs, num_rows, to, inside):
-    """Zero this row of out if it is a padded one: those after the last sequence's last query."""
+    """Zero this row of out if it is padding, that is, after the last query of the last sequence."""
     if (row >= tl.load(query_start_locs + num_seqs)) & (row < num_rows):
         tl.store(to, tl.zeros(to.shape, to.dtype.element_ty), inside)
 

@@ -15,7 +15,8 @@ launch of its own. `|` stands between two launches:
 
 For the 12 layers of GPT-2 these are 88 and 65 launches instead of about 150. model.py stays as it
 is. This file is a second forward over the same weights, for decode steps only. A batch with a
-prompt in it goes to the first one: its products take so long that launches cost little beside them.
+prompt in it goes to the forward of model.py: its products take so long that a few launches more
+cost little.
 
 How it is checked: logits and pool against the forward of model.py, and the number of launches is
 counted (tests/kernels/test_triton_fused.py). In a production engine a compiler finds the operations

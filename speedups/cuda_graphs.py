@@ -38,8 +38,8 @@ from kernels.triton_sampling import ROW_INPUTS, draw_tokens_triton, row_tensors
 from kv_cache import Batch, KVCache
 from sampling import LOW_32, SampleRow
 
-# Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and a
-# padded row leaves attention at once, so more sizes would save little. Each takes a recording.
+# Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and
+# attention skips padded rows, so more sizes would save little. Each size takes a recording.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 ALIGNMENT = 16  # bytes: from such an address a GPU's thread can load 16 bytes at a time
 
@@ -113,7 +113,7 @@ class Graphs:
         self.sent.record()
 
     def wait(self) -> None:
-        """Return when the source of the last copy may be overwritten, which is nearly always."""
+        """Return when the source of the last copy may be overwritten; mostly it may be already."""
         if not self.sent.query():
             self.sent.synchronize()
 

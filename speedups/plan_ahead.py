@@ -180,7 +180,7 @@ class AheadEngine(InferenceEngine):
         running = scheduler.running
         all_decode = len(running) == len(flight.plan.sampled)
         # One more token takes each sequence at most one block. With fewer free blocks the plan
-        # could preempt a sequence, although one that ends in this step may free enough.
+        # might preempt a sequence. A sequence that ends in this step may free enough: wait for it.
         has_room = scheduler.allocator.num_free >= len(running)
         # A sequence that reaches its longest length with the token in flight gets no further step.
         growing = [
