@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from attention_rules import check_compiled
 from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, needs_triton, some
 
 from kernels import triton_small_linear as module
@@ -20,12 +21,12 @@ OPTIONS += ["norm gelu residual"]
 
 
 # ---- inputs and their oracle ---------------------------------------------------------------------
-def beside_nan(values, dtype):
+def beside_nan(values, dtype, columns=3):
     """The values on the device, in the upper left of a larger tensor full of NaN."""
-    rows, columns = values.shape
-    around = torch.full((rows + 2, columns + 3), math.nan, dtype=dtype, device=DEVICE)
-    around[:rows, :columns] = values.to(dtype)
-    return around[:rows, :columns]
+    N, C = values.shape
+    around = torch.full((N + 2, C + columns), math.nan, dtype=dtype, device=DEVICE)
+    around[:N, :C] = values.to(dtype)
+    return around[:N, :C]
 
 
 class Call:
@@ -145,12 +146,14 @@ def test_eps_is_added_to_the_variance():
 
 
 # ---- every option, size and type -----------------------------------------------------------------
+@pytest.mark.oracle
 @pytest.mark.parametrize("names", OPTIONS, ids=lambda names: names or "plain")
 @EACH_DTYPE
 def test_two_rows_with_every_combination_of_options(names, dtype):
     Call(2, 48, 72, dtype, names, seed=len(names)).check()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("rows, dtype", some(64 if ON_GPU else 24, range(1, 17), DTYPES), ids=str)
 def test_every_number_of_rows(rows, dtype, watched):
     Call(rows, 64, 37, dtype, "gelu residual", seed=rows).check()
@@ -295,19 +298,12 @@ def test_every_gpt2_gives_each_of_132_processors_something_to_do(C):
         assert TILE_OUT == 16 or programs(OUT, 2 * TILE_OUT) < 128, "more outputs each would do"
 
 
-def test_tensor_cores_multiply_16_bit_numbers_of_three_rows_and_more():
-    for dtype in (torch.float16, torch.bfloat16):
-        found = {rows: linear_tiles(rows, 768, 768, dtype)["DOT"] for rows in (1, 2, 3, 16)}
-        assert found == {1: False, 2: False, 3: True, 16: True}
-    for dtype in (torch.float32, torch.float64):
-        assert not any(linear_tiles(rows, 768, 768, dtype)["DOT"] for rows in range(1, 17))
-
-
-def test_the_number_of_rows_makes_five_variants_and_no_more():
-    for dtype in (torch.bfloat16, torch.float32):
-        tiles = [linear_tiles(rows, 768, 2304, dtype) for rows in range(1, 17)]
-        different = [new for old, new in zip([None, *tiles], tiles) if new != old]
-        assert [new["ROWS"] for new in different] == [1, 2, 4, 8, 16]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_rows_makes_five_variants_and_three_rows_of_16_bits_use_tensor_cores(dtype):
+    tiles = [linear_tiles(rows, 768, 2304, dtype) for rows in range(1, 17)]
+    different = [new for old, new in zip([None, *tiles], tiles) if new != old]
+    assert [new["ROWS"] for new in different] == [1, 2, 4, 8, 16]
+    assert [new["DOT"] for new in tiles] == [False] * 2 + [dtype.itemsize == 2] * 14
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -326,9 +322,7 @@ def test_tiles_are_powers_of_two_and_their_sums_fit_into_registers(dtype):
 # ---- only a GPU can say --------------------------------------------------------------------------
 @needs_gpu
 def test_the_kernel_is_compiled_not_interpreted():
-    import triton
-
-    assert isinstance(module.small_linear_kernel, triton.runtime.JITFunction)
+    check_compiled(module, "small_linear_kernel")
 
 
 @needs_gpu
