@@ -198,7 +198,7 @@ def completions(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_arguments_then_lines_of_a_file_are_answered_in_order(tmp_path):
+def test_arguments_then_lines_of_a_file_are_answered_in_order(tmp_path, monkeypatch):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbfThe wolf\n\n  \nThe princess\r\nA [fox] once said:\n")
     out, err = run_main("first", "--file", path, "--max-tokens", 3, "--jsonl", *SMALL_POOL)
@@ -208,6 +208,9 @@ def test_arguments_then_lines_of_a_file_are_answered_in_order(tmp_path):
     assert all(len(row["outputs"][0]["token_ids"]) <= 3 for row in rows)
     assert re.search(r"^step .* tokens/s .* running .* waiting .* pool", err, re.MULTILINE)
     assert "|" not in err  # the strip belongs to the demonstration
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The wolf\nThe princess\n"))
+    rows = completions(run_main("--file", "-", "--max-tokens", 3, "--jsonl", *SMALL_POOL)[0])
+    assert [row["prompt"] for row in rows] == ["The wolf", "The princess"]
 
 
 def test_a_line_of_jsonl_brings_its_own_parameters_and_may_be_token_ids(tmp_path):
@@ -230,12 +233,6 @@ def test_a_line_of_jsonl_brings_its_own_parameters_and_may_be_token_ids(tmp_path
     assert rows[2]["prompt_logprobs"][0] is None and rows[2]["prompt_logprobs"][1]
     assert not re.search("[ea]", rows[3]["outputs"][0]["text"])
     assert rows[4]["prompt"] == "plain text" and len(rows[4]["outputs"][0]["token_ids"]) == 5
-
-
-def test_prompts_come_from_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The wolf\nThe princess\n"))
-    rows = completions(run_main("--file", "-", "--max-tokens", 3, "--jsonl", *SMALL_POOL)[0])
-    assert [row["prompt"] for row in rows] == ["The wolf", "The princess"]
 
 
 def test_the_texts_of_many_prompts_are_separated_by_blank_lines(tmp_path):
@@ -272,11 +269,8 @@ def test_out_and_jsonl_write_one_json_object_a_prompt(tmp_path):
 def test_random_weights_are_called_random(monkeypatch, tmp_path):
     monkeypatch.setitem(load.RANDOM_SHAPES, "gpt2", (1, 2, 32))
     (tmp_path / "p.jsonl").write_text('{"prompt": [1, 2], "max_tokens": 2}\n')
-    flags = ["--model", "random:gpt2", "--file", tmp_path / "p.jsonl", *SMALL_POOL]
-    _, err = run_main(*flags)
-    assert summary_of(err).weights == "random weights"
-    (row,) = completions(run_main(*flags, "--jsonl")[0])
-    assert row["weights"] == "random weights"
+    out, err = run_main("--model", "random:gpt2", "--file", tmp_path / "p.jsonl", "--jsonl")
+    assert summary_of(err).weights == completions(out)[0]["weights"] == "random weights"
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
 from kernels.triton_prefill import HAS_TRITON, INTERPRETED
-from llm import LLM, EngineConfig, RequestOutput, SamplingParams, choose_num_blocks
+from llm import LLM, RequestOutput, SamplingParams, choose_num_blocks
 from model import GPT, GPTConfig
 from outputs import CompletionOutput
 from speedups.plan_ahead import AheadEngine
@@ -81,6 +81,7 @@ def test_generate_answers_in_the_order_of_the_prompts(llm):
 def test_params_are_one_for_all_prompts_or_one_each_or_vllms_defaults(llm):
     prompts = ["one", "two", "three"]
     assert ids_of(llm.generate(prompts, GREEDY)) == ids_of(llm.generate(prompts, [GREEDY] * 3))
+    assert llm.generate([], GREEDY) == []
     (output,) = llm.generate("some text")
     assert len(output.outputs) == 1 and len(output.outputs[0].token_ids) <= 16
     with pytest.raises(ValueError, match="3 prompts but 2 sampling params"):
@@ -97,10 +98,6 @@ def test_text_and_its_token_ids_are_the_same_prompt_and_one_prompt_needs_no_list
     assert (as_text.prompt, as_ids.prompt) == (text, None)
     for alone in (llm.generate(text, GREEDY), llm.generate(ids, GREEDY)):
         assert ids_of(alone) == ids_of([as_text])
-
-
-def test_no_prompts_give_no_outputs(llm):
-    assert llm.generate([], GREEDY) == []
 
 
 def test_the_tokens_are_those_of_the_model_without_a_cache(folder):
@@ -125,11 +122,6 @@ def test_an_output_is_vllms_request_output(llm):
         assert len(completion.logprobs) == len(completion.token_ids) <= 5
         assert completion.cumulative_logprob < 0
         assert completion.finish_reason in ("length", "stop")
-
-
-def test_request_ids_are_new_in_every_call(llm):
-    ids = [output.request_id for _ in range(2) for output in llm.generate(["a", "b"], GREEDY)]
-    assert len(set(ids)) == 4
 
 
 @pytest.mark.parametrize(
@@ -165,7 +157,9 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(folder, at_step):
 
 def test_generate_refuses_to_mix_with_requests_that_were_added_by_hand(folder):
     llm = LLM(folder, num_blocks=32)
+    ids = [output.request_id for _ in range(2) for output in llm.generate(["a", "b"], GREEDY)]
     request_id = llm.engine.add_request("by hand", GREEDY)
+    assert len({*ids, request_id}) == 5  # each request has a new one
     with pytest.raises(ValueError, match="still has requests.*llm.engine.step"):
         llm.generate("another", GREEDY)
     assert llm.engine.has_unfinished()  # the first is still there
@@ -293,6 +287,11 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
         ({"num_blocks": 0}, "num_blocks is 0: it must be"),
         ({"num_blocks": 8, "kv_cache_mb": 1.0}, "num_blocks=8 and kv_cache_mb=1.0 both size"),
         ({"kv_cache_mb": 0.001}, "kv_cache_mb=0.001 holds no block: one takes 0.008 MB"),
+        ({"threads": 0}, "threads is 0: it must be an integer of at least 1"),
+        ({"cuda_graphs": None}, "cuda_graphs is None: it must be True or False"),
+        ({"plan_ahead": 1}, "plan_ahead is 1: it must be True or False"),
+        ({"fused": "yes"}, "fused is 'yes': it must be True or False"),
+        ({"backend": "torch", "fused": True}, "fused is for backend triton, it is torch"),
     ],
     ids=str,
 )
@@ -300,11 +299,8 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(folder, opti
     with pytest.raises(ValueError, match=message) as refusal:
         LLM(folder, **options)
     assert "\n" not in str(refusal.value)
-
-
-def test_an_unknown_option_is_a_type_error_that_names_it(folder):
     with pytest.raises(TypeError, match="num_block"):
-        LLM(folder, num_block=8)
+        LLM(folder, num_block=8)  # no option of this name
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "gpt2", "random:gpt3", "", "random:"])
@@ -450,16 +446,6 @@ def test_a_shorter_max_seq_len_ends_texts_earlier(folder):
         llm.generate([[5] * 20], params)
 
 
-def test_the_same_texts_in_a_tiny_pool_and_in_tiny_steps(folder):
-    prompts = ["one", "a prompt of some length", "x", "and a fourth one"]
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    options = {"dtype": "float64", "block_size": 4}
-    wide = LLM(folder, num_blocks=64, **options)
-    tight = LLM(folder, num_blocks=12, max_num_batched_tokens=16, **options)
-    assert ids_of(tight.generate(prompts, params)) == ids_of(wide.generate(prompts, params))
-    assert wide.engine.scheduler.num_preemptions == 0 < tight.engine.scheduler.num_preemptions
-
-
 def test_the_engines_seed_makes_two_llms_write_the_same(folder):
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     first, again, other = (
@@ -521,8 +507,6 @@ def test_threads_are_left_alone_unless_they_are_given(folder):
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
-    with pytest.raises(ValueError, match="threads is 0: it must be an integer of at least 1"):
-        LLM(folder, num_blocks=8, threads=0)
 
 
 # ---- where the model comes from ------------------------------------------------------------------
@@ -628,16 +612,6 @@ def test_a_model_whose_steps_cannot_be_joined_is_refused_with_the_reason():
     model = GPT(GPTConfig(**SHAPE, activation_function="relu")).eval()
     with pytest.raises(ValueError, match="this model's steps can't be joined: "):
         LLM(model, backend="triton", fused=True)
-    with pytest.raises(ValueError, match="fused is for backend triton, it is torch"):
-        LLM(model, backend="torch", fused=True)
-
-
-@pytest.mark.parametrize("name", ["cuda_graphs", "plan_ahead", "fused"])
-def test_a_way_to_run_steps_is_on_or_off(name):
-    assert getattr(EngineConfig(), name) is (name == "cuda_graphs")
-    for value in (None, 1, "yes"):
-        with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):
-            EngineConfig(**{name: value})
 
 
 # ---- how large a pool ----------------------------------------------------------------------------
