@@ -1,94 +1,114 @@
-"""Measure, and keep what was measured: a table of experiments, one CSV file of rows.
+"""Measure and keep what was measured: one command for all experiments, one CSV file of rows.
 
-Without arguments it is the comparison that this project is about: the same tokens written without
-a cache, with one contiguous slab a sequence, and with blocks, by the shipped model, in turn and
-five times over. Each further experiment is a file in `experiments/`, with flags of its own and a
-`run(args)` that yields rows; this file only finds it, appends each row as it is measured
-(`experiments/results.py`), and shows all of them as a table at the end.
+Without a name it runs `speed`, the comparison that this project is about: the shipped model writes
+the same tokens without a cache, with one contiguous slab for each sequence, with blocks, and in
+transformers if it is installed. The four take turns (A B A B) in five rounds, so a busy moment of
+the machine slows all of them, and each figure is a median with its minimum and maximum. On 2 idle
+cores it takes about a minute and a half.
 
-    python benchmark.py                      speed: no cache, contiguous, paged, transformers
-    python benchmark.py memory               KV bytes step by step, and how many sequences fit
-    python benchmark.py allocator            blocks a second, and whether any is ever lost
-    python benchmark.py block-size           1 to 256: speed, memory filled, copies
-    python benchmark.py concurrency          how many run at once in equal memory (--simulate)
-    python benchmark.py trace                latency against rate, recorded arrivals (--simulate)
-    python benchmark.py kernels              the kernel ladder: GB/s of each way to attend
-    python benchmark.py ceilings             what the machine can do at most
-    python benchmark.py sweep                which tiles are fastest, on a GPU
-    python benchmark.py peers                the engine against transformers, same weights
-    python benchmark.py anatomy              where a decode step goes, and what is possible
-    python benchmark.py latency              a decode step: eager, recorded, joined; its floor
-    python benchmark.py bookkeeping          what allocator and scheduler cost
-    python benchmark.py verify FILE ...      whether files of rows are whole
+    python benchmark.py                  speed ─> rows ─> benchmark_results.csv ─> the notebook
+    python benchmark.py NAME [flags]     another experiment ─┘
+    python benchmark.py verify FILE ..   whether files of rows are complete, else line and reason
 
-`--help` behind any of them explains its flags. Ctrl-C loses no finished row.
+`python benchmark.py --help` lists the experiments, `python benchmark.py NAME --help` explains one
+and its flags. Each is a file of `experiments/` with flags of its own and a function that yields
+rows. This file finds it, appends each row as soon as it is measured, and prints tables at the end.
+Ctrl-C loses no finished row. Times of different runs are not comparable: other programs run, clocks
+change. So each comparison is a row of its own, the ratio of two contenders in the same rounds.
+
 Run: python benchmark.py
-Try: python benchmark.py --batches 1 --new-tokens 128 (what does no cache cost now?), or
-python benchmark.py kernels --block-sizes 1 16 64 --shapes 32x256.
+Try: python benchmark.py --batches 1 --new-tokens 128: with twice as many tokens "no cache" falls
+further behind, because it computes all tokens again at every step. Or python benchmark.py
+allocator: of a million random operations none loses a block.
 """
 
 import argparse
+import importlib
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
-from experiments import (
-    allocator,
-    anatomy,
-    block_size,
-    bookkeeping,
-    ceilings,
-    concurrency,
-    kernels,
-    latency,
-    memory,
-    peers,
-    speed,
-    sweep,
-    trace,
-)
 from experiments.results import read, show
 
-# Each has add_arguments(parser) and run(args), which yields Measurements one by one.
-EXPERIMENTS: dict[str, ModuleType] = {
-    "speed": speed,
-    "memory": memory,
-    "allocator": allocator,
-    "block-size": block_size,
-    "concurrency": concurrency,
-    "trace": trace,
-    "kernels": kernels,
-    "ceilings": ceilings,
-    "sweep": sweep,
-    "peers": peers,
-    "anatomy": anatomy,
-    "latency": latency,
-    "bookkeeping": bookkeeping,
+
+class Experiment(NamedTuple):
+    """One experiment: a module of `experiments/`, and the names of its two functions."""
+
+    module: str
+    summary: str
+    add_arguments: str = "add_arguments"  # (parser) -> None
+    run: str = "run"  # (args) -> rows, one by one
+
+    def load(self) -> ModuleType:
+        """Import the module. Only the chosen one is imported, with the libraries that it needs."""
+        return importlib.import_module(f"experiments.{self.module}")
+
+
+EXPERIMENTS = {
+    "speed": Experiment("speed", "the same tokens: no cache, contiguous, paged, transformers"),
+    "memory": Experiment("memory", "KV bytes step by step, and how many sequences fit"),
+    "allocator": Experiment("allocator", "blocks per second, and whether one is ever lost"),
+    "block-size": Experiment("block_size", "1 to 256 tokens: speed, memory filled, copies"),
+    "concurrency": Experiment("concurrency", "how many run at once in equal memory (--simulate)"),
+    "trace": Experiment("trace", "latency against rate, recorded arrivals (--simulate)"),
+    "kernels": Experiment("kernels", "GB/s of each way to attend, from gathering to in place"),
+    "ceilings": Experiment("ceilings", "what the machine can do at most"),
+    "sweep": Experiment(
+        "kernels", "which tiles are fastest, on a GPU", "add_sweep_arguments", "run_sweep"
+    ),
+    "peers": Experiment("peers", "the engine against transformers, same weights"),
+    "anatomy": Experiment(
+        "peers",
+        "the parts of a decode step, and what is possible",
+        "add_anatomy_arguments",
+        "run_anatomy",
+    ),
+    "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
+    "bookkeeping": Experiment(
+        "allocator",
+        "the cost of allocator and scheduler",
+        "add_bookkeeping_arguments",
+        "run_bookkeeping",
+    ),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; the first word names the experiment, and may be left out."""
-    plain = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **plain)
+    # A flag before any name belongs to the default experiment; --help belongs to all of them.
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = [DEFAULT, *argv]
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the pictures of the docstrings
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT")
-    for name, module in EXPERIMENTS.items():
-        words = module.__doc__
-        command = commands.add_parser(name, help=words.split("\n")[0], description=words, **plain)
-        module.add_arguments(command)
+    for name, experiment in EXPERIMENTS.items():
+        command = commands.add_parser(name, help=experiment.summary, formatter_class=raw)
+        if name == argv[0]:
+            module = experiment.load()
+            command.description = module.__doc__
+            getattr(module, experiment.add_arguments)(command)
         command.add_argument("--out", default=DEFAULT_OUT, help=f"CSV file (default {DEFAULT_OUT})")
     verify = commands.add_parser("verify", help="whether CSV files are whole, else line and reason")
     verify.add_argument("files", nargs="+", help="files of rows")
-    # A flag before any name belongs to the default experiment, but --help to all of them.
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
-        argv = [DEFAULT, *argv]
     return parser.parse_args(argv)
 
 
 def verify(files: list[str]) -> None:
-    """Read files whole. Raises ValueError with the line and the reason for the first that isn't."""
+    """Read files whole. Raises ValueError with line and reason for the first spoiled one."""
     for name in files:
         print(f"{name}: {len(read(name))} rows, whole")
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the experiment that the command line names, and print its tables."""
+    experiment = EXPERIMENTS[args.command]
+    module = experiment.load()
+    rows = getattr(module, experiment.run)(args)
+    if hasattr(module, "is_shown"):  # it chooses the rows of its table
+        show(rows, args.out, module.is_shown)
+    else:
+        show(rows, args.out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "verify":
             verify(args.files)
         else:
-            show(EXPERIMENTS[args.command].run(args), args.out)
+            measure(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"benchmark.py: {error}") from None
     except KeyboardInterrupt:

@@ -1,9 +1,23 @@
-"""Whatever measures: one experiment a file, each with `add_arguments` and `run`.
+"""All experiments: each is a pair of functions, `add_arguments` and `run`, that yields rows.
 
-`benchmark.py` runs them by name. No lesson needs this wing. A file imports only files above it.
+`python benchmark.py NAME` runs them. No lesson needs this wing. A file imports only files above it.
 
-    results       rows with their provenance, appended to a CSV file
-    reservations  contiguous memory under the paged engine: buddies and three reservations
-    simulate      the real scheduler and allocator under a simulated clock
-    gpu_check     one command on a machine with a GPU
+    results               rows with their provenance, appended to a CSV file, shown as tables
+    reservations          contiguous memory under the paged engine: buddies and three reservations
+    simulate              the real scheduler and allocator under a simulated clock
+    ceilings              what the machine can do at most: read, copy, multiply, launch
+    allocator             the cost of allocator and scheduler, and whether a block is ever lost
+    memory                KV bytes step by step, and how many sequences fit at once
+    kernels               all ways to attend over the same bytes, and a GPU kernel's tiles
+    transformers_engines  transformers' own ways to decode, with our weights
+    peers                 the engine against them, and the parts of a decode step
+    speed                 the same tokens: no cache, contiguous, paged, transformers
+    block_size            1 to 256 tokens a block: speed, memory filled, copies
+    workloads             mixed requests, a prompt that joins, a profile of a GPU's step
+    latency               a decode step in each way to run it, beside its floor
+    trace                 requests that arrive over time, under eight memory plans
+    concurrency           how many requests run at once in equal memory
+    rungs_numba           a plain kernel for the CPU
+    rungs_triton          a plain kernel for the GPU
+    gpu_check             one command on a machine with a GPU
 """

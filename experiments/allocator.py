@@ -1,20 +1,24 @@
-"""Whether the allocator is fast, and whether it ever loses a block: millions of operations.
+"""The cost of the books: blocks allocated and freed, steps planned, and whether a block is lost.
 
-Every token that a server writes goes through it sooner or later, so it must cost nothing beside a
-forward, and one block lost an hour is an empty pool in a week. Three trials, without any tensor:
+Allocator and scheduler touch no tensor. They run beside every forward, so they must cost little: a
+decode step of 256 sequences allocates 16 blocks and plans 256 tokens. And a server runs for weeks:
+one block lost an hour is an empty pool in the end. `allocator` makes three trials:
 
     cycles  500 x 16 sequences x 8 blocks, allocated and freed; a block counts once for both
     storm   1,000,000 random operations: allocate, grow, fork, free, and calls that must be refused
     full    a pool taken to its last block, one block more asked for, all given back
 
 In the storm sequences hold blocks of their own and blocks that they share, more is asked for than
-there is, and blocks are freed that nobody holds. A refusal has to leave the books as they were:
-every 10,000 operations `check_integrity()` compares each reference count with the tables. At the
-end of a trial everything is freed, and what the pool then has less than before are blocks lost.
+there is, and blocks are freed that no sequence holds. A refused call must change nothing: every
+10,000 operations `check_integrity()` compares each reference count with the tables. At the end of a
+trial everything is freed, and the blocks that are missing then are counted. Cycles and storm run on
+`BuddyAllocator` too, which must look for adjacent blocks. Paging needs no such search.
 
-Cycles and storm run on `BuddyAllocator` too, which must look for adjacent blocks: what paging does
-not have to do. Several repeats, as the machine may be busy: the best one is the row's max.
-Run: python -m experiments.allocator
+`bookkeeping` times the cycles and, beside them, schedule() and update() of one decode step, with
+256 sequences running and 0 or 100,000 waiting. The time must not grow with the number waiting.
+
+Each is repeated, because the machine may be busy. The best repeat is the row's max for rates and
+its min for times; a goal is compared with the best.
 """
 
 import argparse
@@ -22,16 +26,19 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from block_allocator import BlockAllocator, NoFreeBlocks
 from experiments.reservations import BuddyAllocator
-from experiments.results import Measurement, device_name, run_alone
+from experiments.results import Measurement, device_name
+from scheduler import Scheduler
+from sequence import Continuation, Request, Sequence
 
 CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The experiment's flags."""
+    """The flags of `allocator`."""
     add = parser.add_argument
     add("--repeats", type=int, default=7, help="of the cycles, all contenders in turn")
     add("--cycles", type=int, default=500, help="times that all sequences come and go")
@@ -39,15 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blocks", type=int, default=8, help="blocks of a sequence in a cycle")
     add("--num-blocks", type=int, default=1024, help="blocks of the pool")
     add("--operations", type=int, default=1_000_000, help="of the storm")
-    add(
-        "--check-every", type=int, default=10_000, help="operations between two checks of the books"
-    )
+    add("--check-every", type=int, default=10_000, help="operations between two checks")
     add("--seed", type=int, default=0, help="of the storm")
 
 
+def add_bookkeeping_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bookkeeping`."""
+    add = parser.add_argument
+    add("--repeats", type=int, default=7, help="of each measurement")
+    add("--running", type=int, default=256, help="sequences in a step")
+    add("--waiting", type=int, nargs="+", default=[0, 100_000], help="sequences in the queue")
+
+
 # ---- cycles --------------------------------------------------------------------------------------
-def time_cycles(allocator: BlockAllocator, cycles=500, sequences=16, blocks=8) -> float:
-    """Blocks a second through allocate and free, a block counted once for both."""
+def time_cycles(
+    allocator: BlockAllocator, cycles: int = 500, sequences: int = 16, blocks: int = 8
+) -> float:
+    """Blocks per second, each counted once for its allocation and its release."""
     free = allocator.num_free
     started = time.perf_counter()
     for _ in range(cycles):
@@ -62,20 +77,20 @@ def time_cycles(allocator: BlockAllocator, cycles=500, sequences=16, blocks=8) -
 # ---- storm ---------------------------------------------------------------------------------------
 @dataclass
 class Storm:
-    """Random operations on an allocator, and the tables that hold its blocks."""
+    """Random operations on an allocator, and the block tables of those who hold its blocks."""
 
     allocator: BlockAllocator
     random: random.Random
-    tables: list[list[list[int]]] = field(default_factory=list)  # allocations of each holder
-    refused: int = 0  # because the pool was empty: some must be, or it was not tried
-    mistakes: int = 0  # double frees, refused
+    tables: list[list[list[int]]] = field(default_factory=list)  # the allocations of each sequence
+    refused: int = 0  # allocations refused because the pool was empty
+    mistakes: int = 0  # double frees that were refused
 
     def held(self) -> list[list[int]]:
-        """The block table of each holder: its allocations one behind the other."""
+        """The block table of each sequence: its allocations end to end."""
         return [sum(allocations, []) for allocations in self.tables]
 
     def allocate(self) -> None:
-        """A sequence comes; or one that is there grows."""
+        """A new sequence allocates blocks, or an existing one grows."""
         n = self.random.randint(1, 8)
         try:
             block_ids = self.allocator.allocate(n)
@@ -88,14 +103,14 @@ class Storm:
             self.tables.append([block_ids])
 
     def fork(self) -> None:
-        """A second holder for all that a sequence has."""
+        """A second sequence shares all blocks of a first."""
         if self.tables:
             allocations = self.random.choice(self.tables)
             self.allocator.fork(sum(allocations, []))
             self.tables.append(list(allocations))
 
     def free(self) -> None:
-        """A sequence ends. Now and then it is ended twice, which has to be refused."""
+        """A sequence frees its blocks. Sometimes it frees them twice, which must be refused."""
         if not self.tables:
             return
         at = self.random.randrange(len(self.tables))
@@ -109,18 +124,19 @@ class Storm:
                 self.mistakes += 1
 
     def step(self) -> None:
-        """One operation. More come than go, so the pool is often full."""
+        """One operation. Allocations are more frequent than frees, so the pool is often full."""
         self.random.choices((self.allocate, self.fork, self.free), (50, 10, 40))[0]()
 
     def end(self) -> None:
-        """All sequences end."""
+        """Free all blocks."""
         while self.tables:
             self.allocator.free(sum(self.tables.pop(), []))
 
 
 def time_storm(allocator: BlockAllocator, args: argparse.Namespace) -> tuple[Storm, float]:
-    """The storm at its end, and operations a second: with drawing them, without the checks."""
-    storm, seconds = Storm(allocator, random.Random(args.seed)), 0.0
+    """The finished storm and operations per second, without the time of the checks."""
+    storm = Storm(allocator, random.Random(args.seed))
+    seconds = 0.0
     for done in range(0, args.operations, args.check_every):
         started = time.perf_counter()
         for _ in range(min(args.check_every, args.operations - done)):
@@ -134,11 +150,12 @@ def time_storm(allocator: BlockAllocator, args: argparse.Namespace) -> tuple[Sto
 
 # ---- full ----------------------------------------------------------------------------------------
 def exhaust(allocator: BlockAllocator) -> tuple[int, int]:
-    """Take all blocks one by one, ask for more: how many were to be had, how many refusals.
+    """Take all blocks one by one, then ask for more: blocks taken, and refusals.
 
-    The refusals are of 1 block, of 2 and of more than there are: each leaves all as it was.
+    It asks for 1 block, for 2, and for more than the pool has. Each refusal must change nothing.
     """
-    tables, refusals = [], 0
+    tables: list[list[int]] = []
+    refusals = 0
     while allocator.num_free:
         tables.append(allocator.allocate(1))
     for n in (1, 2, allocator.num_blocks + 1):
@@ -155,31 +172,36 @@ def exhaust(allocator: BlockAllocator) -> tuple[int, int]:
 
 # ---- rows ----------------------------------------------------------------------------------------
 def lost(allocator: BlockAllocator) -> int:
-    """Blocks that nobody holds any more and that are not to be had either: leaks."""
+    """Blocks that are not free although every sequence has freed its blocks."""
     return allocator.num_blocks - allocator.num_free
 
 
+def counted_columns(experiment: str) -> dict[str, Any]:
+    """The columns of rows for which no tensor is touched."""
+    no_tensors = {"backend": "none", "dtype": "none", "threads": 1, "device": device_name()}
+    return {"experiment": experiment} | no_tensors
+
+
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
-    """All rows of the experiment."""
-    most = args.sequences * args.blocks
-    if not 0 < most <= args.num_blocks or args.num_blocks & (args.num_blocks - 1):
+    """All rows of `allocator`."""
+    blocks_held = args.sequences * args.blocks
+    is_power_of_two = args.num_blocks & (args.num_blocks - 1) == 0
+    if not 0 < blocks_held <= args.num_blocks or not is_power_of_two:
         sizes = f"{args.sequences} sequences of {args.blocks} blocks in a pool of {args.num_blocks}"
         raise ValueError(f"{sizes}: the pool must be a power of two that holds them all")
-    common = {"experiment": "allocator", "backend": "none", "dtype": "none", "threads": 1}
-    common |= {"device": device_name(), "seed": args.seed}
+    common = counted_columns("allocator") | {"seed": args.seed}
     pools = {name: make(args.num_blocks) for name, make in CONTENDERS.items()}
-    sizes = args.cycles, args.sequences, args.blocks
     rates: dict[str, list[float]] = {name: [] for name in pools}
     for _ in range(args.repeats):
         for name, allocator in pools.items():
-            rates[name].append(time_cycles(allocator, *sizes))
-    cycles = "{} cycles x {} sequences x {} blocks".format(*sizes)
+            rates[name].append(time_cycles(allocator, args.cycles, args.sequences, args.blocks))
+    cycles = f"{args.cycles} cycles x {args.sequences} sequences x {args.blocks} blocks"
     storm = f"storm operations={args.operations} num_blocks={args.num_blocks}"
     full = f"full num_blocks={args.num_blocks}"
 
     def row(name: str, workload: str, metric: str, unit: str, *values: float) -> Measurement:
-        what = common | {"contender": name, "workload": workload}
-        return Measurement.of(values, metric=metric, unit=unit, **what)
+        columns = common | {"contender": name, "workload": workload}
+        return Measurement.of(values, metric=metric, unit=unit, **columns)
 
     for name, allocator in pools.items():
         yield row(name, cycles, "allocated and freed", "blocks/s", *rates[name])
@@ -197,10 +219,45 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         yield row(name, full, "blocks lost", "blocks lost", lost(allocator))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
+# ---- bookkeeping ---------------------------------------------------------------------------------
+def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
+    """Milliseconds of schedule() plus update() in a decode step, without a model.
+
+    Each value is the mean of 16 steps, in which each sequence takes one new block.
+    """
+    scheduler = Scheduler(
+        BlockAllocator(num_blocks=running * 64, block_size=16),
+        max_num_seqs=running,
+        max_num_batched_tokens=8192,
+        max_seq_len=1024,
+    )
+    for arrival in range(running + waiting):
+        request = Request(str(arrival), [0] * 20, arrival)
+        request.sequences = [Sequence(request, 0, [0] * 20, 20, max_tokens=900)]
+        scheduler.add(request)
+    times_ms = []
+    for step in range(3 + 16 * repeats):  # 16 steps: each sequence takes one new block
+        started = time.perf_counter()
+        plan = scheduler.schedule()
+        planned = time.perf_counter()
+        continuations = [Continuation(seq, [7]) for seq in plan.sampled]  # not timed
+        resumed = time.perf_counter()
+        scheduler.update(plan, continuations)
+        if step >= 3:  # all prompts are computed
+            assert len(plan.scheduled) == running
+            times_ms.append((planned - started + time.perf_counter() - resumed) * 1e3)
+    return [sum(times_ms[i : i + 16]) / 16 for i in range(0, len(times_ms), 16)]
 
 
-if __name__ == "__main__":
-    main()
+def run_bookkeeping(args: argparse.Namespace) -> Iterator[Measurement]:
+    """All rows of `bookkeeping`."""
+    common = counted_columns("bookkeeping")
+    rates = [time_cycles(BlockAllocator(1024, block_size=16)) for _ in range(args.repeats)]
+    columns = common | {"contender": "allocator", "metric": "allocated and freed"}
+    columns |= {"workload": "500 cycles x 16 sequences x 8 blocks", "unit": "blocks/s"}
+    yield Measurement.of(rates, **columns)
+    for waiting in args.waiting:
+        times_ms = time_scheduler(args.running, waiting, args.repeats)
+        columns = common | {"contender": "schedule() + update()", "metric": "time a step"}
+        columns |= {"workload": f"running={args.running} waiting={waiting}", "unit": "ms"}
+        yield Measurement.of(times_ms, **columns)

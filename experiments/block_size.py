@@ -1,43 +1,43 @@
-"""How large a block should be: small ones waste nothing and cost bookkeeping, large ones reversed.
+"""How large a block should be: a small one wastes little memory, a large one needs a short table.
 
-A sequence of 300 tokens fills 98% of its blocks of 16, but only 59% of its two blocks of 256; one
-of 40 tokens fills 83% and 16%. What is held and not filled is missing for somebody else, who is
-preempted sooner. On the other side a table with 16 times as many entries has to be kept and read.
+A sequence of 300 tokens fills 98% of its blocks of 16, but only 59% of its two blocks of 256. One
+of 40 tokens fills 83% and 16%. Blocks that are held and not full are missing for other sequences,
+which are preempted sooner. On the other side, a block of 1 token needs a table with 16 times as
+many entries as a block of 16, and the table must be kept and read.
 
-    speed    the engine decodes, one engine a block size, in turn; pools with room for all
-    memory   the same KV bytes for each block size, a seventh of what all requests come to: how full
-             the held blocks are, how many run at once, how many are preempted and start again
-    copies   each prompt forks into 4 texts, which share its blocks: the tail that is not full is
-             copied for all but one of them, and a larger block is a larger tail
+    speed    the engine decodes, one engine a block size, in turn; the pools have room for all
+    memory   the same KV bytes for each block size, a seventh of all that the requests need: how
+             full the held blocks are, how many requests run at once, how many are preempted
+    copies   each prompt forks into 4 texts that share its blocks. Its last block is copied for all
+             but one of them if it is not full, and a larger block is a larger copy
 
-Memory and copies are the real scheduler and allocator with a stub for the model: counts, the same
-every time. Lengths are exponential draws with the means of the two data sets of the paper, cut off
-at max_seq_len: "ShareGPT" 161 tokens in and 338 out, "Alpaca" 19 in and 58 out. The real ones are
-no exponentials, so compare the shape of the curves, not a percent.
+Memory and copies come from the real scheduler and allocator without a model: counts that are the
+same in every run. Lengths are exponential draws with the means of the paper's two data sets, cut
+off at max_seq_len: "ShareGPT" 161 tokens in and 338 out, "Alpaca" 19 in and 58 out. The real ones
+are not exponential, so compare the shapes of the curves, not percentages.
 
-What the paper found (section 7.2, figure 18): ShareGPT is served best with blocks of 16 to 128
-tokens, Alpaca with 16 and 32; larger ones "significantly degrade", as sequences become shorter than
-a block; vLLM's default is 16. On a GPU the lower end has a second reason: a block of 1 or 2 tokens
-leaves a kernel too little to read at once.
+The paper (section 7.2, figure 18) found ShareGPT served best with blocks of 16 to 128 tokens and
+Alpaca with 16 and 32. Larger blocks "significantly degrade", because sequences become shorter than
+a block. vLLM's default is 16. On a GPU small blocks have a second cost: 1 or 2 tokens are too
+little for a kernel to read at once.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, sections 7.2 and 6.1 (figure 11).
-Run: python -m experiments.block_size
-     python -m experiments.block_size --model random:gpt2 --block-sizes 1 16 256
 """
 
 import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from block_allocator import BlockAllocator
-from checkpoints.load import load_model, weights_kind
-from experiments import roads
-from experiments.results import Measurement, device_name, run_alone
+from checkpoints.load import load_model
+from experiments import speed
+from experiments.ceilings import Columns
+from experiments.results import Measurement, device_name
+from experiments.speed import model_columns, threads_for
 from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype
 from kernels.packed_linear import pack
 from llm import LLM, SHIPPED_MODEL
@@ -70,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # ---- speed ---------------------------------------------------------------------------------------
-def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict, str]:
-    """Trials of each block size, {block_size: [Trial, ..]}, all checked, and the backend."""
-    found = {}
+def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict[int, list[speed.Trial]], str]:
+    """Trials of each block size, block_size -> one a round, all checked, and the backend."""
+    ways = {}
     for block_size in args.block_sizes:
         llm = LLM(
             model,
@@ -82,43 +82,42 @@ def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict, str]:
             max_num_seqs=args.batch,
             max_num_batched_tokens=args.batch * args.prompt_tokens,
         )
-        found[block_size] = roads.paged_road(llm)
+        ways[block_size] = speed.paged_way(llm)
     generator = torch.Generator().manual_seed(args.seed)
     shape = args.batch, args.prompt_tokens
     prompts = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
-    trials: dict[int, list[roads.Trial]] = {block_size: [] for block_size in found}
+    trials: dict[int, list[speed.Trial]] = {block_size: [] for block_size in ways}
     for number in range(args.rounds + 1):
-        for block_size, road in found.items():
-            trial = roads.time_trial(road, prompts, args.new_tokens)
-            if number:  # the first round warms up
+        for block_size, way in ways.items():
+            trial = speed.time_trial(way, prompts, args.new_tokens)
+            if number > 0:  # the first round warms up
                 trials[block_size].append(trial)
     first = trials[args.block_sizes[0]][0]
     for block_size, ts in trials.items():
         for trial in ts:
-            in_16_bits = model.wte.weight.itemsize == 2
-            roads.check_equal_work(f"block_size={block_size}", trial, first, in_16_bits)
+            itemsize = model.wte.weight.itemsize
+            speed.check_equal_work(f"block_size={block_size}", trial, first, itemsize)
     return trials, llm.backend
 
 
-def rows_of_speed(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
+def rows_of_speed(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Decode steps at each block size, and each against the first."""
     device = resolve_device(args.device)
     model = pack(load_model(args.model, resolve_dtype(args.dtype, device), device), args.batch)
-    if args.prompt_tokens + args.new_tokens > (most := model.config.max_seq_len):
+    limit = model.config.max_seq_len
+    if args.prompt_tokens + args.new_tokens > limit:
         sizes = f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones"
-        raise ValueError(f"{sizes}: the model has {most} positions, take fewer tokens")
+        raise ValueError(f"{sizes}: the model has {limit} positions, take fewer tokens")
     trials, backend = time_decode(model, args)
-    is_shipped = args.model == str(SHIPPED_MODEL)
-    what = common | {"dtype": str(model.wte.weight.dtype)[6:], "backend": backend}
-    what |= {"device": device_name(device), "weights": weights_kind(args.model)}
-    what |= {"model": Path(args.model).name if is_shipped else args.model}
-    what |= {"threads": torch.get_num_threads()}
+    columns = common | {"dtype": str(model.wte.weight.dtype)[6:], "backend": backend}
+    columns |= {"device": device_name(device), "threads": torch.get_num_threads()}
+    columns |= model_columns(args.model)
     sizes = f"batch={args.batch} prompt={args.prompt_tokens} new={args.new_tokens}"
-    what |= {"workload": f"speed {sizes}"}
+    columns |= {"workload": f"speed {sizes}"}
     steps_ms = {size: [median(trial.step_ms) for trial in ts] for size, ts in trials.items()}
     base = args.block_sizes[0]
     for size, times_ms in steps_ms.items():
-        row = what | {"contender": f"block_size={size}"}
+        row = columns | {"contender": f"block_size={size}"}
         yield Measurement.of(times_ms, metric="time a step", unit="ms", **row)
         rates = [args.batch * 1e3 / time_ms for time_ms in times_ms]
         yield Measurement.of(rates, metric="generated tokens", unit="tokens/s", **row)
@@ -132,7 +131,7 @@ def rows_of_speed(args: argparse.Namespace, common: dict) -> Iterator[Measuremen
 # ---- memory and copies ---------------------------------------------------------------------------
 @dataclass
 class Tally:
-    """What a whole run of the scheduler came to."""
+    """The counts of a whole run of the scheduler."""
 
     steps: int = 0
     scheduled: int = 0  # sequences, over all steps
@@ -146,14 +145,17 @@ class Tally:
 def draw_lengths(name: str, args: argparse.Namespace) -> list[tuple[int, int]]:
     """(prompt tokens, new tokens) of each request: exponential, within `max_seq_len` together."""
     rng = random.Random(f"{args.seed} {name}")
-    longest = args.max_seq_len // 2  # of either; their sum fits, whatever is drawn
-    means = MEANS[name]
-    draw = [[rng.expovariate(1 / mean) for mean in means] for _ in range(args.requests)]
-    return [tuple(min(max(round(tokens), 1), longest) for tokens in both) for both in draw]
+    longest = args.max_seq_len // 2  # of each, so that their sum fits
+    prompt_mean, new_mean = MEANS[name]
+
+    def draw(mean: float) -> int:
+        return min(max(round(rng.expovariate(1 / mean)), 1), longest)
+
+    return [(draw(prompt_mean), draw(new_mean)) for _ in range(args.requests)]
 
 
 def play(scheduler: Scheduler, lengths: list[tuple[int, int]], forks: int = 1) -> Tally:
-    """Serve all requests with a stub for the model; each becomes `forks` texts."""
+    """Serve all (prompt, new) lengths without a model; each request becomes `forks` texts."""
     for number, (prompt, new) in enumerate(lengths):
         request = Request(str(number), [0] * prompt, arrival=number)
         request.sequences.append(Sequence(request, 0, [0] * prompt, prompt, new))
@@ -166,11 +168,11 @@ def play(scheduler: Scheduler, lengths: list[tuple[int, int]], forks: int = 1) -
         tally.tokens += sum(seq.num_computed_tokens for seq in scheduler.running)
         tally.held += (allocator.num_blocks - allocator.num_free) * allocator.block_size
         tally.copied += len(plan.copies)
-        futures = []
+        continuations = []
         for seq in plan.sampled:
-            children = forks if seq.num_generated == 0 else 1  # behind the prompt they part
-            futures += [Continuation(seq, [token_id]) for token_id in range(children)]
-        scheduler.update(plan, futures)
+            children = forks if seq.num_generated == 0 else 1  # they fork after the prompt
+            continuations += [Continuation(seq, [token_id]) for token_id in range(children)]
+        scheduler.update(plan, continuations)
     tally.preempted = scheduler.num_preemptions
     tally.recomputed = scheduler.num_recomputed_tokens
     assert allocator.num_free == allocator.num_blocks, "a block leaked"
@@ -178,34 +180,36 @@ def play(scheduler: Scheduler, lengths: list[tuple[int, int]], forks: int = 1) -
 
 
 def make_scheduler(block_size: int, num_blocks: int, max_seq_len: int) -> Scheduler:
-    """One with vLLM's limits: 256 sequences and 2,048 tokens in a step."""
+    """A scheduler with vLLM's limits: 256 sequences and 2,048 tokens in a step."""
     return Scheduler(BlockAllocator(num_blocks, block_size), 256, 2048, max_seq_len)
 
 
-def rows_of_memory(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
+def rows_of_memory(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Both data sets through pools of the same bytes, once for each block size."""
     for name in MEANS:
         lengths = draw_lengths(name, args)
         wanted = sum(prompt + new - 1 for prompt, new in lengths)  # the last token is not computed
-        # At least so much that the longest sequence fits, at every block size.
-        least = args.max_seq_len + max(args.block_sizes)
-        pool_tokens = max(wanted * args.pool_percent // 100, least)
+        # The longest sequence must fit at every block size.
+        minimum = args.max_seq_len + max(args.block_sizes)
+        pool_tokens = max(wanted * args.pool_percent // 100, minimum)
         sizes = f"memory {name} requests={args.requests} pool_tokens={pool_tokens}"
         for size in args.block_sizes:
             scheduler = make_scheduler(size, pool_tokens // size, args.max_seq_len)
             tally = play(scheduler, lengths)
-            what = common | {"contender": f"block_size={size}", "workload": sizes}
-            yield one("share of held memory filled", 100 * tally.tokens / tally.held, "%", what)
-            yield one("sequences at once", tally.scheduled / tally.steps, "sequences a step", what)
-            yield one("steps", tally.steps, "steps", what)
-            yield one("preempted", tally.preempted, "preempted", what)
-            yield one("tokens computed again", tally.recomputed, "tokens computed again", what)
+            columns = common | {"contender": f"block_size={size}", "workload": sizes}
+            yield one("share of held memory filled", 100 * tally.tokens / tally.held, "%", columns)
+            yield one(
+                "sequences at once", tally.scheduled / tally.steps, "sequences a step", columns
+            )
+            yield one("steps", tally.steps, "steps", columns)
+            yield one("preempted", tally.preempted, "preempted", columns)
+            yield one("tokens computed again", tally.recomputed, "tokens computed again", columns)
             again = 100 * tally.recomputed / wanted
-            yield one("share of all tokens computed again", again, "%", what)
+            yield one("share of all tokens computed again", again, "%", columns)
 
 
-def rows_of_copies(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
-    """Both data sets, each prompt for four texts, in pools with room for everybody."""
+def rows_of_copies(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
+    """Both data sets, four texts for each prompt, in pools with room for all."""
     token_bytes = GPTConfig().kv_bytes_per_token(torch.bfloat16)  # GPT-2 124M's
     for name in MEANS:
         lengths = draw_lengths(name, args)
@@ -214,19 +218,19 @@ def rows_of_copies(args: argparse.Namespace, common: dict) -> Iterator[Measureme
             num_blocks = sum(FORKS * -(-(prompt + new) // size) for prompt, new in lengths)
             tally = play(make_scheduler(size, num_blocks, args.max_seq_len), lengths, FORKS)
             assert not tally.preempted
-            what = common | {"contender": f"block_size={size}", "workload": sizes}
-            yield one("blocks copied", tally.copied, "blocks copied", what)
+            columns = common | {"contender": f"block_size={size}", "workload": sizes}
+            yield one("blocks copied", tally.copied, "blocks copied", columns)
             num_bytes = tally.copied * size * token_bytes
-            yield one("bytes copied, GPT-2 124M in 16 bits", num_bytes, "bytes copied", what)
+            yield one("bytes copied, GPT-2 124M in 16 bits", num_bytes, "bytes copied", columns)
 
 
-def one(metric: str, value: float, unit: str, what: dict) -> Measurement:
-    """A row of a count: it comes out the same every time."""
-    return Measurement.of([value], metric=metric, unit=unit, **what)
+def one(metric: str, value: float, unit: str, columns: Columns) -> Measurement:
+    """The row of a count, which is the same in every run."""
+    return Measurement.of([value], metric=metric, unit=unit, **columns)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for sizes of which no run can be made."""
+    """Raise ValueError for sizes that no run can have."""
     if min(args.block_sizes) < 1:
         raise ValueError(f"block_size is {min(args.block_sizes)}: it must be at least 1")
     if args.max_seq_len < 2:
@@ -238,26 +242,15 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     check(args)
-    before = torch.get_num_threads()
-    is_shipped = args.model == str(SHIPPED_MODEL)
+    threads_before = torch.get_num_threads()
     common = {"experiment": "block_size", "seed": args.seed}
     counted = common | {"backend": "none", "dtype": "none", "threads": 1, "device": device_name()}
-    # So small a model as the shipped one runs fastest on one thread.
-    torch.set_num_threads(args.threads or (1 if is_shipped else before))
+    torch.set_num_threads(threads_for(args.model, args.threads))
     try:
         if args.batch:
             yield from rows_of_speed(args, common)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
     if args.requests:
         yield from rows_of_memory(args, counted)
         yield from rows_of_copies(args, counted)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
-
-
-if __name__ == "__main__":
-    main()

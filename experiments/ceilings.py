@@ -1,31 +1,39 @@
-"""What this machine can do at most: read, copy, multiply, launch. Kernels are judged against it.
+"""What this machine can do at most: read, copy, multiply, launch. Kernels are compared with it.
 
-A share of a datasheet's bandwidth says little: nobody reads that fast. So the ceilings are measured
-in the same run: a loop that reads memory once and adds, a copy, GPT-2's four products of a layer
-and its logits at several numbers of rows, and on a GPU an empty kernel in a recorded chain. Decode
-attention is at its end where it is as fast as the read (a loop that fetches early can be a little
-faster than this one); a decode step can't be faster than all its launches.
+A datasheet's bandwidth is never reached, so the ceilings are measured in the same run: a loop that
+reads memory once and adds, a copy, GPT-2's four matrix products of a layer and its logits at
+several numbers of rows, and on a GPU an empty kernel in a recorded chain. Decode attention reads
+every byte of K and V once, so it cannot be much faster than the plain read. (A kernel that
+prefetches can be a little faster than this loop.) A decode step takes at least as long as all its
+launches.
 
-How a call is timed stands in roofline.py. On a GPU many calls over different memory are recorded,
-so that no cache is flushed by hand, whose write-back would fall into the time.
-
-Run: python -m experiments.ceilings
+How a call is timed: see watch/roofline.py. On a GPU many calls over different memory are recorded
+as one graph. Flushing a cache between calls is then unnecessary, and so is timing its write-back.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.results import Measurement, device_name, run_alone
+from experiments.results import Measurement, device_name
 from kernels.device_memory import preallocate
-from kernels.numba_tools import HAS_NUMBA
+from kernels.numba_tools import FASTMATH, HAS_NUMBA
 from watch.roofline import timer, warm_up
 
-# name: (rows in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_NUMBA:
+    import numba
+    import numpy as np
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+# name: (columns in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape
 PRODUCTS = {
     "QKV": (768, 2304),
     "attention projection": (768, 768),
@@ -48,59 +56,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one."""
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(chosen if device == "auto" else device)
+    """The device that a flag names; "auto" is the GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def set_threads(threads: int) -> None:
+    """Set the number of threads of PyTorch and of Numba.
+
+    Numba comes first: its first call starts its threads, and with OpenMP that call also changes
+    PyTorch's number.
+    """
+    if HAS_NUMBA:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
 
 
 # ---- contenders in turn --------------------------------------------------------------------------
 def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round: A B A B, so that all share the machine's luck.
+    """Milliseconds of each contender in each round, in the order A B A B.
 
-    One round before them warms up and is not counted.
+    A slow moment of the machine then hits all contenders. One round before them warms up and is
+    not counted.
     """
     times_ms: dict[str, list[float]] = {name: [] for name in timers}
     for repeat in range(repeats + 1):
         for name, measure in timers.items():
             time_ms = measure()
-            if repeat:
+            if repeat > 0:
                 times_ms[name].append(time_ms)
     return times_ms
 
 
-# ---- what to time --------------------------------------------------------------------------------
+# ---- plain reads and an empty kernel -------------------------------------------------------------
+if HAS_NUMBA:
+
+    @numba.njit(parallel=True, fastmath=FASTMATH, cache=True)
+    def sum_numba(x):
+        """The sum of a flat float32 array: one addition for every four bytes read."""
+        part = 1 << 18  # numbers: 1 MB is long enough to stream, and gives every thread some parts
+        sums = np.zeros(-(-x.size // part), np.float32)
+        for i in numba.prange(sums.size):
+            total = np.float32(0)
+            for j in range(i * part, min((i + 1) * part, x.size)):
+                total += x[j]
+            sums[i] = total
+        return sums.sum()
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def read_kernel(x, sums, TILE: tl.constexpr):
+        """Load one tile of a flat int32 tensor, and store the sum of its numbers."""
+        i = tl.program_id(0)
+        values = tl.load(x + i.to(tl.int64) * TILE + tl.arange(0, TILE))
+        tl.store(sums + i, tl.sum(values, 0))
+
+    @triton.jit
+    def empty_kernel(x):
+        """Do nothing: the time of a call is the time of a launch."""
+        return
+
+    def sum_triton(x: Tensor, sums: Tensor) -> None:
+        """Read a flat int32 tensor once: each of its `sums.numel()` equal tiles gets its sum."""
+        tile = x.numel() // sums.numel()
+        assert tile * sums.numel() == x.numel()
+        read_kernel[(sums.numel(),)](x, sums, TILE=tile, num_warps=8)
+
+
 def readers(device: torch.device, read_mb: int | None) -> tuple[dict[str, Callable], int]:
-    """Ways to read one buffer once, name -> call(i), and its bytes: far beyond the caches."""
-    num_bytes = (read_mb or (8192 if device.type == "cuda" else 1024)) << 20
-    # Memory of the pool's kind, and written, or nothing is behind it.
-    numbers = preallocate((num_bytes // 4,), torch.float32, device).fill_(1)
-    found = {"read, torch": lambda i: numbers.sum()}
-    if device.type == "cuda":
-        from experiments.rungs_triton import sum_triton
+    """All ways to read one buffer once, name -> call(i), and the buffer's bytes.
 
-        sums = torch.zeros(numbers.numel() // 8192, dtype=torch.int32, device=device)
-        found["read, triton"] = lambda i: sum_triton(numbers.view(torch.int32), sums)
-    elif HAS_NUMBA:
-        from experiments.rungs_numba import sum_numba
-
-        found["read, numba"] = lambda i: sum_numba(numbers.numpy())
-    return found, num_bytes
-
-
-def set_threads(threads: int) -> None:
-    """How many threads PyTorch and Numba take.
-
-    Numba first: its first call starts its threads, and with OpenMP that sets PyTorch's number too.
+    The buffer is much larger than the caches.
     """
-    if HAS_NUMBA:
-        import numba
-
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    torch.set_num_threads(threads)
+    num_bytes = (read_mb or (8192 if device.type == "cuda" else 1024)) << 20
+    # The same kind of memory as the pool. Written once: the kernel maps a page at its first write.
+    numbers = preallocate((num_bytes // 4,), torch.float32, device).fill_(1)
+    ways: dict[str, Callable] = {"read, torch": lambda i: numbers.sum()}
+    if device.type == "cuda":
+        sums = torch.zeros(numbers.numel() // 8192, dtype=torch.int32, device=device)
+        ways["read, triton"] = lambda i: sum_triton(numbers.view(torch.int32), sums)
+    elif HAS_NUMBA:
+        ways["read, numba"] = lambda i: sum_numba(numbers.numpy())
+    return ways, num_bytes
 
 
 class Reader(NamedTuple):
-    """The fastest way to read memory here: what a share of the bandwidth is a share of."""
+    """The fastest way to read memory here. Shares of the bandwidth are shares of this one."""
 
     name: str  # "read, numba"
     measure: Callable[[], float]  # reads the buffer once, returns milliseconds
@@ -112,78 +156,84 @@ class Reader(NamedTuple):
 
 
 def best_reader(device: torch.device, read_mb: int | None) -> Reader:
-    """Try all ways to read three times and keep the fastest."""
-    found, num_bytes = readers(device, read_mb)
-    timers = {name: timer(call, 1, device) for name, call in found.items()}
+    """Time each way to read three times and keep the fastest."""
+    ways, num_bytes = readers(device, read_mb)
+    timers = {name: timer(call, 1, device) for name, call in ways.items()}
     times_ms = in_turn(timers, 3)
     name = min(timers, key=lambda name: min(times_ms[name]))
     return Reader(name, timers[name], num_bytes)
 
 
-def time_memory(args: argparse.Namespace, device: torch.device, common: dict) -> Iterator:
-    """Rows of the reads and of a copy: GB/s, where a copy moves each byte twice."""
-    found, num_bytes = readers(device, args.read_mb)
+# ---- rows ----------------------------------------------------------------------------------------
+Columns = dict[str, Any]  # columns that several rows share: experiment, device, dtype, ...
+
+
+def time_memory(
+    args: argparse.Namespace, device: torch.device, common: Columns
+) -> Iterator[Measurement]:
+    """Rows of the reads and of a copy, in GB/s."""
+    calls, num_bytes = readers(device, args.read_mb)
     half = num_bytes // 2
     source, target = (torch.ones(half, dtype=torch.uint8, device=device) for _ in range(2))
-    calls = {**found, "copy, torch": lambda i: target.copy_(source)}
+    calls["copy, torch"] = lambda i: target.copy_(source)
     timers = {name: timer(call, 1, device) for name, call in calls.items()}
-    # A copy moves each byte of one half twice: out of memory and into the other half.
+    # A copy reads half of the bytes and writes half of them, so it moves as many as a read.
     for name, times_ms in in_turn(timers, args.repeats).items():
         rates = [num_bytes / time_ms / 1e6 for time_ms in times_ms]
-        what = {"workload": f"memory MB={num_bytes >> 20}", "dtype": "none"} | common
-        what |= {"contender": name, "backend": name.split(", ")[1]}
-        yield Measurement.of(rates, metric="bandwidth", unit="GB/s", **what)
+        columns = common | {"workload": f"memory MB={num_bytes >> 20}", "dtype": "none"}
+        columns |= {"contender": name, "backend": name.split(", ")[1]}
+        yield Measurement.of(rates, metric="bandwidth", unit="GB/s", **columns)
 
 
-def time_empty_kernel(args: argparse.Namespace, device: torch.device, common: dict) -> Iterator:
-    """The row of a launch in a recorded chain of 1,000."""
-    from experiments.rungs_triton import empty_kernel
-
+def time_empty_kernel(
+    args: argparse.Namespace, device: torch.device, common: Columns
+) -> Iterator[Measurement]:
+    """The row of one launch, from a recorded chain of 1,000."""
     x = torch.zeros(1, device=device)
     measure = timer(lambda i: empty_kernel[(1,)](x), 1000, device)
     times_us = [measure() * 1e3 for _ in range(args.repeats)]
-    what = {"workload": "calls=1000", "dtype": "none"} | common | {"backend": "triton"}
-    yield Measurement.of(
-        times_us, contender="empty kernel", metric="time a launch", unit="us", **what
-    )
+    columns = common | {"workload": "calls=1000", "dtype": "none", "backend": "triton"}
+    columns |= {"contender": "empty kernel", "metric": "time a launch", "unit": "us"}
+    yield Measurement.of(times_us, **columns)
 
 
 def product(weights: list[Tensor], x: Tensor, i: int) -> Tensor:
-    """Call i of a chain of products: another layer's weights each time."""
+    """Product number i of a chain: x (rows, in) times the weight (out, in) of the next layer."""
     return x @ weights[i % len(weights)].T
 
 
-def time_products(args: argparse.Namespace, device: torch.device, common: dict) -> Iterator:
-    """Rows of a layer's four products and the logits: ms, operations, bytes of weights."""
+def time_products(
+    args: argparse.Namespace, device: torch.device, common: Columns
+) -> Iterator[Measurement]:
+    """Rows of a layer's four products and of the logits: time, operations, bytes of weights."""
     default = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
     for dtype_name in args.dtypes or default:
-        dtype = getattr(torch, dtype_name)
-        for name, (rows_in, columns) in PRODUCTS.items():
+        for name, (num_in, num_out) in PRODUCTS.items():
             num_weights = 1 if name == "logits" else args.layers
             weights = [
-                torch.full((columns, rows_in), 0.01, dtype=dtype, device=device).normal_()
+                torch.randn(num_out, num_in, dtype=getattr(torch, dtype_name), device=device)
                 for _ in range(num_weights)
             ]
             num_calls = num_weights * (10 if device.type == "cuda" else 1)
             timers = {}
             for M in args.rows:
-                x = torch.randn(M, rows_in, device=device).to(dtype)
+                x = torch.randn(M, num_in, device=device).to(weights[0].dtype)
                 timers[M] = timer(partial(product, weights, x), num_calls, device)
             for M, times_ms in in_turn(timers, args.repeats).items():
-                what = {"contender": f"{name}, {M} rows", "workload": "products"}
-                what |= {"dtype": dtype_name} | common
-                rates = [2 * M * rows_in * columns / t / 1e9 for t in times_ms]
-                reads = [weights[0].nbytes / t / 1e6 for t in times_ms]
-                yield Measurement.of(times_ms, metric="time a call", unit="ms", **what)
-                yield Measurement.of(rates, metric="operations", unit="TFLOP/s", **what)
-                yield Measurement.of(reads, metric="weight bandwidth", unit="GB/s", **what)
+                columns = {"contender": f"{name}, {M} rows", "workload": "products"}
+                columns |= {"dtype": dtype_name} | common
+                tflops = [2 * M * num_in * num_out / t / 1e9 for t in times_ms]
+                gb_per_s = [weights[0].nbytes / t / 1e6 for t in times_ms]
+                yield Measurement.of(times_ms, metric="time a call", unit="ms", **columns)
+                yield Measurement.of(tflops, metric="operations", unit="TFLOP/s", **columns)
+                yield Measurement.of(gb_per_s, metric="weight bandwidth", unit="GB/s", **columns)
 
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     device = resolve(args.device)
-    before = torch.get_num_threads()
-    set_threads(args.threads or before)
+    threads_before = torch.get_num_threads()
+    set_threads(args.threads or threads_before)
     common = {"experiment": "ceilings", "backend": "torch", "device": device_name(device)}
     common |= {"threads": torch.get_num_threads()}
     try:
@@ -193,13 +243,4 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
             yield from time_empty_kernel(args, device, common)
         yield from time_products(args, device, common)
     finally:
-        set_threads(before)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
-
-
-if __name__ == "__main__":
-    main()
+        set_threads(threads_before)

@@ -1,27 +1,27 @@
-"""One command on a machine with a GPU: are the kernels right there, and how fast are they.
+"""One command on a machine with a GPU: are the kernels right there, and how fast are they?
 
 Without a GPU the Triton kernels are interpreted, one program after another, and compiled but never
-run. What that cannot show, a race, a driver's limit, a speed, only the device shows. Whoever has
-one for half an hour should not spend it on installing: this needs python3, torch, triton, numpy and
-pytest, no network, no git, no virtual environment, and ends within 8 minutes. There are three runs:
+run. Only the device shows a race, a driver's limit or a speed. Time on a GPU is short, so nothing
+is installed: the check needs python3, torch, triton, numpy and pytest, no network, no git, no
+virtual environment, and it ends within 8 minutes. There are three runs:
 
                 environment ─> tests ─> ceilings ─> kernels ─> table     are the kernels right?
     --sweep     environment ─> sweep ─> table                            which tiles are fastest?
     --engine    environment ─> engine tests ─> latency ─> table          how good is the engine?
-                 versions,      fresh           steps, requests,
+                 versions,      random          steps, requests,
                  compiled?      inputs          a profile
 
-The last one needs what the engine imports too: safetensors, tiktoken and tqdm; with transformers
-the peers run as well.
+The last run also needs the engine's own imports: safetensors, tiktoken and tqdm. If transformers is
+installed, it is timed as well.
 
-Each stage is a process with a time limit of its own. One that fails, or runs over and is killed, is
-named, the others still run, and the exit code says so. A test that was skipped is a failure here:
-it is exactly what nobody would miss. Rows are written as they are measured, into OUT (default
-results/<device>): whatever ends this early, what was measured is kept.
+Each stage is a process with its own time limit. If one fails, or exceeds its limit and is killed,
+the table names it, the other stages still run, and the exit code is 1. A skipped test counts as a
+failure: a test that does not run here runs nowhere. Rows are written as they are measured into OUT
+(default results/<device>), so a run that ends early keeps what it has measured.
 
 Run: python -m experiments.gpu_check
      OUT=/tmp/run PAGEDGPT_COMMIT=abc1234 python3 -m experiments.gpu_check --engine
-Try: PAGEDGPT_SEED=<the seed that a failed run printed>, for the same inputs again.
+     PAGEDGPT_SEED=<the seed that a failed run printed> python3 -m experiments.gpu_check
 """
 
 import argparse
@@ -36,19 +36,19 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from experiments.results import commit, provenance
-from experiments.summary import summarise
+from experiments.results import commit, provenance, read
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK, SWEEP, ENGINE = "check", "sweep", "engine"  # the runs
 TESTS = ["tests/kernels/test_triton_prefill.py", "tests/kernels/test_triton_decode.py"]
-# Of these only what nothing but a GPU can show: the rest runs without one.
+# Of these files only the tests marked `gpu` run: the others need no GPU.
 ENGINE_TESTS = [
     "tests/speedups/test_cuda_graphs.py",
     "tests/kernels/test_triton_sampling.py",
@@ -60,29 +60,31 @@ ENGINE_TESTS = [
 ]
 KERNEL_FILES = ["kernels.triton_prefill", "kernels.triton_decode", "kernels.triton_sampling"]
 KERNEL_FILES += ["kernels.triton_fused_decode", "kernels.triton_small_linear"]
-KERNEL_FILES += ["experiments.rungs_triton"]
+KERNEL_FILES += ["experiments.ceilings", "experiments.rungs_triton"]
 ENGINE_KERNEL_FILES = ["kernels.triton_fused"]  # imports the engine
 MOST_FILES, MOST_SECONDS, MOST_LINES = 8, 480, 60
+# These units are written after a figure; the title of a table names all others.
+MARKS = ("%", "x", "GB/s", "TFLOP/s")
 
 
 class Stage(NamedTuple):
     """A process to run, and how long it may take."""
 
     name: str
-    command: list[str]  # behind the interpreter
+    command: list[str]  # the arguments of the interpreter
     limit_s: int
 
 
 def stages(out: Path, run: str) -> list[Stage]:
-    """In the order of what matters most, should the machine be taken away; 8 minutes in all.
+    """The stages of a run, the most important first; together at most 8 minutes.
 
-    Nearly all of the tests' time is Triton's, compiling some 380 kernels one after another.
+    The tests spend nearly all of their time in Triton, which compiles about 380 kernels.
     """
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}"]
     environment = ["-m", "experiments.gpu_check", "--environment", str(out / "environment.json")]
 
     def rows(name: str, file: str) -> list[str]:
-        return ["-m", f"experiments.{name}", "--out", str(out / file)]
+        return ["benchmark.py", name, "--out", str(out / file)]
 
     if run == SWEEP:
         return [
@@ -110,9 +112,9 @@ def slug(name: str) -> str:
 
 
 def run_stage(stage: Stage, env: dict[str, str]) -> str | None:
-    """Run it to its end or its limit. Returns None, or what went wrong in one sentence."""
+    """Run a stage to its end or its limit. Returns None, or the failure in one sentence."""
     print(f"\n---- {stage.name}, at most {stage.limit_s} s", flush=True)
-    # A session of its own, so that a kill reaches whatever the process started.
+    # A session of its own, so that the kill reaches all processes that it started.
     process = subprocess.Popen(
         [sys.executable, *stage.command], cwd=ROOT, env=env, start_new_session=True
     )
@@ -121,7 +123,7 @@ def run_stage(stage: Stage, env: dict[str, str]) -> str | None:
     except subprocess.TimeoutExpired:
         return f"{stage.name} ran over its {stage.limit_s} s and was killed"
     finally:
-        if process.poll() is None:  # over its limit, or Ctrl-C here
+        if process.poll() is None:  # over its limit, or Ctrl-C
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return f"{stage.name} failed with exit code {code}" if code else None
@@ -131,7 +133,7 @@ def run_stage(stage: Stage, env: dict[str, str]) -> str | None:
 def kernels_of(modules: list) -> dict[str, str]:
     """The Triton kernels of some modules, "module.name" -> the class of their objects.
 
-    A class is told by its name, so that this also works where triton can't be imported.
+    Classes are compared by name, so this works without triton too.
     """
     kinds = ("JITFunction", "InterpretedFunction", "Autotuner", "Heuristics")
     return {
@@ -164,12 +166,12 @@ def nvidia_smi() -> str:
 
 
 def write_environment(path: Path, kernel_files: list[str]) -> None:
-    """Say where this runs, warm the chip, and refuse kernels that are not compiled."""
+    """Write versions and device to a file, warm up the GPU, and refuse interpreted kernels."""
     from experiments.ceilings import warm_up
 
     kernels = kernels_of([importlib.import_module(name) for name in kernel_files])
     refuse_interpreted(kernels)
-    warm_up(torch.device("cuda"), seconds=3)  # a cold one idles at a fifth of its clock
+    warm_up(torch.device("cuda"), seconds=3)  # an idle GPU runs at a fifth of its clock
     properties = torch.cuda.get_device_properties(0)
     facts = provenance() | {"device": properties.name, "kernels": kernels}
     facts |= {
@@ -199,8 +201,8 @@ def count_tests(path: Path) -> dict[str, int]:
 
 
 def judge_tests(path: Path, since: float) -> tuple[str, str | None]:
-    """What to print about the tests, and what is wrong with them, if anything."""
-    if not path.exists() or path.stat().st_mtime < since:  # or it is an earlier run's
+    """A line about the tests, and their failure in one sentence, or None."""
+    if not path.exists() or path.stat().st_mtime < since:  # the file of an earlier run
         return "no test ended", "the tests left no result"
     counts = count_tests(path)
     line = f"{counts['ran']} GPU tests ran, {counts['failed']} failed, {counts['skipped']} skipped"
@@ -211,24 +213,152 @@ def judge_tests(path: Path, since: float) -> tuple[str, str | None]:
     return line, None if counts["ran"] else "no GPU test ran"
 
 
+# ---- the table of a run, under 60 lines ----------------------------------------------------------
+def rows_since(path: Path, date: str) -> list[dict]:
+    """The rows of this run. A file may also hold those of earlier runs."""
+    return [row for row in read(path) if row["date"] >= date] if path.exists() else []
+
+
+def shape_of(row: dict) -> str:
+    """The header of a workload's column: "batch=64 context=512 block_size=16" -> "64x512"."""
+    kinds = "decode |prefill |write prefill |profile "
+    found = re.match(rf"(?:{kinds})?batch=(\d+) context=(\d+)", row["workload"])
+    return f"{found[1]}x{found[2]}" if found else row["workload"]
+
+
+def pivot(rows: list[dict], metrics: list[str]) -> list[str]:
+    """A line for each contender, a column for each workload; cells hold the metrics' medians."""
+    rows = [row for row in rows if row["metric"] in metrics]
+    columns = list(dict.fromkeys(shape_of(row) for row in rows))
+    width = max((len(name) for name in columns), default=0)
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        unit = row["unit"] if row["unit"] in MARKS else ""
+        line = cells.setdefault(row["contender"], {})
+        line.setdefault(shape_of(row), []).append(f"{row['median']:.4g}{unit}")
+    texts = {name: {k: " ".join(v) for k, v in line.items()} for name, line in cells.items()}
+    width = max([width, *(len(text) for line in texts.values() for text in line.values())])
+    first = max((len(name) for name in texts), default=0) + 2
+    lines = [" " * first + "  ".join(f"{name:>{width}}" for name in columns)]
+    for name, line in texts.items():
+        cells_of = "  ".join(f"{line.get(column, ''):>{width}}" for column in columns)
+        lines.append(f"{name:{first}}{cells_of}")
+    return [line.rstrip() for line in lines]
+
+
+def section(title: str, rows: list[dict], *metrics: str) -> list[str]:
+    """A title and a table of some metrics; nothing if no row has them."""
+    found = [row for row in rows if row["metric"] in metrics]
+    return [title, *pivot(found, list(metrics))] if found else []
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+def ceilings_lines(rows: list[dict]) -> list[str]:
+    """The ceilings. Products have a column for each number of rows."""
+    lines, products = [], []
+    for row in rows:
+        if row["workload"] != "products":
+            lines.append(f"{row['contender']:34}{row['median']:.4g} {row['unit']}")
+        else:  # "QKV, 8 rows"
+            name, num_rows = row["contender"].rsplit(", ", 1)
+            products.append(row | {"contender": name, "workload": num_rows})
+    return lines + section("products, ms a call", products, "time a call")
+
+
+def kernels_lines(rows: list[dict]) -> list[str]:
+    """Decode kernels, prompts, and the straight line through five sizes."""
+    decode = [row for row in rows if row["workload"].startswith("batch=")]
+    title = "decode attention, ms a call and share of the plain read"
+    lines = section(title, decode, "time a call", "share of the read")
+    title = "the same, speed against the contiguous library kernel"
+    lines += section(title, decode, "speed against contiguous")
+    metrics = ("time a call", "operations", "scatter bandwidth", "speed against contiguous")
+    prompts = [row for row in rows if "prefill" in row["workload"]]
+    lines += section("prompts, ms a call", prompts, *metrics)
+    for row in rows:
+        if row["workload"].startswith("t0"):
+            lines.append(f"decode kernel, {row['metric']}: {row['median']:.4g} {row['unit']}")
+    return lines
+
+
+def transposed(rows: list[dict]) -> list[dict]:
+    """The same figures with a line for each shape and a column for each contender.
+
+    A contender is named by its last words: "recorded, fused" is "fused".
+    """
+    found = []
+    for row in rows:
+        last_words = re.split(", |transformers ", row["contender"])[-1]
+        found.append(row | {"contender": shape_of(row), "workload": last_words})
+    return found
+
+
+def steps_lines(rows: list[dict]) -> list[str]:
+    """Decode steps beside their floor; launches and transformers for the first shape alone."""
+    if not rows:
+        return []
+    first = shape_of(rows[0])
+    title = "a decode step: ms on the device, share of the byte floor, ms token to token"
+    metrics = "time a step", "share of the byte floor", "token to token"
+    lines = section(f"{title} (transformers: this alone)", transposed(rows), *metrics)
+    lines += section("paged against slabs", rows, "speed against recorded, contiguous")
+    short = [row for row in rows if shape_of(row).split("x")[1] == first.split("x")[1]]
+    lines += section("launches of its forward, copies included", short, "launches a step")
+    prefix = "speed against transformers "
+    against = [row for row in rows if shape_of(row) == first and row["metric"].startswith(prefix)]
+    names = [row["metric"] for row in against]
+    named = [row | {"workload": row["metric"].removeprefix(prefix)} for row in against]
+    return lines + section(f"{first}, speed against transformers", named, *names)
+
+
+def engine_lines(rows: list[dict]) -> list[str]:
+    """Steps, the cost of recording them, a step's profile, whole workloads."""
+    lines = steps_lines([row for row in rows if row["workload"].startswith("decode ")])
+    recorded = [row for row in rows if row["workload"].startswith("recording ")]
+    lines += section("recording, s and MB", recorded, "recording", "memory taken")
+    profiled = [row for row in rows if row["workload"].startswith("profile ")]
+    title = "a step of the engine: kernels, copies to the device, waits, allocations, device idle"
+    lines += section(title, profiled, *[row["metric"] for row in profiled])
+    for row in rows:
+        if row["unit"] == "tokens/s":
+            name = f"{row['workload']}, {row['contender']}"
+            lines.append(f"{name}: {row['median']:,.0f} {row['metric']} a second")
+    return lines
+
+
+def summarise(out: Path, date: str) -> list[str]:
+    """The figures of this run from the files of rows in a folder."""
+    lines_of: dict[str, Callable[[list[dict]], list[str]]] = {
+        "ceilings": ceilings_lines,
+        "kernels": kernels_lines,
+        "engine": engine_lines,
+    }
+    lines: list[str] = []
+    for name, function in lines_of.items():
+        part = function(rows_since(out / f"{name}.csv", date))
+        lines += ["", *part] if lines and part else part
+    return lines
+
+
 # ---- all of it -----------------------------------------------------------------------------------
 def run_all(found: list[Stage], out: Path, env: dict[str, str]) -> int:
     """Run the stages, print the table, return the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     since, date = time.time(), datetime.now(UTC).isoformat("T", "seconds")
-    wrong, spent_s = [], {}
+    failures: list[str | None] = []
+    spent_s: dict[str, float] = {}
     for stage in found:
         started = time.monotonic()
-        wrong.append(run_stage(stage, env))
+        failures.append(run_stage(stage, env))
         spent_s[stage.name] = time.monotonic() - started
-    line, failure = "no tests in this run", None
+    tests_line, tests_failure = "no tests in this run", None
     if any(name.endswith("tests") for name in spent_s):
-        line, failure = judge_tests(out / "tests.xml", since)
-    reasons = [reason for reason in (*wrong, failure) if reason]
+        tests_line, tests_failure = judge_tests(out / "tests.xml", since)
+    reasons = [reason for reason in (*failures, tests_failure) if reason]
     head = f"commit {commit()}, seed {env['PAGEDGPT_SEED']}, " + ", ".join(
         f"{name} {seconds:.0f} s" for name, seconds in spent_s.items()
     )
-    lines = [head, *summarise(out, date), "", line]
+    lines = [head, *summarise(out, date), "", tests_line]
     lines += [f"WRONG: {reason}" for reason in reasons] or ["all is well"]
     (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\n---- {out}\n" + "\n".join(lines))
@@ -236,7 +366,7 @@ def run_all(found: list[Stage], out: Path, env: dict[str, str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the GPU, then run everything; exit code 1 if anything is wrong."""
+    """Check that there is a GPU, then run all stages; exit code 1 if anything fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -254,8 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     env |= {"PAGEDGPT_SEED": os.environ.get("PAGEDGPT_SEED") or str(secrets.randbelow(2**31))}
     try:
         if args.environment:
-            engine = ENGINE_KERNEL_FILES if args.run == ENGINE else []
-            write_environment(args.environment, KERNEL_FILES + engine)
+            more = ENGINE_KERNEL_FILES if args.run == ENGINE else []
+            write_environment(args.environment, KERNEL_FILES + more)
             return
         out = Path(os.environ.get("OUT") or ROOT / "results" / slug(torch.cuda.get_device_name(0)))
         raise SystemExit(run_all(stages(out.resolve(), args.run), out.resolve(), env))

@@ -1,75 +1,86 @@
-"""How long a decode step takes, and what each way to run it is worth: the same step, in turn.
+"""How long a decode step takes, and what each way to run it gains: the same step, in turn.
 
-    eager                            every kernel asked for by Python, one by one
-    recorded                         the same kernels, recorded once, replayed (cuda_graphs.py)
+    eager                            Python launches every kernel, one by one
+    recorded                         the same kernels, recorded once and replayed (cuda_graphs.py)
     recorded, fused                  fewer kernels that do more each (kernels/triton_fused.py)
-    recorded, fused, small linears   and products of our own, for up to 16 rows
-    recorded, contiguous             as recorded, over slabs: what paging is compared with
-    transformers DynamicCache        the peer's bare loop
+    recorded, fused, small linears   and matrix products of our own, for up to 16 rows
+    recorded, contiguous             as recorded, over slabs: the price of paging
+    transformers DynamicCache        a loop around transformers' model
     transformers StaticCache, compiled    the same, its step recorded by torch.compile
 
-A step has two times. "time a step" is the device's: on a GPU replays between two events, one behind
-the other, with contexts of just the length that the row names. "token to token" is what a client
-sees: the engine's whole step on the host's clock, sampling included, while contexts grow up to that
-length; a peer's step keeps its tokens on the device. Beside the first stands its share of the byte
-floor: all weights, and K and V of all contexts, at the speed of a plain read (roofline.py). Before
-anything is timed the contenders' logits must be equal (steps.py says how nearly).
+Each of ours is an engine, and only its forward differs. A slab is a block as long as the longest
+sequence, read by the same kernel through a table with one entry, so the difference between blocks
+and slabs is paging alone. All contenders share two pools: they run one after the other, and each
+begins with prompts.
 
-On a CPU nothing is recorded: the same code calls instead of replaying. Weights are used as they
-were loaded, without the CPU's packed ones. The compiled peer comes last and for one shape alone,
-because it compiles for a minute.
+A step has two times. "time a step" is the device's: on a GPU several replays between two events,
+with contexts of exactly the length that the row names. "token to token" is what a client waits: the
+engine's whole step on the host's clock, sampling included, while the contexts grow up to that
+length. A step of transformers keeps its tokens on the device. The first time has its share of the
+byte floor beside it: all weights, and K and V of all contexts, at the speed of a plain read.
 
-Then whole workloads: requests of mixed lengths, served one step after the other and planned one
-step ahead; prompts alone; and a profile of what a step launches, copies and waits for.
-Run: python -m experiments.latency --batches 1 8 --contexts 128
-     python -m experiments.latency --contenders recorded contiguous --profile profile.txt
+Equal work is checked before anything is timed: prompts are computed into a pool full of NaN, then
+one step, and the logits of all contenders must be equal.
+
+On a CPU nothing is recorded, and the same code calls instead of replaying. Weights are used as they
+were loaded, without the CPU's packed form. The compiled step comes last and for one shape alone,
+because it compiles for a minute. After the steps come whole workloads and a profile (workloads.py).
 """
 
 import argparse
+import importlib.util
 import statistics
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from checkpoints.load import load_model, weights_kind
-from experiments import peers, transformers_loop
-from experiments.ceilings import set_threads, warm_up
+from block_allocator import BlockAllocator
+from checkpoints.load import load_model
+from engine import Forward, InferenceEngine, eager_forward
+from experiments import peers, transformers_engines, workloads
+from experiments.ceilings import Columns, set_threads, warm_up
 from experiments.kernels import parse_shape
-from experiments.results import Measurement, device_name, run_alone
-from experiments.serving import prefill, profiles, throughput
-from experiments.speed import percentile
-from experiments.steps import (
-    COMPILED,
-    CONTIGUOUS,
-    DYNAMIC,
-    OURS,
-    PEERS,
-    RECORDED,
-    Compiled,
-    Contender,
-    build,
-    check_equal,
-    choose,
-    fill_and_step,
-    make_pools,
-    random_ids,
-    step_timer,
+from experiments.peers import logits_bound, random_ids
+from experiments.results import Measurement, device_name, percentile
+from experiments.speed import model_columns, threads_for
+from experiments.transformers_engines import Compiled, Theirs
+from kernels.backends import (
+    BACKENDS,
+    DTYPES,
+    can_record,
+    resolve_backend,
+    resolve_device,
+    resolve_dtype,
 )
-from experiments.transformers_loop import Theirs
-from kernels.backends import DTYPES, resolve_backend, resolve_device, resolve_dtype
-from kv_cache import Batch
+from kernels.device_memory import preallocate
+from kernels.triton_fused import can_fuse, fused_forward
+from kernels.triton_sampling import draw_tokens_triton
+from kernels.triton_small_linear import MOST_ROWS
+from kv_cache import Batch, KVCache, Row, make_batch
 from llm import SHIPPED_MODEL
 from model import GPT
+from sampling import draw_tokens
+from scheduler import Scheduler
+from speedups.cuda_graphs import GraphForward, recorded_sizes
 from watch.explain import count_launches, weight_bytes
 from watch.roofline import read_rate
 
+EAGER, RECORDED, FUSED = "eager", "recorded", "recorded, fused"
+SMALL, CONTIGUOUS = "recorded, fused, small linears", "recorded, contiguous"
+DYNAMIC, COMPILED = peers.THEIRS, "transformers StaticCache, compiled"
+# The names on the command line: engines of ours, and transformers'.
+OURS = {"eager": EAGER, "recorded": RECORDED, "fused": FUSED, "small": SMALL}
+OURS |= {"contiguous": CONTIGUOUS}
+PEERS = {"transformers": DYNAMIC, "compiled": COMPILED}
 FLOOR = "byte floor"
-# What a flag means that is not given.
-DEFAULTS = {
+MOST_PROMPT_TOKENS = 2**16  # in one forward that fills the pool
+# The values of flags that are not given.
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "model": str(SHIPPED_MODEL),
         "contenders": [*OURS],
@@ -107,29 +118,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=int, help="mixed ones, served at once; 0: skip; default on a GPU 256")
     add("--lengths", type=int, nargs=2, default=[64, 512], help="of their prompts and texts, a..b")
     add("--prefill", nargs="*", help="prompts x tokens; none: skip; default on a GPU 16x512")
+    add("--budgets", type=int, nargs="*", default=[], help="tokens a step while a prompt joins")
+    add("--join", type=int, default=768, help="tokens of the prompt that joins, with --budgets")
     add("--profile", help="write what a step launches, copies and waits for to this file; GPU only")
     add("--threads", type=int, help="of the CPU; default: all, for the shipped model 1")
     add("--seed", type=int, default=0, help="of prompts, lengths and tables")
 
 
-# ---- what to do ----------------------------------------------------------------------------------
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with a value for each flag; ValueError for what no run could do."""
+    """The arguments with a value for each flag; ValueError for values that no run can have."""
     device = resolve_device(args.device)
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**({"profile": None} | DEFAULTS[device.type] | given))
-    is_shipped = args.model == str(SHIPPED_MODEL)
     args.device, args.dtype = device, resolve_dtype(args.dtype, device)
     args.backend = resolve_backend("auto", device, args.dtype)
-    args.threads = given.get("threads") or (1 if is_shipped else torch.get_num_threads())
-    args.model_name = Path(args.model).name if is_shipped else args.model
+    args.threads = threads_for(args.model, given.get("threads"))
     if args.profile and device.type == "cpu":
         raise ValueError("a profile is of what a GPU does, the device is cpu: leave out --profile")
     if min(*args.batches, args.steps, args.rounds, args.block_size, args.lengths[0]) < 1:
         raise ValueError("batches, steps, rounds, block size and lengths must all be at least 1")
-    if args.requests < 0 or args.lengths[0] > args.lengths[1]:
-        least, most = args.lengths
-        raise ValueError(f"{args.requests} requests of {least}..{most} tokens: that is nothing")
+    shortest, longest = args.lengths
+    if args.requests < 0 or shortest > longest:
+        raise ValueError(f"{args.requests} requests of {shortest}..{longest} tokens: impossible")
     if min(args.contexts) < args.steps + 2:
         sizes = f"a context of {min(args.contexts)} tokens and {args.steps} steps that lead to it"
         raise ValueError(f"{sizes}: a prompt of at least 1 token comes before, lower --steps")
@@ -138,198 +148,391 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 
 def check_lengths(args: argparse.Namespace, model: GPT) -> None:
     """Raise ValueError for more tokens than the model has positions."""
-    most = model.config.max_seq_len
+    limit = model.config.max_seq_len
     prompts = [parse_shape(text)[1] for text in args.prefill]
     requests = [2 * args.lengths[1]] if args.requests else []
     longest = max(*args.contexts, *[n + 1 for n in prompts], *requests, 0)
-    if longest > most:
-        raise ValueError(f"{longest} tokens in a sequence: the model has {most} positions")
+    if longest > limit:
+        raise ValueError(f"{longest} tokens in a sequence: the model has {limit} positions")
 
 
-# ---- steps ---------------------------------------------------------------------------------------
+# ---- the contenders ------------------------------------------------------------------------------
+def why_not(name: str, model: GPT, device: torch.device) -> str | None:
+    """Why a contender can't run here, in a few words; None if it can."""
+    if name in (FUSED, SMALL):
+        return can_fuse(model)
+    if name in PEERS.values() and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    if name == COMPILED and device.type == "cpu":
+        return "what torch.compile records are a GPU's graphs"
+    return None
+
+
+def choose(args: argparse.Namespace, model: GPT) -> tuple[list[str], list[str]]:
+    """Ours and transformers' contenders that were asked for and run here.
+
+    For each that cannot run the reason is printed. Raises ValueError if none of ours is left that
+    can run all batches.
+    """
+    ours, others = [], []
+    for flag in args.contenders:
+        name = (OURS | PEERS)[flag]
+        reason = why_not(name, model, args.device)
+        if reason is not None:
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        else:
+            (ours if flag in OURS else others).append(name)
+    if not ours:
+        raise ValueError(f"{', '.join(args.contenders)}: none of ours is among them and runs here")
+    if ours == [SMALL] and max(args.batches) > MOST_ROWS:
+        limits = f"small linears serve {MOST_ROWS} rows, a batch has {max(args.batches)}"
+        raise ValueError(f"{limits}: name another contender too")
+    return ours, others
+
+
+class Contender(NamedTuple):
+    """An engine of ours. `peers.Ours` drives it through `engine`, as it drives an `LLM`."""
+
+    engine: InferenceEngine
+    most_rows: int  # sequences in a step
+    recording: tuple[float, float] | None  # seconds and MB that recording took, on a GPU
+
+
+def make_pools(model: GPT, args: argparse.Namespace) -> dict[bool, KVCache]:
+    """The pool of blocks (False) and that of slabs (True), for all batches and contexts."""
+    config, pools = model.config, {}
+    for has_slabs in (False, True):
+        block_size = config.max_seq_len if has_slabs else args.block_size
+        num_blocks = max(args.batches) * -(-max(args.contexts) // block_size)
+        pools[has_slabs] = KVCache(
+            config.n_layer,
+            num_blocks,
+            block_size,
+            config.n_head,
+            config.head_dim,
+            args.dtype,
+            args.device,
+            preallocate,
+        )
+    return pools
+
+
+@torch.inference_mode()
+def build(name: str, model: GPT, cache: KVCache, args: argparse.Namespace) -> Contender:
+    """An engine over a pool with the contender's forward, recorded here for all batch sizes."""
+    kernels, max_seq_len = BACKENDS[args.backend], model.config.max_seq_len
+    most_rows, recording = max(args.batches), None
+    forward: Forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
+    if name in (FUSED, SMALL):
+        few_rows = MOST_ROWS if name == SMALL else 0
+        forward = fused_forward(model, cache, forward, few_rows)
+        most_rows = min(most_rows, MOST_ROWS) if name == SMALL else most_rows
+    if name != EAGER:
+        free, started = free_bytes(args.device), time.perf_counter()
+        forward = GraphForward(cache, forward, recorded_sizes(most_rows), max_seq_len)
+        if args.device.type == "cuda":  # on a CPU nothing is recorded
+            taken = free - free_bytes(args.device)  # waits for the device
+            recording = time.perf_counter() - started, taken / 1e6
+    allocator = BlockAllocator(cache.scratch_block, cache.block_size)
+    budget = most_rows * max(args.contexts)  # all prompts in one step
+    scheduler = Scheduler(allocator, most_rows, budget, max_seq_len)
+    # As in `LLM`: the GPU's sampling kernel has no 64-bit form.
+    on_device = can_record(args.backend, args.device) and args.dtype != torch.float64
+    draw = draw_tokens_triton if on_device else draw_tokens
+    engine = InferenceEngine(forward, cache, scheduler, model.config.vocab_size, draw=draw)
+    return Contender(engine, most_rows, recording)
+
+
+def build_all(names: list[str], model: GPT, args: argparse.Namespace) -> dict[str, Contender]:
+    """The named engines, over their pools."""
+    pools = make_pools(model, args)
+    return {name: build(name, model, pools[name == CONTIGUOUS], args) for name in names}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free bytes of a GPU after its work, with PyTorch's own reserve given back; 0 for a CPU."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+# ---- equal work ----------------------------------------------------------------------------------
+@torch.inference_mode()
+def fill_and_step(
+    engine: InferenceEngine, token_ids: list[list[int]], seed: int
+) -> tuple[Batch, Tensor]:
+    """A decode step over contexts computed just before, and its logits (B, V).
+
+    Each sequence has T tokens, and the step computes the last one. The blocks are shuffled, the
+    same ones for all contenders with such blocks. Every slot that was not written is NaN, the one
+    that the step must write included, so no contender can use what an earlier one has written.
+    """
+    cache, B, T = engine.cache, len(token_ids), len(token_ids[0])
+    cache.pool.fill_(torch.nan)
+    blocks_each = -(-T // cache.block_size)
+    ids = torch.randperm(cache.scratch_block, generator=torch.Generator().manual_seed(seed))
+    tables = ids[: B * blocks_each].view(B, blocks_each).tolist()
+    pairs = list(zip(token_ids, tables, strict=True))
+    at_once = max(1, MOST_PROMPT_TOKENS // T)
+    for first in range(0, B, at_once):
+        rows = [Row(text, 0, T - 1, table, 0) for text, table in pairs[first : first + at_once]]
+        engine.forward(make_batch(rows, cache.block_size, cache.scratch_block))
+    rows = [Row(text, T - 1, 1, table, 1) for text, table in pairs]
+    batch = make_batch(rows, cache.block_size, cache.scratch_block)
+    return batch, engine.forward(batch).clone()  # a replay would overwrite the logits
+
+
+def check_equal(logits: dict[str, Tensor], workload: str) -> None:
+    """Raise ValueError unless all logits (B, V) are finite and equal to the first contender's.
+
+    `peers.logits_bound` says how nearly: other kernels sum in another order, and fused ones round
+    less often.
+    """
+    first, expected = next(iter(logits.items()))
+    bound = logits_bound(expected.double().abs().max().item(), expected.dtype.itemsize)
+    for name, found in logits.items():
+        if not found.isfinite().all():
+            raise ValueError(f"the logits of {name!r} are not all numbers: {workload}")
+        error = (found.double() - expected.double()).abs().max().item()
+        if error > bound:
+            reason = f"differ from those of {first!r} by {error:.1e}, {bound:.1e} is allowed"
+            raise ValueError(f"the logits of {name!r} {reason}: {workload}")
+
+
+@torch.inference_mode()
+def check_and_prepare(
+    contenders: dict[str, Contender], ids: Tensor, workload: str, args: argparse.Namespace
+) -> dict[str, Batch]:
+    """The decode step of each contender over the same contexts (B, T), once their logits agree."""
+    steps = {
+        name: fill_and_step(contender.engine, ids.tolist(), args.seed)
+        for name, contender in contenders.items()
+    }
+    check_equal({name: logits for name, (_, logits) in steps.items()}, workload)
+    return {name: batch for name, (batch, _) in steps.items()}
+
+
+# ---- timing --------------------------------------------------------------------------------------
+def step_timer(
+    engine: InferenceEngine, batch: Batch, num_steps: int, device: torch.device
+) -> Callable[[], float]:
+    """A function that runs a decode step `num_steps` times and returns milliseconds of one.
+
+    On a GPU a recorded step is replayed, and an eager one is launched by Python, kernel by kernel.
+    Both run between two events, so no single step is waited for.
+    """
+    forward = engine.forward
+
+    @torch.inference_mode()
+    def on_cpu() -> float:
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            forward(batch)
+        return (time.perf_counter() - started) * 1e3 / num_steps
+
+    @torch.inference_mode()
+    def on_gpu() -> float:
+        if isinstance(forward, GraphForward):
+            forward(batch)  # puts the inputs where the recording reads them
+            call = forward.steps[forward.recorded_size(batch)].replay
+        else:
+            call = partial(forward, batch.to(device))
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(num_steps):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / num_steps
+
+    return on_cpu if device.type == "cpu" else on_gpu
+
+
 class Times(NamedTuple):
-    """Milliseconds of a contender in each round: of a step on the device, of each whole step."""
+    """Milliseconds of a contender in each round: a step on the device, and all whole steps."""
 
     step_ms: list[float]
     token_ms: list[list[float]]
 
     @property
     def medians_ms(self) -> list[float]:
-        """Of whole steps, one a round."""
+        """The median of the whole steps of each round."""
         return [statistics.median(steps) for steps in self.token_ms]
 
 
-def time_cell(timers: dict, loops: dict, prompts: Tensor, args) -> dict[str, Times]:
-    """All contenders in turn; a round before them warms up.
+def time_in_turn(
+    timers: dict[str, Callable[[], float]],
+    loops: dict[str, Any],
+    prompts: Tensor,
+    args: argparse.Namespace,
+) -> dict[str, Times]:
+    """All contenders in turn. One round before them warms up.
 
-    `loops` write on from the prompts (B, P) until the context is full; some have a timer too.
+    The `loops` decode from the prompts (B, P) until the context is full. Ours have a timer as well.
     """
     times = {name: Times([], []) for name in loops}
     for number in range(args.rounds + 1):
         for name, loop in loops.items():
             step_ms = [timers[name]()] if name in timers else []
             token_ms = peers.time_steps(loop, prompts, args.steps)
-            if number:
+            if number > 0:
                 times[name].step_ms.extend(step_ms)
                 times[name].token_ms.append(token_ms)
     return times
 
 
-def rows_of_steps(times: dict[str, Times], floor_ms: float, what: dict) -> Iterator[Measurement]:
-    """The device's times, beside the floor; and what paging costs: blocks against slabs."""
-    floor = what | {"contender": FLOOR, "backend": "torch"}
-    yield Measurement.of([floor_ms], metric="time a step", unit="ms", **floor)
-    steps = {name: step_ms for name, (step_ms, _) in times.items() if step_ms}
-    for name, step_ms in steps.items():
-        whose = what | {"contender": name}
-        yield Measurement.of(step_ms, metric="time a step", unit="ms", **whose)
-        shares = [100 * floor_ms / t for t in step_ms]
-        yield Measurement.of(shares, metric="share of the byte floor", unit="%", **whose)
-    if RECORDED in steps and CONTIGUOUS in steps:
-        against = {"contender": RECORDED, "metric": f"speed against {CONTIGUOUS}", "unit": "x"}
-        yield Measurement.ratio_of(steps[CONTIGUOUS], steps[RECORDED], **against, **what)
-
-
-def rows_of_tokens(name: str, token_ms: list[list[float]], what: dict) -> Iterator[Measurement]:
-    """A contender's whole steps: all of them, and of each round the slowest but one percent."""
-    what = what | {"contender": name} | ({"backend": "torch"} if name in PEERS.values() else {})
-    every = [t for steps in token_ms for t in steps]
-    yield Measurement.of(every, metric="token to token", unit="ms", **what)
-    tails = [percentile(steps, 99) for steps in token_ms]
-    yield Measurement.of(tails, metric="token to token p99", unit="ms", **what)
-
-
-def rows_against(peer: str, times: dict[str, Times], what: dict) -> Iterator[Measurement]:
-    """How many times as fast as a peer ours are, from token to token."""
-    for name in (name for name in times if name in OURS.values()):
-        against = {"contender": name, "metric": f"speed against {peer}", "unit": "x"}
-        both = times[peer].medians_ms, times[name].medians_ms
-        yield Measurement.ratio_of(*both, **against, **what)
-
-
-@torch.inference_mode()
-def check_and_prepare(found: dict[str, Contender], ids: Tensor, workload: str, args) -> dict:
-    """Each contender's decode step over the same contexts, once all their logits were equal."""
-    steps = {name: fill_and_step(c.engine, ids.tolist(), args.seed) for name, c in found.items()}
-    check_equal({name: logits for name, (_, logits) in steps.items()}, workload)
-    return {name: batch for name, (batch, _) in steps.items()}
-
-
-@torch.inference_mode()
-def launches(contender: Contender, batch: Batch) -> int:
-    """What a GPU is asked to do in the forward of a step: kernels, and the copies before them."""
-    return count_launches(partial(contender.engine.forward, batch))
-
-
 def time_shape(
-    model: GPT, found: dict[str, Contender], theirs: dict[str, Theirs], B: int, T: int, args
+    model: GPT,
+    contenders: dict[str, Contender],
+    theirs: dict[str, Theirs],
+    B: int,
+    T: int,
+    args: argparse.Namespace,
 ) -> tuple[dict[str, Times], dict[str, Batch], str]:
-    """The times of one cell, ours and theirs, their steps, and the cell's name."""
+    """Times of all contenders for one batch and context, ours' batches, and the workload's name."""
     workload = f"decode batch={B} context={T} block_size={args.block_size}"
-    found = {name: contender for name, contender in found.items() if B <= contender.most_rows}
+    able = {name: one for name, one in contenders.items() if B <= one.most_rows}
     ids = random_ids(model, B, T, args.seed)
-    batches = check_and_prepare(found, ids, workload, args)
+    batches = check_and_prepare(able, ids, workload, args)
     prompts = ids[:, : T - 1 - args.steps]
-    loops = {name: peers.Ours(contender, 1 + args.steps) for name, contender in found.items()}
+    ours = {name: peers.Ours(contender, 1 + args.steps) for name, contender in able.items()}
     for peer in theirs.values():
-        peers.check_equal_work(next(iter(loops.values())), peer, prompts)
+        peers.check_equal_work(next(iter(ours.values())), peer, prompts)
     timers = {
-        name: step_timer(found[name].engine, batch, args.steps, args.device)
+        name: step_timer(able[name].engine, batch, args.steps, args.device)
         for name, batch in batches.items()
     }
-    return time_cell(timers, loops | theirs, prompts, args), batches, workload
+    return time_in_turn(timers, {**ours, **theirs}, prompts, args), batches, workload
 
 
 def floor_ms(model: GPT, B: int, T: int, args: argparse.Namespace) -> float:
-    """How long it takes at least to read all weights, and K and V of B contexts of T tokens."""
+    """The time of a plain read of all weights, and of K and V of B contexts of T tokens."""
     kv_bytes = B * T * model.config.kv_bytes_per_token(args.dtype)
     num_bytes = weight_bytes(model, B, B) + kv_bytes
     return num_bytes / read_rate(args.device, num_bytes)
 
 
-def rows_of_recording(found: dict[str, Contender], common: dict) -> Iterator[Measurement]:
-    """What recording took. Of the first, what kernels and libraries take once is part of it."""
-    for name, contender in found.items():
+# ---- rows ----------------------------------------------------------------------------------------
+def rows_of_steps(times: dict[str, Times], floor: float, common: Columns) -> Iterator[Measurement]:
+    """The device's times beside the floor, and blocks against slabs."""
+    columns = common | {"contender": FLOOR, "backend": "torch"}
+    yield Measurement.of([floor], metric="time a step", unit="ms", **columns)
+    steps = {name: step_ms for name, (step_ms, _) in times.items() if step_ms}
+    for name, step_ms in steps.items():
+        columns = common | {"contender": name}
+        yield Measurement.of(step_ms, metric="time a step", unit="ms", **columns)
+        shares = [100 * floor / t for t in step_ms]
+        yield Measurement.of(shares, metric="share of the byte floor", unit="%", **columns)
+    if RECORDED in steps and CONTIGUOUS in steps:
+        against = {"contender": RECORDED, "metric": f"speed against {CONTIGUOUS}", "unit": "x"}
+        yield Measurement.ratio_of(steps[CONTIGUOUS], steps[RECORDED], **against, **common)
+
+
+def rows_of_tokens(
+    name: str, token_ms: list[list[float]], common: Columns
+) -> Iterator[Measurement]:
+    """A contender's whole steps: over all of them, and the 99th percentile of each round."""
+    columns = common | {"contender": name}
+    if name in PEERS.values():
+        columns |= {"backend": "torch"}
+    all_ms = [t for steps in token_ms for t in steps]
+    yield Measurement.of(all_ms, metric="token to token", unit="ms", **columns)
+    p99_ms = [percentile(steps, 99) for steps in token_ms]
+    yield Measurement.of(p99_ms, metric="token to token p99", unit="ms", **columns)
+
+
+def rows_against(peer: str, times: dict[str, Times], common: Columns) -> Iterator[Measurement]:
+    """How many times as fast as transformers each of ours is, from token to token."""
+    for name in (name for name in times if name in OURS.values()):
+        against = {"contender": name, "metric": f"speed against {peer}", "unit": "x"}
+        theirs_ms, ours_ms = times[peer].medians_ms, times[name].medians_ms
+        yield Measurement.ratio_of(theirs_ms, ours_ms, **against, **common)
+
+
+def rows_of_recording(contenders: dict[str, Contender], common: Columns) -> Iterator[Measurement]:
+    """Time and memory of recording. The first contender's include one-time costs of libraries."""
+    for name, contender in contenders.items():
         if contender.recording is not None:
             seconds, megabytes = contender.recording
             workload = f"recording sizes=1..{contender.most_rows}"
-            what = {"contender": name, "workload": workload} | common
-            yield Measurement.of([seconds], metric="recording", unit="s", **what)
-            yield Measurement.of([megabytes], metric="memory taken", unit="MB", **what)
+            columns = common | {"contender": name, "workload": workload}
+            yield Measurement.of([seconds], metric="recording", unit="s", **columns)
+            yield Measurement.of([megabytes], metric="memory taken", unit="MB", **columns)
+
+
+@torch.inference_mode()
+def launches(contender: Contender, batch: Batch) -> int:
+    """Launches of a step's forward: kernels, and the copies before them. On a GPU only."""
+    return count_launches(partial(contender.engine.forward, batch))
 
 
 def decode(
-    model: GPT, ours: list[str], theirs: dict[str, Theirs], args, common: dict
+    model: GPT,
+    ours: list[str],
+    theirs: dict[str, Theirs],
+    args: argparse.Namespace,
+    common: Columns,
 ) -> Iterator[Measurement]:
     """Rows of all batches and contexts."""
-    pools = make_pools(model, args)
-    found = {name: build(name, model, pools[name == CONTIGUOUS], args) for name in ours}
-    yield from rows_of_recording(found, common)
+    contenders = build_all(ours, model, args)
+    yield from rows_of_recording(contenders, common)
     for B in args.batches:
         for T in args.contexts:
-            times, batches, workload = time_shape(model, found, theirs, B, T, args)
-            what = {"workload": workload} | common
-            yield from rows_of_steps(times, floor_ms(model, B, T, args), what)
+            times, batches, workload = time_shape(model, contenders, theirs, B, T, args)
+            columns = common | {"workload": workload}
+            yield from rows_of_steps(times, floor_ms(model, B, T, args), columns)
             for name in times:
-                yield from rows_of_tokens(name, times[name].token_ms, what)
+                yield from rows_of_tokens(name, times[name].token_ms, columns)
             for peer in theirs:
-                yield from rows_against(peer, times, what)
-            # However long the contexts are, the launches are the same.
+                yield from rows_against(peer, times, columns)
+            # The number of launches does not depend on the contexts' length.
             if args.device.type == "cuda" and T == args.contexts[0]:
                 for name, batch in batches.items():
-                    of = {"contender": name, "metric": "launches a step", "unit": "launches"}
-                    yield Measurement.of([launches(found[name], batch)], **of, **what)
+                    count = {"contender": name, "metric": "launches a step", "unit": "launches"}
+                    yield Measurement.of([launches(contenders[name], batch)], **count, **columns)
 
 
 def against_compiled(
-    model: GPT, ours: list[str], args: argparse.Namespace, common: dict
+    model: GPT, ours: list[str], args: argparse.Namespace, common: Columns
 ) -> Iterator[Measurement]:
-    """Rows of the compiled peer, and of ours against it, for the first batch and context."""
+    """Rows of the compiled step, and of ours against it, for the first batch and context."""
     B, T = args.batches[0], args.contexts[0]
     args = argparse.Namespace(**(vars(args) | {"batches": [B], "contexts": [T]}))
-    pools = make_pools(model, args)
-    found = {name: build(name, model, pools[name == CONTIGUOUS], args) for name in ours}
-    theirs = {COMPILED: Compiled(transformers_loop.as_transformers(model), T)}
-    times, _, workload = time_shape(model, found, theirs, B, T, args)
-    what = {"workload": workload} | common
-    yield from rows_of_tokens(COMPILED, times[COMPILED].token_ms, what)
-    yield from rows_against(COMPILED, times, what)
+    contenders = build_all(ours, model, args)
+    theirs: dict[str, Theirs] = {COMPILED: Compiled(transformers_engines.as_transformers(model), T)}
+    times, _, workload = time_shape(model, contenders, theirs, B, T, args)
+    columns = common | {"workload": workload}
+    yield from rows_of_tokens(COMPILED, times[COMPILED].token_ms, columns)
+    yield from rows_against(COMPILED, times, columns)
 
 
-# ---- the experiment ------------------------------------------------------------------------------
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     args = complete(args)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     set_threads(args.threads)
     try:
         model = load_model(args.model, args.dtype, args.device)
         check_lengths(args, model)
         ours, others = choose(args, model)
         common = {"experiment": "latency", "device": device_name(args.device)}
-        common |= {"model": args.model_name, "weights": weights_kind(args.model)}
+        common |= model_columns(args.model)
         common |= {"backend": args.backend, "dtype": str(args.dtype)[6:], "seed": args.seed}
         common |= {"threads": args.threads}
         warm_up(args.device)
         theirs = {}
         if DYNAMIC in others:
-            theirs[DYNAMIC] = Theirs(transformers_loop.as_transformers(model))
+            theirs[DYNAMIC] = Theirs(transformers_engines.as_transformers(model))
         yield from decode(model, ours, theirs, args, common)
         if args.requests:
-            yield from throughput(model, args, common)
-        yield from prefill(model, args, common)
+            yield from workloads.throughput(model, args, common)
+        yield from workloads.prefill(model, args, common)
+        yield from workloads.joining(model, args, common)
         if args.profile:
-            yield from profiles(model, args, common)
+            yield from workloads.profiles(model, args, common)
         if COMPILED in others:
             yield from against_compiled(model, ours, args, common)
     finally:
-        set_threads(before)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
-
-
-if __name__ == "__main__":
-    main()
+        set_threads(threads_before)

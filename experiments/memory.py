@@ -1,27 +1,27 @@
-"""Where KV memory goes step by step: what sequences hold, and how many fit at once.
+"""KV memory step by step: the bytes that sequences hold, and how many sequences fit at once.
 
-A contiguous cache promises memory before the first token, paging takes a block when one is full:
+A contiguous cache reserves memory before the first token. Paging takes a block when the last one is
+full. In GPT-2 124M's shape and 16 bits:
 
-    a token     36,864 bytes   12 layers x 2 x 768 x 2 bytes: GPT-2 124M in 16 bits
-    a block    589,824 bytes   16 of them: all that a sequence of 1 to 16 tokens holds
-    a slab  18,874,368 bytes   512 of them, promised for its whole life
+    a token     36,864 bytes   12 layers x 2 x 768 x 2 bytes
+    a block    589,824 bytes   16 tokens: all that a sequence of 1 to 16 tokens holds
+    a slab  18,874,368 bytes   512 tokens, reserved for the sequence's whole life
 
-The default sequences, prompts of 8 tokens that write 100, give the figures by which projects of
-this kind argue: 18.87 MB against 0.59 MB a sequence at the start, 603.98 against 75.50 MB for 32 of
-them at step 50 (57 tokens, 4 blocks each; any prompt of 1 to 15 tokens gives the same), and in a
-pool of 512 blocks 16 sequences against 512 at the start and 128 at step 50. The same pool also says
-where paging wins nothing: when a sequence has reached the promised length, both hold the same, and
-an exact promise of 108 tokens is worth half of its advantage.
+The default sequences have prompts of 8 tokens and write 100. A sequence holds 18.87 MB against 0.59
+MB at the start. 32 of them hold 603.98 MB against 75.50 MB at step 50 (57 tokens, 4 blocks each;
+prompts of 1 to 15 tokens give the same). A pool of 512 blocks holds 16 sequences against 512 at the
+start and 128 at step 50. Projects of this kind argue with these figures. But paging gains nothing
+once a sequence has reached the reserved length, and an exact reservation of 108 tokens halves its
+advantage.
 
-Which is which: bytes of a token and of a block are arithmetic from the model's shape. Blocks held
-are counted in the real scheduler, with a stub that gives each sequence a token a step: over
-`BlockAllocator` as the engine runs it, over `BuddyAllocator` (adjacent blocks, a power of two of
-them) under the three promises of baselines.py. How many fit is asked of the same allocators, until
-they refuse. The reuse of blocks is a run of the engine with the shipped model, twice, in a pool
-twice as large as needed: the second batch gets the first one's blocks, not fresh ones.
+Bytes of a token and of a block are arithmetic. Blocks held are counted in the real scheduler, with
+a stub that gives each sequence a token a step: with `BlockAllocator` as in the engine, and with
+`BuddyAllocator` (adjacent blocks, a power of two of them) under the three reservations of
+reservations.py. How many fit is found by filling the same allocators until they refuse. The reuse
+of blocks is measured in the engine, with the shipped model: of two batches in a pool twice as large
+as needed, the second gets the blocks of the first.
 
-Step s computes the prompt and s - 1 tokens behind it. A GB is 10**9 bytes.
-Run: python -m experiments.memory
+Step s computes the prompt and s - 1 tokens after it. A GB is 10**9 bytes.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import torch
 
 from block_allocator import BlockAllocator, NoFreeBlocks
 from checkpoints.load import RANDOM_SHAPES
+from experiments.ceilings import Columns
 from experiments.reservations import (
     BuddyAllocator,
     power_of_two,
@@ -39,7 +40,7 @@ from experiments.reservations import (
     reserve_oracle,
     reserve_power_of_two,
 )
-from experiments.results import Measurement, device_name, run_alone
+from experiments.results import Measurement, device_name
 from kernels.backends import DTYPES
 from llm import LLM, SamplingParams
 from model import GPTConfig
@@ -49,21 +50,19 @@ from sequence import Continuation, Request, Sequence
 MAXIMUM, PAGED = "reserve the maximum", "paged"
 
 
-class Promise(NamedTuple):
+class Plan(NamedTuple):
     """One way to plan memory."""
 
     allocator: type[BlockAllocator]
     reserve: Callable[[int], Callable[[Sequence], int]]  # max_seq_len -> the scheduler's function
-    held: Callable[[BlockAllocator], int]  # blocks that nobody else can have now
+    held: Callable[[BlockAllocator], int]  # blocks that no other sequence can get
 
 
-PROMISES = {
-    MAXIMUM: Promise(BuddyAllocator, reserve_maximum, lambda a: a.num_reserved),
-    "reserve a power of two": Promise(
-        BuddyAllocator, reserve_power_of_two, lambda a: a.num_reserved
-    ),
-    "reserve the exact length": Promise(BuddyAllocator, reserve_oracle, lambda a: a.num_reserved),
-    PAGED: Promise(BlockAllocator, lambda _: reserve_now, lambda a: a.num_blocks - a.num_free),
+PLANS = {
+    MAXIMUM: Plan(BuddyAllocator, reserve_maximum, lambda a: a.num_reserved),
+    "reserve a power of two": Plan(BuddyAllocator, reserve_power_of_two, lambda a: a.num_reserved),
+    "reserve the exact length": Plan(BuddyAllocator, reserve_oracle, lambda a: a.num_reserved),
+    PAGED: Plan(BlockAllocator, lambda _: reserve_now, lambda a: a.num_blocks - a.num_free),
 }
 
 
@@ -85,8 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reuse-batch", type=int, default=4, help="sequences of the two batches; 0: skip")
 
 
-def make_sequence(number: int, args: argparse.Namespace, num_tokens: int, max_tokens: int):
-    """A sequence that has `num_tokens` tokens and will write `max_tokens` in all."""
+def make_sequence(
+    number: int, args: argparse.Namespace, num_tokens: int, max_tokens: int
+) -> Sequence:
+    """A sequence that has `num_tokens` tokens and writes `max_tokens` in all."""
     request = Request(str(number), [0] * args.prompt_tokens, arrival=number)
     seq = Sequence(request, 0, [0] * num_tokens, args.prompt_tokens, max_tokens)
     request.sequences.append(seq)
@@ -94,34 +95,36 @@ def make_sequence(number: int, args: argparse.Namespace, num_tokens: int, max_to
 
 
 # ---- what sequences hold, step by step -----------------------------------------------------------
-def held_each_step(promise: Promise, args: argparse.Namespace) -> list[int]:
-    """Blocks held while step 1, 2, .. runs: the real scheduler, and a stub for the model."""
+def held_each_step(plan: Plan, args: argparse.Namespace) -> list[int]:
+    """Blocks held while step 1, 2, .. runs: the real scheduler without a model."""
     longest = power_of_two(-(-args.max_seq_len // args.block_size))
-    allocator = promise.allocator(args.batch * longest, args.block_size)  # room for all promises
+    allocator = plan.allocator(args.batch * longest, args.block_size)  # room for all
     scheduler = Scheduler(
         allocator,
         max_num_seqs=args.batch,
         max_num_batched_tokens=args.batch * args.max_seq_len,
         max_seq_len=args.max_seq_len,
-        reserve=promise.reserve(args.max_seq_len),
+        reserve=plan.reserve(args.max_seq_len),
     )
     for number in range(args.batch):
         seq = make_sequence(number, args, args.prompt_tokens, args.new_tokens)
         scheduler.add(seq.request)
     held = []
     while scheduler.has_unfinished():
-        plan = scheduler.schedule()
-        assert len(plan.scheduled) == args.batch, "somebody waits, so steps are not all alike"
-        held.append(promise.held(allocator))
-        scheduler.update(plan, [Continuation(seq, [0]) for seq in plan.sampled])
-    assert promise.held(allocator) == 0, "a block leaked"
+        step = scheduler.schedule()
+        assert len(step.scheduled) == args.batch, "a sequence waits, so the steps differ"
+        held.append(plan.held(allocator))
+        scheduler.update(step, [Continuation(seq, [0]) for seq in step.sampled])
+    assert plan.held(allocator) == 0, "a block leaked"
     return held
 
 
-def rows_of_steps(args: argparse.Namespace, token_bytes: int, common: dict) -> Iterator:
-    """Memory of a batch at each of the steps, under each promise."""
+def rows_of_steps(
+    args: argparse.Namespace, token_bytes: int, common: Columns
+) -> Iterator[Measurement]:
+    """Memory of a batch at each of the steps, with each plan."""
     block_bytes = token_bytes * args.block_size
-    held = {name: held_each_step(promise, args) for name, promise in PROMISES.items()}
+    held = {name: held_each_step(plan, args) for name, plan in PLANS.items()}
     sizes = f"batch={args.batch} prompt={args.prompt_tokens} new={args.new_tokens}"
     sizes += f" max_seq_len={args.max_seq_len} block_size={args.block_size}"
     for step in args.steps:
@@ -129,18 +132,20 @@ def rows_of_steps(args: argparse.Namespace, token_bytes: int, common: dict) -> I
         for name, blocks in held.items():
             num_bytes = blocks[step - 1] * block_bytes
             each = num_bytes / args.batch
-            what = common | {"contender": name, "workload": f"{sizes} step={step}"}
-            yield one("KV memory", num_bytes, "bytes", what)
-            yield one("KV memory a sequence", each, "bytes a sequence", what)
-            yield one("sequences in a GB", 1e9 / each, "sequences a GB", what)
-            yield one("share filled with tokens", 100 * tokens * token_bytes / num_bytes, "%", what)
+            columns = common | {"contender": name, "workload": f"{sizes} step={step}"}
+            yield one("KV memory", num_bytes, "bytes", columns)
+            yield one("KV memory a sequence", each, "bytes a sequence", columns)
+            yield one("sequences in a GB", 1e9 / each, "sequences a GB", columns)
+            yield one(
+                "share filled with tokens", 100 * tokens * token_bytes / num_bytes, "%", columns
+            )
 
 
 # ---- how many fit at once ------------------------------------------------------------------------
-def fill(promise: Promise, args: argparse.Namespace, step: int) -> int:
-    """How many sequences that are all at this step a pool takes until its allocator refuses."""
-    allocator = promise.allocator(args.pool, args.block_size)
-    reserve = promise.reserve(args.max_seq_len)
+def fill(plan: Plan, args: argparse.Namespace, step: int) -> int:
+    """How many sequences at this step fit into a pool until its allocator refuses."""
+    allocator = plan.allocator(args.pool, args.block_size)
+    reserve = plan.reserve(args.max_seq_len)
     longest = args.max_seq_len - args.prompt_tokens
     seq = make_sequence(0, args, args.prompt_tokens + step - 1, longest)
     needed = allocator.blocks_needed(reserve(seq))
@@ -153,22 +158,22 @@ def fill(promise: Promise, args: argparse.Namespace, step: int) -> int:
         return len(tables)
 
 
-def rows_of_pool(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
-    """Sequences in a pool of one size at each step: with the longest promised, and paged."""
+def rows_of_pool(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
+    """Sequences in a pool of one size at each step: with the maximum reserved, and paged."""
     sizes = f"num_blocks={args.pool} block_size={args.block_size} max_seq_len={args.max_seq_len}"
     for step in args.pool_steps:
         workload = f"{sizes} prompt={args.prompt_tokens} step={step}"
-        counts = {name: fill(PROMISES[name], args, step) for name in (MAXIMUM, PAGED)}
+        counts = {name: fill(PLANS[name], args, step) for name in (MAXIMUM, PAGED)}
         for name, count in counts.items():
-            what = common | {"contender": name, "workload": workload}
-            yield one("sequences at once", count, "sequences", what)
+            columns = common | {"contender": name, "workload": workload}
+            yield one("sequences at once", count, "sequences", columns)
         times = counts[PAGED] / counts[MAXIMUM]
-        yield one(f"sequences against {MAXIMUM}", times, "x", what)
+        yield one(f"sequences against {MAXIMUM}", times, "x", columns)
 
 
 # ---- the same blocks again -----------------------------------------------------------------------
 def blocks_of_a_batch(llm: LLM, batch: int, first_token: int) -> set[int]:
-    """Run the engine to the end; the ids of all blocks that its sequences held between steps."""
+    """Run the engine to the end. Returns the ids of all blocks held between its steps."""
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     for number in range(batch):
         llm.engine.add_request([first_token + number] * 20, params)
@@ -180,33 +185,33 @@ def blocks_of_a_batch(llm: LLM, batch: int, first_token: int) -> set[int]:
     return block_ids
 
 
-def rows_of_reuse(args: argparse.Namespace, common: dict) -> Iterator[Measurement]:
-    """Two batches one after the other in one pool: which of its blocks each of them gets."""
+def rows_of_reuse(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
+    """Two batches one after the other in one pool: which blocks each of them gets."""
     batch, per_sequence = args.reuse_batch, -(-44 // args.block_size)  # 20 tokens and 24 more
     llm = LLM(num_blocks=2 * batch * per_sequence, block_size=args.block_size, device="cpu")
     first, second = (blocks_of_a_batch(llm, batch, token) for token in (40, 90))
     pool = llm.engine.cache.pool
     workload = f"two batches batch={batch} prompt=20 new=24 block_size={args.block_size}"
     workload += f" num_blocks={llm.config.num_blocks}"
-    what = common | {"contender": "paged engine", "workload": workload, "backend": llm.backend}
-    what |= {"dtype": str(pool.dtype)[6:], "model": "tiny-gpt2", "weights": llm.weights}
-    what |= {"threads": torch.get_num_threads()}
-    yield one("blocks of the first batch", len(first), "blocks", what)
-    yield one("blocks of the second batch", len(second), "blocks", what)
+    columns = common | {"contender": "paged engine", "workload": workload, "backend": llm.backend}
+    columns |= {"dtype": str(pool.dtype)[6:], "model": "tiny-gpt2", "weights": llm.weights}
+    columns |= {"threads": torch.get_num_threads()}
+    yield one("blocks of the first batch", len(first), "blocks", columns)
+    yield one("blocks of the second batch", len(second), "blocks", columns)
     share = 100 * len(first & second) / len(second)
-    yield one("share of the second's blocks that the first one had", share, "%", what)
+    yield one("share of the second's blocks that the first one had", share, "%", columns)
     added = len(second - first) * pool[:, 0].nbytes
-    yield one("KV memory that the second batch adds", added, "bytes", what)
+    yield one("KV memory that the second batch adds", added, "bytes", columns)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-def one(metric: str, value: float, unit: str, what: dict) -> Measurement:
-    """A row of a count: it comes out the same every time."""
-    return Measurement.of([value], metric=metric, unit=unit, **what)
+def one(metric: str, value: float, unit: str, columns: Columns) -> Measurement:
+    """The row of a count, which is the same in every run."""
+    return Measurement.of([value], metric=metric, unit=unit, **columns)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for sizes of which no run can be made."""
+    """Raise ValueError for sizes that no run can have."""
     sizes = "block_size", "max_seq_len", "batch", "prompt_tokens", "new_tokens", "pool"
     for name in sizes:
         if getattr(args, name) < 1:
@@ -215,12 +220,12 @@ def check(args: argparse.Namespace) -> None:
     if longest > args.max_seq_len:
         raise ValueError(f"{longest} tokens, max_seq_len is {args.max_seq_len}: write fewer")
     last = args.max_seq_len - args.prompt_tokens + 1
-    for flag, steps, most in (
+    for flag, steps, limit in (
         ("--steps", args.steps, args.new_tokens),
         ("--pool-steps", args.pool_steps, last),
     ):
-        if not 1 <= min(steps) <= max(steps) <= most:
-            raise ValueError(f"{flag} from {min(steps)} to {max(steps)}: there are 1 to {most}")
+        if not 1 <= min(steps) <= max(steps) <= limit:
+            raise ValueError(f"{flag} from {min(steps)} to {max(steps)}: there are 1 to {limit}")
     if args.pool * args.block_size < args.max_seq_len:
         pool = f"a pool of {args.pool} blocks of {args.block_size}"
         raise ValueError(f"{pool} cannot hold max_seq_len = {args.max_seq_len}: enlarge it")
@@ -234,19 +239,10 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     token_bytes = config.kv_bytes_per_token(DTYPES[args.dtype])
     common = {"experiment": "memory", "backend": "none", "dtype": args.dtype, "threads": 1}
     common |= {"device": device_name(), "model": args.shape}
-    what = common | {"contender": "K and V", "workload": f"block_size={args.block_size}"}
-    yield one("KV memory a token", token_bytes, "bytes a token", what)
-    yield one("KV memory a block", token_bytes * args.block_size, "bytes a block", what)
+    columns = common | {"contender": "K and V", "workload": f"block_size={args.block_size}"}
+    yield one("KV memory a token", token_bytes, "bytes a token", columns)
+    yield one("KV memory a block", token_bytes * args.block_size, "bytes a block", columns)
     yield from rows_of_steps(args, token_bytes, common)
     yield from rows_of_pool(args, common)
     if args.reuse_batch:
         yield from rows_of_reuse(args, common)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
-
-
-if __name__ == "__main__":
-    main()

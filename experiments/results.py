@@ -1,57 +1,56 @@
-"""A figure that can be believed says where it comes from: rows with their provenance, appended.
+"""Measured rows with their provenance, appended to a CSV file and shown as tables.
 
-"1.4 times as fast" means nothing a week later, when nobody knows which commit, which kernel, how
-many threads and how many repeats it was. And one reading proves nothing: on a shared machine the
+"1.4 times as fast" means nothing a week later unless the commit, the kernel, the number of threads
+and the number of repeats stand beside it. And one reading proves nothing: on a shared machine the
 same loop may take twice as long a minute later. So each figure is one line of a CSV file with the
-median, the smallest and the largest of its repeats, and 21 more columns that say of what and where:
+median, the minimum and the maximum of its repeats, and with 20 more columns of provenance:
 
     run(args) ─> Measurement ─> append ─> experiment,contender,metric,unit,median,min,max,..
-    (yields)     what, of what            kernels,tiles over blocks,time a call,ms,0.51,0.50,0.56,..
-                 + provenance()           kernels,contiguous,time a call,ms,0.72,0.70,0.81,..
-                                               └ commit, date, versions
+    (yields)     + commit, date           kernels,tiles over blocks,time a call,ms,0.51,0.50,0.56,..
+                 + versions               kernels,contiguous,time a call,ms,0.72,0.70,0.81,..
 
-A row is written when it is measured: whoever interrupts a run keeps all rows before. Times compare
-only inside one run, so a comparison is a row too: `ratio` of the medians, with the smallest and
-the largest that any round gave. Half of a contender's luck is the machine's, and rounds in turn
-(A B A B) share it. What a production engine does beyond this: the same rows, in a database, for
-every commit, with an alarm when one grows.
+A row is written as soon as it is measured, so an interrupted run keeps all its rows. Times compare
+only inside one run, so a comparison is a row of its own: the ratio of the medians, with the
+smallest and the largest ratio of any round. Contenders run in turn (A B A B), so a busy moment of
+the machine slows both.
+
+How it is checked: every kind of spoiled file is refused with its line and the reason, and a process
+killed between two rows leaves a whole file.
 
 Hoefler and Belli 2015, "Scientific Benchmarking of Parallel Computing Systems", SC15.
-Run: python -m experiments.results
-Try: in the demo, append a row whose median lies above its maximum, or cut the file's last line in
-two with an editor's eye (`path.read_text()[:-9]`) and append again.
 """
 
-import argparse
 import csv
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numba", "transformers", "numpy")
+TABLE_WIDTH = 100  # columns of a terminal
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure: of what, in which unit, and of how many repeats. Texts are never empty."""
+    """One figure: what was measured, in which unit, over how many repeats. No text is empty."""
 
-    experiment: str  # the file in experiments/ that measured it
+    experiment: str  # "kernels"
     contender: str  # what was measured: a kernel, an engine
-    metric: str  # which quantity of it, "time a call"
-    unit: str  # ms, GB/s, tokens/s, %, or x: times as much as what the metric names
+    metric: str  # which quantity of it: "time a call"
+    unit: str  # ms, GB/s, tokens/s, %, or x: how many times what the metric names
     median: float
     min: float
     max: float
@@ -66,59 +65,74 @@ class Measurement:
     seed: int = 0
 
     @classmethod
-    def of(cls, values: Iterable[float], **what) -> "Measurement":
-        """The row of some repeats of one figure; `what` are the other fields."""
+    def of(cls, values: Iterable[float], **columns: Any) -> "Measurement":
+        """The row of all repeats of one figure; `columns` are the other fields."""
         values = list(values)
-        median, least, most = summary(values)
-        return cls(median=median, min=least, max=most, repeats=len(values), **what)
+        median, smallest, largest = summary(values)
+        return cls(median=median, min=smallest, max=largest, repeats=len(values), **columns)
 
     @classmethod
-    def ratio_of(cls, ours: list[float], theirs: list[float], scale=1.0, **what) -> "Measurement":
+    def ratio_of(
+        cls, ours: list[float], theirs: list[float], scale: float = 1.0, **columns: Any
+    ) -> "Measurement":
         """The row of a comparison, see `ratio`; `scale` is 100 for a share in percent."""
-        median, least, most = (scale * figure for figure in ratio(ours, theirs))
-        return cls(median=median, min=least, max=most, repeats=len(ours), **what)
+        median, smallest, largest = (scale * figure for figure in ratio(ours, theirs))
+        return cls(median=median, min=smallest, max=largest, repeats=len(ours), **columns)
 
 
-# Who measured it, when, and with what: added to each row as it is written.
+# Who measured a row, when, and with which versions: added to each row as it is written.
 PROVENANCE = ("commit", "date", "python", *PACKAGES)
 COLUMNS = (*(field.name for field in fields(Measurement)), *PROVENANCE)
-NUMBERS = {field.name: field.type for field in fields(Measurement) if field.type in (int, float)}
+NUMBERS: dict[str, type] = {name: float for name in ("median", "min", "max")}
+NUMBERS |= {name: int for name in ("repeats", "threads", "seed")}
 
 
 # ---- figures -------------------------------------------------------------------------------------
 def summary(values: list[float]) -> tuple[float, float, float]:
-    """Median, smallest and largest of at least one value."""
+    """Median, minimum and maximum of at least one value."""
     return statistics.median(values), min(values), max(values)
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Ratio of the medians of two contenders, with the smallest and largest of any round.
+    """Ratio of the medians of two contenders, with the smallest and largest ratio of any round.
 
     Value i of both comes from round i, where they ran one after the other. If every round's ratio
-    is at least r, so is that of the medians: the first number always lies between the others.
+    is at least r, so is the ratio of the medians: the first number lies between the other two.
     """
     rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ours) / statistics.median(theirs), min(rounds), max(rounds)
 
 
+def percentile(values: list[float], percent: float) -> float:
+    """The nearest rank: the smallest value that at least `percent` of all values do not exceed.
+
+    Of 1, 2, .., 100 the 90th percentile is 90.
+    """
+    rank = max(math.ceil(percent / 100 * len(values)), 1)
+    return sorted(values)[rank - 1]
+
+
 # ---- provenance ----------------------------------------------------------------------------------
 def commit() -> str:
-    """The commit that runs, "-dirty" behind it where a file was changed since, or "unknown".
+    """The commit that is checked out, with "-dirty" if a file has changed since, or "unknown".
 
-    A copy of the files without git says it in PAGEDGPT_COMMIT, which is believed before git.
-    Measured rows themselves are no change: a second run of the same code is of the same commit.
+    The variable PAGEDGPT_COMMIT comes first: a copy of the files without git is given its commit
+    there. Changes under results/ do not count, so two runs of the same code name the same commit.
     """
-    if named := os.environ.get("PAGEDGPT_COMMIT"):
-        return named
+    from_environment = os.environ.get("PAGEDGPT_COMMIT")
+    if from_environment:
+        return from_environment
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True, "timeout": 30}
-        return subprocess.run(command, **options).stdout.strip()
+        run = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+        )
+        return run.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return "unknown"  # the files lie in somebody else's repository
+            return "unknown"  # the files lie inside another project's repository
         changed = git("status", "--porcelain", "--", ".", ":!results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -137,7 +151,7 @@ def version(package: str) -> str:
 
 @cache
 def provenance() -> dict[str, str]:
-    """Commit and versions of this process. The date is each row's own."""
+    """The commit and the versions, the same for all rows of this process. A row adds its date."""
     versions = {package: version(package) for package in PACKAGES}
     return {"commit": commit(), "python": platform.python_version()} | versions
 
@@ -157,10 +171,10 @@ def device_name(device: str | torch.device = "cpu") -> str:
 
 # ---- the file ------------------------------------------------------------------------------------
 def append(path: str | Path, measurements: Iterable[Measurement]) -> Iterator[Measurement]:
-    """Write each row behind the file's last as it arrives, and hand it on.
+    """Append each row to the file as soon as it is measured, and yield it.
 
-    The file and its folder are made where they are not there. Raises ValueError, before anything
-    is measured, for a file with other columns or with half a line at its end.
+    The file and its folder are created if they do not exist. Raises ValueError, before anything is
+    measured, if the file has other columns or ends with half a line.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,8 +182,8 @@ def append(path: str | Path, measurements: Iterable[Measurement]) -> Iterator[Me
     for row in measurements:
         cells = asdict(row) | provenance() | {"date": datetime.now(UTC).isoformat("T", "seconds")}
         _check(cells)
-        # Opened for each row and closed behind it: what is finished is in the file, whatever
-        # happens next, and the experiment may take hours between two rows.
+        # The file is opened and closed for each row: minutes may pass until the next row, and
+        # whatever happens until then, this one is on disk.
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             if file.tell() == 0:
@@ -179,21 +193,21 @@ def append(path: str | Path, measurements: Iterable[Measurement]) -> Iterator[Me
 
 
 def _check_end(path: Path) -> None:
-    """Raise ValueError if rows of these columns cannot be appended to a file."""
+    """Raise ValueError if the file has other columns, or if its last line is cut off."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text:
         return
     header = text.splitlines()[0].split(",")
     if header != list(COLUMNS):
-        both = f"its columns are {','.join(header)}; results have {','.join(COLUMNS)}"
-        raise ValueError(f"{path}, line 1: another kind of file: {both}")
+        columns = f"its columns are {','.join(header)}; results have {','.join(COLUMNS)}"
+        raise ValueError(f"{path}, line 1: another kind of file: {columns}")
     if not text.endswith("\n"):
         line = text.count("\n") + 1
         raise ValueError(f"{path}, line {line}: the last line is cut off: delete it first")
 
 
 def _check(cells: dict) -> None:
-    """Raise ValueError with the reason if the cells of one row, as texts or numbers, are wrong."""
+    """Raise ValueError with the reason if a cell of a row, given as text or number, is wrong."""
     for name, value in cells.items():
         if str(value).strip() == "" or "\n" in str(value):
             raise ValueError(f"{name} is {str(value)!r}: a text of one line is needed")
@@ -201,16 +215,16 @@ def _check(cells: dict) -> None:
         try:
             number = kind(cells[name])
         except ValueError:
-            words = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} is {cells[name]!r}: it must be {words}") from None
+            expected = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} is {cells[name]!r}: it must be {expected}") from None
         if not math.isfinite(number):
             raise ValueError(f"{name} is {number}: it must be finite")
-    for name, least in (("repeats", 1), ("threads", 0)):
-        if int(cells[name]) < least:
-            raise ValueError(f"{name} is {cells[name]}: it must be at least {least}")
-    median, least, most = (float(cells[name]) for name in ("median", "min", "max"))
-    if not least <= median <= most:
-        raise ValueError(f"the median {median:g} is not between min {least:g} and max {most:g}")
+    for name, minimum in (("repeats", 1), ("threads", 0)):
+        if int(cells[name]) < minimum:
+            raise ValueError(f"{name} is {cells[name]}: it must be at least {minimum}")
+    median, low, high = (float(cells[name]) for name in ("median", "min", "max"))
+    if not low <= median <= high:
+        raise ValueError(f"the median {median:g} is not between min {low:g} and max {high:g}")
     try:
         datetime.fromisoformat(cells["date"])
     except ValueError:
@@ -218,7 +232,7 @@ def _check(cells: dict) -> None:
 
 
 def read(path: str | Path) -> list[dict]:
-    """All rows of a file as dicts, numbers as numbers.
+    """All rows of a file as dicts, with numbers as int and float.
 
     Raises ValueError with the file, the line and the reason for anything that `append` would not
     have written.
@@ -248,115 +262,93 @@ def read(path: str | Path) -> list[dict]:
 
 
 # ---- for a terminal ------------------------------------------------------------------------------
-def cell(row: Measurement, spread: bool, named: bool = False) -> str:
-    """A figure as text: "0.512 ms (0.501 to 0.563)", "1.41 x contiguous (1.38 to 1.45)".
-
-    `named` says the metric too: "0.6 ms step latency p99".
-    """
+def figure(row: Measurement) -> str:
+    """The median as text, "0.512" or "1,234"; with its spread, "0.512 (0.501 to 0.563)"."""
     figures = row.median, row.min, row.max
-    middle, least, most = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in figures)
-    # Of a share and a ratio a reader asks: of what? The metric's last words say it.
-    of_what = {"x": "speed against ", "%": "share "}.get(row.unit)
-    words = f" {row.metric.removeprefix(of_what or '')}" if of_what or named else ""
-    return f"{middle} {row.unit}{words}" + (f" ({least} to {most})" if spread else "")
+    median, low, high = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in figures)
+    return median if low == high else f"{median} ({low} to {high})"
 
 
-def table(measurements: Iterable[Measurement]) -> list[str]:
-    """Lines for a terminal: a head for each workload, then a contender a line, its figures beside.
+def print_tables(measurements: Iterable[Measurement]) -> None:
+    """Print a table for each workload: a line for each contender, a column for each metric.
 
-    The first figure and all ratios show their spread; what was computed from the first one, as
-    GB/s are from milliseconds, would only repeat it.
+    A table is at most 100 columns wide. Metrics that do not fit go into a second table of the same
+    contenders. The tables are drawn by `rich`; without it the rows are only in the file.
     """
-    groups: dict[tuple, dict[str, list[Measurement]]] = {}
+    if importlib.util.find_spec("rich") is None:
+        print("tables need rich: pip install rich")
+        return
+    groups: dict[tuple, list[Measurement]] = {}
     for row in measurements:
-        key = row.experiment, row.workload, row.dtype, row.threads, row.model
-        groups.setdefault(key, {}).setdefault(row.contender, []).append(row)
-    lines = []
-    for (experiment, workload, dtype, threads, _), contenders in groups.items():
-        setting = ", ".join(word for word in (workload, dtype) if word != "none")
-        lines.append(f"{experiment}: {setting}, {threads} thread{'s' * (threads != 1)}")
-        for name, rows in contenders.items():
-            first = rows[0].metric
-            units = [row.unit for row in rows]  # of several milliseconds a reader asks: which?
-            cells = [
-                cell(row, row.unit == "x" or row.metric == first, units.count(row.unit) > 1)
-                for row in rows
-            ]
-            lines.append(f"  {name:34} {'  '.join(cells)}")
-    return lines
+        setting = row.experiment, row.workload, row.dtype, row.threads, row.model
+        groups.setdefault(setting, []).append(row)
+    for (experiment, workload, dtype, threads, _), rows in groups.items():
+        parts = [workload, dtype if dtype != "none" else "", f"{threads} thread"]
+        title = ", ".join(part for part in parts if part) + "s" * (threads != 1)
+        _print_table(f"{experiment}: {title}", rows)
 
 
-def show(measurements: Iterable[Measurement], path: str | Path | None = None) -> None:
-    """Measure: each row is said and appended to the file, if any, as it comes; then the table.
+def _print_table(title: str, rows: list[Measurement]) -> None:
+    """Print the rows of one workload as one or more tables of at most TABLE_WIDTH columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-    The table comes even if the run was interrupted, of what was measured until then.
+    contenders = list(dict.fromkeys(row.contender for row in rows))
+    cells: dict[str, dict[str, str]] = {}  # header -> contender -> text
+    for row in rows:
+        cells.setdefault(f"{row.metric}, {row.unit}", {})[row.contender] = figure(row)
+    first_width = min(34, max(map(len, contenders)))
+    # No style anywhere, so no escape codes: the text is the same in a terminal and in a file.
+    console = Console(width=TABLE_WIDTH, color_system=None, highlight=False)
+    console.print(Text(title))
+    for headers in _pages(cells, TABLE_WIDTH - first_width - 4):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("", width=first_width, overflow="fold")
+        for header in headers:
+            width = _column_width(header, cells[header])
+            table.add_column(Text(header), width=width, justify="right", overflow="fold")
+        for name in contenders:
+            table.add_row(Text(name), *(Text(cells[header].get(name, "")) for header in headers))
+        console.print(table)
+
+
+def _column_width(header: str, texts: dict[str, str]) -> int:
+    """Wide enough for every cell and for each word of the header, which may take several lines."""
+    return max(8, *map(len, texts.values()), *map(len, header.split()))
+
+
+def _pages(cells: dict[str, dict[str, str]], width: int) -> Iterator[list[str]]:
+    """Share the columns out among tables: as many to each as fit into `width`, at least one."""
+    headers: list[str] = []
+    used = 0
+    for header, texts in cells.items():
+        needed = _column_width(header, texts) + 2  # with the space between two columns
+        if headers and used + needed > width:
+            yield headers
+            headers, used = [], 0
+        headers.append(header)
+        used += needed
+    yield headers
+
+
+def show(
+    measurements: Iterable[Measurement],
+    path: str | Path,
+    is_shown: Callable[[Measurement], bool] = lambda row: True,
+) -> None:
+    """Measure: print and append each row as it comes, then print the tables of `is_shown` rows.
+
+    An interrupted run prints the tables of the rows that it has measured.
     """
     rows: list[Measurement] = []
     try:
-        for row in measurements if path is None else append(path, measurements):
+        for row in append(path, measurements):
             rows.append(row)
-            progress = f"{row.workload}: {row.contender}, {row.metric}: {cell(row, spread=True)}"
-            print(progress, file=sys.stderr, flush=True)
+            line = f"{row.workload}: {row.contender}, {row.metric}: {figure(row)} {row.unit}"
+            print(line, file=sys.stderr, flush=True)
     finally:
-        print("\n".join(table(rows)))
-        print("median (min to max) of the repeats; x: times, in the same rounds")
-        if path is not None:
-            print(f"{len(rows)} rows appended to {path}")
-
-
-def run_alone(doc: str, add_arguments: Callable, run: Callable, argv: list[str] | None) -> None:
-    """What an experiment's own main() does; without --out it keeps nothing.
-
-    A caller's mistake is one sentence and exit code 1, as in benchmark.py.
-    """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--out", help="append the rows to this CSV file")
-    args = parser.parse_args(argv)
-    try:
-        show(run(args), args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-# --------------------------------------------------------------------------------------------------
-def demo():
-    """Two contenders in turn, five rounds; their rows in a file, read back, then spoiled."""
-    here = {"experiment": "demo", "workload": "n=10", "backend": "none", "dtype": "none"}
-    here |= {"threads": 1, "device": device_name()}
-    loop = [4.0, 4.1, 9.0, 4.2, 4.0]  # milliseconds; in round 3 the machine did something else
-    builtin = [2.0, 2.1, 4.4, 2.0, 2.0]  # and in all of them so did it for the other one
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.csv"
-        rows = [
-            Measurement.of(loop, contender="loop", metric="time a call", unit="ms", **here),
-            Measurement.of(builtin, contender="sum()", metric="time a call", unit="ms", **here),
-            Measurement.ratio_of(
-                loop, builtin, contender="sum()", metric="speed against loop", unit="x", **here
-            ),
-        ]
-        for row in append(path, rows):
-            print(f"written: {row.contender:6} {cell(row, spread=True)}")
-        print(f"\nwhat every row carries besides, {len(COLUMNS)} columns in all:")
-        found = read(path)
-        for name in ("device", "commit", "torch", "numba"):
-            print(f"  {name:10} {found[0][name]}")
-        print("\nas a table:")
-        print("\n".join(table(rows)))
-        path.write_text(path.read_text().replace("2.0,4.4,5", "2.0,1.5,5"))
-        try:
-            read(path)
-            refusal = ""
-        except ValueError as error:
-            refusal = str(error).replace(folder, "FOLDER")
-    print(f"\na figure was changed by hand:\n  {refusal}")
-    assert [row["median"] for row in found] == [4.1, 2.0, 2.05] and "line 3" in refusal
-    print("ok: one slow round moves neither a median nor a ratio of rounds in turn by much")
-
-
-if __name__ == "__main__":
-    demo()
+        print_tables(filter(is_shown, rows))
+        print("median (minimum to maximum) of the repeats; x: times as fast or as many")
+        print(f"{len(rows)} rows appended to {path}")

@@ -68,16 +68,3 @@ def per_head_numba(
     queries = q.float().contiguous().numpy()
     _per_head(queries, *caches, *places, np.float32(scale), out.numpy())
     return out.to(q.dtype)
-
-
-@numba.njit(parallel=True, fastmath=FASTMATH, cache=True)
-def sum_numba(x):
-    """The sum of a flat float32 array: one addition for each four bytes that are read."""
-    stretch = 1 << 18  # 1 MB: long enough to be a stream, and many enough to share out
-    partial = np.zeros(-(-x.size // stretch), np.float32)
-    for i in numba.prange(partial.size):
-        total = np.float32(0)
-        for j in range(i * stretch, min((i + 1) * stretch, x.size)):
-            total += x[j]
-        partial[i] = total
-    return partial.sum()

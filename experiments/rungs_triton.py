@@ -99,24 +99,3 @@ def per_head_triton(
         TILE_T=triton.next_power_of_2(block_size),
     )
     return out
-
-
-@triton.jit
-def read_kernel(x, sums, TILE: tl.constexpr):
-    """Load a tile of a flat int32 tensor, whose size is a multiple of TILE, and keep one number."""
-    i = tl.program_id(0)
-    values = tl.load(x + i.to(tl.int64) * TILE + tl.arange(0, TILE))
-    tl.store(sums + i, tl.sum(values, 0))
-
-
-@triton.jit
-def empty_kernel(x):
-    """What is left is the launch."""
-    return
-
-
-def sum_triton(x: Tensor, sums: Tensor) -> None:
-    """Read all of a flat int32 tensor: a sum for each of its `sums.numel()` equal tiles."""
-    tile = x.numel() // sums.numel()
-    assert tile * sums.numel() == x.numel()
-    read_kernel[(sums.numel(),)](x, sums, TILE=tile, num_warps=8)

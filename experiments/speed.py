@@ -1,82 +1,253 @@
-"""Four roads to the same tokens, timed: no cache, a contiguous slab a sequence, blocks, and a peer.
+"""The same tokens written in four ways, timed: no cache, a contiguous cache, blocks, transformers.
 
-Greedy, equal prompts, equal numbers of tokens, one process, the roads (roads.py) in turn and five
-times over. The first value of each list (--batches 8 1 32) makes the first workload, and each other
-value is tried with the first ones of all other lists. Of the first workload each trial is a row
-too. A pool smaller than what all sequences need (--pools 50: half of it) makes the engine preempt:
-it gives up speed for memory, and the rows say how much of both. The last workload is one sequence
-that gets 500 tokens, for which a cache is worth most. Where paging loses is here too: block_size=1,
-a tight pool, and sequences so short and alike that a slab each is no waste.
+    no cache      every step computes all tokens again
+    contiguous    a slab of the model's longest length for each sequence, PyTorch's attention
+    paged         the engine, `InferenceEngine.step()`: schedule, forward, sample, detokenise
+    transformers  a loop around its model and DynamicCache, if transformers is installed
 
-What is compared did the same work: each road's tokens are checked against the contiguous road's,
-and the rows hold the tokens written, the tokens computed and the most KV bytes held. A slab holds
-the model's longest length, transformers' cache what it has, at the end of a step. The first step,
-which computes the prompts, is the time to first token (the mean of all sequences; some start later
-in a tight pool). Latency percentiles are of all later steps of a trial.
+All are greedy, get equal prompts and write equal numbers of tokens, in one process, in turn, in
+several rounds. The first value of each list of flags (--batches 8 1) makes the first workload. Each
+further value is combined with the first values of all other lists. The first workload has a row for
+each round besides. A pool smaller than all sequences need (--pools 50: half of it) makes the engine
+preempt. The last workload is one long sequence: there a cache saves most. Paging loses with
+block_size=1, with a small pool, and with sequences so short and so alike that slabs waste nothing.
 
-Run: python -m experiments.speed
-     python -m experiments.speed --full          GPT-2's 124M shape; without a cache, minutes each
+Equal work is checked: tokens must be those of the contiguous way. The rows say how many tokens were
+written, how many were computed, and how many bytes of K and V were held at most. A slab holds the
+model's longest length; transformers' cache holds the tokens that it has. Time to first token is the
+time of the step that computes the prompts, as a mean over all sequences, because in a small pool
+some of them start later. Latency percentiles are of all later steps of a round.
+
+The default takes about a minute and a half on 2 idle cores. `--full` has GPT-2's 124M shape and
+takes minutes for each workload without a cache.
 """
 
 import argparse
 import importlib.util
-import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from baselines import ContiguousCache, attend_without_cache, next_logits
 from checkpoints.load import load_model, weights_kind
-from experiments import roads, transformers_loop
-from experiments.results import Measurement, device_name, run_alone
-from experiments.roads import CONTIGUOUS, NO_CACHE, PAGED, PEER, Road, Trial
-from experiments.transformers_loop import Theirs
+from experiments import transformers_engines
+from experiments.ceilings import Columns
+from experiments.peers import THEIRS
+from experiments.results import Measurement, device_name, percentile
+from experiments.transformers_engines import Theirs
 from kernels.backends import BACKENDS, DTYPES, resolve_device, resolve_dtype
+from kernels.device_memory import preallocate
 from kernels.packed_linear import pack
-from llm import LLM, SHIPPED_MODEL
+from llm import LLM, SHIPPED_MODEL, SamplingParams
 from model import GPT
 
-ROADS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": PEER}
-# What a flag means that is not given: on the shipped model, and with --full.
-DEFAULTS = {
-    "model": str(SHIPPED_MODEL),
+CONTIGUOUS, PAGED, NO_CACHE = "contiguous", "paged", "no cache"
+WAYS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": THEIRS}
+# The values of flags that are not given: with --full, and without it.
+FULL = {
+    "model": "random:gpt2",
     "batches": [8, 1, 32],
     "prompt_tokens": [64, 256],
-    "new_tokens": [64, 256],
+    "new_tokens": [32, 128],
     "block_sizes": [16, 1, 128],
     "pools": [100, 50, 25],
+    "long_tokens": 500,
 }
-FULL = DEFAULTS | {"model": "random:gpt2", "new_tokens": [32, 128]}
-WARM_UP_TOKENS = 64  # of each sequence in the round that is not counted, at most
-LONG_S = 60  # three rounds are enough where a trial takes longer
+DEFAULTS = {
+    "model": str(SHIPPED_MODEL),
+    "batches": [8, 1],
+    "prompt_tokens": [64],
+    "new_tokens": [64, 128],
+    "block_sizes": [16],
+    "pools": [100, 50],
+    "long_tokens": 256,
+}
+WARM_UP_TOKENS = 64  # most tokens of each sequence in the round that is not counted
+LONG_S = 60  # three rounds are enough if one trial takes longer
+# The figures in the terminal's table. The CSV file has all.
+SHOWN = ["generation time", "generated tokens", "time to first token", "step latency p50"]
+SHOWN += ["KV memory at most", "speed against contiguous", "speed against no cache"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment's flags."""
     add = parser.add_argument
-    add("--full", action="store_true", help="GPT-2's 124M shape, random weights, fewer tokens")
+    add("--full", action="store_true", help="GPT-2's 124M shape, random weights, more workloads")
     add("--model", help="a folder, or random:gpt2; default: the shipped one")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights, K and V")
-    add("--backend", default="auto", choices=["auto", *BACKENDS], help="the paged road's kernel")
+    add("--backend", default="auto", choices=["auto", *BACKENDS], help="the engine's kernel")
     add("--threads", type=int, help="of the CPU; default: all, for the shipped model 1")
-    add("--roads", nargs="+", choices=[*ROADS], help="default: all that are installed")
-    add("--batches", type=int, nargs="+", help="numbers of sequences; default 8 1 32")
-    add("--prompt-tokens", type=int, nargs="+", help="of each prompt, at random; default 64 256")
-    add("--new-tokens", type=int, nargs="+", help="that each gets; default 64 256, full 32 128")
-    add("--block-sizes", type=int, nargs="+", help="of the paged road; default 16 1 128")
-    add("--pools", type=int, nargs="+", help="percent of the blocks that all need; 100 50 25")
-    add("--long-tokens", type=int, default=500, help="that one sequence gets at last; 0: skip")
+    add("--roads", dest="ways", nargs="+", choices=[*WAYS], help="default: all that are installed")
+    add("--batches", type=int, nargs="+", help="numbers of sequences; default 8 1, full 8 1 32")
+    add("--prompt-tokens", type=int, nargs="+", help="of each prompt; default 64, full 64 256")
+    add("--new-tokens", type=int, nargs="+", help="that each gets; default 64 128, full 32 128")
+    add("--block-sizes", type=int, nargs="+", help="of the engine; default 16, full 16 1 128")
+    add("--pools", type=int, nargs="+", help="percent of all blocks needed; 100 50, full 100 50 25")
+    add("--long-tokens", type=int, help="for one sequence at last; 0: skip; 256, full 500")
     add("--no-cache-rows", type=int, default=60_000, help="most tokens computed without a cache")
-    add("--repeats", type=int, default=5, help="trials; 3 where one takes more than a minute")
+    add("--repeats", type=int, default=5, help="rounds; 3 if a trial takes more than a minute")
     add("--seed", type=int, default=0, help="of the prompts")
 
 
-# ---- what to do ----------------------------------------------------------------------------------
+# ---- the ways to write tokens --------------------------------------------------------------------
+class Step(NamedTuple):
+    """What one step did. It is yielded when its tokens are on the host, as a client sees them."""
+
+    tokens: dict[int, int]  # number of a prompt -> the token that it got
+    computed: int  # tokens that went through the model
+    kv_bytes: int  # held while the step ran, reserved bytes included
+    preempted: int = 0  # sequences that lost their blocks
+
+
+Way = Callable[[list[list[int]], int], Iterator[Step]]  # (prompts, new_tokens) -> its steps
+
+
+def static_way(model: GPT, cache: ContiguousCache | None) -> Way:
+    """All prompts start and end together: with slabs, or without a cache."""
+    attend = cache.attend if cache else attend_without_cache
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        sequences = [list(prompt) for prompt in prompts]
+        starts = [0] * len(prompts)  # tokens of each sequence that are in the cache
+        for _ in range(new_tokens):
+            computed = sum(map(len, sequences)) - sum(starts)
+            chosen = next_logits(model, attend, sequences, starts).argmax(-1).tolist()
+            for token_ids, token_id in zip(sequences, chosen, strict=True):
+                token_ids.append(token_id)
+            if cache:
+                starts = [len(token_ids) - 1 for token_ids in sequences]
+            yield Step(dict(enumerate(chosen)), computed, cache.slabs.nbytes if cache else 0)
+
+    return steps
+
+
+def contiguous_way(model: GPT, batch: int) -> Way:
+    """A slab for each sequence, as long as the model allows: lengths are not known beforehand."""
+    config, weight = model.config, model.wte.weight
+    cache = ContiguousCache(
+        config.n_layer,
+        batch,
+        config.max_seq_len,
+        config.n_head,
+        config.head_dim,
+        weight.dtype,
+        weight.device,
+        preallocate,
+    )
+    return static_way(model, cache)
+
+
+def paged_way(llm: LLM) -> Way:
+    """The engine. Sequences that do not fit wait; a preempted one computes its tokens again."""
+    allocator = llm.engine.scheduler.allocator
+    block_bytes = llm.engine.cache.pool[:, 0].nbytes
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        ids = [llm.engine.add_request(prompt, params) for prompt in prompts]
+        numbers = {request_id: number for number, request_id in enumerate(ids)}
+        while llm.engine.has_unfinished():
+            output = llm.engine.step()
+            plan = output.plan
+            tokens = {numbers[o.request_id]: o.outputs[0].token_ids[-1] for o in output.outputs}
+            # Counted from the plan: sequences that ended in this step have freed their blocks.
+            held = sum(allocator.blocks_needed(start + n) for _, start, n in plan.scheduled)
+            yield Step(tokens, plan.num_tokens, held * block_bytes, len(plan.preempted))
+
+    return steps
+
+
+def transformers_way(theirs: Theirs, kv_bytes_per_token: int) -> Way:
+    """A loop around transformers' model. The prompts must have the same length."""
+
+    def steps(prompts: list[list[int]], new_tokens: int) -> Iterator[Step]:
+        B, T = len(prompts), len(prompts[0])
+        for number in range(new_tokens):
+            if number == 0:
+                theirs.start(torch.tensor(prompts, device=theirs.model.device))
+            else:
+                theirs.step()
+            chosen = theirs.next_ids[:, 0].tolist()  # waits for the device
+            held_bytes = B * (T + number) * kv_bytes_per_token
+            yield Step(dict(enumerate(chosen)), B * T if number == 0 else B, held_bytes)
+        theirs.finish()
+
+    return steps
+
+
+# ---- one trial -----------------------------------------------------------------------------------
+@dataclass
+class Trial:
+    """One way from the prompts to the last token."""
+
+    token_ids: list[list[int]]  # written, a list for each prompt
+    seconds: float = 0.0
+    first_ms: list[float] = field(default_factory=list)  # until a prompt's first token, one each
+    step_ms: list[float] = field(default_factory=list)  # of all steps but the first
+    computed: int = 0  # tokens, over all steps
+    kv_bytes: int = 0  # most bytes held
+    preempted: int = 0
+
+
+@torch.inference_mode()
+def time_trial(way: Way, prompts: list[list[int]], new_tokens: int) -> Trial:
+    """Run all steps of a way, and read the clock after each."""
+    trial = Trial([[] for _ in prompts])
+    started = last = time.perf_counter()
+    for number, step in enumerate(way(prompts, new_tokens)):
+        now = time.perf_counter()
+        for i, token_id in step.tokens.items():
+            if not trial.token_ids[i]:
+                trial.first_ms.append((now - started) * 1e3)
+            trial.token_ids[i].append(token_id)
+        if number > 0:
+            trial.step_ms.append((now - last) * 1e3)
+        trial.computed += step.computed
+        trial.kv_bytes = max(trial.kv_bytes, step.kv_bytes)
+        trial.preempted += step.preempted
+        last = now
+    trial.seconds = last - started
+    assert {len(token_ids) for token_ids in trial.token_ids} == {new_tokens}
+    return trial
+
+
+def equal_start(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of all tokens, in percent, that come before their sequence's first difference."""
+    num_equal = 0
+    for a, b in zip(ours, theirs, strict=True):
+        differences = (i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        num_equal += next(differences, len(a))
+    return 100 * num_equal / sum(map(len, theirs))
+
+
+def check_equal_work(name: str, trial: Trial, first: Trial, itemsize: int) -> float:
+    """Percent of equal tokens. Raises ValueError for a way that wrote other tokens than the first.
+
+    The ways sum in different orders, so two logits that nearly tie may order differently: rarely
+    in float32, often in 16 bits. So 90% must be equal in 32 bits; in 16 bits (an `itemsize` of 2)
+    40% of the first four tokens. A way that reads wrong memory is wrong from its second token on:
+    that one is the first to need the cache.
+    """
+    ours, theirs = trial.token_ids, first.token_ids
+    required = 90
+    if itemsize == 2:
+        ours, theirs = ([ids[:4] for ids in token_ids] for token_ids in (ours, theirs))
+        required = 40
+    share = equal_start(ours, theirs)
+    if share < required:
+        raise ValueError(f"{name} wrote {share:.0f}% as the first way did, {required}% are needed")
+    return equal_start(trial.token_ids, first.token_ids)
+
+
+# ---- what to run ---------------------------------------------------------------------------------
 class Workload(NamedTuple):
-    """What each road does in a trial; the last two matter to the paged one alone."""
+    """What each way does in a trial; the last two matter to the paged one alone."""
 
     batch: int
     prompt_tokens: int
@@ -90,111 +261,134 @@ class Workload(NamedTuple):
 
     @property
     def rows_without_cache(self) -> int:
-        """Tokens that are computed when each step computes all: batch x (P + (P + 1) + ..)."""
+        """Tokens computed if each step computes all of them: batch x (P + (P + 1) + ..)."""
         P, N = self.prompt_tokens, self.new_tokens
         return self.batch * (N * P + N * (N - 1) // 2)
 
 
 def make_workload(batch: int, prompt: int, new: int, block_size: int, percent: int) -> Workload:
-    """One whose pool has this share of the blocks that all need, and at least one sequence's."""
+    """A workload whose pool has this share of all blocks needed, and at least one sequence's."""
     if min(batch, prompt, new, block_size, percent) < 1:
         sizes = f"{batch=}, {prompt=}, {new=}, {block_size=}, pool {percent}%"
         raise ValueError(f"{sizes}: each must be at least 1")
-    each = -(-(prompt + new) // block_size)
-    return Workload(batch, prompt, new, block_size, max(each, batch * each * percent // 100))
+    blocks_each = -(-(prompt + new) // block_size)
+    num_blocks = max(blocks_each, batch * blocks_each * percent // 100)
+    return Workload(batch, prompt, new, block_size, num_blocks)
 
 
 def plan(args: argparse.Namespace) -> dict[Workload, list[str]]:
-    """Workload -> the roads that run it: the first one, then one value changed at a time."""
+    """Workload -> the ways that run it: the first values, then one value changed at a time."""
     lists = args.batches, args.prompt_tokens, args.new_tokens, args.block_sizes, args.pools
     firsts = [values[0] for values in lists]
-    found: dict[Workload, list[str]] = {}
-    for place, values in enumerate(lists):
+    todo: dict[Workload, list[str]] = {}
+    for position, values in enumerate(lists):
         for value in values:
-            workload = make_workload(*firsts[:place], value, *firsts[place + 1 :])
-            # Blocks and pool are the engine's own matter: there it is compared with the slab only.
-            allowed = [*ROADS.values()] if place < 3 else [CONTIGUOUS, PAGED]
+            workload = make_workload(*firsts[:position], value, *firsts[position + 1 :])
+            # Block size and pool change nothing but the engine: compare it with the slabs only.
+            allowed = [*WAYS.values()] if position < 3 else [CONTIGUOUS, PAGED]
             if workload.rows_without_cache > args.no_cache_rows:
-                allowed = [road for road in allowed if road != NO_CACHE]
-            found.setdefault(workload, [road for road in args.roads if road in allowed])
-    if args.long_tokens:  # without a cache too, however long it takes: this is what it is for
+                allowed = [way for way in allowed if way != NO_CACHE]
+            todo.setdefault(workload, [way for way in args.ways if way in allowed])
+    if args.long_tokens:  # without a cache too: the comparison that a cache is for
         long = make_workload(1, args.prompt_tokens[0], args.long_tokens, args.block_sizes[0], 100)
-        found[long] = args.roads
-    return found
+        todo[long] = args.ways
+    return todo
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments, with a value for each flag that was not given."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     chosen = argparse.Namespace(**((FULL if args.full else DEFAULTS) | given))
-    chosen.is_shipped = chosen.model == str(SHIPPED_MODEL)
     chosen.device = resolve_device(args.device)
     chosen.dtype = resolve_dtype(args.dtype, chosen.device)
-    # So small a model that a second thread waits more than it works.
-    chosen.threads = args.threads or (1 if chosen.is_shipped else torch.get_num_threads())
+    chosen.threads = threads_for(chosen.model, args.threads)
     installed = importlib.util.find_spec("transformers") is not None
-    names = args.roads or [name for name in ROADS if name != "transformers" or installed]
-    chosen.roads = [road for name, road in ROADS.items() if name in names]
+    names = args.ways or [name for name in WAYS if name != "transformers" or installed]
+    chosen.ways = [way for name, way in WAYS.items() if name in names]
     return chosen
 
 
+def threads_for(model: str, threads: int | None) -> int:
+    """The number of threads given, else 1 for the shipped model, else all.
+
+    The shipped model is so small that a second thread waits longer than it works.
+    """
+    return threads or (1 if model == str(SHIPPED_MODEL) else torch.get_num_threads())
+
+
+def model_columns(model: str) -> Columns:
+    """The columns `model` and `weights`. The shipped model's folder is given without its path."""
+    name = Path(model).name if model == str(SHIPPED_MODEL) else model
+    return {"model": name, "weights": weights_kind(model)}
+
+
 # ---- measuring -----------------------------------------------------------------------------------
-def make_roads(model: GPT, theirs, names: list[str], workload: Workload, backend: str) -> dict:
-    """The named roads for one workload: name -> (road, backend)."""
+def make_ways(
+    model: GPT, theirs: Theirs | None, names: list[str], workload: Workload, backend: str
+) -> dict[str, tuple[Way, str]]:
+    """The named ways for one workload: name -> (way, backend)."""
     llm = LLM(
         model,
         backend=backend,
         block_size=workload.block_size,
         num_blocks=workload.num_blocks,
         max_num_seqs=workload.batch,
-        # Whatever is to be computed fits into one step, prompts that come again too.
+        # All prompts fit into one step, and so do all tokens of a preempted sequence.
         max_num_batched_tokens=workload.batch * (workload.prompt_tokens + workload.new_tokens),
     )
-    found: dict[str, tuple[Road, str]] = {}
+    ways: dict[str, tuple[Way, str]] = {}
     for name in names:
         if name == PAGED:
-            found[name] = roads.paged_road(llm), llm.backend
+            ways[name] = paged_way(llm), llm.backend
         elif name == CONTIGUOUS:
-            found[name] = roads.contiguous_road(model, workload.batch), "torch"
+            ways[name] = contiguous_way(model, workload.batch), "torch"
         elif name == NO_CACHE:
-            found[name] = roads.static_road(model, cache=None), "torch"
-        else:
+            ways[name] = static_way(model, cache=None), "torch"
+        elif theirs is not None:
             token_bytes = model.config.kv_bytes_per_token(model.wte.weight.dtype)
-            found[name] = roads.transformers_road(theirs, token_bytes), "torch"
-    return found
+            ways[name] = transformers_way(theirs, token_bytes), "torch"
+    return ways
 
 
-def time_rounds(found: dict, workload: Workload, prompts: list, repeats: int) -> dict:
-    """Trials of all roads in turn, {road: [Trial, ..]}; a round before them warms up."""
-    trials: dict[str, list[Trial]] = {name: [] for name in found}
+Trials = dict[str, list[Trial]]  # of each way, one a round
+
+
+def time_rounds(
+    ways: dict[str, tuple[Way, str]], workload: Workload, prompts: list[list[int]], repeats: int
+) -> Trials:
+    """Trials of all ways in turn. One round before them warms up."""
+    trials: Trials = {name: [] for name in ways}
+    # disable=None: a progress bar on a terminal only
     bar = {"desc": str(workload), "disable": None, "leave": False, "unit": "trial"}
-    with tqdm(total=(repeats + 1) * len(found), **bar) as progress:  # None: only on a terminal
+    with tqdm(total=(repeats + 1) * len(ways), **bar) as progress:
         for number in range(repeats + 1):
-            for name, (road, _) in found.items():
-                wanted = workload.new_tokens if number else min(workload.new_tokens, WARM_UP_TOKENS)
-                trial = roads.time_trial(road, prompts, wanted)
+            new_tokens = workload.new_tokens
+            if number == 0:
+                new_tokens = min(new_tokens, WARM_UP_TOKENS)
+            for name, (way, _) in ways.items():
+                trial = time_trial(way, prompts, new_tokens)
                 progress.update()
-                if number:
+                if number > 0:
                     trials[name].append(trial)
             if number >= 3 and max(ts[-1].seconds for ts in trials.values()) > LONG_S:
                 break
     return trials
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """The smallest value that this share of all values does not exceed: the nearest rank."""
-    return sorted(values)[max(math.ceil(percent / 100 * len(values)), 1) - 1]
-
-
 # ---- rows ----------------------------------------------------------------------------------------
-def rows_of_road(trials: list[Trial], equal: float, what: dict) -> Iterator[Measurement]:
-    """A road's figures but the ratios: its times, then the work and the memory behind them."""
+def is_shown(row: Measurement) -> bool:
+    """Whether a row is in the terminal's table: not one of a single trial, and a chosen figure."""
+    return " trial=" not in row.workload and row.metric in SHOWN
 
-    def row(metric: str, unit: str, values) -> Measurement:
-        return Measurement.of(values, metric=metric, unit=unit, **what)
+
+def rows_of_way(trials: list[Trial], equal: float, columns: Columns) -> Iterator[Measurement]:
+    """The figures of one way without the ratios: times, then work and memory."""
+
+    def row(metric: str, unit: str, values: list) -> Measurement:
+        return Measurement.of(values, metric=metric, unit=unit, **columns)
 
     written = [sum(map(len, trial.token_ids)) for trial in trials]
-    yield row("generation time", "s", (trial.seconds for trial in trials))
+    yield row("generation time", "s", [trial.seconds for trial in trials])
     rates = [tokens / trial.seconds for tokens, trial in zip(written, trials, strict=True)]
     yield row("generated tokens", "tokens/s", rates)
     means_ms = [sum(trial.first_ms) / len(trial.first_ms) for trial in trials]
@@ -203,82 +397,77 @@ def rows_of_road(trials: list[Trial], equal: float, what: dict) -> Iterator[Meas
         latencies = [percentile(trial.step_ms, percent) for trial in trials]
         yield row(f"step latency p{percent}", "ms", latencies)
     yield row("tokens written", "tokens", written)
-    yield row("tokens computed", "tokens", (trial.computed for trial in trials))
+    yield row("tokens computed", "tokens", [trial.computed for trial in trials])
     yield row("tokens equal to the first road's", "%", [equal])
-    yield row("KV memory at most", "bytes", (trial.kv_bytes for trial in trials))
-    if what["contender"] == PAGED:
-        yield row("preempted", "sequences", (trial.preempted for trial in trials))
+    yield row("KV memory at most", "bytes", [trial.kv_bytes for trial in trials])
+    if columns["contender"] == PAGED:
+        yield row("preempted", "sequences", [trial.preempted for trial in trials])
 
 
-def ratios(trials: dict[str, list[Trial]], name: str, what: dict) -> Iterator[Measurement]:
-    """How many times as fast a road is as the contiguous one, and as the one without a cache."""
-    seconds = {road: [trial.seconds for trial in ts] for road, ts in trials.items()}
+def ratios(trials: Trials, name: str, columns: Columns) -> Iterator[Measurement]:
+    """How many times as fast a way is as the contiguous one, and as the one without a cache."""
+    seconds = {way: [trial.seconds for trial in ts] for way, ts in trials.items()}
     for other in (CONTIGUOUS, NO_CACHE):
         if other in trials and other != name:
             against = {"metric": f"speed against {other}", "unit": "x"}
-            yield Measurement.ratio_of(seconds[other], seconds[name], **against, **what)
+            yield Measurement.ratio_of(seconds[other], seconds[name], **against, **columns)
 
 
-def rows_of_workload(trials: dict, workload: Workload, backends: dict, common: dict) -> Iterator:
-    """All roads' figures over all trials. Raises ValueError for one that wrote other tokens."""
+def rows_of_workload(
+    trials: Trials, workload: Workload, backends: dict[str, str], common: Columns
+) -> Iterator[Measurement]:
+    """The figures of all ways over all trials. Raises ValueError for one with other tokens."""
     first = next(iter(trials.values()))[0]
-    in_16_bits = DTYPES[common["dtype"]].itemsize == 2
+    itemsize = DTYPES[common["dtype"]].itemsize
     for name, ts in trials.items():
-        equal = [roads.check_equal_work(name, trial, first, in_16_bits) for trial in ts]
-        what = common | {"contender": name, "workload": str(workload), "backend": backends[name]}
-        yield from rows_of_road(ts, min(equal), what)
-        yield from ratios(trials, name, what)
+        equal = min(check_equal_work(name, trial, first, itemsize) for trial in ts)
+        columns = {"contender": name, "workload": str(workload), "backend": backends[name]}
+        yield from rows_of_way(ts, equal, common | columns)
+        yield from ratios(trials, name, common | columns)
 
 
-def rows_of_trials(trials: dict, workload: Workload, backends: dict, common: dict) -> Iterator:
-    """Time and ratios of each trial for itself."""
+def rows_of_trials(
+    trials: Trials, workload: Workload, backends: dict[str, str], common: Columns
+) -> Iterator[Measurement]:
+    """Time and ratios of each single trial."""
     for number in range(min(map(len, trials.values()))):
-        one = {name: [ts[number]] for name, ts in trials.items()}
+        one_round = {name: [ts[number]] for name, ts in trials.items()}
         common = common | {"workload": f"{workload} trial={number + 1}"}
-        for name, (trial,) in one.items():
-            what = common | {"contender": name, "backend": backends[name]}
-            yield Measurement.of([trial.seconds], metric="generation time", unit="s", **what)
-            yield from ratios(one, name, what)
+        for name, (trial,) in one_round.items():
+            columns = common | {"contender": name, "backend": backends[name]}
+            yield Measurement.of([trial.seconds], metric="generation time", unit="s", **columns)
+            yield from ratios(one_round, name, columns)
 
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of the experiment."""
     args = complete(args)
-    if PEER in args.roads:
-        transformers_loop.require_transformers()
+    if THEIRS in args.ways:
+        transformers_engines.require_transformers()
     todo = plan(args)
-    before = torch.get_num_threads()
+    threads_before = torch.get_num_threads()
     model = load_model(args.model, args.dtype, args.device)
-    most, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    limit = model.config.max_seq_len
     for workload in todo:
-        if workload.prompt_tokens + workload.new_tokens > most:
-            raise ValueError(f"{workload}: the model has {most} positions, take fewer tokens")
-    theirs = Theirs(transformers_loop.as_transformers(model)) if PEER in args.roads else None
+        if workload.prompt_tokens + workload.new_tokens > limit:
+            raise ValueError(f"{workload}: the model has {limit} positions, take fewer tokens")
+    theirs = None
+    if THEIRS in args.ways:
+        theirs = Theirs(transformers_engines.as_transformers(model))
     common = {"experiment": "speed", "dtype": str(args.dtype)[6:], "threads": args.threads}
-    common |= {"device": device_name(args.device), "seed": args.seed}
-    common |= {"model": Path(args.model).name if args.is_shipped else args.model}
-    common |= {"weights": weights_kind(args.model)}
+    common |= {"device": device_name(args.device), "seed": args.seed} | model_columns(args.model)
     torch.set_num_threads(args.threads)  # the compiled kernels take as many as PyTorch
     try:
         for number, (workload, names) in enumerate(todo.items()):
             served = pack(load_model(args.model, args.dtype, args.device), workload.batch)
-            found = make_roads(served, theirs, names, workload, args.backend)
+            ways = make_ways(served, theirs, names, workload, args.backend)
             generator = torch.Generator().manual_seed(args.seed)
             shape = workload.batch, workload.prompt_tokens
-            prompts = torch.randint(vocab_size, shape, generator=generator).tolist()
-            trials = time_rounds(found, workload, prompts, args.repeats)
-            backends = {name: backend for name, (_, backend) in found.items()}
+            prompts = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
+            trials = time_rounds(ways, workload, prompts, args.repeats)
+            backends = {name: backend for name, (_, backend) in ways.items()}
             yield from rows_of_workload(trials, workload, backends, common)
             if number == 0:
                 yield from rows_of_trials(trials, workload, backends, common)
     finally:
-        torch.set_num_threads(before)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    run_alone(__doc__, add_arguments, run, argv)
-
-
-if __name__ == "__main__":
-    main()
+        torch.set_num_threads(threads_before)
