@@ -317,10 +317,9 @@ def decode_contenders(device: torch.device, chunk_len: int) -> Contenders:
         found["tiles, blocks in order"] = "triton", paged_call(whole, in_order=True)
         found["chunks and merge"] = "triton", paged_call(chunks)
     elif HAS_NUMBA:
-        from experiments.rungs_numba import per_head_numba
-        from kernels.attention_cpu import paged_attention_cpu
+        from kernels.attention_cpu import attend_per_head, paged_attention_cpu
 
-        found["one program per (sequence, head)"] = "numba", partial(per_head, per_head_numba)
+        found["one program per (sequence, head)"] = "numba", partial(per_head, attend_per_head)
         found["whole blocks, all heads"] = "numba", paged_call(paged_attention_cpu)
         found["whole blocks in order"] = "numba", paged_call(paged_attention_cpu, in_order=True)
     return found | {CONTIGUOUS: ("torch", contiguous)}

@@ -262,11 +262,14 @@ def read(path: str | Path) -> list[dict]:
 
 
 # ---- for a terminal ------------------------------------------------------------------------------
-def figure(row: Measurement) -> str:
-    """The median as text, "0.512" or "1,234"; with its spread, "0.512 (0.501 to 0.563)"."""
+def figure(row: Measurement) -> tuple[str, str]:
+    """The median and the spread as texts: ("0.512", "0.501..0.563"). No spread is "".
+
+    1,000 and more have no decimals: ("1,234", "1,208..1,301").
+    """
     figures = row.median, row.min, row.max
     median, low, high = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in figures)
-    return median if low == high else f"{median} ({low} to {high})"
+    return median, "" if low == high else f"{low}..{high}"
 
 
 def print_tables(measurements: Iterable[Measurement]) -> None:
@@ -298,13 +301,16 @@ def _print_table(title: str, rows: list[Measurement]) -> None:
     contenders = list(dict.fromkeys(row.contender for row in rows))
     cells: dict[str, dict[str, str]] = {}  # header -> contender -> text
     for row in rows:
-        cells.setdefault(f"{row.metric}, {row.unit}", {})[row.contender] = figure(row)
-    first_width = min(34, max(map(len, contenders)))
+        header = f"{row.metric}, {row.unit}"
+        cells.setdefault(header, {})[row.contender] = "\n".join(figure(row)).rstrip()
+    # A long name takes two lines, as a median and its spread do.
+    longest_word = max(len(word) for name in contenders for word in name.split())
+    first_width = min(max(map(len, contenders)), max(18, longest_word))
     # No style anywhere, so no escape codes: the text is the same in a terminal and in a file.
     console = Console(width=TABLE_WIDTH, color_system=None, highlight=False)
     console.print(Text(title))
-    for headers in _pages(cells, TABLE_WIDTH - first_width - 4):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for headers in _pages(cells, TABLE_WIDTH - first_width):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
         table.add_column("", width=first_width, overflow="fold")
         for header in headers:
             width = _column_width(header, cells[header])
@@ -312,11 +318,13 @@ def _print_table(title: str, rows: list[Measurement]) -> None:
         for name in contenders:
             table.add_row(Text(name), *(Text(cells[header].get(name, "")) for header in headers))
         console.print(table)
+        console.print()
 
 
 def _column_width(header: str, texts: dict[str, str]) -> int:
     """Wide enough for every cell and for each word of the header, which may take several lines."""
-    return max(8, *map(len, texts.values()), *map(len, header.split()))
+    lines = [line for text in texts.values() for line in text.split("\n")]
+    return max(8, *map(len, lines), *map(len, header.split()))
 
 
 def _pages(cells: dict[str, dict[str, str]], width: int) -> Iterator[list[str]]:
@@ -324,7 +332,7 @@ def _pages(cells: dict[str, dict[str, str]], width: int) -> Iterator[list[str]]:
     headers: list[str] = []
     used = 0
     for header, texts in cells.items():
-        needed = _column_width(header, texts) + 2  # with the space between two columns
+        needed = _column_width(header, texts) + 3  # with the space between two columns
         if headers and used + needed > width:
             yield headers
             headers, used = [], 0
@@ -346,9 +354,11 @@ def show(
     try:
         for row in append(path, measurements):
             rows.append(row)
-            line = f"{row.workload}: {row.contender}, {row.metric}: {figure(row)} {row.unit}"
+            median, spread = figure(row)
+            value = f"{median} {row.unit}" + (f" ({spread})" if spread else "")
+            line = f"{row.workload}: {row.contender}, {row.metric}: {value}"
             print(line, file=sys.stderr, flush=True)
     finally:
         print_tables(filter(is_shown, rows))
-        print("median (minimum to maximum) of the repeats; x: times as fast or as many")
+        print("medians of the repeats, below them minimum..maximum; x: times as fast, or as many")
         print(f"{len(rows)} rows appended to {path}")
