@@ -139,6 +139,13 @@ def test_a_full_pool_refuses_and_gets_all_back(make):
     assert pool.num_free == 16
 
 
+# ---- bookkeeping ---------------------------------------------------------------------------------
+def test_bookkeeping_times_the_allocator_and_the_scheduler(tmp_path):
+    rows = run(tmp_path, "bookkeeping --repeats 2 --running 4 --waiting 0 9")
+    assert [row["workload"] for row in rows[1:]] == ["running=4 waiting=0", "running=4 waiting=9"]
+    assert (rows[0]["unit"], rows[0]["repeats"], rows[1]["repeats"]) == ("blocks/s", 2, 2)
+
+
 # ---- a caller's mistakes -------------------------------------------------------------------------
 @pytest.mark.parametrize("words", ["--num-blocks 64", "--num-blocks 1000", "--blocks 0"])
 def test_a_pool_that_cannot_hold_a_cycle_is_refused(tmp_path, words):

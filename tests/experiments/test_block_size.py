@@ -4,7 +4,7 @@ import pytest
 from rows import pick, run
 
 import benchmark
-from experiments import block_size, roads
+from experiments import block_size, speed
 
 SPEED = "--batch 2 --prompt-tokens 9 --new-tokens 3 --rounds 2"
 BOOKS = "--requests 12 --max-seq-len 64"
@@ -113,20 +113,20 @@ def test_speed_runs_each_block_size_and_compares_with_the_first(tmp_path):
 
 
 def test_a_block_size_that_writes_other_tokens_fails_the_run(tmp_path, monkeypatch):
-    whole = roads.paged_road
+    whole = speed.paged_way
 
     def spoiled(llm):
-        road = whole(llm)
+        way = whole(llm)
 
         def steps(prompts, new_tokens):
-            for step in road(prompts, new_tokens):
+            for step in way(prompts, new_tokens):
                 wrong = {number: token_id ^ 1 for number, token_id in step.tokens.items()}
                 yield step._replace(tokens=wrong) if llm.config.block_size == 4 else step
 
         return steps
 
-    monkeypatch.setattr(roads, "paged_road", spoiled)
-    with pytest.raises(SystemExit, match="block_size=4 wrote 0% as the first road did"):
+    monkeypatch.setattr(speed, "paged_way", spoiled)
+    with pytest.raises(SystemExit, match="block_size=4 wrote 0% as the first way did"):
         run(tmp_path, f"block-size --block-sizes 8 4 {SPEED} --requests 0")
 
 

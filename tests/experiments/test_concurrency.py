@@ -12,10 +12,9 @@ import pytest
 
 from block_allocator import BlockAllocator
 from experiments import concurrency
-from experiments.contenders import CONTENDERS, Machine
 from experiments.results import append, read
 from experiments.simulate import Arrival, Run, Served, Step
-from experiments.trace import draw_chats, draw_short, fit_context
+from experiments.trace import CONTENDERS, Machine, draw_chats, draw_short, fit_context
 from scheduler import Scheduler, reserve_now
 from sequence import RUNNING, Request, Sequence
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import gpu_check, summary
+from experiments import gpu_check
 from experiments.gpu_check import (
     CHECK,
     ENGINE,
@@ -56,13 +56,13 @@ def test_without_a_gpu_it_fails_with_one_sentence():
 
 
 KERNELS_ALONE = """
-import experiments.ceilings, experiments.kernels, experiments.sweep, conftest, importlib
+import benchmark, experiments.kernels, conftest, importlib
 from experiments import gpu_check
 import test_triton_prefill, test_triton_decode
 for name in gpu_check.KERNEL_FILES: importlib.import_module(name)
 """
 WHOLE_ENGINE = """
-import experiments.latency, conftest, importlib
+import benchmark, experiments.latency, conftest, importlib
 from experiments import gpu_check
 import test_cuda_graphs, test_triton_sampling, test_gpu_engine
 for name in gpu_check.ENGINE_KERNEL_FILES: importlib.import_module(name)
@@ -75,6 +75,7 @@ OF_AN_ENGINE = {"safetensors", "tiktoken", "tiktoken_ext", "tqdm"}
 def test_it_needs_nothing_but_torch_triton_numpy_and_pytest(code, more):
     """All modules of a virtual environment's own that its stages import, tests' modules too."""
     absent = {"hypothesis", "tokenizers", "transformers", "numba", "huggingface_hub", "matplotlib"}
+    absent |= {"rich"}
     absent |= OF_AN_ENGINE - more
     # Importing one of them is an ImportError.
     code = f"import sys\nsys.modules.update(dict.fromkeys({absent}))\n" + code
@@ -443,4 +444,4 @@ def test_a_run_of_the_engine_that_ended_early_shows_what_there_is(tmp_path):
         list(append(folder / "engine.csv", rows[:number]))
         lines = gpu_check.summarise(folder, "2020")
         assert bool(lines) is bool(number)
-    assert summary.steps_lines([]) == []
+    assert gpu_check.steps_lines([]) == []

@@ -12,13 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rows import pick
+from rows import run as run_experiment
 
-import benchmark
 from engine import eager_forward
-from experiments import latency, peers, profiles, roads, serving, steps, transformers_loop
-from experiments.profiles import MARK, Event, busy_us, count
-from experiments.results import read
-from experiments.steps import (
+from experiments import latency, peers, transformers_engines, workloads
+from experiments.latency import (
     COMPILED,
     CONTIGUOUS,
     DYNAMIC,
@@ -31,7 +30,9 @@ from experiments.steps import (
     choose,
     fill_and_step,
 )
-from experiments.transformers_loop import Theirs
+from experiments.speed import Trial
+from experiments.transformers_engines import Compiled, Theirs
+from experiments.workloads import MARK, Event, busy_us, count
 from kernels.triton_prefill import INTERPRETED
 from kv_cache import write_kv
 from speedups.cuda_graphs import GraphForward
@@ -50,13 +51,7 @@ def tiny(tiny_gpt, monkeypatch):
 
 def run(tmp_path, words):
     """`python benchmark.py latency words`; returns the rows that were appended."""
-    out = tmp_path / "rows.csv"
-    benchmark.main(["latency", *words.split(), "--out", str(out)])
-    return read(out)
-
-
-def pick(rows, **values):
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+    return run_experiment(tmp_path, f"latency {words}")
 
 
 def parse(words=TINY):
@@ -113,8 +108,8 @@ def test_small_linears_serve_up_to_16_rows_and_joined_steps_all(tmp_path, tiny, 
         asked.append(few_rows)
         return otherwise
 
-    monkeypatch.setattr(steps, "fused_forward", fused_forward)
-    monkeypatch.setattr(steps, "can_fuse", lambda model: None)
+    monkeypatch.setattr(latency, "fused_forward", fused_forward)
+    monkeypatch.setattr(latency, "can_fuse", lambda model: None)
     rows = run(tmp_path, f"{TINY} --batches 2 17 --contenders eager fused small")
     assert asked == [0, 16]
     for B, names in ((2, {EAGER, FUSED, SMALL}), (17, {EAGER, FUSED})):
@@ -141,21 +136,21 @@ def test_of_requests_the_written_tokens_are_counted_and_of_prompts_their_own(
 ):
     def serve(llm, requests):
         seconds = 1.0 if llm.config.plan_ahead else 4.0
-        return roads.Trial([[7] * n for _, n in requests], seconds)
+        return Trial([[7] * n for _, n in requests], seconds)
 
     def time_ms(work, device):
         work()
         return 4.0
 
-    monkeypatch.setattr(serving, "serve", serve)
+    monkeypatch.setattr(workloads, "serve", serve)
     args = complete(f"{TINY} --requests 5 --lengths 2 9 --prefill 2x7")
     common = {"experiment": "latency", "backend": "numba", "dtype": "float32", "threads": 1}
     common |= {"device": "a CPU"}
-    written = sum(n for _, n in serving.mixed_requests(97, args))
-    rows = list(serving.throughput(tiny, args, common))
+    written = sum(n for _, n in workloads.mixed_requests(97, args))
+    rows = list(workloads.throughput(tiny, args, common))
     assert [row.median for row in rows] == [written / 4.0, written / 1.0, 4.0]
     monkeypatch.setattr(peers, "time_ms", time_ms)
-    (row,) = serving.prefill(tiny, args, common)
+    (row,) = workloads.prefill(tiny, args, common)
     assert row.median == 2 * 7 * 1000 / 4.0
 
 
@@ -203,7 +198,7 @@ def test_what_is_not_given_depends_on_the_device():
         ("--contexts 9 3", "a context of 3 tokens and 2 steps that lead to it"),
         ("--batches 0", "must all be at least 1"),
         ("--rounds 0", "must all be at least 1"),
-        ("--requests 2 --lengths 9 5", "2 requests of 9..5 tokens: that is nothing"),
+        ("--requests 2 --lengths 9 5", "2 requests of 9..5 tokens: impossible"),
         ("--contexts 65", "65 tokens in a sequence: the model has 64 positions"),
         ("--prefill 1x64", "65 tokens in a sequence: the model has 64 positions"),
         ("--requests 1 --lengths 1 33", "66 tokens in a sequence: the model has 64 positions"),
@@ -215,14 +210,14 @@ def test_what_is_not_given_depends_on_the_device():
 def test_what_no_run_could_do_is_refused_in_one_sentence(
     tmp_path, tiny, monkeypatch, words, reason
 ):
-    monkeypatch.setattr(steps, "can_fuse", lambda model: None)
+    monkeypatch.setattr(latency, "can_fuse", lambda model: None)
     with pytest.raises(SystemExit, match=reason):
         run(tmp_path, f"{TINY} {words}")
     assert not (tmp_path / "rows.csv").exists()
 
 
 def test_who_cannot_run_here_is_left_out_and_it_is_said_why(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "can_fuse", lambda model: "there is no GPU")
+    monkeypatch.setattr(latency, "can_fuse", lambda model: "there is no GPU")
     args = complete(f"{TINY} --contenders eager fused small compiled")
     assert choose(args, tiny) == ([EAGER], [])
     said = capsys.readouterr().err.splitlines()
@@ -236,8 +231,8 @@ def test_who_cannot_run_here_is_left_out_and_it_is_said_why(tiny, monkeypatch, c
 # ---- equal work ----------------------------------------------------------------------------------
 def contenders(model, *names, words=TINY):
     args = complete(words)
-    pools = steps.make_pools(model, args)
-    return {name: steps.build(name, model, pools[name == CONTIGUOUS], args) for name in names}
+    pools = latency.make_pools(model, args)
+    return {name: latency.build(name, model, pools[name == CONTIGUOUS], args) for name in names}
 
 
 def ids(B, T, vocab_size=97):
@@ -287,9 +282,9 @@ def forgetful(forgets):
 )
 def test_who_writes_nothing_does_not_find_what_another_one_wrote(tiny, monkeypatch, forgets):
     found = contenders(tiny, EAGER)
-    monkeypatch.setattr(steps, "eager_forward", forgetful(forgets))
+    monkeypatch.setattr(latency, "eager_forward", forgetful(forgets))
     args = complete()
-    spoiled = steps.build(RECORDED, tiny, found[EAGER].engine.cache, args)  # the same pool
+    spoiled = latency.build(RECORDED, tiny, found[EAGER].engine.cache, args)  # the same pool
     logits = {
         name: fill_and_step(c.engine, ids(3, 9), seed=1)[1]
         for name, c in (found | {RECORDED: spoiled}).items()
@@ -299,7 +294,7 @@ def test_who_writes_nothing_does_not_find_what_another_one_wrote(tiny, monkeypat
 
 
 def test_a_wrong_contender_stops_the_run_before_it_is_timed(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(steps, "eager_forward", forgetful(lambda n: n == 3))
+    monkeypatch.setattr(latency, "eager_forward", forgetful(lambda n: n == 3))
     with pytest.raises(
         SystemExit, match="of 'eager' are not all numbers: decode batch=3 context=9"
     ):
@@ -327,21 +322,21 @@ def test_logits_may_differ_by_a_stated_bound(dtype, allowed, too_much):
 
 def test_a_peer_with_other_weights_is_refused(tmp_path, monkeypatch, shipped_model_folder):
     pytest.importorskip("transformers")
-    whole = transformers_loop.as_transformers
+    whole = transformers_engines.as_transformers
 
     def spoiled(model):
         theirs = whole(model)
         theirs.transformer.h[3].mlp.c_proj.bias.data[0] += 1
         return theirs
 
-    monkeypatch.setattr(transformers_loop, "as_transformers", spoiled)
+    monkeypatch.setattr(transformers_engines, "as_transformers", spoiled)
     words = f"--model {shipped_model_folder} --contenders eager transformers"
     with pytest.raises(SystemExit, match="the logits differ by"):
         run(tmp_path, f"{TINY} {words}")
 
 
 def test_a_way_to_serve_that_writes_other_tokens_is_refused(tmp_path, tiny, monkeypatch):
-    serve = serving.serve
+    serve = workloads.serve
 
     def spoil(llm, requests):
         trial = serve(llm, requests)
@@ -349,20 +344,20 @@ def test_a_way_to_serve_that_writes_other_tokens_is_refused(tmp_path, tiny, monk
             trial.token_ids = [[token + 1 for token in text] for text in trial.token_ids]
         return trial
 
-    monkeypatch.setattr(serving, "serve", spoil)
-    with pytest.raises(SystemExit, match="one step ahead wrote 0% as the first road did"):
+    monkeypatch.setattr(workloads, "serve", spoil)
+    with pytest.raises(SystemExit, match="one step ahead wrote 0% as the first way did"):
         run(tmp_path, f"{TINY} --contenders eager --requests 3 --lengths 2 5")
 
 
 def test_requests_are_of_mixed_lengths_and_the_same_for_a_seed():
     args = complete(f"{TINY} --requests 200 --lengths 2 6")
-    requests = serving.mixed_requests(97, args)
-    assert requests == serving.mixed_requests(97, args) and len(requests) == 200
+    requests = workloads.mixed_requests(97, args)
+    assert requests == workloads.mixed_requests(97, args) and len(requests) == 200
     assert {len(prompt) for prompt, _ in requests} == {n for _, n in requests} == {2, 3, 4, 5, 6}
     assert len({(len(prompt), n) for prompt, n in requests}) == 25  # each with each
     assert len({token for prompt, _ in requests for token in prompt}) > 90
     args.seed = 1
-    assert requests != serving.mixed_requests(97, args)
+    assert requests != workloads.mixed_requests(97, args)
 
 
 # ---- the clocks ----------------------------------------------------------------------------------
@@ -376,7 +371,7 @@ def test_contenders_run_in_turn_and_the_first_round_is_not_counted(monkeypatch):
     monkeypatch.setattr(peers, "time_steps", time_steps)
     timers = {"a": lambda: order.append("step") or 0.5}
     args = SimpleNamespace(rounds=2, steps=3)
-    times = latency.time_cell(timers, {"a": "loop a", "b": "loop b"}, None, args)
+    times = latency.time_in_turn(timers, {"a": "loop a", "b": "loop b"}, None, args)
     assert order == ["step", "loop a", "loop b"] * 3
     assert times["a"].step_ms == [0.5, 0.5] and times["b"].step_ms == []
     assert times["a"].token_ms == [[5.0] * 3, [8.0] * 3]
@@ -433,10 +428,10 @@ def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, mo
         engine.forward = called
     else:
         forward = engine.forward
-        recorded = {size: step._replace(replay=called) for size, step in forward.steps.items()}
+        recorded = {size: step._replace(replay=called) for size, step in forward.latency.items()}
         monkeypatch.setattr(forward, "steps", recorded)
         monkeypatch.setattr(GraphForward, "__call__", lambda self, batch: filled.append(batch))
-    measure = steps.step_timer(engine, batch, 5, torch.device("cuda"))
+    measure = latency.step_timer(engine, batch, 5, torch.device("cuda"))
     assert measure() == 1.0 and FakeEvent.calls == 5  # 5 ms, a fifth of it each
     measure()  # the engine's own steps wrote over the inputs: they are laid out anew
     assert len(filled) == (2 if name == RECORDED else 0)
@@ -460,8 +455,8 @@ def test_a_compiled_peer_keeps_one_cache_for_each_number_of_sequences(
         return call
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    model = transformers_loop.as_transformers(load_model(shipped_model_folder))
-    plain, static = Theirs(model), steps.Compiled(model, length=9)
+    model = transformers_engines.as_transformers(load_model(shipped_model_folder))
+    plain, static = Theirs(model), Compiled(model, length=9)
     places = {}
     for B in (2, 3, 2):
         prompts = torch.tensor(ids(B, 6, 3072))
@@ -482,7 +477,7 @@ def test_the_compiled_peer_has_rows_of_its_own_for_the_first_shape(
 ):
     pytest.importorskip("transformers")
     monkeypatch.setattr(torch, "compile", lambda model, mode: model)
-    monkeypatch.setattr(steps, "why_not", lambda name, model, device: None)
+    monkeypatch.setattr(latency, "why_not", lambda name, model, device: None)
     words = f"--model {shipped_model_folder} --contenders recorded compiled"
     rows = run(tmp_path, f"{TINY} {words}")
     assert {row["workload"] for row in pick(rows, contender=COMPILED)} == {
@@ -498,8 +493,8 @@ def test_what_recording_took_is_a_row_where_it_took_something():
     common = {"experiment": "latency", "backend": "triton", "dtype": "bfloat16", "threads": 1}
     common |= {"device": "a GPU"}
     found = {
-        EAGER: steps.Contender(None, 256, None),
-        SMALL: steps.Contender(None, 16, (1.5, 250.0)),
+        EAGER: latency.Contender(None, 256, None),
+        SMALL: latency.Contender(None, 16, (1.5, 250.0)),
     }
     rows = list(latency.rows_of_recording(found, common))
     assert [(row.contender, row.metric, row.median, row.unit, row.workload) for row in rows] == [
@@ -563,7 +558,7 @@ def test_the_ten_longest_kernels_are_kept_and_shown():
     profile = count([*EVENTS[:2], *kernels], num_steps=1)
     names = [name for _, _, name in profile.longest]
     assert names == [f"kernel {i:02}" for i in range(14, 4, -1)]
-    lines = profiles.lines_of("serial, batch 1", profile)
+    lines = workloads.lines_of("serial, batch 1", profile)
     assert lines[0] == "serial, batch 1" and lines[1].split() == ["14.00", "kernels"]
     assert lines[-10].split() == ["14.00", "1.00", "kernel", "14"] and len(lines) == 20
 
@@ -573,7 +568,7 @@ def test_the_profiler_marks_the_steps_that_it_sees(monkeypatch):
     called = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("wait"))
     with pytest.raises(ValueError, match="1 marks, 0 events of a device"):
-        profiles.profile_steps(lambda: called.append(torch.ones(3).sum()), 4)
+        workloads.profile_steps(lambda: called.append(torch.ones(3).sum()), 4)
     assert len(called) == 6 and called[0] == called[-1] == "wait"
 
 
@@ -590,9 +585,9 @@ def test_profiles_are_of_decode_steps_alone_and_leave_the_engine_empty(tmp_path,
         seen.append((llm, len(running), {len(seq.token_ids) for seq in running}))
         return count(EVENTS, num_steps=2)
 
-    monkeypatch.setattr(serving, "profile_steps", profile_steps)
+    monkeypatch.setattr(workloads, "profile_steps", profile_steps)
     common = {"experiment": "latency", "backend": "numba", "dtype": "float32", "threads": 1}
-    rows = list(serving.profiles(tiny, args, common | {"device": "a CPU"}))
+    rows = list(workloads.profiles(tiny, args, common | {"device": "a CPU"}))
     assert [(llm.config.plan_ahead, n) for llm, n, _ in seen] == [
         (False, 1), (False, 3), (True, 1), (True, 3),
     ]  # fmt: skip

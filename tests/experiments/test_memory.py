@@ -59,7 +59,7 @@ def test_32_sequences_at_step_50_hold_603_98_mb_reserved_and_75_50_mb_paged(rows
 @pytest.mark.parametrize("prompt_tokens", range(1, 18))
 def test_prompts_of_1_to_15_tokens_give_these_figures_and_no_others_do(prompt_tokens):
     args = arguments(f"--batch 1 --prompt-tokens {prompt_tokens} --new-tokens 50")
-    held = memory.held_each_step(memory.PROMISES[memory.PAGED], args)
+    held = memory.held_each_step(memory.PLANS[memory.PAGED], args)
     is_as_said = (held[0], held[49]) == (1, 4)
     assert is_as_said == (prompt_tokens <= 15)
 
@@ -81,15 +81,15 @@ def test_the_advantage_falls_from_32_times_to_nothing_as_sequences_grow(rows):
     curve = pick(rows, unit="x")
     assert {row["contender"] for row in curve} == {memory.PAGED}
     times = [row["median"] for row in curve]
-    assert (times[0], times[-1]) == (32, 1)  # 1: at 512 tokens all that was promised is used
+    assert (times[0], times[-1]) == (32, 1)  # 1: at 512 tokens all that was plan_of_memoryd is used
     assert times == sorted(times, reverse=True)
 
 
 def test_the_scheduler_runs_as_many_at_once_as_the_pool_is_said_to_hold():
     # 512 prompts of 8 tokens in 512 blocks: the last in line are preempted as the others grow.
     args = arguments("--batch 512")
-    promise = memory.PROMISES[memory.PAGED]
-    allocator = promise.allocator(args.pool, args.block_size)
+    plan_of_memory = memory.PLANS[memory.PAGED]
+    allocator = plan_of_memory.allocator(args.pool, args.block_size)
     scheduler = Scheduler(allocator, 512, 512 * 512, 512)
     for number in range(512):
         scheduler.add(memory.make_sequence(number, args, 8, 504).request)
@@ -104,7 +104,7 @@ def test_the_scheduler_runs_as_many_at_once_as_the_pool_is_said_to_hold():
 # ---- step by step --------------------------------------------------------------------------------
 def test_reserved_memory_is_flat_and_paged_memory_is_a_staircase():
     args = arguments("--batch 1 --prompt-tokens 3 --new-tokens 7 --block-size 4 --max-seq-len 32")
-    held = {name: memory.held_each_step(plan, args) for name, plan in memory.PROMISES.items()}
+    held = {name: memory.held_each_step(plan, args) for name, plan in memory.PLANS.items()}
     assert held == {
         "reserve the maximum": [8] * 7,  # 32 tokens
         "reserve a power of two": [4] * 7,  # 3 + 8 = 11 tokens are 3 blocks, a region of 4

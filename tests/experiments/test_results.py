@@ -230,30 +230,48 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
 
 
 def test_versions_are_read_without_importing_and_absent_packages_are_none():
-    code = "import results, sys; results.provenance(); sys.exit('transformers' in sys.modules)"
+    code = "import sys; from experiments import results; results.provenance(); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert results.version("a-package-that-is-not-there") == "none"
 
 
 # ---- for a terminal ------------------------------------------------------------------------------
-def test_the_table_has_a_contender_a_line_and_shows_the_spread_of_time_and_ratio():
-    share = replace(ROW, metric="share of the read", unit="%", median=53.1, min=50.0, max=60.0)
-    speed = replace(ROW, metric="speed against contiguous", unit="x", median=1.5, min=1.0, max=2.0)
+def table_of(capsys, rows):
+    results.print_tables(rows)
+    return capsys.readouterr().out
+
+
+def test_the_table_has_a_contender_a_line_and_a_figure_a_column_with_its_spread(capsys):
+    share = replace(ROW, metric="share of the read", unit="%", median=53.1, min=53.1, max=53.1)
     other = replace(ROW, contender="contiguous", median=1234.5, min=1.0, max=2000.0)
-    assert results.table([ROW, share, speed, other]) == [
-        "kernels: batch=8 context=256 block_size=16, bfloat16, 2 threads",
-        "  tiles over blocks                  0.5 ms (0.25 to 0.75)  53.1 % of the read  "
-        "1.5 x contiguous (1 to 2)",
-        "  contiguous                         1,234 ms (1 to 2,000)",
+    lines = table_of(capsys, [ROW, share, other]).splitlines()
+    assert lines[0] == "kernels: batch=8 context=256 block_size=16, bfloat16, 2 threads"
+    (ours,) = [line for line in lines if line.startswith("tiles over blocks")]
+    assert ours.split()[-2:] == ["0.5", "53.1"]
+    assert lines[lines.index(ours) + 1].split() == ["0.25..0.75"]
+    (theirs,) = [line for line in lines if line.startswith("contiguous")]
+    assert theirs.split() == ["contiguous", "1,234"]  # it has no share
+
+
+def test_a_table_is_at_most_100_columns_wide_and_loses_no_figure(capsys):
+    metrics = [f"quantity number {i}" for i in range(20)]
+    rows = [
+        replace(ROW, contender=name, metric=metric)
+        for name in ("short", "a name that is longer than a column of this table can be")
+        for metric in metrics
     ]
+    lines = table_of(capsys, rows).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.count("0.25..0.75") for line in lines) == 40
+    assert sum(line.startswith("short") for line in lines) > 1  # several tables
 
 
-def test_an_interrupted_run_still_shows_its_table(tmp_path, capsys):
-    def measure():
-        yield ROW
-        raise KeyboardInterrupt
+def test_a_table_has_no_colours_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in table_of(capsys, [ROW])
 
-    with pytest.raises(KeyboardInterrupt):
-        results.show(measure(), tmp_path / "rows.csv")
-    printed = capsys.readouterr().out
-    assert "tiles over blocks" in printed and "1 rows appended" in printed
+
+def test_without_rich_the_rows_are_kept_and_no_table_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results.importlib.util, "find_spec", lambda name: None)
+    results.show([ROW], tmp_path / "rows.csv")
+    assert "tables need rich" in capsys.readouterr().out and len(read(tmp_path / "rows.csv")) == 1

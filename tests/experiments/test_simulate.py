@@ -243,5 +243,5 @@ def test_poisson_arrivals_keep_the_lengths_and_have_the_rate():
 
 # ---- the file itself -----------------------------------------------------------------------------
 def test_a_simulation_needs_no_torch():
-    code = "import sys, simulate; sys.exit('torch' in sys.modules)"
+    code = "import sys, experiments.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""The roads to the same tokens: each does what it says, none is timed that wrote something else."""
+"""The ways to the same tokens: each does what it says, none is timed that wrote something else."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from rows import pick, run
 import benchmark
 from baselines import generate_contiguous, generate_no_cache
 from checkpoints.load import load_model
-from experiments import roads, speed, transformers_loop
-from experiments.transformers_loop import Theirs
+from experiments import speed, transformers_engines
+from experiments.results import percentile
+from experiments.transformers_engines import Theirs
 from llm import LLM, SHIPPED_MODEL
 
 TINY = "--prompt-tokens 5 --new-tokens 4 --block-sizes 4 --pools 100 --long-tokens 0 --repeats 2"
@@ -25,18 +26,18 @@ def arguments(words=""):
     return speed.complete(benchmark.parse_args(["speed", *words.split()]))
 
 
-# ---- the roads -----------------------------------------------------------------------------------
-def test_every_road_writes_the_same_tokens(model):
+# ---- the ways ------------------------------------------------------------------------------------
+def test_every_way_writes_the_same_tokens(model):
     llm = LLM(model, num_blocks=32, block_size=4)
     expected = generate_contiguous(model, PROMPTS, 9)
     assert generate_no_cache(model, PROMPTS, 9) == expected
     assert len({token_id for token_ids in expected for token_id in token_ids}) > 5
     found = {
-        "paged": roads.paged_road(llm),
-        "contiguous": roads.contiguous_road(model, 3),
-        "no cache": roads.static_road(model, None),
+        "paged": speed.paged_way(llm),
+        "contiguous": speed.contiguous_way(model, 3),
+        "no cache": speed.static_way(model, None),
     }
-    trials = {name: roads.time_trial(road, PROMPTS, 9) for name, road in found.items()}
+    trials = {name: speed.time_trial(way, PROMPTS, 9) for name, way in found.items()}
     assert {name: trial.token_ids for name, trial in trials.items()} == dict.fromkeys(
         found, expected
     )
@@ -45,28 +46,28 @@ def test_every_road_writes_the_same_tokens(model):
     assert computed == {"paged": 39, "contiguous": 39, "no cache": 243}
 
 
-def test_the_road_of_transformers_writes_them_too(model):
+def test_the_way_of_transformers_writes_them_too(model):
     pytest.importorskip("transformers")
-    road = roads.transformers_road(Theirs(transformers_loop.as_transformers(model)), 100)
-    trial = roads.time_trial(road, PROMPTS, 9)
+    way = speed.transformers_way(Theirs(transformers_engines.as_transformers(model)), 100)
+    trial = speed.time_trial(way, PROMPTS, 9)
     assert trial.token_ids == generate_contiguous(model, PROMPTS, 9)
     assert (trial.computed, trial.kv_bytes) == (39, 3 * 13 * 100)  # the newest is not in the cache
 
 
-def test_a_road_says_how_much_memory_it_holds(model):
+def test_a_way_says_how_much_memory_it_holds(model):
     token_bytes = model.config.kv_bytes_per_token(torch.float32)
     assert token_bytes == 12_288  # 6 layers x 2 x 256 x 4 bytes
-    paged = roads.paged_road(LLM(model, num_blocks=32, block_size=4))
-    contiguous = roads.contiguous_road(model, 3)
+    paged = speed.paged_way(LLM(model, num_blocks=32, block_size=4))
+    contiguous = speed.contiguous_way(model, 3)
     # 5 + 9 tokens without the newest are 13: 4 blocks of 4. A slab is for 1,024 tokens.
-    assert roads.time_trial(paged, PROMPTS, 9).kv_bytes == 3 * 16 * token_bytes
-    assert roads.time_trial(contiguous, PROMPTS, 9).kv_bytes == 3 * 1024 * token_bytes
-    assert roads.time_trial(roads.static_road(model, None), PROMPTS, 2).kv_bytes == 0
+    assert speed.time_trial(paged, PROMPTS, 9).kv_bytes == 3 * 16 * token_bytes
+    assert speed.time_trial(contiguous, PROMPTS, 9).kv_bytes == 3 * 1024 * token_bytes
+    assert speed.time_trial(speed.static_way(model, None), PROMPTS, 2).kv_bytes == 0
 
 
 def test_a_pool_that_is_too_small_preempts_and_writes_the_same(model):
     llm = LLM(model, num_blocks=7, block_size=4)  # three want 4 each
-    trial = roads.time_trial(roads.paged_road(llm), PROMPTS, 9)
+    trial = speed.time_trial(speed.paged_way(llm), PROMPTS, 9)
     assert trial.token_ids == generate_contiguous(model, PROMPTS, 9)
     assert trial.preempted > 0 and trial.computed > 39
     assert trial.kv_bytes <= 7 * 4 * model.config.kv_bytes_per_token(torch.float32)
@@ -74,15 +75,15 @@ def test_a_pool_that_is_too_small_preempts_and_writes_the_same(model):
 
 def test_a_trial_counts_from_token_to_token(monkeypatch):
     times = iter([10.0, 10.5, 10.6, 10.8, 11.0])  # before, and at each step
-    monkeypatch.setattr(roads.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(times))
 
-    def road(prompts, new_tokens):
-        yield roads.Step({0: 7}, 5, 100)
-        yield roads.Step({0: 8, 1: 3}, 4, 300)  # the second prompt had to wait
-        yield roads.Step({1: 4}, 1, 300, preempted=1)
-        yield roads.Step({}, 0, 0)
+    def way(prompts, new_tokens):
+        yield speed.Step({0: 7}, 5, 100)
+        yield speed.Step({0: 8, 1: 3}, 4, 300)  # the second prompt had to wait
+        yield speed.Step({1: 4}, 1, 300, preempted=1)
+        yield speed.Step({}, 0, 0)
 
-    trial = roads.time_trial(road, [[1], [2]], 2)
+    trial = speed.time_trial(way, [[1], [2]], 2)
     assert trial.token_ids == [[7, 8], [3, 4]]
     assert trial.first_ms == [pytest.approx(500), pytest.approx(600)]
     assert trial.step_ms == [pytest.approx(100), pytest.approx(200), pytest.approx(200)]
@@ -91,32 +92,32 @@ def test_a_trial_counts_from_token_to_token(monkeypatch):
 
 # ---- equal work ----------------------------------------------------------------------------------
 def test_equal_tokens_are_those_before_the_first_difference():
-    assert roads.equal_start([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 100
-    assert roads.equal_start([[1, 9, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 6, 7, 8]]) == 62.5
-    assert roads.equal_start([[9, 2, 3, 4]], [[1, 2, 3, 4]]) == 0
+    assert speed.equal_start([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 100
+    assert speed.equal_start([[1, 9, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 6, 7, 8]]) == 62.5
+    assert speed.equal_start([[9, 2, 3, 4]], [[1, 2, 3, 4]]) == 0
 
 
 def test_in_16_bits_a_late_difference_is_no_fault_an_early_one_is():
-    first = roads.Trial([list(range(20))])
-    late = roads.Trial([[*range(6), *range(50, 64)]])
-    assert roads.check_equal_work("paged", late, first, in_16_bits=True) == 30
-    with pytest.raises(ValueError, match="paged wrote 30% as the first road did, 90% are needed"):
-        roads.check_equal_work("paged", late, first, in_16_bits=False)
-    early = roads.Trial([[0, *range(50, 69)]])  # only what the prompt itself gave is right
-    with pytest.raises(ValueError, match="paged wrote 25% as the first road did, 40% are needed"):
-        roads.check_equal_work("paged", early, first, in_16_bits=True)
+    first = speed.Trial([list(range(20))])
+    late = speed.Trial([[*range(6), *range(50, 64)]])
+    assert speed.check_equal_work("paged", late, first, itemsize=2) == 30
+    with pytest.raises(ValueError, match="paged wrote 30% as the first way did, 90% are needed"):
+        speed.check_equal_work("paged", late, first, itemsize=4)
+    early = speed.Trial([[0, *range(50, 69)]])  # only what the prompt itself gave is right
+    with pytest.raises(ValueError, match="paged wrote 25% as the first way did, 40% are needed"):
+        speed.check_equal_work("paged", early, first, itemsize=2)
 
 
-def test_a_road_that_writes_other_tokens_fails_the_run(tmp_path, monkeypatch):
+def test_a_way_that_writes_other_tokens_fails_the_run(tmp_path, monkeypatch):
     def wrong(llm):
-        def road(prompts, new_tokens):
+        def way(prompts, new_tokens):
             for _ in range(new_tokens):
-                yield roads.Step({number: 1 for number in range(len(prompts))}, 0, 0)
+                yield speed.Step({number: 1 for number in range(len(prompts))}, 0, 0)
 
-        return road
+        return way
 
-    monkeypatch.setattr(roads, "paged_road", wrong)
-    with pytest.raises(SystemExit, match="paged wrote 0% as the first road did, 90% are needed"):
+    monkeypatch.setattr(speed, "paged_way", wrong)
+    with pytest.raises(SystemExit, match="paged wrote 0% as the first way did, 90% are needed"):
         run(tmp_path, f"speed --batches 1 {TINY} --roads contiguous paged")
 
 
@@ -148,22 +149,21 @@ def test_without_a_cache_the_rows_of_all_steps_are_counted():
 
 
 def test_the_long_sequence_runs_without_a_cache_whatever_it_takes():
-    for words in ("", "--full"):
-        args = arguments(f"{words} {THREE}")
+    for words, new_tokens in (("", 256), ("--full", 500)):
+        args = arguments(f"{words} {THREE} --no-cache-rows 10")
         workload, names = [*speed.plan(args).items()][-1]
-        assert (workload.batch, workload.new_tokens) == (1, 500)
+        assert (workload.batch, workload.new_tokens) == (1, new_tokens)
         assert names == ["contiguous", "paged", "no cache"]
-        assert workload.rows_without_cache > args.no_cache_rows
 
 
 def test_full_means_the_124m_shape_and_a_flag_that_is_given_stands():
     assert arguments("--full").model == "random:gpt2"
     assert arguments("--full --new-tokens 3").new_tokens == [3]
-    assert arguments("").is_shipped and arguments("").threads == 1
+    assert arguments("").model == str(SHIPPED_MODEL) and arguments("").threads == 1
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-def test_speed_measures_all_roads_on_the_shipped_model(tmp_path):
+def test_speed_measures_all_ways_on_the_shipped_model(tmp_path):
     rows = run(tmp_path, f"speed --batches 3 {TINY} {THREE}")
     workload = "batch=3 prompt=5 new=4 block_size=4 num_blocks=9"
     found = pick(rows, workload=workload)
@@ -177,7 +177,7 @@ def test_speed_measures_all_roads_on_the_shipped_model(tmp_path):
         assert 0 < p50 <= p90 <= p99
         assert 0 < figures["time to first token"]["median"] < time["max"] * 1e3
         assert figures["tokens written"]["median"] == 12
-        assert figures["tokens equal to the first road's"]["median"] == 100
+        assert figures["tokens equal to the first way's"]["median"] == 100
         assert (time["model"], time["weights"]) == ("tiny-gpt2", "trained weights")
     counted = {name: pick(found, contender=name, metric="tokens computed")[0] for name in names}
     assert [row["median"] for row in counted.values()] == [24, 24, 78]
@@ -209,21 +209,21 @@ def test_each_trial_of_the_first_workload_is_a_row(tmp_path):
 def test_three_rounds_are_enough_where_a_trial_takes_long(monkeypatch):
     monkeypatch.setattr(speed, "LONG_S", 0)
 
-    def road(prompts, new_tokens):
+    def way(prompts, new_tokens):
         for _ in range(new_tokens):
-            yield roads.Step({0: 1}, 1, 0)
+            yield speed.Step({0: 1}, 1, 0)
 
     workload = speed.make_workload(1, 1, 2, 4, 100)
-    trials = speed.time_rounds({"a": (road, "torch"), "b": (road, "torch")}, workload, [[1]], 5)
+    trials = speed.time_rounds({"a": (way, "torch"), "b": (way, "torch")}, workload, [[1]], 5)
     assert [len(ts) for ts in trials.values()] == [3, 3]
     monkeypatch.setattr(speed, "LONG_S", 60)
-    trials = speed.time_rounds({"a": (road, "torch")}, workload, [[1]], 5)
+    trials = speed.time_rounds({"a": (way, "torch")}, workload, [[1]], 5)
     assert [len(ts) for ts in trials.values()] == [5]
 
 
 def test_a_percentile_is_the_nearest_rank():
     values = [30.0, 10.0, 20.0, 40.0]
-    assert [speed.percentile(values, p) for p in (1, 25, 50, 51, 90, 100)] == [
+    assert [percentile(values, p) for p in (1, 25, 50, 51, 90, 100)] == [
         10,
         10,
         20,
@@ -253,6 +253,6 @@ def test_a_size_of_zero_is_refused(tmp_path):
 
 def test_transformers_is_left_out_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
-    assert arguments().roads == ["contiguous", "paged", "no cache"]
+    assert arguments().ways == ["contiguous", "paged", "no cache"]
     with pytest.raises(ValueError, match="transformers is not installed"):
         next(speed.run(benchmark.parse_args(["speed", "--roads", "transformers"])))

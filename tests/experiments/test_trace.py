@@ -7,16 +7,13 @@ run says is worked out by hand on steps of a second each.
 import argparse
 import itertools
 import json
-import subprocess
-import sys
 from array import array
 
 import pytest
 import torch
-from conftest import ROOT
 
-from experiments import contenders, trace
-from experiments.results import append, read
+from experiments import trace
+from experiments.results import append, percentile, read
 from experiments.simulate import Arrival, CostModel, PoolState, Run, Served, Step
 
 TWO = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
@@ -84,7 +81,7 @@ def test_lines_out_of_order_are_put_into_the_order_of_arrival(tmp_path):
         ("46.6805900", "46.-5", "line 2: TIMESTAMP is "),
         ("46.6805900", "46+01:00", "line 2: TIMESTAMP is "),
         ("374,44", '374,"44', "line 3: "),
-        (TWO[TWO.index("\n") :], "", "line 1: there is no request behind the header"),
+        (TWO[TWO.index("\n") :], "", "line 1: there is no request after the header"),
         (TWO, "", "line 1: the header is None"),
     ],
 )
@@ -110,8 +107,8 @@ def test_the_public_trace_is_as_its_description_says(data_folder):
     kept, sentence = trace.fit_context(requests, 1024, "filter")
     assert len(kept) == 8_134
     assert sentence == "8,134 of 19,366 requests fit 1,024 tokens, the others are left out"
-    assert trace.percentile([r.prompt_tokens for r in requests], 50) == 1020
-    assert trace.percentile([r.output_tokens for r in requests], 50) == 129
+    assert percentile([r.prompt_tokens for r in requests], 50) == 1020
+    assert percentile([r.output_tokens for r in requests], 50) == 129
     assert len(requests) / requests[-1].arrival_s == pytest.approx(trace.DRAWN_PER_S, rel=0.01)
 
 
@@ -151,8 +148,8 @@ def test_a_scaled_request_has_a_token_of_each_and_fits():
 
 def test_without_a_file_lengths_have_the_published_medians():
     chats = trace.draw_chats(20_000, seed=1)
-    assert trace.percentile([r.prompt_tokens for r in chats], 50) == pytest.approx(1020, rel=0.03)
-    assert trace.percentile([r.output_tokens for r in chats], 50) == pytest.approx(129, rel=0.03)
+    assert percentile([r.prompt_tokens for r in chats], 50) == pytest.approx(1020, rel=0.03)
+    assert percentile([r.output_tokens for r in chats], 50) == pytest.approx(129, rel=0.03)
     # e ** 0.859 times the median: a deviation above it, so 84.1% are shorter.
     assert sum(r.output_tokens < 129 * 2.361 for r in chats) / 20_000 == pytest.approx(0.841, 0.01)
     assert min(r.prompt_tokens for r in chats) >= 1
@@ -168,7 +165,7 @@ def test_short_chats_are_within_their_limits():
 # ---- which of them -------------------------------------------------------------------------------
 def test_a_file_is_named_by_a_flag_or_found_in_the_data_folder(tmp_path, csv_file, monkeypatch):
     found = trace.make_workload(parse(f"--simulate --trace {csv_file}"))
-    assert found.words == "forty, filter 1024, requests=40"
+    assert found.name == "forty, filter 1024, requests=40"
     assert found.sentence == (
         "forty: 40 of 40 requests fit 1,024 tokens, the others are left out; 40 are served"
     )
@@ -178,12 +175,12 @@ def test_a_file_is_named_by_a_flag_or_found_in_the_data_folder(tmp_path, csv_fil
     monkeypatch.setenv("PAGEDGPT_DATA", str(tmp_path))
     again = trace.make_workload(parse("--simulate"))
     assert again.requests == found.requests
-    assert again.words.startswith("AzureLLMInferenceTrace_conv_2023, ")
+    assert again.name.startswith("AzureLLMInferenceTrace_conv_2023, ")
 
 
 def test_without_a_file_the_words_say_that_lengths_are_drawn(no_data):
     found = trace.make_workload(parse("--simulate --requests 50"))
-    assert found.words == "drawn from the published lengths, filter 1024, requests=50"
+    assert found.name == "drawn from the published lengths, filter 1024, requests=50"
     assert found.sentence.startswith("drawn from the published lengths: ")
     assert all(r.prompt_tokens + r.output_tokens <= 1024 for r in found.requests)
 
@@ -191,7 +188,7 @@ def test_without_a_file_the_words_say_that_lengths_are_drawn(no_data):
 def test_the_real_engine_gets_few_requests_of_a_quarter_of_the_length(no_data):
     found = trace.make_workload(parse(""))
     assert (len(found.requests), found.max_seq_len) == (48, 256)
-    assert "filter 1024 / 4, " in found.words and "divided by 4; 48 are served" in found.sentence
+    assert "filter 1024 / 4, " in found.name and "divided by 4; 48 are served" in found.sentence
     assert max(r.prompt_tokens + r.output_tokens for r in found.requests) <= 256
 
 
@@ -266,8 +263,8 @@ def test_an_idle_engine_counts_as_nobody_running():
 
 def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed():
     values = list(range(100, 0, -1))
-    assert [trace.percentile(values, p) for p in (0, 1, 50, 90, 99, 100)] == [1, 1, 50, 90, 99, 100]
-    assert trace.percentile([7.0], 99) == 7.0
+    assert [percentile(values, p) for p in (0, 1, 50, 90, 99, 100)] == [1, 1, 50, 90, 99, 100]
+    assert percentile([7.0], 99) == 7.0
 
 
 # ---- the experiment ------------------------------------------------------------------------------
@@ -334,24 +331,14 @@ def test_the_cost_is_fitted_to_a_recording_without_its_first_step(tmp_path):
     header = {"format": "PagedGPT recording", "version": 1, "num_blocks": 8, "block_size": 16}
     path = tmp_path / "run.jsonl"
     path.write_text("\n".join([json.dumps(header), *lines, ""]))
-    cost, sentence = contenders.cost_model(parse(f"--simulate --cost-from {path}"))
+    cost, sentence = trace.cost_model(parse(f"--simulate --cost-from {path}"))
     assert cost == pytest.approx(known)
     assert f"fitted to 4 steps of {path}" in sentence
 
 
 def test_the_default_cost_is_said_to_be_worked_out():
-    cost, sentence = contenders.cost_model(parse("--simulate"))
-    assert cost == contenders.H200 == (1.5, 0.0005, 8.6e-6)
+    cost, sentence = trace.cost_model(parse("--simulate"))
+    assert cost == trace.H200 == (1.5, 0.0005, 8.6e-6)
     assert sentence == (
         "a step takes 1.5 ms + 0.0005 a token + 8.6e-06 a KV token: H200, worked out"
     )
-
-
-@pytest.mark.parametrize("name", ["trace", "concurrency"])
-def test_each_experiment_also_runs_by_itself_and_explains_its_flags(name):
-    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0 and "--simulate" in found.stdout, found.stderr
-    parser = argparse.ArgumentParser()
-    __import__(f"experiments.{name}", fromlist=[name]).add_arguments(parser)
-    assert [action.dest for action in parser._actions if not action.help] == []

@@ -18,8 +18,8 @@ from worlds import DEVICE, SEED, needs_gpu
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model
 from engine import InferenceEngine, eager_forward, sample_next
-from experiments.serving import profile_llm
-from experiments.steps import fill_and_step
+from experiments.latency import fill_and_step
+from experiments.workloads import profile_llm
 from kernels.triton_decode import paged_attention_triton
 from kernels.triton_fused import fused_forward
 from kernels.triton_prefill import write_kv_triton
