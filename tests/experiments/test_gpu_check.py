@@ -154,13 +154,15 @@ def test_each_run_looks_at_the_kernels_that_it_launches(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "write_environment", lambda path, files: seen.append(files))
     for run in (CHECK, ENGINE):
         environment = stages(tmp_path, run)[0]
-        gpu_check.main(environment.command[1:])
+        gpu_check.main(environment.command[2:])
     assert seen == [
         gpu_check.KERNEL_FILES, gpu_check.KERNEL_FILES + gpu_check.ENGINE_KERNEL_FILES
     ]  # fmt: skip
     # Each file of Triton kernels is looked at.
-    holders = [path.stem for path in ROOT.glob("*.py") if "@triton.jit" in path.read_text("utf-8")]
-    assert set(holders) == {name for name in seen[1] if "." not in name}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("experiments/*.py")]
+    holders = [path for path in files if "@triton.jit\n" in path.read_text("utf-8")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in holders}
+    assert names == set(seen[1])
 
 
 def test_a_stage_that_ends_well_says_nothing_and_one_that_fails_its_code():

@@ -35,6 +35,7 @@ from experiments.transformers_engines import Compiled, Theirs
 from experiments.workloads import MARK, Event, busy_us, count
 from kernels.triton_prefill import INTERPRETED
 from kv_cache import write_kv
+from llm import SHIPPED_MODEL
 from speedups.cuda_graphs import GraphForward
 
 TINY = "--device cpu --batches 1 3 --contexts 9 --steps 2 --rounds 3 --block-size 4 --threads 1"
@@ -182,7 +183,7 @@ def test_what_is_not_given_depends_on_the_device():
     args = complete("--device cpu")
     assert (args.batches, args.contexts, args.steps) == ([1, 8], [128], 8)
     assert (args.requests, args.prefill, args.profile) == (0, [], None)
-    assert args.model_name == "tiny-gpt2" and args.threads == 1
+    assert args.model == str(SHIPPED_MODEL) and args.threads == 1
     assert args.contenders == [*OURS]
     on_gpu = latency.DEFAULTS["cuda"]
     assert on_gpu["contenders"] == [*OURS, "transformers", "compiled"]
@@ -428,7 +429,7 @@ def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, mo
         engine.forward = called
     else:
         forward = engine.forward
-        recorded = {size: step._replace(replay=called) for size, step in forward.latency.items()}
+        recorded = {size: step._replace(replay=called) for size, step in forward.steps.items()}
         monkeypatch.setattr(forward, "steps", recorded)
         monkeypatch.setattr(GraphForward, "__call__", lambda self, batch: filled.append(batch))
     measure = latency.step_timer(engine, batch, 5, torch.device("cuda"))

@@ -230,7 +230,8 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
 
 
 def test_versions_are_read_without_importing_and_absent_packages_are_none():
-    code = "import sys; from experiments import results; results.provenance(); sys.exit('transformers' in sys.modules)"
+    code = "import sys; from experiments import results; results.provenance(); "
+    code += "sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert results.version("a-package-that-is-not-there") == "none"
 
