@@ -17,6 +17,5 @@
     latency               a decode step in each way to run it, beside its floor
     trace                 requests that arrive over time, under eight memory plans
     concurrency           how many requests run at once in equal memory
-    rungs_triton          a plain kernel for the GPU
     gpu_check             one command on a machine with a GPU
 """

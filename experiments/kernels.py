@@ -307,12 +307,15 @@ def decode_contenders(device: torch.device, chunk_len: int) -> Contenders:
     found: Contenders = {GATHER: ("torch", gather_then_dense)}
     found["block by block in PyTorch"] = "torch", paged_call(paged_attention)
     if device.type == "cuda":
-        from experiments.rungs_triton import per_head_triton
         from kernels.triton_decode import paged_decode_triton
+        from paged_attention_triton import paged_attention_triton_simple
 
         whole = partial(paged_decode_triton, chunk_len=0)  # one program for a whole context
         chunks = partial(paged_decode_triton, chunk_len=chunk_len)
-        found["one program per (sequence, head)"] = "triton", partial(per_head, per_head_triton)
+        found["one program per (sequence, head)"] = (
+            "triton",
+            paged_call(paged_attention_triton_simple),
+        )
         found["tiles over blocks"] = "triton", paged_call(whole)
         found["tiles, blocks in order"] = "triton", paged_call(whole, in_order=True)
         found["chunks and merge"] = "triton", paged_call(chunks)

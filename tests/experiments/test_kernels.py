@@ -158,19 +158,11 @@ def test_what_is_no_shape_is_refused(tmp_path, shape):
         run(tmp_path, f"kernels --shapes {shape} --prefill {TINY_KERNELS}")
 
 
-def test_the_plain_triton_kernel_equals_the_oracle_and_the_read_kernel_reads_all():
+def test_the_plain_triton_read_reads_all():
     pytest.importorskip("triton")
-    from experiments.ceilings import sum_triton
-    from experiments.rungs_triton import per_head_triton
-
-    for block_size in (3, 16):
-        some = world(B=2, T=9, block_size=block_size)
-        for i in range(len(some.parts)):
-            result = per_head_triton(some.q, *some.caches(i), some.context_lens, some.setting.scale)
-            torch.testing.assert_close(result.double(), some.expected(i, False), atol=1e-5, rtol=0)
     numbers = torch.arange(64, dtype=torch.int32, device=DEVICE)
     sums = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    sum_triton(numbers, sums)
+    ceilings.sum_triton(numbers, sums)
     assert sums.tolist() == [120, 376, 632, 888]
 
 
@@ -190,7 +182,6 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from experiments.ceilings import empty_kernel, sum_triton
-from experiments.rungs_triton import per_head_triton
 
 class NoGPU:  # all that a launch which only compiles asks of a driver
     def __init__(self, target): self.target = target
@@ -205,9 +196,6 @@ def empty(*shape, dtype=torch.bfloat16): return torch.empty(shape, dtype=dtype, 
 int32 = {"dtype": torch.int32}
 for capability in (80, 90):
     triton.runtime.driver.set_active(NoGPU(GPUTarget("cuda", capability, 32)))
-    pool = empty(9, 2, 12, 16, 64)
-    tables, lens = empty(4, 8, **int32), empty(4, **int32)
-    per_head_triton(empty(4, 12, 64), pool[:, 0], pool[:, 1], tables, lens, 0.125)
     sum_triton(empty(1 << 20, **int32), empty(128, **int32))
     empty_kernel[(1,)](empty(1))
 print([kernel.metadata.name for kernel in compiled if kernel.asm["cubin"]])
@@ -215,7 +203,7 @@ print([kernel.metadata.name for kernel in compiled if kernel.asm["cubin"]])
     env = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    names = ["per_head_kernel", "read_kernel", "empty_kernel"]
+    names = ["read_kernel", "empty_kernel"]
     assert found.stdout == f"{names * 2}\n", found.stderr
 
 
