@@ -147,25 +147,31 @@ def choose_num_blocks(
         )
     free_bytes = free_memory_bytes(device)
     if kv_cache_mb is not None:
-        # Rounded, because 66.650112 * 1e6 is 66650111.99999999 in floating point.
-        num_blocks = round(kv_cache_mb * 1e6) // block_bytes
-        if num_blocks < 1:
-            mb = block_bytes / 1e6
-            raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
+        num_blocks = _blocks_in_mb(kv_cache_mb, block_bytes)
     elif num_blocks is None:
+        # A GPU mostly serves this program alone; a CPU's memory serves others too, so less of it.
         on_gpu = torch.device(device).type == "cuda"
-        # A CPU's memory belongs to other programs too: at most 1 GiB, and a quarter of what is free
-        budget = free_bytes * gpu_memory_utilization if on_gpu else min(2**30, free_bytes / 4)
-        num_blocks = min(int(budget) // block_bytes, most_useful)
+        budget_bytes = free_bytes * gpu_memory_utilization if on_gpu else min(2**30, free_bytes / 4)
+        num_blocks = min(int(budget_bytes) // block_bytes, most_useful)
         if num_blocks < 1:
-            sizes = f"one block takes {block_bytes / 1e6:.0f} MB, {budget / 1e6:.0f} MB may be used"
-            raise ValueError(f"{sizes}: lower block_size")
+            sizes = f"{block_bytes / 1e6:.0f} MB, {budget_bytes / 1e6:.0f} MB may be used"
+            raise ValueError(f"one block takes {sizes}: lower block_size")
     if num_blocks < 1:
         raise ValueError(f"num_blocks is {num_blocks}: the pool needs at least 1 block")
     needed_bytes = (num_blocks + 1) * block_bytes  # the scratch block is one more
     if needed_bytes > free_bytes:
         sizes = f"the pool needs {needed_bytes / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free"
         raise ValueError(f"{sizes}: lower num_blocks or kv_cache_mb")
+    return num_blocks
+
+
+def _blocks_in_mb(kv_cache_mb: float, block_bytes: int) -> int:
+    # 113 blocks of 589,824 bytes are 66.650112 MB, and in floating point 66.650112 * 1e6 is
+    # 66650111.99999999. Without the rounding it would be one block less.
+    num_blocks = round(kv_cache_mb * 1e6) // block_bytes
+    if num_blocks < 1:
+        mb = block_bytes / 1e6
+        raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
     return num_blocks
 
 
@@ -225,6 +231,7 @@ class LLM:
         self.weights = weights_kind(self.model_name)
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
+        # Random weights have no file; a name on the hub is fetched if it is not on this machine.
         path = None if self.weights == "random weights" else local_path(name)
         self.model = load_model(path or name, chosen_dtype, chosen_device)
         if chosen_device.type == "cpu":
@@ -242,6 +249,7 @@ class LLM:
             most = shape.max_seq_len
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
         num_blocks = self._choose_pool_size()
+        # From now on the config says what was chosen: a size in blocks.
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
         scheduler = Scheduler(
@@ -307,6 +315,7 @@ class LLM:
         config = self.config
         num_blocks = choose_num_blocks(
             self.model.config.kv_bytes_per_token(self.dtype) * config.block_size,
+            # 256 sequences of 1,024 tokens, block_size 16 -> 256 * 64 blocks
             most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
             num_blocks=config.num_blocks,
             kv_cache_mb=config.kv_cache_mb,
@@ -404,10 +413,14 @@ class LLM:
 
 
 def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParams | None]]:
-    """Each prompt with its parameters; the arguments are those of `LLM.generate`."""
+    """Each prompt with its parameters; the arguments are those of `LLM.generate`.
+
+    Example: `_pair([5, 6], None)` is one prompt of two token ids: `[([5, 6], None)]`.
+    """
     if not isinstance(prompts, str | list | tuple) or isinstance(sampling_params, dict):
         kinds = f"{type(prompts).__name__} and {type(sampling_params).__name__}"
         raise ValueError(f"{kinds} given: prompts are text or lists, params SamplingParams")
+    # A list of integers is one prompt of token ids, a list of anything else is a list of prompts.
     is_one_prompt = isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts))
     if is_one_prompt:
         prompts = [prompts]
