@@ -1,11 +1,12 @@
-"""Compile the Triton kernels for two GPUs on a machine that has none, and say what they take.
+"""Compile the Triton kernels for two GPUs on a machine without a GPU, and report what they use.
 
-Triton needs a GPU to run a kernel, not to compile it: whoever stands in for its driver and names a
-target gets the binary. So the functions that launch the kernels are called here as an engine calls
-them, with tensors that have shapes, strides and no memory (device "meta"), and every launch is
-turned into a compilation. What the interpreter forgives (a `break`, a shape that is no power of
-two, a type that changes in a loop) fails here, and the binary tells what no result shows: how many
-registers a kernel takes, whether it spills some of them to memory, how much shared memory it wants.
+Triton needs a GPU to run a kernel but not to compile it: `NoGPU` takes the place of its driver and
+names the target. The functions that launch the kernels are called with tensors on the device
+"meta", which have shapes and strides but no memory, and each launch is replaced by a compilation.
+
+The compiler rejects programs that the interpreter runs: a `break`, a shape that is not a power of
+two, a variable whose type changes in a loop. The binary also says how many registers a kernel uses,
+how many bytes it spills to the stack, and how much shared memory it needs.
 
 Run: PYTHONPATH=. python tests/kernels/compile_kernels.py [--all] [--json]
 Try: --kernels prefill --head-sizes 256 --prefill-tiles 64 64 4 3, a tile that is too large
@@ -53,10 +54,10 @@ class Case(NamedTuple):
 
 @dataclass
 class Report:
-    """What one compiled kernel takes, and what it is made of."""
+    """What one compiled kernel uses, and which instructions it has."""
 
     kernel: str
-    call: str  # the kernel of the Case: what was called
+    call: str  # the kernel named in the Case
     target: int  # 90 is sm_90
     dtype: str
     head_dim: int
@@ -65,8 +66,8 @@ class Report:
     registers: int  # for each thread
     stack_bytes: int
     shared_bytes: int
-    tensor_core_products: int  # instructions in the code, not how often they run
-    copies: dict[int, int]  # asynchronous ones to shared memory: bytes each -> how many in the code
+    tensor_core_products: int  # such instructions in the code, however often they run
+    copies: dict[int, int]  # asynchronous copies to shared memory: bytes -> instructions of so many
     triton: str
     vocab_size: int = 0
     rows: int = 0
@@ -137,7 +138,7 @@ FULL = [
 
 
 def problems(report: Report) -> list[str]:
-    """What is wrong with a compiled kernel; an empty list if nothing is."""
+    """The limits that a compiled kernel is over, a sentence each."""
     found = []
     limit = SHARED_LIMIT_BYTES[report.target]
     if report.stack_bytes > STACK_LIMIT_BYTES:
@@ -157,7 +158,7 @@ def parse_usage(text: str) -> tuple[int, int]:
 
 # ---- standing in for a GPU -----------------------------------------------------------------------
 class NoGPU:
-    """All that Triton asks of its driver in order to compile."""
+    """A driver without a device: the methods that Triton calls in order to compile."""
 
     def __init__(self, target):
         self.target = target
@@ -166,7 +167,7 @@ class NoGPU:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps compiled kernels by device: one for each target
+        return self.target.arch  # Triton caches compiled kernels by device: one for each target
 
     def get_current_stream(self, device=None) -> int:
         return 0
@@ -225,7 +226,7 @@ def call(case: Case) -> None:
 
 
 def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches) -> None:
-    """The same without chunks and with them: two kernels."""
+    """`fused_decode_triton` without chunks and with them: two kernels."""
     from kernels.triton_fused_decode import fused_decode_triton, num_arrivals
 
     B, lens = len(q), torch.empty(len(q), dtype=torch.int32, device="meta")
@@ -237,7 +238,7 @@ def call_fused_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches
 
 
 def call_sample(case: Case) -> None:
-    """The same for the one kernel that is not about attention."""
+    """`sample_triton` for 8 rows."""
     from kernels.triton_sampling import sample_triton
 
     B = 8
@@ -248,7 +249,7 @@ def call_sample(case: Case) -> None:
 
 
 def call_joined(case: Case) -> None:
-    """The same for what stands around attention, with all that a call may be given."""
+    """`add_norm`, or `small_linear` with all of its options."""
     from kernels.triton_fused import add_norm
     from kernels.triton_small_linear import MOST_NORM_ROWS, small_linear
 
@@ -267,12 +268,12 @@ def call_joined(case: Case) -> None:
 
 
 def cuobjdump() -> Path:
-    """The program beside Triton's compiler that reads binaries."""
+    """The program that reads binaries; Triton's package contains it."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
-        raise FileNotFoundError(f"{tool} is missing: without it nobody knows what a kernel takes")
+        raise FileNotFoundError(f"{tool} is missing: it reads what a kernel uses from its binary")
     return tool
 
 
