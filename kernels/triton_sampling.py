@@ -68,7 +68,7 @@ ROW_INPUTS = {
 # It writes one number a row to these.
 ROW_OUTPUTS = {"out": (torch.int64,), "peaks": (torch.float32,)}
 
-# Who carries out each field of SamplingParams when this file draws. The kernel ignores all fields
+# What carries out each field of SamplingParams when this file draws. The kernel ignores all fields
 # but its own, so a new field needs a line here: a test compares the keys with the dataclass.
 HANDLED_BY = {
     "temperature": "kernel: temperatures",

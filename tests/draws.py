@@ -143,7 +143,7 @@ def keeping(weights: Tensor) -> list[list[int]]:
 SHUFFLED = shares_to_logits(0.1, 0.4, 0.2, 0.3)
 FALLING = shares_to_logits(0.4, 0.3, 0.2, 0.1)
 ALL = [0, 1, 2, 3]
-TIE_BEHIND_ONE = shares_to_logits(0.125, 0.125, 0.25, 0.125, 0.125, 0.125, 0.125)
+TIE_BELOW_ONE = shares_to_logits(0.125, 0.125, 0.25, 0.125, 0.125, 0.125, 0.125)
 CUTS = {
     "top_k keeps the k most likely": cut(
         SHUFFLED, ({"top_k": 1}, [1]), ({"top_k": 2}, [1, 3]), ({"top_k": 3}, [1, 2, 3])
@@ -198,9 +198,9 @@ CUTS = {
         ({"top_p": 0.5, "top_k": 2}, [0]),
         ({"top_p": 0.6, "top_k": 2}, [0, 1]),
     ),
-    # Six equal tokens behind one of twice their weight; top_k leaves 2 + 1 + 1 + 1 = 5.
+    # Six equal tokens below one of twice their weight; top_k leaves 2 + 1 + 1 + 1 = 5.
     "top_p of a tie that top_k has cut keeps the lower ids": cut(
-        TIE_BEHIND_ONE,
+        TIE_BELOW_ONE,
         ({"top_k": 4}, [0, 1, 2, 3]),
         ({"top_k": 4, "top_p": 0.3}, [2]),
         ({"top_k": 4, "top_p": 0.5}, [0, 2]),

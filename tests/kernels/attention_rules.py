@@ -325,7 +325,7 @@ class ReaderRules(AttentionRules):
             result = self.check(world, **variant)
             assert result[[0, 2]].abs().max() == 0 and result[1].abs().max() > 0
 
-    def test_sequences_without_a_query_disturb_nobody(self):
+    def test_sequences_without_a_query_disturb_no_other(self):
         for variant in self.variants:
             self.check(world_of([0, 1, 0, 0, 1, 0], [5, 70, 0, 9, 2, 3]), **variant)
 

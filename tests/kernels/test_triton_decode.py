@@ -178,8 +178,8 @@ def test_rows_after_prompts_are_zeroed_by_the_other_kernel(query_lens):
     world = world_of(query_lens, [4, 9], num_padded_rows=5)
     world.qkv[sum(query_lens) :] = math.nan
     assert check_any(world)[sum(query_lens) :].abs().max() == 0
-    nobody = world_of([0, 0], [4, 9], num_padded_rows=3)
-    check_any(nobody, max_query_len=4)  # an upper bound sends it to both
+    no_query = world_of([0, 0], [4, 9], num_padded_rows=3)
+    check_any(no_query, max_query_len=4)  # an upper bound sends it to both
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [2, 1, 5]])

@@ -165,18 +165,18 @@ def test_rows_do_not_meet():
         assert torch.equal(new[[0, 1, 3]], old[[0, 1, 3]]) and new[2].isnan().any()
 
 
-def test_its_inputs_are_only_read_and_nothing_is_written_behind_the_results(monkeypatch):
-    sums, behind = Sums(3, 48, torch.float32), []
+def test_its_inputs_are_only_read_and_nothing_is_written_after_the_results(monkeypatch):
+    sums, beyond = Sums(3, 48, torch.float32), []
     inputs = [x.clone() for x in (sums.x, sums.y, sums.weight, sums.bias)]
 
     def empty(rows, columns, **kwargs):
         around = torch.full((rows + 9, columns), math.nan, **kwargs)
-        behind.append(around[rows:])
+        beyond.append(around[rows:])
         return around[:rows]
 
     monkeypatch.setattr(module.torch, "empty", empty)
     sums.check()
-    assert len(behind) == 2 and all(rest.isnan().all() for rest in behind)
+    assert len(beyond) == 2 and all(memory.isnan().all() for memory in beyond)
     for old, new in zip(inputs, (sums.x, sums.y, sums.weight, sums.bias), strict=True):
         assert torch.equal(old, new)
 
@@ -203,7 +203,7 @@ def test_two_types_are_refused():
 
 
 # ---- a product and its GELU ----------------------------------------------------------------------
-def test_the_gelu_behind_a_product_is_the_tanh_form():
+def test_the_gelu_after_a_product_is_the_tanh_form():
     x, weight, bias = numbers([1]), numbers([1], [-1], [0]), numbers(0, 0, 0)
     want = [0.8411920, -0.1588080, 0.0]  # erf's would be 0.8413447 and -0.1586553
     # A GPU's library may take a coarser tanh.
@@ -211,7 +211,7 @@ def test_the_gelu_behind_a_product_is_the_tanh_form():
     assert plain_linear_gelu(x, weight, bias)[0].tolist() == pytest.approx(want, abs=2e-6)
 
 
-# ---- who can be joined ---------------------------------------------------------------------------
+# ---- what can be joined --------------------------------------------------------------------------
 def tiny(tiny_gpt, dtype=torch.float64, **changes):
     """A small model on the device; the shared ones stay on the CPU."""
     return copy.deepcopy(tiny_gpt(seed=5, dtype=dtype, **(SHAPE | changes))).to(DEVICE)
@@ -249,7 +249,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("build, reason", REASONS.values(), ids=REASONS)
-def test_what_cannot_be_joined_is_told_why(build, reason):
+def test_a_model_that_cannot_be_joined_is_refused_with_the_reason(build, reason):
     built = build()
     assert reason in can_fuse(built)
     with pytest.raises(ValueError, match="this model's steps can't be joined: ") as error:
@@ -264,8 +264,8 @@ def test_without_triton_nothing_can_be_joined(monkeypatch):
 
 def test_compiled_kernels_want_a_model_on_a_gpu(monkeypatch):
     monkeypatch.setattr(module, "INTERPRETED", False)
-    told = can_fuse(small().to("cpu"))
-    assert told == "Triton's kernels run on cuda here, the model is on cpu"
+    reason = can_fuse(small().to("cpu"))
+    assert reason == "Triton's kernels run on cuda here, the model is on cpu"
 
 
 def test_few_rows_are_16_at_most(model):
@@ -328,7 +328,7 @@ class Twins:
         return got
 
     def check_pools(self, bound=BOUND):
-        """Slots that were never written are NaN in both; scratch is nobody's."""
+        """Slots that were never written are NaN in both; the scratch block is left out."""
         want, got = (cache.pool[:, : cache.scratch_block] for cache in self.caches)
         torch.testing.assert_close(got, want, rtol=bound, atol=bound, equal_nan=True)
 
@@ -570,7 +570,7 @@ def test_counters_are_zero_between_steps(model):
 # ---- recorded, and under the engine --------------------------------------------------------------
 @pytest.mark.parametrize("few_rows", [0, 16])
 @pytest.mark.parametrize("attend", [write_then_attend, fused_decode_triton])
-def test_padded_rows_of_a_recorded_step_harm_nobody(model, attend, few_rows):
+def test_padded_rows_of_a_recorded_step_harm_no_other(model, attend, few_rows):
     for num_seqs, size in ((1, 2), (3, 4), (5, 8)):
         twins = Twins(model, LENGTHS[:num_seqs], few_rows, attend)
         # The plain stand-in asks the device for values, which a graph does not allow.
@@ -648,7 +648,7 @@ def test_a_products_own_gelu_is_the_tanh_form_in_gpt2s_shapes(N, C, dtype, monke
     weight /= math.sqrt(C)
     want = plain_linear_gelu(x.double(), weight.double(), bias.double())
     error = (linear_gelu(x, weight, bias).double() - want).abs()
-    # erf's GELU is up to 5e-4 away. 16 bits may round the sum before the GELU and again behind it.
+    # erf's GELU is up to 5e-4 away. 16 bits may round the sum before the GELU and again after it.
     half_eps = torch.finfo(dtype).eps / 2
     assert (error <= 1e-4 + 4 * half_eps * (1 + want.abs())).all(), error.max()
 

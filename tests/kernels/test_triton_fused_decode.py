@@ -2,8 +2,8 @@
 
 What holds for all attention kernels stands in attention_rules.py. Here the newest token of each
 sequence isn't in the pool yet: its slot is NaN, and its k and v are in the QKV product. The
-interpreter runs one program after another, so it shows no race; but it can be told to run them in
-any order.
+interpreter runs one program after another, so it shows no race; but programs can be run in
+any order there.
 """
 
 import math
@@ -249,7 +249,7 @@ def test_a_sequence_grows_step_by_step_over_blocks_and_chunks():
 # ---- padded rows ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("chunk_len, dtype", some(8, CHUNK_LENS, DTYPES), ids=str)
 def test_a_padded_row_is_zero_and_reads_nothing(chunk_len, dtype):
-    """Its q, k and v are NaN, and so is the block that its table names: nobody sees them."""
+    """Its q, k and v are NaN, and so is the block that its table names: no result may be NaN."""
     world = decodes([0, 60, 0, 0, 1], num_kv_heads=2, dtype=dtype)
     result = check(world, chunk_len=chunk_len)
     assert result[[0, 2, 3]].abs().max() == 0
@@ -269,7 +269,7 @@ def test_no_sequences():
     assert run(world, out=out) is out
 
 
-# ---- who merges ----------------------------------------------------------------------------------
+# ---- which program merges ------------------------------------------------------------------------
 def test_there_is_a_counter_for_each_program_that_may_merge():
     assert num_arrivals(num_seqs=8, num_heads=12, num_kv_heads=12) == 96
     assert num_arrivals(num_seqs=8, num_heads=32, num_kv_heads=2) == 16  # 16 heads: one product
@@ -369,9 +369,9 @@ def shuffled(seed):
     return order
 
 
-@pytest.mark.skipif(ON_GPU, reason="only the interpreter can be told in which order to run them")
+@pytest.mark.skipif(ON_GPU, reason="only the interpreter can run them in a chosen order")
 @pytest.mark.parametrize("group, dtype", some(4, [2, 17], ALL_DTYPES), ids=str)
-def test_whoever_arrives_last_the_bits_are_the_same(group, dtype, grid_order):
+def test_the_bits_are_the_same_whichever_program_arrives_last(group, dtype, grid_order):
     shape = {"num_kv_heads": 2, "group": group, "dtype": dtype}
     world = decodes([60, 3, 0, 33], **shape)
     in_order = check(world, chunk_len=16)
@@ -381,7 +381,7 @@ def test_whoever_arrives_last_the_bits_are_the_same(group, dtype, grid_order):
         assert len(set(ran)) == len(ran) and ran != sorted(ran)
 
 
-@pytest.mark.skipif(ON_GPU, reason="only the interpreter can be told in which order to run them")
+@pytest.mark.skipif(ON_GPU, reason="only the interpreter can run them in a chosen order")
 def test_the_chunk_of_the_new_token_may_come_first(grid_order):
     ran = grid_order(backwards)
     check(decodes([33]), chunk_len=16)

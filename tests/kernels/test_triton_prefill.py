@@ -116,12 +116,12 @@ def test_the_running_maximum_may_jump_at_the_end(dtype):
 
 # ---- what may be read ----------------------------------------------------------------------------
 def test_queries_before_the_start_are_zero():
-    result = check(world_of([6], [6], [4]))  # two tokens behind four of padding
+    result = check(world_of([6], [6], [4]))  # two tokens after four of padding
     assert result[:4].abs().max() == 0
     assert (result[4:].abs().amax((1, 2)) > 0).all()
 
 
-def test_a_sequence_without_queries_disturbs_nobody():
+def test_sequences_without_queries_beside_a_long_prompt():
     check(world_of([0, 3, 0, 0, 1, 0, 65, 0], [5, 7, 0, 9, 2, 3, 65, 0]))
 
 
@@ -166,7 +166,7 @@ def test_one_wrong_value_in_a_block_changes_the_result(query_len, dtype):
         right = run(world)
         getattr(world, cache)[world.tables[0][1], 0, 2] += 8.0
         changed = (run(world) - right).abs().amax((1, 2)) > 1e-6
-        # Position 6 was changed: whoever came before it did not read it.
+        # Position 6 was changed: queries before it did not read it.
         assert changed.tolist() == [p >= 6 for p in range(12 - query_len, 12)]
 
 
@@ -284,7 +284,7 @@ def test_a_batch_may_have_more_rows_than_a_grids_second_axis():
     ones = torch.ones(n, dtype=torch.int32, device=DEVICE)
     locs = torch.arange(n + 1, dtype=torch.int32, device=DEVICE)
     out = paged_prefill_triton(q, k_cache, v_cache, slots.int()[:, None], locs, ones, 0.25, 1, 1)
-    torch.testing.assert_close(out, v, atol=1e-6, rtol=0)  # who reads one position gets its value
+    torch.testing.assert_close(out, v, atol=1e-6, rtol=0)  # one position: its value
 
 
 def test_the_plain_kernel_and_this_one_agree():

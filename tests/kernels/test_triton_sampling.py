@@ -478,7 +478,7 @@ def test_u_beside_the_end_of_a_token_draws_that_token_below_and_the_next_one_abo
 
 @pytest.fixture(scope="module")
 def shipped_logits(shipped_model_folder) -> torch.Tensor:
-    """The shipped model's logits (N, 3072) behind each token of a sentence."""
+    """The shipped model's logits (N, 3072) after each token of a sentence."""
     from checkpoints.load import load_model
     from checkpoints.tokenizer import load_tokenizer
 

@@ -1,7 +1,7 @@
 """A linear layer for few rows against the same in float64: every option, every size of GPT-2.
 
 As in `test_triton_prefill.py` the kernel is compiled where there is a GPU and interpreted
-where not. What lies beside the inputs is NaN, and what lies behind the result is watched.
+where not. The memory beside the inputs is NaN, and the memory after the result must stay NaN.
 """
 
 import math
@@ -93,16 +93,16 @@ class Call:
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Results lie in the first rows of larger memory full of NaN; returns what lies behind them."""
-    behind = []
+    """Results lie in the first rows of larger memory full of NaN; returns the rest of it."""
+    beyond = []
 
     def empty(rows, columns, **kwargs):
         around = torch.full((rows + 17, columns), math.nan, **kwargs)
-        behind.append(around[rows:])
+        beyond.append(around[rows:])
         return around[:rows]
 
     monkeypatch.setattr(module.torch, "empty", empty)
-    return behind
+    return beyond
 
 
 # ---- by hand -------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_each_output_is_its_weights_times_the_row_plus_its_bias():
     assert small_linear(x, weight, numbers(0, 0, 0.5)).tolist() == [[1.0, 2.0, 12.5]]
 
 
-def test_a_residual_is_added_behind_all_else():
+def test_a_residual_is_added_last():
     x, weight, bias = numbers([1, 2], [3, 4]), numbers([1, 1]), numbers(0)
     got = small_linear(x, weight, bias, residual=numbers([100], [200]))
     assert got.tolist() == [[103.0], [207.0]]
@@ -217,7 +217,7 @@ def test_its_twin_agrees(dtype):
 # ---- rows do not meet ----------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_gives_the_same_bits_in_any_batch_of_its_size(dtype):
-    """9 to 16 rows are one tile: who else is in it makes no difference."""
+    """9 to 16 rows are one tile: the other rows in it make no difference."""
     call = Call(16, 64, 24, dtype, "gelu")
     together = call.run()
     order = torch.arange(16).flip(0)

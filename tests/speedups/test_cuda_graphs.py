@@ -1,4 +1,4 @@
-"""Decode steps over buffers that never move: the same tokens, and padded rows harm nobody.
+"""Recorded decode steps give the same tokens, and padded rows change no other row.
 
 On a CPU a recording is a plain call, so that everything around it is tested without a GPU: which
 steps are replayed, how their inputs are packed and padded, what is copied. The stand-in for the
@@ -250,7 +250,7 @@ def test_two_sequences_in_a_step_of_four(model):
 
 # ---- which steps are replayed --------------------------------------------------------------------
 def row(num_cached, num_new, num_sample_rows, table=None):
-    """Some sequence that computes `num_new` tokens behind `num_cached` ones."""
+    """Some sequence that computes `num_new` tokens after `num_cached` ones."""
     total = num_cached + num_new
     table = list(range(-(-total // 4))) if table is None else table
     return Row([1] * total, num_cached, num_new, table, num_sample_rows)
@@ -406,7 +406,7 @@ def test_a_thousand_replays_give_the_same_bits(model, backend):
 
 
 def test_while_a_step_is_recorded_its_rows_read_and_write_the_scratch_block_alone(model):
-    """Who records runs the function several times, over a pool that may be in use already."""
+    """A recording runs the function several times, over a pool that may be in use already."""
 
     class Rehearsing(StrictCalls):
         def record(self, function):
@@ -719,7 +719,7 @@ def test_an_abort_in_flight_changes_no_other_text(model, backend):
     "kept", ["input_ids", "positions", "slot_mapping", "context_lens", "block_tables"]
 )
 def test_inputs_that_are_left_from_the_step_before_are_noticed(model, monkeypatch, kept):
-    """Of one kind: the logits are others, or not even numbers, where it read what nobody wrote."""
+    """One kind of input at a time: the logits differ, or are NaN from a slot never written."""
     requests = some_requests(5, seed=8)
     fill, old = GraphForward._fill, {}
 

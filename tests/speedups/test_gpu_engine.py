@@ -30,7 +30,7 @@ from sampling import SampleRow, child_seed, draw_weights, uniform
 from scheduler import Scheduler
 from speedups.cuda_graphs import SIZES, Calls, GraphForward, Graphs, recorded_sizes
 
-# The ways to run: what an LLM is told. All of them but the first record their decode steps.
+# The ways to run: options of an LLM. All of them but the first record their decode steps.
 WAYS = {
     "eager": {"cuda_graphs": False},
     "recorded": {},
@@ -86,7 +86,7 @@ def serve_in(way, model, **options):
 
 # ---- the oracle, and what it calls a tie ---------------------------------------------------------
 def scores_after(model, token_ids):
-    """The logits (V,) of the token behind some others, in float64, dense, nothing cached."""
+    """The logits (V,) of the token after some others, in float64, dense, nothing cached."""
     with torch.inference_mode():
         ids = torch.tensor(token_ids)
         hidden = model(ids, torch.arange(len(ids)), attend_one_sequence)

@@ -1,4 +1,4 @@
-"""speedups/plan_ahead.py against the engine that waits: the same texts, and who waited for whom.
+"""speedups/plan_ahead.py against the engine that waits: the same texts, and which waits there are.
 
 The stand-in for a model (`Reader`) finds every token of a sequence through its block table, and its
 logits are a function of all of them. A token in the wrong slot, a block that was given away too
@@ -53,7 +53,7 @@ def byte_tokenizer():
 # ---- a stand-in for a model ----------------------------------------------------------------------
 @functools.cache
 def logits_of(context: tuple[int, ...]) -> Tensor:
-    """Logits (VOCAB,) behind these tokens: a letter, or now and then the end of text."""
+    """Logits (VOCAB,) after these tokens: a letter, or now and then the end of text."""
     numbers = random.Random(repr(context))
     logits = torch.full((VOCAB,), -30.0)
     for token_id in (*LETTERS, EOS):
@@ -96,7 +96,7 @@ class Reader:
         assert batch.context_lens[i] >= length or batch.context_lens[i] == 0  # 0: a padded row
         table = batch.block_tables[i, : -(-length // self.cache.block_size)].long()
         found = self.cache.layer(0)[0][table].flatten()[:length]
-        assert found.isfinite().all(), "a slot was read that nobody has written"
+        assert found.isfinite().all(), "a slot was read that was never written"
         return tuple(found.long().tolist())
 
 
@@ -114,7 +114,7 @@ class Ledger(BlockAllocator):
         self.published.add(tuple(token_ids[:num_computed_tokens]))
 
 
-# ---- who waits for whom --------------------------------------------------------------------------
+# ---- what waits for the device -------------------------------------------------------------------
 # What a host does with a tensor to know its numbers: on a GPU it waits for the device.
 READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__index__", "__float__"}
 READS |= {"__array__", "__iter__", "__contains__", "equal", "is_nonzero", "allclose"}
@@ -128,7 +128,7 @@ def is_blocking_copy(function, args, kwargs) -> bool:
 
 
 def unwatched(tensor: Tensor) -> Tensor:
-    """The same numbers in a tensor of which nobody takes note."""
+    """The same numbers in a plain tensor, whose reads are not recorded."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)
 
@@ -136,7 +136,7 @@ def unwatched(tensor: Tensor) -> Tensor:
 class Watched(Tensor):
     """A tensor that writes down when its numbers are read, as does all that is computed from it.
 
-    `number` is the launch that it came from, `fault` an exception to be met by who waits for it.
+    `number` is the launch that it came from, `fault` an exception that its first reader meets.
     """
 
     log: list
@@ -380,7 +380,7 @@ def two_children(sequences, logits):
 
 
 def own_strategy(sequences, logits):
-    """The default one under another name, which nobody can know to be the same."""
+    """The default strategy as another function: the engine cannot know that it is the same."""
     return sample_next(sequences, logits)
 
 
@@ -431,7 +431,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_read():
 
 
 def test_a_step_returns_what_the_serial_engine_returns():
-    """Step by step: who ran, which positions, who was sampled, every output."""
+    """Step by step: which sequences ran, which positions, which were sampled, every output."""
 
     def seen(engine_class):
         served, steps = Served(engine_class), []
@@ -575,7 +575,7 @@ def test_a_prompt_in_pieces_is_waited_for_until_it_is_sampled():
 
 
 def test_with_fewer_free_blocks_than_sequences_the_engine_plans_a_step_at_a_time():
-    """A plan made ahead never has to preempt whoever is in flight."""
+    """A plan made ahead then never preempts a sequence in flight."""
     served = Served(num_blocks=5)  # of 4 tokens: two prompts of 5 take 4, and 1 is free
     for prompt in some_prompts([5, 5]):
         served.add(prompt, max_tokens=3, **GREEDY)
@@ -720,7 +720,7 @@ def test_the_model_is_asked_for_the_wasted_rows_more_and_nothing_else(options):
     assert rows[1] - rows[0] == served.engine.num_wasted_tokens > 3
 
 
-# ---- who joins, leaves, is preempted -------------------------------------------------------------
+# ---- joins, leaves, preemptions ------------------------------------------------------------------
 @pytest.mark.parametrize("budget", [3, 16, UNLIMITED])
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 20])
 def test_requests_that_come_one_a_step_write_the_same(budget, max_num_seqs):
@@ -841,7 +841,7 @@ def test_an_abort_in_every_state_changes_no_other_text():
                     gone.append(request_id)
 
         served.run(abort_one)
-        assert len(gone) == 1, f"nobody was {wanted}"
+        assert len(gone) == 1, f"no sequence was {wanted}"
 
 
 # ---- interruptions -------------------------------------------------------------------------------
@@ -911,7 +911,7 @@ def test_an_exception_in_the_draw_loses_nothing():
 
 @pytest.mark.parametrize("call", range(1, 9))
 def test_logits_that_are_not_numbers_are_refused_a_step_later_at_most(call):
-    """With the serial engine's words; and whoever was in flight is computed again."""
+    """With the serial engine's words; and what was in flight is computed again."""
     steps = {}
     for engine_class in (InferenceEngine, AheadEngine):
         served = Served(engine_class, faults={call: "nan"})
@@ -998,7 +998,7 @@ def serve_traffic(seed: int, num_requests: int = 30) -> Counter:
     )
     careful, happened = numbers.choice([0, 0, 0.1, 0.5]), Counter()
 
-    def abort_somebody():
+    def abort_one():
         unfinished = [seq for seq in served.sequences() if seq.status != FINISHED]
         states = sorted(set(map(state_of, unfinished)))
         if states:
@@ -1017,7 +1017,7 @@ def serve_traffic(seed: int, num_requests: int = 30) -> Counter:
         except (RuntimeError, ValueError, KeyboardInterrupt):
             happened["interrupted"] += 1
         if numbers.random() < 0.1:
-            abort_somebody()
+            abort_one()
         if served.scheduler.running and numbers.random() < 0.03:
             served.scheduler.preempt(numbers.choice(served.scheduler.running))
         happened["steps"] += 1
