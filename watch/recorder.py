@@ -15,8 +15,8 @@ blocks any more. A line holds the block tables of all running sequences, so it i
 pool. Of the waiting requests a line names only those that arrived or were aborted, because many
 thousands may wait. `holders` and `strips` turn lines into what the pictures show.
 
-The tests compare each line with the scheduler's state after the step, and damage a recording in
-seventeen ways. vLLM counts the same things of a step in SchedulerStats and IterationStats.
+The tests compare each line with the scheduler's state after the step, and read recordings that
+were damaged. vLLM counts the same things of a step in SchedulerStats and IterationStats.
 """
 
 import json
