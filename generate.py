@@ -96,7 +96,8 @@ def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
     else:
         # A field with default None has a type like int | None; the flag's type is int.
         kind = get_args(field.type)[0] if field.default is None else type(field.default)
-        help = f"{help} (default {field.default})"
+        if field.default is not None:
+            help = f"{help} (default {field.default})"
         group.add_argument(flag, type=kind, default=field.default, help=help)
 
 

@@ -73,13 +73,15 @@ class EngineConfig:
 
     block_size: int = option(16, "tokens in a block; a larger block leaves more of it unfilled")
     num_blocks: int | None = option(None, "the pool's size in blocks")
-    kv_cache_mb: float | None = option(None, "the pool's size in MB (10**6 bytes)")
+    kv_cache_mb: float | None = option(
+        None, "the same in MB (10**6 bytes); with neither it is measured"
+    )
     # Used only if neither of the two sizes above is given and the device is a GPU:
     gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory for the pool")
     max_num_seqs: int = option(256, "sequences in one step at most")
     # A prompt of so many tokens keeps all decoding sequences waiting for one long step.
     max_num_batched_tokens: int = option(2048, "tokens in one step at most")
-    max_seq_len: int | None = option(None, "tokens in one sequence at most (None: as the model)")
+    max_seq_len: int | None = option(None, "tokens in one sequence; if not given, as the model")
     cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")

@@ -400,6 +400,7 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, name, change, device,
 def test_interpreted_kernels_run_only_if_they_are_named(monkeypatch):
     if BACKENDS["triton"].missing:
         pytest.skip("triton is not installed")
+    assert backends.INTERPRETED == INTERPRETED  # what Triton decided when it was imported
     stand_in(monkeypatch, triton={"device": "cpu"})
     monkeypatch.setattr(backends, "INTERPRETED", True)
     assert resolve_backend("auto", HERE, torch.float32) == NUMBA_OR_TORCH
