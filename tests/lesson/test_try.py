@@ -13,13 +13,27 @@ from conftest import ROOT
 OK = "ok:"
 # (file, what the docstring says word for word, text to replace, replacement, how it must end)
 EXPERIMENTS = [
-    ("llm.py", "BLOCK_SIZE = 1", "BLOCK_SIZE = 16", "BLOCK_SIZE = 1", OK),
+    ("block_allocator.py", "BLOCK_SIZE = 1 above the demo", "BLOCK_SIZE = 4", "BLOCK_SIZE = 1", OK),
     (
-        "llm.py",
-        "TIGHT_POOL_TOKENS = 16",
-        "TIGHT_POOL_TOKENS = 64",
-        "TIGHT_POOL_TOKENS = 16",
-        "the pool has 1",
+        "block_allocator.py",
+        "take the other end of the free list, `slice(0, n)`",
+        "slice(len(self._free) - n, None)",
+        "slice(0, n)",
+        OK,
+    ),
+    (
+        "paged_attention_triton.py",
+        "BLOCK_SIZE = 1 above the demo",
+        "BLOCK_SIZE = 4",
+        "BLOCK_SIZE = 1",
+        OK,
+    ),
+    (
+        "paged_attention_triton.py",
+        "Or delete `(position <= last) &` in the kernel",
+        "(position <= last) & ",
+        "",
+        "distance from the oracle",
     ),
 ]
 
