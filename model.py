@@ -1,27 +1,26 @@
 """A GPT-2 that never learns where its keys and values are kept.
 
-Attention is the only place where a transformer looks at other tokens, so it is the only place where
-a cache can hide. Here that place is one socket, `attend(layer, q, k, v)`, handed to `forward` by
-whoever calls it. Recomputing everything, a slab of memory per sequence, a pool of blocks, training:
-four functions for the same socket, and the model is the same file for all of them. (In most code
-bases the cache is threaded through every layer's signature.)
+Attention is the only place where a transformer reads other tokens, so it is the only place that
+needs a cache. Most code bases pass the cache through every layer. Here the caller passes `forward`
+one function, the socket `attend(layer, q, k, v)`. Attention without a cache, one slab of memory per
+sequence, a pool of blocks and training are four such functions, and the model is the same for all.
 
     input_ids (N,) ─> wte + wpe ─> [ LayerNorm ─> q, k, v ─> attend ─> + ─> MLP ─> + ] x n_layer
     positions (N,) ────┘                                        │
-                                     the socket: where K and V live is decided outside
+                                     the socket: the caller decides where K and V are kept
 
-Tokens arrive flat: the N tokens of all sequences of a step laid end to end, no padding, no batch
-dimension. A prompt of 300 tokens and seven sequences that each add one token are simply N = 307
-rows for every linear layer. What a production engine does beyond this: splits the layers over
-GPUs, joins the small operations into fewer kernels, quantises.
+The tokens are flat: the N tokens of all sequences of a step lie end to end, without padding and
+without a batch dimension. A prompt of 300 tokens and seven sequences with one new token each are
+N = 307 rows. Every linear layer multiplies them in one product.
 
 Letters used in all files: B sequences, T tokens each, N tokens of all sequences end to end,
 C n_embd, H heads, D head_dim, V vocabulary.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
 Run: python model.py
-Try: set n_head=8 in the demo (more heads, each of half the size; the KV bytes stay as they are),
-or let the second plug forget the oldest token and watch the assert fail.
+Try: NUM_HEADS = 8 above the demo (twice the heads of half the size: as many parameters, and the
+same bytes of K and V), or OLDEST = 1: the list then forgets the oldest token, and the assert "the
+logits differ" fails.
 """
 
 import math
@@ -32,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# attend(layer, q, k, v) -> out: layer is an int; q (N, H, D), k and v (N, H_kv, D); out (N, H, D).
-# Every socket scales the scores by D ** -0.5; a layer that wants another one multiplies it into q.
+# attend(layer, q, k, v) -> out: `layer` is an int, q is (N, H, D), k and v are (N, H_kv, D), out is
+# (N, H, D). The function scales the scores by D ** -0.5. Where a layer needs another scale, the
+# model multiplies q by the rest, so that `attend` needs no argument for it.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-ALL_ROWS = slice(None)  # as an index: a view, nothing is copied
+ALL_ROWS = slice(None)  # x[ALL_ROWS] is a view of all rows: nothing is copied
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # what GPT-2 was trained with
@@ -50,7 +50,7 @@ class GPTConfig:
     """The shape of a GPT-2; the defaults are the 124M model's."""
 
     vocab_size: int = 50257
-    max_seq_len: int = 1024  # Hugging Face says n_positions; nanoGPT block_size, a word we need
+    max_seq_len: int = 1024  # n_positions in Hugging Face's configs, block_size in nanoGPT
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -58,7 +58,7 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True  # scores / sqrt(head_dim)
-    # scores / (layer + 1) on top, as Mistral's GPT-2s were trained
+    # scores are also divided by layer + 1: Mistral's GPT-2 models were trained so
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True  # the output head is the input embedding
     eos_token_id: int | None = None  # the token that ends a text; 50256 for GPT-2
@@ -74,39 +74,42 @@ class GPTConfig:
             sizes = f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
             raise ValueError(f"{sizes}: heads would differ")
         if not 0 <= self.layer_norm_epsilon < math.inf:  # NaN fails both comparisons
-            found = self.layer_norm_epsilon
-            raise ValueError(f"layer_norm_epsilon is {found}: it must be finite and not negative")
+            epsilon = self.layer_norm_epsilon
+            raise ValueError(f"layer_norm_epsilon is {epsilon}: it must be finite and not negative")
         if self.activation_function not in ACTIVATIONS:
-            found, known = self.activation_function, ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation_function is {found!r}: choose one of {known}")
+            name, known = self.activation_function, ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function is {name!r}: choose one of {known}")
 
     @property
     def head_dim(self) -> int:
+        """Numbers in one head's q, k or v: 64 for the 124M shape."""
         return self.n_embd // self.n_head
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of one token's K and V in all layers: 36,864 for the 124M shape in 16 bits."""
+        # K and V, each n_head * head_dim = n_embd numbers in every layer
         return 2 * self.n_layer * self.n_embd * dtype.itemsize
 
 
 class Attention(nn.Module):
-    """Project to q, k and v, hand them to the socket, project what comes back."""
+    """Project x to q, k and v, pass them to the socket, project its result."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        # The socket always divides the scores by sqrt(D). What a layer wants on top goes into q.
+        # The socket divides the scores by sqrt(D). The rest of a layer's own scale goes into q.
         self.q_scale = 1.0 if config.scale_attn_weights else math.sqrt(config.head_dim)
         if config.scale_attn_by_inverse_layer_idx:
             self.q_scale /= layer + 1
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | slice) -> Tensor:
-        """(N, C) -> (M, C): all N tokens bring their k and v, `rows` get an answer."""
+        """(N, C) -> (M, C): attention needs k and v of all N tokens, only `rows` are returned."""
         N, C = x.shape
-        # Three views of one product, not copies: after a row of q come the same token's k and v.
+        # Views of one product, no copies. So a token's q, k and v are neighbours in memory, and the
+        # stride from one token's q to the next one's is 3 * C.
         parts = self.c_attn(x).split(C, dim=1)
         q, k, v = (part.view(N, self.n_head, -1) for part in parts)  # (N, H, D) each
         if self.q_scale != 1.0:
@@ -115,7 +118,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation: the part that looks at one token only."""
+    """Two linear layers with an activation between them. Each token is computed by itself."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -129,7 +132,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer (nanoGPT calls it a Block; here a block is a piece of KV memory)."""
+    """One transformer layer. (nanoGPT calls it a Block; here a block is a piece of KV memory.)"""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -140,33 +143,34 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)  # does nothing in eval mode
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | slice) -> Tensor:
-        """(N, C) -> (M, C): what the chosen rows go on with."""
+        """(N, C) -> (M, C): the hidden states of `rows` after this layer."""
+        # Each half adds its result to the residual stream x.
         x = x[rows] + self.dropout(self.attn(self.ln_1(x), attend, rows))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """The model. Attribute names are Hugging Face's, so that a checkpoint's names need no table."""
+    """The model. Its attributes have Hugging Face's names, so the weights of a checkpoint fit."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a vector for each token id
+        self.wpe = nn.Embedding(config.max_seq_len, config.n_embd)  # and one for each position
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Layer(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.wte.weight
-        # Counted now: a layer may come to hold its weights in another shape, filled up with zeros.
+            self.lm_head.weight = self.wte.weight  # one tensor, counted and stored once
+        # Counted here because `kernels/packed_linear.py` may later store weights padded with zeros.
         self._num_parameters = sum(parameter.numel() for parameter in self.parameters())
 
     def init_weights(self, std: float = 0.02, seed: int = 0) -> "GPT":
-        """Fill all weights at random, as GPT-2 does with std 0.02.
+        """Fill all weights with random numbers, by default as GPT-2 was initialised.
 
-        What is added to the residual stream starts smaller. A test wants std 0.2: with 0.02
-        greedy decoding repeats one token whatever the cache holds.
+        The tests use std 0.2. With 0.02 greedy decoding repeats one token, even if the cache is
+        broken.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -175,8 +179,10 @@ class GPT(nn.Module):
             elif parameter.ndim == 1:  # the gain of a LayerNorm
                 nn.init.ones_(parameter)
             else:
-                added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=std / math.sqrt(added), generator=generator)
+                # Two c_proj a layer add to the residual stream. The variance of a sum grows with
+                # the number of its terms, so each term starts smaller.
+                num_terms = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=std / math.sqrt(num_terms), generator=generator)
         return self
 
     def forward(
@@ -184,55 +190,61 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run N flat tokens through all layers.
 
-        `input_ids` and `positions` are (N,) integers, a position being the token's index in its
-        own sequence. `rows` (M,) are those whose hidden states are wanted: of a prompt only the
-        last. Returns (M, C), after the last LayerNorm.
+        `input_ids` and `positions` are (N,) integers. A position is a token's index in its own
+        sequence. `rows` (M,) choose the tokens whose hidden states are returned, for example only
+        the last token of a prompt. Returns (M, C), after the last LayerNorm.
         """
         x = self.dropout(self.wte(input_ids) + self.wpe(positions))  # (N, C)
         *earlier, last = self.h
         for layer in earlier:
             x = layer(x, attend, ALL_ROWS)
-        # Nobody attends to what the last layer makes of a token, so only the wanted rows go through
-        # its MLP: for a prompt and 12 layers that saves a sixteenth of the multiplications.
+        # No layer attends to the last layer's output, so its MLP runs for the chosen rows only. For
+        # a prompt and 12 layers that saves a sixteenth of all multiplications.
         return self.ln_f(last(x, attend, rows))
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Scores of the next token for M chosen rows: (M, C) -> (M, V).
+        """Scores of every possible next token for M chosen rows: (M, C) -> (M, V).
 
-        The caller picks the rows: of a 300-token prompt only the last one predicts something new,
-        and for the 124M shape this product is 31% of all weights.
+        For the 124M shape this product uses 31% of all weights, and a prompt of 300 tokens needs it
+        for its last row only. So the caller chooses the rows.
         """
         return self.lm_head(hidden_rows)
 
     def num_parameters(self) -> int:
-        """How many numbers the model holds, the tied output head counted once."""
+        """How many weights the model has; a tied output head is counted once."""
         return self._num_parameters
 
 
 def attend_one_sequence(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The simplest plug: the N tokens are one sequence from its first token on, nothing is kept.
+    """The simplest function for the socket: the N tokens are one whole sequence, nothing is kept.
 
-    `q` (N, H, D), `k` and `v` (N, H_kv, D) -> (N, H, D). The dense oracle of the tests.
+    `q` (N, H, D), `k` and `v` (N, H_kv, D) -> (N, H, D). It is the tests' dense oracle.
     """
-    heads_first = (x.transpose(0, 1) for x in (q, k, v))  # (H, N, D)
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, N, D), as PyTorch wants them
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
+NUM_HEADS = 4
+OLDEST = 0  # the list of the demo gives attention the tokens [OLDEST, ..)
+
+
 def demo():
-    """One model, two plugs: recompute everything, or keep K and V in a list. The same logits."""
-    config = GPTConfig(vocab_size=97, max_seq_len=64, n_layer=3, n_head=4, n_embd=64)
+    """One model and two sockets: recompute everything, or keep K and V in a list. Equal logits."""
+    config = GPTConfig(vocab_size=97, max_seq_len=64, n_layer=3, n_head=NUM_HEADS, n_embd=64)
     model = GPT(config).init_weights(std=0.2).eval()
     ids = torch.randint(97, (24,), generator=torch.Generator().manual_seed(1))
 
-    kept: list[tuple[list, list]] = [([], []) for _ in range(config.n_layer)]
+    keys: list[list[Tensor]] = [[] for _ in range(config.n_layer)]  # of each layer, a token each
+    values: list[list[Tensor]] = [[] for _ in range(config.n_layer)]
 
-    def attend_from_a_list(layer, q, k, v):  # the same socket, another memory
-        keys, values = kept[layer]
-        keys.append(k)
-        values.append(v)
-        heads_first = (x.transpose(0, 1) for x in (q, torch.cat(keys), torch.cat(values)))
-        return F.scaled_dot_product_attention(*heads_first).transpose(0, 1)
+    def attend_from_a_list(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys[layer].append(k)  # (1, H, D)
+        values[layer].append(v)
+        q = q.transpose(0, 1)
+        k = torch.cat(keys[layer][OLDEST:] or [k]).transpose(0, 1)  # (H, T, D)
+        v = torch.cat(values[layer][OLDEST:] or [v]).transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
 
     with torch.inference_mode():
         whole = model.logits(model(ids, torch.arange(24), attend_one_sequence))  # (24, 97)
@@ -246,14 +258,15 @@ def demo():
     print("keep in a list  :  24 tokens in 24 calls of 1 row,  24 rows of K and V kept per layer")
     span = f"{whole.min():.1f} to {whole.max():.1f}"
     print(f"largest difference of the logits: {error:.1e}, logits span {span}\n")
-    print("What a kept token costs, in 16 bits:")
-    for name, shape in (("gpt2", (12, 12, 768)), ("gpt2-xl", (48, 25, 1600))):
-        big = GPTConfig(n_layer=shape[0], n_head=shape[1], n_embd=shape[2])
-        per_token = big.kv_bytes_per_token(torch.bfloat16)
-        per_1024_mb = per_token * 1024 / 1e6
-        print(f"  {name:8} {per_token:>8,} bytes a token, {per_1024_mb:5.1f} MB for 1,024 tokens")
-    assert error < 1e-4, error
-    print("ok: the model cannot tell which memory is behind its socket")
+    print("Memory of a token's K and V, in 16 bits:")
+    gpt2 = GPTConfig()
+    gpt2_xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    for name, big in (("gpt2", gpt2), ("gpt2-xl", gpt2_xl)):
+        token_bytes = big.kv_bytes_per_token(torch.bfloat16)
+        total_mb = token_bytes * 1024 / 1e6
+        print(f"  {name:8} {token_bytes:>8,} bytes a token, {total_mb:5.1f} MB for 1,024 tokens")
+    assert error < 1e-4, f"the logits differ by {error}"
+    print("ok: both sockets give the same logits, and the model's code is the same for both")
 
 
 if __name__ == "__main__":

@@ -240,9 +240,21 @@ def demo():
     assert torch.equal(pools[0].nan_to_num(), pools[1].nan_to_num()), "written to other slots"
 
     q = torch.randn(12, H, D, device=device)
-    arguments = (q, pools[0, :, 0], pools[0, :, 1], batch.block_tables, batch.query_start_locs)
-    arguments += (batch.context_lens, D**-0.5, batch.max_query_len, batch.max_context_len)
-    errors = (paged_attention_triton_simple(*arguments) - paged_attention(*arguments)).abs()
+    result, expected = (
+        function(
+            q,
+            pools[0, :, 0],
+            pools[0, :, 1],
+            batch.block_tables,
+            batch.query_start_locs,
+            batch.context_lens,
+            scale=D**-0.5,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
+        )
+        for function in (paged_attention_triton_simple, paged_attention)
+    )
+    errors = (result - expected).abs()
     errors = errors.split([row.num_new_tokens for row in rows])
 
     print(f"the kernels are {'interpreted on the CPU' if interpreted else 'compiled for this GPU'}")

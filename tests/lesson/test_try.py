@@ -13,6 +13,8 @@ from conftest import ROOT
 OK = "ok:"
 # (file, what the docstring says word for word, text to replace, replacement, how it must end)
 EXPERIMENTS = [
+    ("model.py", "NUM_HEADS = 8 above the demo", "NUM_HEADS = 4", "NUM_HEADS = 8", OK),
+    ("model.py", "or OLDEST = 1", "OLDEST = 0", "OLDEST = 1", "the logits differ"),
     ("block_allocator.py", "BLOCK_SIZE = 1 above the demo", "BLOCK_SIZE = 4", "BLOCK_SIZE = 1", OK),
     (
         "block_allocator.py",
@@ -20,6 +22,22 @@ EXPERIMENTS = [
         "slice(len(self._free) - n, None)",
         "slice(0, n)",
         OK,
+    ),
+    ("kv_cache.py", "BLOCK_SIZE = 1 above the demo", "BLOCK_SIZE = 4", "BLOCK_SIZE = 1", OK),
+    (
+        "kv_cache.py",
+        "TABLE_WHEN_READ = [0, 5, 7]",
+        "TABLE_WHEN_READ = None",
+        "TABLE_WHEN_READ = [0, 5, 7]",
+        "A's keys came back in another order",
+    ),
+    ("paged_attention.py", "WALK = -1 above the demo", "WALK = 1 ", "WALK = -1 ", OK),
+    (
+        "paged_attention.py",
+        "START_M = 0.0 and SHIFT = -1000.0",
+        "START_M = -math.inf\nSHIFT = 0.0",
+        "START_M = 0.0\nSHIFT = -1000.0",
+        "distance from the dense result: nan",
     ),
     (
         "paged_attention_triton.py",
@@ -35,6 +53,8 @@ EXPERIMENTS = [
         "",
         "distance from the oracle",
     ),
+    ("sampling.py", 'EXTRA = {"min_p": 0.3}', "Any] = {}", 'Any] = {"min_p": 0.3}', OK),
+    ("sampling.py", "or TOP_P = 0.6", "TOP_P = 0.8", "TOP_P = 0.6", OK),
 ]
 
 
