@@ -61,35 +61,18 @@ def largest_difference(ours, theirs, num_tokens=32):
 
 
 # ---- transformers' GPT-2 is the oracle -----------------------------------------------------------
-SHAPES = {
-    "one layer, one head": {"n_layer": 1, "n_head": 1, "n_embd": 16},
-    "three heads of 16": {"n_layer": 2, "n_head": 3, "n_embd": 48},
-    "five heads of 24": {"n_layer": 2, "n_head": 5, "n_embd": 120},
+SMALL = {"n_layer": 2, "n_head": 3, "n_embd": 48}
+SHAPES = {  # what `test_any_shape` draws no extremes of
+    "three heads of 16": SMALL,
     "seven heads of 17": {"n_layer": 1, "n_head": 7, "n_embd": 119},
-    "heads of 64": {"n_layer": 2, "n_head": 2, "n_embd": 128},
-    "heads of 96": {"n_layer": 1, "n_head": 2, "n_embd": 192},
-    "six layers": {"n_layer": 6, "n_head": 2, "n_embd": 32},
-    "a narrow MLP": {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_inner": 17},
-    "a wide MLP": {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_inner": 500},
-    "the exact gelu": {"n_layer": 2, "n_head": 3, "n_embd": 48, "activation_function": "gelu"},
-    "relu": {"n_layer": 2, "n_head": 3, "n_embd": 48, "activation_function": "relu"},
-    "scores not scaled": {"n_layer": 2, "n_head": 3, "n_embd": 48, "scale_attn_weights": False},
-    "scores scaled by layer": {
-        "n_layer": 4,
-        "n_head": 3,
-        "n_embd": 48,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "scores scaled by layer only": {
-        "n_layer": 4,
-        "n_head": 3,
-        "n_embd": 48,
-        "scale_attn_weights": False,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "a large epsilon": {"n_layer": 2, "n_head": 3, "n_embd": 48, "layer_norm_epsilon": 0.3},
-    "a head of its own": {"n_layer": 2, "n_head": 3, "n_embd": 48, "tie_word_embeddings": False},
-    "scores upcast": {"n_layer": 2, "n_head": 3, "n_embd": 48, "reorder_and_upcast_attn": True},
+    "a narrow MLP": SMALL | {"n_inner": 17},
+    "the exact gelu": SMALL | {"activation_function": "gelu"},
+    "relu": SMALL | {"activation_function": "relu"},
+    "scores scaled by layer": SMALL | {"n_layer": 4, "scale_attn_by_inverse_layer_idx": True},
+    "scores not scaled": SMALL | {"scale_attn_weights": False},
+    "a large epsilon": SMALL | {"layer_norm_epsilon": 0.3},
+    "a head of its own": SMALL | {"tie_word_embeddings": False},
+    "scores upcast": SMALL | {"reorder_and_upcast_attn": True},
 }
 
 
@@ -223,16 +206,6 @@ def test_q_k_and_v_are_views_of_one_product_with_only_the_last_dimension_contigu
     assert (q.storage_offset(), k.storage_offset(), v.storage_offset()) == (0, 64, 128)
 
 
-def test_a_socket_may_return_a_view_of_any_layout(tiny_gpt):
-    model, ids = tiny_gpt(dtype=torch.float64), random_ids(9, 97)
-
-    def attend(layer, q, k, v):  # the same numbers, heads outermost in memory
-        out = attend_one_sequence(layer, q, k, v)
-        return out.transpose(0, 1).contiguous().transpose(0, 1)
-
-    torch.testing.assert_close(logits(model, ids, attend), logits(model, ids), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("fields", "factors"),
     [
@@ -303,14 +276,6 @@ def test_attend_one_sequence_is_the_causal_softmax_written_out():
             scores = k[: t + 1, head] @ q[t, head] / math.sqrt(8)
             expected = scores.softmax(0) @ v[: t + 1, head]
             torch.testing.assert_close(out[t, head], expected, rtol=0, atol=1e-12)
-
-
-def test_the_same_tokens_at_other_positions_have_other_logits(tiny_gpt):
-    model, ids = tiny_gpt(), random_ids(8, 97)
-    with torch.inference_mode():
-        at_0 = model(ids, torch.arange(8), attend_one_sequence)
-        at_1 = model(ids, torch.arange(1, 9), attend_one_sequence)
-    assert (at_0 - at_1).abs().amax(dim=1).gt(0.01).all()
 
 
 def test_a_position_beyond_max_seq_len_is_an_error_not_a_wrong_answer(tiny_gpt):
@@ -408,10 +373,6 @@ def test_initial_weights_are_a_function_of_the_seed(tiny_gpt):
     other = GPT(shape).init_weights(std=0.2, seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["wte.weight"], other["wte.weight"])
-
-
-def test_std_is_the_spread_that_was_asked_for(tiny_gpt):
-    assert tiny_gpt().wte.weight.std().item() == pytest.approx(0.2, rel=0.05)
 
 
 def test_the_output_head_is_the_input_embedding_unless_it_has_weights_of_its_own():

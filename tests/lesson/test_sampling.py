@@ -82,10 +82,6 @@ def test_a_temperature_below_1e_5_is_greedy_and_1e_5_is_not():
     assert not SamplingParams(temperature=1e-5).greedy
 
 
-def test_of_equal_logits_greedy_takes_the_lowest_id():
-    assert draw(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), temperature=0) == 1
-
-
 # ---- Cutting the tail ----------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @EACH_CUT
@@ -111,11 +107,6 @@ def test_logit_bias_is_added_and_changes_the_greedy_token_too():
     assert draw(logits, temperature=0, logit_bias={2: 1.5}) == 2
 
 
-def test_logit_bias_keeps_all_digits_in_float64():
-    logits = torch.zeros(1, 2, dtype=torch.float64)
-    assert edit_logits(logits, [row(logit_bias={1: 0.1})]).tolist() == [[0.0, 0.1]]
-
-
 def test_eos_and_stop_tokens_cannot_come_before_min_tokens():
     logits = torch.tensor([[1.0, 9.0, 8.0, 7.0]])
     params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": [2], "eos": 1}
@@ -127,16 +118,6 @@ def test_min_tokens_holds_eos_back_even_when_eos_is_ignored():
     logits = torch.tensor([[1.0, 9.0]])
     params = {"min_tokens": 1, "eos": 1, "ignore_eos": True, "stop_token_ids": [1]}
     assert edit_logits(logits, [row(**params)]).tolist() == [[1.0, -math.inf]]
-
-
-def test_min_tokens_outweighs_a_bias():
-    logits = torch.tensor([[0.0, 0.0]])
-    edited = edit_logits(logits, [row(min_tokens=1, eos=1, logit_bias={1: 100, 0: 1})])
-    assert edited.tolist() == [[1.0, -math.inf]]
-
-
-def test_min_tokens_without_a_token_that_ends_changes_nothing():
-    assert draw(torch.tensor([[1.0, 2.0]]), temperature=0, min_tokens=5) == 1
 
 
 def test_the_frequency_penalty_counts_the_output_only():
@@ -161,12 +142,6 @@ def test_the_repetition_penalty_pushes_down_what_prompt_or_output_have():
     assert edited.tolist() == [[2.0, -8.0, 0.0, 3.0, 6.0]]
 
 
-def test_negative_penalties_and_a_repetition_below_1_invite_repetition():
-    logits = torch.tensor([[4.0, -4.0]])
-    params = {"repetition_penalty": 0.5, "frequency_penalty": -1, "presence_penalty": -0.5}
-    assert edit_logits(logits, [row(prompt=[1], output=[0, 0], **params)]).tolist() == [[10.5, -2]]
-
-
 def test_the_order_is_bias_then_repetition_then_frequency_and_presence():
     """-1 + 3 = 2 is positive and divided by 2, then 0.25 and 0.5 are taken: 0.25."""
     params = {"repetition_penalty": 2, "frequency_penalty": 0.25, "presence_penalty": 0.5}
@@ -174,17 +149,6 @@ def test_the_order_is_bias_then_repetition_then_frequency_and_presence():
         torch.tensor([[-1.0, 0.0]]), [row(output=[0], prompt=[], logit_bias={0: 3}, **params)]
     )
     assert edited.tolist() == [[0.25, 0.0]]
-
-
-def test_penalties_of_one_row_leave_the_others_alone():
-    logits = torch.full((3, 3), 2.0)
-    rows = [row(), row(output=[1], prompt=[], presence_penalty=1), row(logit_bias={2: 1})]
-    assert edit_logits(logits, rows).tolist() == [[2, 2, 2], [2, 1, 2], [2, 2, 3]]
-
-
-def test_penalties_of_an_empty_sequence_change_nothing():
-    one = row(prompt=[], output=[], repetition_penalty=2, presence_penalty=1)
-    assert edit_logits(torch.tensor([[1.0, 2.0]]), [one]).tolist() == [[1.0, 2.0]]
 
 
 def test_nothing_is_copied_when_nothing_is_edited():
@@ -306,13 +270,6 @@ def test_children_of_different_parents_and_of_children_differ():
     assert len(family) == 100 + 5_000 + 5_000
 
 
-def test_siblings_draw_uncorrelated_numbers():
-    siblings = torch.tensor([child_seed(5, index) for index in range(400)])
-    u = uniform(siblings.repeat_interleave(250), torch.arange(250).repeat(400)).view(400, 250)
-    assert abs(u.double().mean().item() - 0.5) < 0.005
-    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.02
-
-
 # ---- A row is drawn by itself --------------------------------------------------------------------
 VARIETY = [
     {"temperature": 0},
@@ -357,16 +314,6 @@ def test_a_row_draws_the_same_token_alone_in_any_order_and_beside_any_others(dty
         some, some_logprobs = sample(logits[order], [rows[i] for i in order])
         assert some.tolist() == token_ids[order].tolist()
         assert some_logprobs == [logprobs[i] for i in order]
-
-
-def test_the_order_of_calls_changes_nothing():
-    """There is no state that a first call could leave behind."""
-    rows, logits = varied_rows(9), torch.randn(9, 50, generator=torch.Generator().manual_seed(2))
-    first = sample(logits, rows)
-    torch.manual_seed(123)
-    sample(logits * 2, rows[::-1])
-    assert all(a == b for a, b in zip(first[1], sample(logits, rows)[1]))
-    assert first[0].tolist() == sample(logits, rows)[0].tolist()
 
 
 @pytest.mark.parametrize("params", VARIETY, ids=str)
@@ -596,13 +543,6 @@ def test_logprobs_are_the_most_likely_tokens_in_order_of_rank():
     assert list(answer) == [1, 2]
 
 
-def test_the_drawn_token_is_there_whatever_its_rank():
-    logits = shares_to_logits(0.1, 0.5, 0.25, 0.15)
-    token_ids, (answer,) = sample(logits, [row(u=0.05, logprobs=2)])
-    assert token_ids.tolist() == [0]
-    assert [(t, x.rank) for t, x in answer.items()] == [(1, 1), (2, 2), (0, 4)]
-
-
 def test_logprobs_0_is_the_drawn_token_alone_and_none_is_nothing():
     logits = shares_to_logits(0.1, 0.5, 0.25, 0.15).expand(3, -1)
     rows = [row(u=0.7, logprobs=0), row(u=0.7), row(u=0.7, logprobs=1)]
@@ -751,11 +691,6 @@ def test_forbidding_every_token_is_refused():
         draw(torch.tensor([[1.0, 2.0]]), min_tokens=1, eos=0, stop_token_ids=[1])
 
 
-def test_the_number_of_rows_must_match():
-    with pytest.raises(AssertionError):
-        sample(torch.zeros(2, 3), [row()])
-
-
 # ---- SamplingParams ------------------------------------------------------------------------------
 def test_the_defaults_are_vllms():
     assert asdict(SamplingParams()) == {
@@ -822,63 +757,37 @@ REFUSED = [
     ({"temperature": NAN}, "temperature is nan: it must be a number from 0 (greedy) to 1e6"),
     ({"temperature": INF}, "temperature is inf: it must be a number from 0 (greedy) to 1e6"),
     ({"temperature": -0.1}, "temperature is -0.1: it must be a number from 0"),
-    ({"temperature": "0.7"}, "temperature is '0.7': it must be a number from 0"),
     ({"temperature": True}, "temperature is True: it must be a number from 0"),
-    ({"temperature": None}, "temperature is None: it must be a number from 0"),
-    ({"temperature": [1.0]}, "temperature is [1.0]: it must be a number from 0"),
     ({"top_p": 0}, "top_p is 0: it must be a number above 0 and at most 1"),
-    ({"top_p": 0.0}, "top_p is 0.0: it must be a number above 0 and at most 1"),
     ({"top_p": 1.01}, "top_p is 1.01: it must be a number above 0 and at most 1"),
-    ({"top_p": NAN}, "top_p is nan: it must be a number above 0"),
-    ({"top_p": True}, "top_p is True: it must be a number above 0"),
     ({"top_k": -2}, "top_k is -2: it must be an integer of at least 1, or 0 or -1 for all"),
     ({"top_k": 2.0}, "top_k is 2.0: it must be an integer"),
-    ({"top_k": True}, "top_k is True: it must be an integer"),
-    ({"top_k": "5"}, "top_k is '5': it must be an integer"),
     ({"min_p": -0.01}, "min_p is -0.01: it must be a number from 0 to 1"),
     ({"min_p": 1.01}, "min_p is 1.01: it must be a number from 0 to 1"),
-    ({"min_p": NAN}, "min_p is nan: it must be a number from 0 to 1"),
     ({"presence_penalty": 2.01}, "presence_penalty is 2.01: it must be a number from -2 to 2"),
-    ({"presence_penalty": NAN}, "presence_penalty is nan: it must be a number from -2 to 2"),
     ({"frequency_penalty": -3}, "frequency_penalty is -3: it must be a number from -2 to 2"),
-    ({"frequency_penalty": "1"}, "frequency_penalty is '1': it must be a number from -2 to 2"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be a number above 0"),
-    ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0: it must be a number above 0"),
     ({"repetition_penalty": INF}, "repetition_penalty is inf: it must be a number above 0"),
     ({"n": 0}, "n is 0: it must be an integer of at least 1"),
-    ({"n": 1.0}, "n is 1.0: it must be an integer of at least 1"),
     ({"n": True}, "n is True: it must be an integer of at least 1"),
-    ({"n": None}, "n is None: it must be an integer of at least 1"),
     ({"n": 2, "temperature": 0}, "n is 2: it must be 1 when using greedy sampling"),
-    ({"n": 2, "temperature": 1e-6}, "n is 2: it must be 1 when using greedy sampling"),
     ({"seed": -1}, "seed is -1: it must be an integer from 0 to 2**63 - 1, or None"),
     ({"seed": 2**63}, "seed is 9223372036854775808: it must be an integer from 0 to 2**63 - 1"),
-    ({"seed": 1.5}, "seed is 1.5: it must be an integer from 0"),
-    ({"seed": False}, "seed is False: it must be an integer from 0"),
     ({"max_tokens": 0}, "max_tokens is 0: it must be an integer of at least 1, or None"),
-    ({"max_tokens": 8.0}, "max_tokens is 8.0: it must be an integer of at least 1, or None"),
     ({"min_tokens": -1}, "min_tokens is -1: it must be an integer of at least 0"),
     ({"min_tokens": 17}, "min_tokens is 17: it must be at most max_tokens, 16"),
-    ({"min_tokens": None}, "min_tokens is None: it must be an integer of at least 0"),
     ({"stop": ""}, "stop is '': it must be a string or a list, none empty"),
     ({"stop": ["a", ""]}, "stop is ['a', '']: it must be a string or a list, none empty"),
     ({"stop": ["a", 3]}, "stop is ['a', 3]: it must be a string or a list, none empty"),
-    ({"stop": 3}, "stop is 3: it must be a string or a list, none empty"),
     ({"stop_token_ids": 3}, "stop_token_ids is 3: it must be a list of integers of at least 0"),
-    ({"stop_token_ids": "3"}, "stop_token_ids is '3': it must be a list of integers"),
     ({"stop_token_ids": [1, -1]}, "stop_token_ids is [1, -1]: it must be a list of integers"),
     ({"stop_token_ids": [True]}, "stop_token_ids is [True]: it must be a list of integers"),
-    ({"stop_token_ids": [1.0]}, "stop_token_ids is [1.0]: it must be a list of integers"),
     ({"ignore_eos": 1}, "ignore_eos is 1: it must be True or False"),
-    ({"ignore_eos": None}, "ignore_eos is None: it must be True or False"),
     ({"logprobs": -1}, "logprobs is -1: it must be an integer of at least 0, or None"),
-    ({"logprobs": True}, "logprobs is True: it must be an integer of at least 0, or None"),
     ({"prompt_logprobs": -1}, "prompt_logprobs is -1: it must be an integer of at least 0"),
-    ({"prompt_logprobs": "2"}, "prompt_logprobs is '2': it must be an integer of at least 0"),
     ({"logit_bias": [1, 2]}, "logit_bias is [1, 2]: it must be a dict from token ids to finite"),
     ({"logit_bias": {"3": 1}}, "logit_bias is {'3': 1}: it must be a dict from token ids to"),
     ({"logit_bias": {-3: 1}}, "logit_bias is {-3: 1}: it must be a dict from token ids to"),
-    ({"logit_bias": {True: 1}}, "logit_bias is {True: 1}: it must be a dict from token ids to"),
     (
         {"logit_bias": {3: NAN}},
         "logit_bias is {3: nan}: it must be a dict from token ids to finite",
@@ -887,7 +796,6 @@ REFUSED = [
         {"logit_bias": {3: INF}},
         "logit_bias is {3: inf}: it must be a dict from token ids to finite",
     ),
-    ({"logit_bias": {3: "1"}}, "logit_bias is {3: '1'}: it must be a dict from token ids to"),
 ]
 
 
@@ -911,12 +819,6 @@ def test_a_token_that_the_model_does_not_have_is_refused_before_the_first_step()
         params.check_vocabulary(9)
     with pytest.raises(ValueError, match="logit_bias is {9: 1.0}: it must be ids below 9"):
         SamplingParams(logit_bias={9: 1.0}).check_vocabulary(9)
-
-
-def test_the_demo_ends_with_ok(capsys):
-    sampling.demo()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("ok:") and len(lines) <= 25
 
 
 def test_under_min_tokens_something_has_to_be_left_to_draw():
