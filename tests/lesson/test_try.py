@@ -55,6 +55,14 @@ EXPERIMENTS = [
     ),
     ("sampling.py", 'EXTRA = {"min_p": 0.3}', "Any] = {}", 'Any] = {"min_p": 0.3}', OK),
     ("sampling.py", "or TOP_P = 0.6", "TOP_P = 0.8", "TOP_P = 0.6", OK),
+    ("llm.py", "BLOCK_SIZE = 1", "BLOCK_SIZE = 16", "BLOCK_SIZE = 1", OK),
+    (
+        "llm.py",
+        "TIGHT_POOL_TOKENS = 16",
+        "TIGHT_POOL_TOKENS = 64",
+        "TIGHT_POOL_TOKENS = 16",
+        "the pool has 1",
+    ),
 ]
 
 
