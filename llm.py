@@ -74,7 +74,7 @@ class EngineConfig:
     block_size: int = option(16, "tokens in a block; a larger block leaves more of it unfilled")
     num_blocks: int | None = option(None, "the pool's size in blocks")
     kv_cache_mb: float | None = option(
-        None, "the same in MB (10**6 bytes); with neither it is measured"
+        None, "the pool's size in MB; without any size it is measured"
     )
     # Used only if neither of the two sizes above is given and the device is a GPU:
     gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory for the pool")
