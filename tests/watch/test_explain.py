@@ -64,48 +64,48 @@ def counted(rows=1, samples=1, context=1, pairs=1, is_decode=True, step_ms=2.0, 
 
 
 # ---- what a step has to do -----------------------------------------------------------------------
-def test_two_prompts_of_5_and_2_tokens_are_counted_by_hand(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    for prompt in ([7, 3, 9, 1, 4], [5, 5]):
-        explainer.add_request(prompt, greedy(3))
+# Prompts as (tokens, tokens to write), and by hand what each step has to do.
+COUNTED = {
+    "two prompts": (
+        [(5, 3), (2, 3)],
+        [
+            (7, 2, 5 + 2, 15 + 3, False),  # 1 + 2 + 3 + 4 + 5 and 1 + 2 pairs
+            (2, 2, 6 + 3, 6 + 3, True),
+            (2, 2, 7 + 4, 7 + 4, True),
+        ],
+    ),
+    "a prompt in pieces wants logits only of its last row": (
+        [(20, 2)],
+        [
+            (8, 0, 8, sum(range(1, 9)), False),
+            (8, 0, 16, sum(range(9, 17)), False),
+            (4, 1, 20, 17 + 18 + 19 + 20, False),
+            (1, 1, 21, 21, True),
+        ],
+    ),
+    "a prompt of one token is a decode step": ([(1, 1)], [(1, 1, 1, 1, True)]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_work_of_each_step_is_counted_by_hand(tiny_gpt, name):
+    """Rows, sample rows, context tokens, pairs, and whether it is a decode step."""
+    prompts, expected = COUNTED[name]
+    explainer = explainer_of(tiny_gpt(), max_num_batched_tokens=8)
+    for num_tokens, num_written in prompts:
+        explainer.add_request(list(range(num_tokens)), greedy(num_written))
     run_all(explainer)
-    assert counts(explainer) == [
-        (7, 2, 5 + 2, 15 + 3, False),  # 1 + 2 + 3 + 4 + 5 and 1 + 2 pairs
-        (2, 2, 6 + 3, 6 + 3, True),
-        (2, 2, 7 + 4, 7 + 4, True),
-    ]
+    assert counts(explainer) == expected
 
 
-def test_a_prompt_in_pieces_wants_logits_only_of_its_last_row(tiny_gpt):
-    explainer = explainer_of(tiny_gpt(), max_num_batched_tokens=4)
-    explainer.add_request(list(range(10)), greedy(2))
-    run_all(explainer)
-    assert counts(explainer) == [
-        (4, 0, 4, 1 + 2 + 3 + 4, False),
-        (4, 0, 8, 5 + 6 + 7 + 8, False),
-        (2, 1, 10, 9 + 10, False),
-        (1, 1, 11, 11, True),
-    ]
-
-
-def test_a_prompt_beside_a_decode_is_no_decode_step_and_a_prompt_of_one_token_is_one(tiny_gpt):
+def test_a_prompt_beside_a_decode_is_no_decode_step(tiny_gpt):
     explainer = explainer_of(tiny_gpt())
-    explainer.add_request([5], greedy(3))
+    explainer.add_request([5], greedy(2))
     explainer.step()
-    explainer.add_request([6, 7], greedy(2))
+    explainer.add_request([6, 7], greedy(1, prompt_logprobs=1))
     run_all(explainer)
-    assert counts(explainer) == [
-        (1, 1, 1, 1, True),
-        (3, 2, 2 + 2, 2 + 3, False),
-        (2, 2, 3 + 3, 3 + 3, True),
-    ]
-
-
-def test_a_prompts_own_probabilities_want_logits_of_all_its_rows(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    explainer.add_request([7, 3, 9, 1, 4], greedy(1, prompt_logprobs=1))
-    run_all(explainer)
-    assert counts(explainer) == [(5, 5, 5, 15, False)]
+    # The prompt's own probabilities want the logits of both of its rows.
+    assert counts(explainer)[1:] == [(3, 3, 2 + 2, 2 + 3, False)]
 
 
 def test_a_step_that_runs_no_sequence_is_not_counted(tiny_gpt):
