@@ -40,7 +40,7 @@ ALIASES = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 CONFIG = "config.json"
-TOKENIZER = (  # a repository has the first two, or the third, or all; each that exists is fetched
+TOKENIZER = (  # some repositories hold only the first two, some only the third
     "vocab.json",
     "merges.txt",
     "tokenizer.json",

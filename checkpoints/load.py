@@ -186,8 +186,9 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
 
 def plain_name(stored: str) -> str:
     """A tensor's name without the prefixes of modules that were wrapped around the model."""
-    name = stored.replace("_orig_mod.", "")  # by torch.compile, of the whole model or of a layer
-    return name.removeprefix("module.").removeprefix("transformer.")  # module.: data parallel
+    name = stored.replace("_orig_mod.", "")  # torch.compile adds it, to a model or to a layer
+    # DataParallel adds "module."
+    return name.removeprefix("module.").removeprefix("transformer.")
 
 
 def place(stored: list[Stored], model: GPT) -> dict[str, Stored]:
@@ -214,7 +215,7 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the weights: transposed, cast to `dtype`, moved to `device`, checked to be finite.
 
-    Returns them by the model's names. Raises ValueError for a wrong shape or dtype.
+    Returns a dict from the model's names to tensors. Raises ValueError for a wrong shape or dtype.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # c_attn is never square, so its shape tells whether the file stores (out, in) or (in, out).

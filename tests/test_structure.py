@@ -26,7 +26,7 @@ MAY_IMPORT = {  # beside lessons and the wing itself
     "speedups": {"kernels"},
     "watch": set(),
     "serving": {"llm", "watch", "kernels"},
-    "plots": {"watch", "experiments.results", "experiments.reservations"},
+    "plots": {"watch", "experiments.results"},
     "experiments": {"kernels", "checkpoints", "speedups", "watch", "serving", "plots", *COMPOSERS},
 }
 WINGS = [wing for wing in MAY_IMPORT if (ROOT / wing).is_dir()]
