@@ -1,25 +1,27 @@
-"""The real scheduler and the real allocator under a clock that is only a number: hours in seconds.
+"""The real scheduler and the real allocator under a simulated clock: hours of traffic in seconds.
 
 How many requests run at once in a pool of 240,000 blocks, and how long does the last of 8,000 wait?
-Whoever asks an engine waits as long as the requests do, an hour for an hour, and needs the device.
-But who runs in which step depends on lengths and block counts alone. So take the model away: a
-request ends after the number of tokens that its trace recorded, and a step only moves the clock.
+Measured on an engine, an hour of traffic takes an hour and needs the device. But which sequences
+run in a step depends on lengths and block counts alone. So the model is left out: a request ends
+after the number of tokens that its trace recorded, and a step only advances the clock.
 
     requests ──> waiting ──> schedule ──> [ no model ] ──> update ──> finished
                    the scheduler,            clock +=                 at which time
                    the allocator         a + b x tokens + c x KV
 
-a is what any step costs (launches, reading the weights), b what each new token adds, c what each
-token of K and V costs that attention reads. `fit` finds the three from measured steps. Every plan
-is that of the real engine, since the same lines made it; only times are as good as the three
-numbers are. What a production engine does beyond this: measures such a table for each GPU, model
-and batch, and plans whole clusters with it.
+a is the fixed cost of a step (launches, reading the weights), b the cost of a new token, c the cost
+of a token of K and V that attention reads. `fit` finds the three from measured steps. Each plan is
+the real engine's, because the same code makes it; the times are as good as the three numbers.
+
+How it is checked: an engine with a model serves the same requests, and every step of both must be
+the same. Traces of a few requests are worked out by hand.
 
 Agrawal et al. 2024, "Vidur: A Large-Scale Simulation Framework for LLM Inference", MLSys,
 arXiv:2405.05465.
 Run: python -m experiments.simulate
-Try: in the demo, a pool of 400 blocks (who reserves the maximum runs 6 at once, paged?), or a cost
-model without its first number: what are large batches good for then?
+Try: in the demo, BLOCKS = 640: then 6 requests run at once if each reserves the maximum, and paging
+still serves all of them. Or a cost without its fixed part, CostModel(0, b, c): then a large batch
+costs as much per token as a small one.
 """
 
 import random
@@ -38,7 +40,7 @@ from scheduler import Scheduler, reserve_now
 from sequence import Continuation, Plan, Request, Sequence
 
 
-# ---- what arrives, and what becomes of it --------------------------------------------------------
+# ---- requests and steps --------------------------------------------------------------------------
 class Arrival(NamedTuple):
     """One request of a trace: when it came, and how many tokens it had and got, 1 at least."""
 
@@ -49,7 +51,7 @@ class Arrival(NamedTuple):
 
 @dataclass(slots=True)
 class Served:
-    """An arrival, and the second in which each of its tokens was there."""
+    """An arrival, and the second at which each of its tokens was ready."""
 
     request: Arrival
     token_s: array = field(default_factory=lambda: array("d"))
@@ -70,28 +72,28 @@ class Served:
 
 
 class PoolState(NamedTuple):
-    """The scheduler's books between a step's plan and its update."""
+    """Counts of the scheduler between a step's plan and its update."""
 
     running: int
     waiting: int
-    blocks: int  # held by those who run
+    blocks: int  # held by running sequences
 
 
 def pool_state(scheduler: Scheduler) -> PoolState:
-    """How many run, how many wait, how many blocks are held."""
+    """The counts of a scheduler."""
     blocks = sum(len(seq.block_table) for seq in scheduler.running)
     return PoolState(len(scheduler.running), scheduler.num_waiting, blocks)
 
 
 class Step(NamedTuple):
-    """One step: its work, its time, and what `look` saw of the scheduler while it ran."""
+    """One step: its work, its time, and what `look` returned for the scheduler while it ran."""
 
     end_s: float
     milliseconds: float
     new_tokens: int
     kv_tokens: int  # read by attention: the context of each sequence that ran
     preempted: int
-    queued: int  # arrived, but not let in yet
+    queued: int  # arrived, but not admitted yet
     seen: Any
 
 
@@ -104,7 +106,7 @@ class Run(NamedTuple):
 
 # ---- the clock -----------------------------------------------------------------------------------
 class CostModel(NamedTuple):
-    """What a step takes, in milliseconds: base + per_token x tokens + per_kv_token x KV tokens."""
+    """Milliseconds of a step: base + per_token x tokens + per_kv_token x KV tokens."""
 
     base_ms: float
     per_token_ms: float
@@ -119,16 +121,17 @@ def fit(steps: Iterable[tuple[int, int, float]]) -> tuple[CostModel, float]:
     """The cost model nearest to measured steps, and its residual: root mean square, in ms.
 
     A step is (new tokens, KV tokens, milliseconds). Least squares under the condition that no
-    number is negative, for no work gives time back. Raises ValueError for fewer than 3 steps.
+    number is negative, because no work takes negative time. Raises ValueError for fewer than 3
+    steps.
     """
     table = np.array(list(steps), dtype=float).reshape(-1, 3)
     if len(table) < 3:
         raise ValueError(f"{len(table)} measured steps for three numbers: give at least 3")
     work = np.column_stack((np.ones(len(table)), table[:, :2]))  # a row: 1, tokens, KV tokens
-    scale = work.max(axis=0).clip(1)  # KV tokens are thousands, the 1 is not: solve evenly
+    scale = work.max(axis=0).clip(1)  # KV tokens are thousands: scale all columns to about 1
     best, least = np.zeros(3), float(np.square(table[:, 2]).sum())
-    # The optimum has some of the three at zero and the others where nothing holds them back.
-    # There are only seven such choices: try them all.
+    # At the optimum some of the three numbers are zero, and the others solve the unconstrained
+    # problem. There are only seven choices of the others: try all.
     for chosen in (list(c) for n in (1, 2, 3) for c in combinations(range(3), n)):
         found = np.zeros(3)
         found[chosen] = np.linalg.lstsq(work[:, chosen] / scale[chosen], table[:, 2])[0]
@@ -154,7 +157,7 @@ class SimulatedEngine:
     def add(self, prompt_tokens: int, max_tokens: int) -> str:
         """Queue a request for exactly `max_tokens` tokens; returns its id. ValueError as `add`."""
         arrival = self._num_requests
-        token_ids = [0] * prompt_tokens  # nobody reads them
+        token_ids = [0] * prompt_tokens  # their values do not matter
         request = Request(str(arrival), token_ids, arrival)
         request.sequences = [Sequence(request, 0, token_ids, prompt_tokens, max_tokens)]
         self.scheduler.add(request)
@@ -162,15 +165,15 @@ class SimulatedEngine:
         return request.request_id
 
     def has_unfinished(self) -> bool:
-        """Whether a further `step()` has anything to do."""
+        """Whether a further `step()` has work."""
         return self.scheduler.has_unfinished()
 
     def wait_until(self, second: float) -> None:
-        """Nothing to do before this second: be there at once."""
+        """Move the clock forward to this second; no step runs until then."""
         self.now_s = max(self.now_s, second)
 
     def step(self) -> tuple[Plan, float, Any]:
-        """Plan a step, let its time pass, end whoever is complete: plan, ms, what `look` saw."""
+        """Plan a step, advance the clock, end complete requests: plan, ms, what `look` returned."""
         plan = self.scheduler.schedule()
         seen = self.look(self.scheduler)
         milliseconds = self.cost.step_ms(plan.num_tokens, num_kv_tokens(plan))
@@ -185,22 +188,22 @@ def num_kv_tokens(plan: Plan) -> int:
 
 
 # ---- from arrivals to a run ----------------------------------------------------------------------
-# admit(arrived, is_busy): takes from those who arrived, says who enters and for how many tokens.
+# admit(arrived, is_busy): removes requests from `arrived`, returns (request, tokens to write).
 Admit = Callable[[deque[Arrival], bool], list[tuple[Arrival, int]]]
 
 
 def admit_all(arrived: deque[Arrival], is_busy: bool) -> list[tuple[Arrival, int]]:
-    """Continuous batching: everybody is the scheduler's as soon as they are there."""
+    """Continuous batching: each request goes to the scheduler as soon as it arrives."""
     admitted = [(request, request.output_tokens) for request in arrived]
     arrived.clear()
     return admitted
 
 
 def static_batches(batch_size: int) -> Admit:
-    """What was before it: a batch starts when the one before has ended, and ends with its longest.
+    """Static batching: a batch starts when the last one has ended, and ends with its longest.
 
-    All write as many tokens as that one, or as the context has room for, which the scheduler sees
-    to: who wanted fewer keeps a place until then.
+    All requests write as many tokens as the longest does, or as the context has room for (the
+    scheduler limits that). A shorter request holds its memory until the batch ends.
     """
 
     def admit(arrived: deque[Arrival], is_busy: bool) -> list[tuple[Arrival, int]]:
@@ -214,7 +217,7 @@ def static_batches(batch_size: int) -> Admit:
 
 
 def serve(requests: Iterable[Arrival], engine: Any, admit: Admit = admit_all) -> Run:
-    """Let requests arrive at their times, whatever the engine's state: an open loop.
+    """An open loop: requests arrive at their times, whatever the engine's state.
 
     `engine` is a `SimulatedEngine`, or a real one with the same `add`, `step`, `has_unfinished`,
     `now_s` and `wait_until`. Raises ValueError for a request that the engine refuses.
@@ -235,7 +238,9 @@ def serve(requests: Iterable[Arrival], engine: Any, admit: Admit = admit_all) ->
             served[seq.request.request_id].num_preemptions += 1
         for seq in plan.sampled:
             one = served[seq.request.request_id]
-            if len(one.token_s) < one.request.output_tokens:  # else a static batch's padding
+            if (
+                len(one.token_s) < one.request.output_tokens
+            ):  # more are the padding of a static batch
                 one.token_s.append(engine.now_s)
         work = plan.num_tokens, num_kv_tokens(plan), len(plan.preempted), len(arrived)
         steps.append(Step(engine.now_s, milliseconds, *work, seen))
@@ -243,11 +248,12 @@ def serve(requests: Iterable[Arrival], engine: Any, admit: Admit = admit_all) ->
 
 
 def poisson(requests: Iterable[Arrival], per_s: float, seed: int = 0) -> Iterator[Arrival]:
-    """The same lengths in the same order at random times, `per_s` a second on the average.
+    """The same lengths in the same order at random times, with a mean of `per_s` a second.
 
-    Gaps between arrivals that know nothing of each other are distributed exponentially.
+    The gaps between independent arrivals are distributed exponentially.
     """
-    clock, draw = 0.0, random.Random(seed)
+    clock = 0.0
+    draw = random.Random(seed)
     for request in requests:
         clock += draw.expovariate(per_s)
         yield request._replace(arrival_s=clock)
@@ -255,8 +261,9 @@ def poisson(requests: Iterable[Arrival], per_s: float, seed: int = 0) -> Iterato
 
 # --------------------------------------------------------------------------------------------------
 def demo():
-    """Numbers for the clock from six steps, then 1,000 chats through one pool, planned twice."""
-    print("six steps as they may be measured: tokens, KV tokens, ms")
+    """Fit a cost model to six steps, then serve 1,000 chats with two memory plans."""
+    BLOCKS = 640
+    print("six measured steps (made up here): tokens, KV tokens, ms")
     measured = [(1, 300, 5.5), (8, 2400, 9.2), (32, 9600, 20.1)]
     measured += [(512, 512, 108.0), (32, 19200, 30.2), (64, 16000, 32.8)]
     for new_tokens, kv_tokens, milliseconds in measured:
@@ -268,21 +275,22 @@ def demo():
     draw = random.Random(0)
     lengths = [Arrival(0.0, draw.randint(16, 200), draw.randint(8, 200)) for _ in range(1000)]
     requests = list(poisson(lengths, per_s=10))
-    print("1,000 requests, 10 a second; 640 blocks of 16, at most 1,024 tokens each")
+    print(f"1,000 requests, 10 a second; {BLOCKS} blocks of 16, at most 1,024 tokens each")
     print("                 running: mean  peak   s to first token: p50    p99   preempted")
-    started, first_token_s = time.perf_counter(), {}
+    started = time.perf_counter()
+    first_token_s = {}
     for name, reserve in (("reserve maximum", lambda seq: 1024), ("paged", reserve_now)):
-        scheduler = Scheduler(BlockAllocator(640, 16), 256, 512, 1024, reserve)
+        scheduler = Scheduler(BlockAllocator(BLOCKS, 16), 256, 512, 1024, reserve)
         run = serve(requests, SimulatedEngine(scheduler, cost))
         running = [step.seen.running for step in run.steps]
         waited = sorted(one.first_token_s - one.request.arrival_s for one in run.served)
         figures = f"{sum(running) / len(running):8.1f} {max(running):5} {waited[500]:23.2f}"
         print(f"{name:20} {figures} {waited[990]:6.2f} {scheduler.num_preemptions:11}")
         first_token_s[name] = waited[500]
-        assert scheduler.allocator.num_free == 640
+        assert scheduler.allocator.num_free == BLOCKS
         assert all(len(one.token_s) == one.request.output_tokens for one in run.served)
-    print(f"\nthe second of them: {run.steps[-1].end_s:.0f} s of traffic, ", end="")
-    print(f"both simulated in {time.perf_counter() - started:.1f} s")
+    seconds = time.perf_counter() - started
+    print(f"\npaged: {run.steps[-1].end_s:.0f} s of traffic, both simulated in {seconds:.1f} s")
     assert first_token_s["paged"] < first_token_s["reserve maximum"] / 10
     print("ok: every request got its tokens, all blocks are free, and paging waits far less")
 
