@@ -178,6 +178,43 @@ def test_transformers_runs_beside_ours_and_is_compared(tmp_path, shipped_model_f
     assert {row["model"] for row in rows} == {"tiny-gpt2"}
 
 
+def test_a_prompt_joins_running_sequences_and_the_budget_decides_how_long_they_wait(
+    tmp_path, tiny, monkeypatch
+):
+    steps, whole = [], workloads.LLM
+
+    class Watched(whole):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            step, budget = self.engine.step, options["max_num_batched_tokens"]
+
+            def watched():
+                output = step()
+                steps.append((budget, [n for _, _, n in output.plan.scheduled]))
+                return output
+
+            self.engine.step = watched
+
+    monkeypatch.setattr(workloads, "LLM", Watched)
+    words = f"{TINY} --contenders eager --budgets 8 64 --join 20"
+    rows = pick(run(tmp_path, words), workload="joining batch=3 context=9 prompt=20")
+    assert [(row["contender"], row["metric"]) for row in rows] == [
+        (f"budget={budget}", metric)
+        for budget in (8, 64)
+        for metric in (
+            "largest gap between tokens",
+            "gap before the prompt joins",
+            "time to first token",
+        )
+    ]
+    assert {row["repeats"] for row in rows} == {3}
+    # Beside three tokens of the running sequences: 5 of the prompt in each of 4 steps, or all 20.
+    # A warm-up and 3 rounds.
+    assert steps.count((8, [1, 1, 1, 5])) == 4 * 4 and steps.count((64, [1, 1, 1, 20])) == 4
+    with pytest.raises(SystemExit, match="a budget of 3 tokens, 3 sequences: raise --budgets"):
+        run(tmp_path, words.replace("--budgets 8", "--budgets 3"))
+
+
 # ---- what is asked for ---------------------------------------------------------------------------
 def test_what_is_not_given_depends_on_the_device():
     args = complete("--device cpu")
