@@ -82,7 +82,7 @@ class Storm:
     allocator: BlockAllocator
     random: random.Random
     tables: list[list[list[int]]] = field(default_factory=list)  # the allocations of each sequence
-    refused: int = 0  # allocations refused because the pool was empty
+    refused: int = 0  # allocations that the empty pool refused
     mistakes: int = 0  # double frees that were refused
 
     def held(self) -> list[list[int]]:

@@ -101,7 +101,7 @@ def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict[int, list[sp
 
 
 def rows_of_speed(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
-    """Decode steps at each block size, and each against the first."""
+    """Rows of decode steps at each block size, and of each size against the first."""
     device = resolve_device(args.device)
     model = pack(load_model(args.model, resolve_dtype(args.dtype, device), device), args.batch)
     limit = model.config.max_seq_len
@@ -145,7 +145,7 @@ class Tally:
 def draw_lengths(name: str, args: argparse.Namespace) -> list[tuple[int, int]]:
     """(prompt tokens, new tokens) of each request: exponential, within `max_seq_len` together."""
     rng = random.Random(f"{args.seed} {name}")
-    longest = args.max_seq_len // 2  # of each, so that their sum fits
+    longest = args.max_seq_len // 2  # prompt or output: their sum fits into max_seq_len
     prompt_mean, new_mean = MEANS[name]
 
     def draw(mean: float) -> int:

@@ -144,7 +144,7 @@ def readers(device: torch.device, read_mb: int | None) -> tuple[dict[str, Callab
 
 
 class Reader(NamedTuple):
-    """The fastest way to read memory here. Shares of the bandwidth are shares of this one."""
+    """The fastest way to read memory here. Bandwidths are compared with this reader's."""
 
     name: str  # "read, numba"
     measure: Callable[[], float]  # reads the buffer once, returns milliseconds

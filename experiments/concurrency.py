@@ -137,7 +137,7 @@ def watcher(name: str, requests: list[Arrival]) -> Callable[[Scheduler], Memory]
             held += room
             taken += region(num_blocks) * block_size
             if len(seq.token_ids) >= end:
-                continue  # complete, and pads a static batch: its memory is of no use any more
+                continue  # complete: it only pads a static batch, and its memory is wasted
             running += 1
             filled = seq.num_computed_tokens
             in_use = -(-filled // block_size) * block_size  # tokens in the blocks begun so far
@@ -187,7 +187,7 @@ def figures_of(run: Run) -> Figures:
 
 
 def goodput_of(target_ms: float) -> Callable[[Run], Figures]:
-    """A function of a run: requests a second that met the target, and their share of all."""
+    """A function that counts the requests of a run that met the target: per second, and in %."""
 
     def figures(run: Run) -> Figures:
         met = sum(1e3 * one.latency_per_token_s <= target_ms for one in run.served)

@@ -70,8 +70,11 @@ from speedups.cuda_graphs import GraphForward, recorded_sizes
 from watch.explain import count_launches, weight_bytes
 from watch.roofline import read_rate
 
-EAGER, RECORDED, FUSED = "eager", "recorded", "recorded, fused"
-SMALL, CONTIGUOUS = "recorded, fused, small linears", "recorded, contiguous"
+EAGER = "eager"
+RECORDED = "recorded"
+FUSED = "recorded, fused"
+SMALL = "recorded, fused, small linears"
+CONTIGUOUS = "recorded, contiguous"
 DYNAMIC, COMPILED = peers.THEIRS, "transformers StaticCache, compiled"
 # The names on the command line: engines of ours, and transformers'.
 OURS = {"eager": EAGER, "recorded": RECORDED, "fused": FUSED, "small": SMALL}
@@ -416,7 +419,7 @@ def floor_ms(model: GPT, B: int, T: int, args: argparse.Namespace) -> float:
 
 # ---- rows ----------------------------------------------------------------------------------------
 def rows_of_steps(times: dict[str, Times], floor: float, common: Columns) -> Iterator[Measurement]:
-    """The device's times beside the floor, and blocks against slabs."""
+    """Rows of the device's times and of their floor; and of blocks against slabs."""
     columns = common | {"contender": FLOOR, "backend": "torch"}
     yield Measurement.of([floor], metric="time a step", unit="ms", **columns)
     steps = {name: step_ms for name, (step_ms, _) in times.items() if step_ms}
