@@ -108,7 +108,7 @@ def percentile(values: list[float], percent: float) -> float:
 
     Of 1, 2, .., 100 the 90th percentile is 90.
     """
-    rank = max(math.ceil(percent / 100 * len(values)), 1)
+    rank = max(math.ceil(len(values) * percent / 100), 1)  # this order: 7% of 100 is 7.0
     return sorted(values)[rank - 1]
 
 

@@ -182,12 +182,6 @@ def test_the_figures_of_a_run_worked_out_by_hand():
     }
 
 
-# ---- equal memory, equal work --------------------------------------------------------------------
-def test_all_contenders_generate_the_same_tokens(rounds, chats):
-    tokens = sum(request.output_tokens for request in chats)
-    assert {figures["work done", "tokens"] for figures in rounds.values()} == {tokens}
-
-
 def test_only_paged_preempts_and_only_static_batches_pad(rounds):
     again = {
         name: figures["computed beyond one time each", "%"] for name, figures in rounds.items()
@@ -207,23 +201,6 @@ def test_paged_reaches_93_percent_of_each_bound_and_96_percent_of_its_blocks(rou
     # The pool has 16 slabs of 1,024; the first steps are short of budget, not of memory.
     assert 15.9 < running["maximum, buddies"] <= 16
     assert running["static batches"] < running["maximum, buddies"]
-
-
-def test_the_papers_four_bars_are_in_its_order(rounds):
-    used = [rounds[name]["share of the pool: used", "%"] for name in concurrency.PAPER_USED]
-    assert used == sorted(used) and used[-1] > 93 and used[0] < 60
-    assert list(concurrency.PAPER_USED.values()) == [20.4, 26.8, 38.2, 96.3]
-
-
-def test_short_chats_show_a_larger_ratio(rounds):
-    short = at_once(draw_short(400, seed=0))
-    machine = Machine(parse("--simulate --blocks 1024"), 1024)
-    names = ["paged", "maximum, buddies"]
-    watch = lambda name: concurrency.watcher(name, short)  # noqa: E731
-    found = dict(machine.in_turn(names, short, concurrency.figures_of, watch))
-    key = "running at once, mean", "requests"
-    ratio = found["paged"][0][key] / found["maximum, buddies"][0][key]
-    assert ratio > 6 > rounds["paged"][key] / rounds["maximum, buddies"][key]
 
 
 def test_where_memory_is_plenty_paging_gains_nothing_and_that_is_said(monkeypatch, capsys):
@@ -335,25 +312,6 @@ def test_the_real_engine_is_measured_in_rounds(tmp_path, monkeypatch):
 def test_a_rate_or_a_target_of_nothing_is_refused(words):
     with pytest.raises(ValueError, match="rates and times are above 0"):
         next(concurrency.run(parse(f"--simulate {words}")))
-
-
-def test_a_run_that_is_interrupted_has_said_what_it_knew(monkeypatch):
-    monkeypatch.delenv("PAGEDGPT_DATA", raising=False)
-    serve, served = Machine.serve, []
-
-    def interrupted(self, name, *args):
-        if len(served) == 2:
-            raise KeyboardInterrupt
-        served.append(name)
-        return serve(self, name, *args)
-
-    monkeypatch.setattr(Machine, "serve", interrupted)
-    rows = []
-    with pytest.raises(KeyboardInterrupt):
-        for row in concurrency.run(parse("--simulate --requests 20")):
-            rows.append(row)
-    assert list(dict.fromkeys(row.contender for row in rows)) == served
-    assert served == ["paged", "oracle, perfect fit"]
 
 
 def test_a_run_in_which_a_block_is_lost_fails(chats, monkeypatch):

@@ -193,13 +193,6 @@ time.sleep(60)
     pytest.fail("the stage's own child still runs")
 
 
-@pytest.mark.parametrize(
-    "name, folder", [("NVIDIA H200", "nvidia-h200"), ("Tesla T4 (16/GB)", "tesla-t4-16-gb")]
-)
-def test_a_device_gives_its_folder_a_name(name, folder):
-    assert gpu_check.slug(name) == folder
-
-
 # ---- the tests' result ---------------------------------------------------------------------------
 def test_tests_are_counted_from_the_xml(tmp_path):
     path = xml(tmp_path / "tests.xml", tests=9, failures=2, errors=1, skipped=3)

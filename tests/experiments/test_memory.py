@@ -35,25 +35,26 @@ def value(rows, contender, metric, workload_ends):
     return row["median"]
 
 
-# ---- the field's figures -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "metric, ends, reserved, paged",
+    [
+        ("KV memory a sequence", " step=1", 18_874_368, 589_824),  # 18.87 and 0.59 MB
+        ("KV memory", " step=50", 603_979_776, 75_497_472),  # 603.98 and 75.50 MB
+        ("sequences in a GB", " step=50", 53, 424),
+        ("sequences at once", "prompt=8 step=1", 16, 512),
+        ("sequences at once", "prompt=8 step=9", 16, 512),
+        ("sequences at once", "prompt=8 step=10", 16, 256),
+        ("sequences at once", "prompt=8 step=50", 16, 128),
+    ],
+)
+def test_the_figures_with_which_projects_of_this_kind_argue(rows, metric, ends, reserved, paged):
+    assert round(value(rows, memory.MAXIMUM, metric, ends)) == reserved
+    assert round(value(rows, memory.PAGED, metric, ends)) == paged
+
+
 def test_a_token_of_gpt2_124m_is_36_864_bytes_and_a_block_589_824(rows):
     assert value(rows, "K and V", "KV memory a token", "block_size=16") == 36_864
     assert value(rows, "K and V", "KV memory a block", "block_size=16") == 589_824
-
-
-def test_at_the_start_a_sequence_holds_18_87_mb_reserved_and_0_59_mb_paged(rows):
-    metric = "KV memory a sequence"
-    reserved = value(rows, memory.MAXIMUM, metric, " step=1")
-    paged = value(rows, memory.PAGED, metric, " step=1")
-    assert (reserved, paged) == (18_874_368, 589_824)
-    assert (round(reserved / 1e6, 2), round(paged / 1e6, 2)) == (18.87, 0.59)
-
-
-def test_32_sequences_at_step_50_hold_603_98_mb_reserved_and_75_50_mb_paged(rows):
-    reserved = value(rows, memory.MAXIMUM, "KV memory", " step=50")
-    paged = value(rows, memory.PAGED, "KV memory", " step=50")
-    assert (reserved, paged) == (603_979_776, 75_497_472)
-    assert (round(reserved / 1e6, 2), round(paged / 1e6, 2)) == (603.98, 75.5)
 
 
 @pytest.mark.parametrize("prompt_tokens", range(1, 18))
@@ -62,19 +63,6 @@ def test_prompts_of_1_to_15_tokens_give_these_figures_and_no_others_do(prompt_to
     held = memory.held_each_step(memory.PLANS[memory.PAGED], args)
     is_as_said = (held[0], held[49]) == (1, 4)
     assert is_as_said == (prompt_tokens <= 15)
-
-
-def test_a_gb_holds_53_sequences_reserved_and_424_paged_at_step_50(rows):
-    metric = "sequences in a GB"
-    assert round(value(rows, memory.MAXIMUM, metric, " step=50")) == 53
-    assert round(value(rows, memory.PAGED, metric, " step=50")) == 424
-
-
-def test_512_blocks_hold_16_sequences_reserved_and_512_to_128_paged(rows):
-    metric = "sequences at once"
-    for step, paged in ((1, 512), (9, 512), (10, 256), (50, 128)):
-        assert value(rows, memory.MAXIMUM, metric, f"prompt=8 step={step}") == 16
-        assert value(rows, memory.PAGED, metric, f"prompt=8 step={step}") == paged
 
 
 def test_the_advantage_falls_from_32_times_to_nothing_as_sequences_grow(rows):

@@ -57,6 +57,12 @@ def test_a_ratio_of_contenders_that_ran_in_other_numbers_of_rounds_is_refused():
         results.ratio([1.0, 2.0], [1.0])
 
 
+def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed():
+    ordered, values = range(1, 101), list(range(100, 0, -1))
+    found = [results.percentile(values, p) for p in (0, *ordered)]
+    assert found == [1, *ordered] and results.percentile([7.0], 99) == 7.0
+
+
 def test_a_row_is_made_of_its_repeats():
     what = {name: getattr(ROW, name) for name in COLUMNS[:4] + ("workload", "backend", "dtype")}
     row = Measurement.of(iter([3.0, 1.0, 2.0]), **what, threads=1, device="x")
@@ -89,19 +95,6 @@ def test_each_row_is_in_the_file_before_the_next_is_measured(tmp_path):
     path = tmp_path / "rows.csv"
     for number, _ in enumerate(append(path, iter([ROW, ROW, ROW])), start=1):
         assert len(read(path)) == number
-
-
-def test_an_interrupted_run_loses_no_finished_row(tmp_path):
-    path = tmp_path / "rows.csv"
-
-    def measure():
-        yield ROW
-        yield ROW
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(append(path, measure()))
-    assert len(read(path)) == 2
 
 
 def test_a_run_killed_between_two_rows_leaves_a_whole_file(tmp_path):

@@ -261,12 +261,6 @@ def test_an_idle_engine_counts_as_nobody_running():
     assert trace.running_over_time(idle, 10) == pytest.approx([1, 0, 0, 0, 0, 0, 0, 0, 0, 3])
 
 
-def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed():
-    values = list(range(100, 0, -1))
-    assert [percentile(values, p) for p in (0, 1, 50, 90, 99, 100)] == [1, 1, 50, 90, 99, 100]
-    assert percentile([7.0], 99) == 7.0
-
-
 # ---- the experiment ------------------------------------------------------------------------------
 def test_latency_grows_with_the_rate_and_grows_sooner_where_the_maximum_is_reserved(
     tmp_path, no_data, csv_file, capsys
@@ -334,11 +328,3 @@ def test_the_cost_is_fitted_to_a_recording_without_its_first_step(tmp_path):
     cost, sentence = trace.cost_model(parse(f"--simulate --cost-from {path}"))
     assert cost == pytest.approx(known)
     assert f"fitted to 4 steps of {path}" in sentence
-
-
-def test_the_default_cost_is_said_to_be_worked_out():
-    cost, sentence = trace.cost_model(parse("--simulate"))
-    assert cost == trace.H200 == (1.5, 0.0005, 8.6e-6)
-    assert sentence == (
-        "a step takes 1.5 ms + 0.0005 a token + 8.6e-06 a KV token: H200, worked out"
-    )
