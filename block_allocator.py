@@ -20,7 +20,7 @@ PagedAttention", SOSP, arXiv:2309.06180, section 4.2 (and section 3.1 for the 20
 Run: python block_allocator.py
 Try: BLOCK_SIZE = 1 above the demo (100% of the memory is used, but D's block table has 15 entries).
 Or let `allocate` take the other end of the free list, `slice(0, n)`: D gets the blocks that were
-freed longest ago, and its block table is another.
+freed longest ago, and the picture changes.
 """
 
 from collections import Counter
@@ -188,7 +188,7 @@ def demo():
 
     def resize(name: str, num_tokens: int):
         table, _ = owners.get(name, ([], 0))
-        # A comparison of sizes, never a modulo: the blocks it needs, less the blocks it has.
+        # Compare sizes, the blocks it needs and the blocks it has. No modulo is needed.
         table += allocator.allocate(allocator.blocks_needed(num_tokens) - len(table))
         owners[name] = (table, num_tokens)
 

@@ -140,7 +140,7 @@ def last_rows(locs: np.ndarray, counts: list[int]) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray, dtype: type) -> Tensor:
-    """A tensor over the array's memory, which is copied only if its type is another."""
+    """A tensor that shares the array's memory, or a copy if the array has another dtype."""
     return torch.from_numpy(array.astype(dtype, copy=False))
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 # attend(layer, q, k, v) -> out: `layer` is an int, q is (N, H, D), k and v are (N, H_kv, D), out is
 # (N, H, D). The function scales the scores by D ** -0.5. Where a layer needs another scale, the
-# model multiplies q by the rest, so that `attend` needs no argument for it.
+# model multiplies q by the ratio of the two, so `attend` needs no argument for it.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 ALL_ROWS = slice(None)  # x[ALL_ROWS] is a view of all rows: nothing is copied
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        # The socket divides the scores by sqrt(D). The rest of a layer's own scale goes into q.
+        # The socket divides the scores by sqrt(D). For another scale, q is multiplied by q_scale.
         self.q_scale = 1.0 if config.scale_attn_weights else math.sqrt(config.head_dim)
         if config.scale_attn_by_inverse_layer_idx:
             self.q_scale /= layer + 1
@@ -179,8 +179,8 @@ class GPT(nn.Module):
             elif parameter.ndim == 1:  # the gain of a LayerNorm
                 nn.init.ones_(parameter)
             else:
-                # Two c_proj a layer add to the residual stream. The variance of a sum grows with
-                # the number of its terms, so each term starts smaller.
+                # Each layer adds two terms to the residual stream, the results of its two c_proj.
+                # The variance of a sum grows with the number of terms, so each starts smaller.
                 num_terms = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(parameter, std=std / math.sqrt(num_terms), generator=generator)
         return self
@@ -235,7 +235,8 @@ def demo():
     model = GPT(config).init_weights(std=0.2).eval()
     ids = torch.randint(97, (24,), generator=torch.Generator().manual_seed(1))
 
-    keys: list[list[Tensor]] = [[] for _ in range(config.n_layer)]  # of each layer, a token each
+    # keys[layer] and values[layer] are lists with one tensor for each token.
+    keys: list[list[Tensor]] = [[] for _ in range(config.n_layer)]
     values: list[list[Tensor]] = [[] for _ in range(config.n_layer)]
 
     def attend_from_a_list(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def paged_attention(
     query_lens = query_start_locs.diff().long()
     starts = torch.zeros_like(query_lens) if context_starts is None else context_starts.long()
 
-    # Lay the queries out as (B, T). A sequence with fewer than T queries gets rows of others, whose
-    # results are dropped below. The G query heads that share one head of K and V become rows too:
+    # Lay the queries out as (B, T). A sequence with fewer than T queries also gets rows of other
+    # sequences, whose results are dropped below. The G query heads that share one head of K and V become rows too:
     # R = G * T rows read the same blocks.
     t = torch.arange(T, device=q.device)
     rows = (first_rows[:, None] + t).clamp(max=N - 1)  # (B, T)

@@ -2,7 +2,7 @@
 
 The PyTorch version starts about 30 small operations for each block of a context. For 1,024 tokens
 in blocks of 16 these are 2,000 launches in every layer, and each launch costs a few microseconds. A
-Triton kernel keeps m, l and acc in registers, walks the block table itself, and is one launch. A
+Triton kernel keeps m, l and acc in registers, reads the block table itself, and is one launch. A
 second kernel writes the new keys and values to their slots.
 
     program (head h, sequence i)       block_table of sequence i = [6, 1, 4]
@@ -22,7 +22,7 @@ Try: BLOCK_SIZE = 1 above the demo (each block is one token, the result is the s
 distance from the oracle fails.
 """
 
-from __future__ import annotations  # `tl.constexpr` below stays text where Triton is missing
+from __future__ import annotations  # so `tl.constexpr` is not evaluated where Triton is missing
 
 import math
 import os
@@ -70,7 +70,7 @@ def simple_attention_kernel(
     h, i, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row = tl.load(query_start_locs + i)
     num_queries = tl.load(query_start_locs + i + 1) - first_row
-    if t >= num_queries:  # the grid is as long as the longest sequence of the batch
+    if t >= num_queries:  # the grid has max_query_len programs for every sequence
         return
     # Causal: the query reads positions [start, last + 1), and `last` is its own position.
     # A chunk of 6 queries that ends a context of 18 tokens: query 0 sits at position 12.
@@ -136,9 +136,10 @@ def simple_write_kernel(
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """RuntimeError without Triton; ValueError for a last dimension with gaps.
+    """Raise RuntimeError without Triton, ValueError for tensors that the kernels would misread.
 
-    Both kernels step through D one element at a time, and use k_cache's strides for v_cache.
+    Both kernels assume that the D numbers of a head are adjacent, and use k_cache's strides for
+    v_cache too.
     """
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed (it exists for Linux only): use another kernel")

@@ -88,7 +88,7 @@ class SamplingParams:
         in_range = f"ids below {vocab_size}"
         require(self, "stop_token_ids", all(t < vocab_size for t in stop_ids), in_range)
         require(self, "logit_bias", all(t < vocab_size for t in biased_ids), in_range)
-        # min_tokens forbids them and EOS for a while, and one token at least must remain.
+        # While min_tokens forbids the stop tokens and EOS, at least one other token must exist.
         one_remains = not self.min_tokens or len(stop_ids) < vocab_size - 1
         require(self, "stop_token_ids", one_remains, "fewer than all ids while min_tokens is set")
 
@@ -162,7 +162,7 @@ CHILD = 1 << 63  # a bit of the counter that no position has: child seeds and dr
 
 
 def mix32(x):
-    """Scramble 32 bits: if one bit of x changes, each bit of the result changes half of the time.
+    """Scramble 32 bits: if one bit of x changes, each bit of the result changes in half the cases.
 
     It is a bijection of [0, 2**32), for Python ints and for int64 tensors and arrays. Both factors
     are below 2**31, so a product stays below 2**63 and a signed 64-bit integer cannot overflow. The
@@ -184,9 +184,9 @@ def hash32(seed, counter):
     # mix32(0) is 0. Without the constant, seed 0 would have two keys of 0.
     low_key = mix32((seed & LOW_32) ^ 0x9E3779B9)
     high_key = mix32((seed >> 32) ^ low_key)
-    # high_key has to come first. high_key is mix32((seed >> 32) ^ low_key). If the counter were
-    # mixed with low_key first, then mix32(counter ^ low_key) ^ high_key would be 0 wherever counter
-    # equals seed >> 32: every seed below 2**32 would draw u = 0 at position 0.
+    # The counter has to be mixed with high_key first. If low_key came first, the result would be
+    # mix32(mix32(counter ^ low_key) ^ mix32((seed >> 32) ^ low_key)). For counter == seed >> 32
+    # that is mix32(0) = 0: every seed below 2**32 would draw u = 0 at position 0.
     mixed = mix32((counter & LOW_32) ^ high_key)
     return mix32(mixed ^ (counter >> 32) ^ low_key)
 
