@@ -78,8 +78,8 @@ def paged_attention(
     starts = torch.zeros_like(query_lens) if context_starts is None else context_starts.long()
 
     # Lay the queries out as (B, T). A sequence with fewer than T queries also gets rows of other
-    # sequences, whose results are dropped below. The G query heads that share one head of K and V become rows too:
-    # R = G * T rows read the same blocks.
+    # sequences, whose results are dropped below. The G query heads that share one head of K and V
+    # become rows too: R = G * T rows read the same blocks.
     t = torch.arange(T, device=q.device)
     rows = (first_rows[:, None] + t).clamp(max=N - 1)  # (B, T)
     queries = q[rows].to(dtype).unflatten(2, (H_kv, G)).permute(0, 2, 3, 1, 4)  # B, H_kv, G, T, D
