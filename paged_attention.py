@@ -107,14 +107,22 @@ def paged_attention(
 
     result = acc / l.masked_fill(l == 0, 1)[..., None]  # a row that read nothing: 0 / 1
     result = result.view(B, H_kv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
-    # Back to flat rows. Row n is query n - first_rows[i] of sequence i, where i is the first
-    # sequence that ends behind n: query_start_locs [0, 6, 10], row 6 -> i = 1, query 0.
-    n = torch.arange(N, device=q.device)
-    sequence = torch.searchsorted(query_start_locs[1:].long(), n, right=True)
+    return out.copy_(flatten_queries(result, query_start_locs.long(), num_rows=N))
+
+
+def flatten_queries(result: Tensor, query_start_locs: Tensor, num_rows: int) -> Tensor:
+    """(B, T, H, D) -> (N, H, D): query t of sequence i goes to row query_start_locs[i] + t.
+
+    Rows that belong to no sequence are zero.
+    """
+    B, T = result.shape[:2]
+    n = torch.arange(num_rows, device=result.device)
+    # The first sequence that ends after row n: query_start_locs [0, 6, 10], row 6 -> sequence 1.
+    sequence = torch.searchsorted(query_start_locs[1:], n, right=True)
     has_sequence = sequence < B
     sequence = sequence.clamp(max=B - 1)
-    flat = result[sequence, (n - first_rows[sequence]).clamp(max=T - 1)]
-    return out.copy_(flat.masked_fill(~has_sequence[:, None, None], 0))
+    t = (n - query_start_locs[sequence]).clamp(max=T - 1)
+    return result[sequence, t].masked_fill(~has_sequence[:, None, None], 0)
 
 
 # --------------------------------------------------------------------------------------------------

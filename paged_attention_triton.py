@@ -208,18 +208,27 @@ def write_kv_triton_simple(
 BLOCK_SIZE = 4
 
 
+def is_interpreted() -> bool:
+    """Whether Triton interprets the kernels in this process, instead of compiling them."""
+    return not isinstance(simple_attention_kernel, triton.JITFunction)
+
+
+def why_nothing_can_run() -> str | None:
+    """The reason why this process cannot run the kernels, or None if it can."""
+    if not HAS_TRITON:
+        return "Triton is not installed (it exists for Linux only), so no kernel can run here."
+    if is_interpreted() and triton.__version__.startswith("3.6") and np.__version__ >= "2.4":
+        return "Triton 3.6 cannot interpret a loop with numpy 2.4 or newer: upgrade triton."
+    return None
+
+
 def demo():
     """A prompt, a chunk of a prompt and a decode in one launch, compared with the oracle."""
-    if not HAS_TRITON:
-        print("Triton is not installed (it exists for Linux only), so no kernel can run here.")
-        print("ok: nothing was run, and nothing was checked")
+    reason = why_nothing_can_run()
+    if reason:
+        print(f"{reason}\nok: nothing was run, and nothing was checked")
         return
-    interpreted = not isinstance(simple_attention_kernel, triton.JITFunction)
-    if interpreted and triton.__version__.startswith("3.6") and np.__version__ >= "2.4":
-        print("Triton 3.6 cannot interpret a loop with numpy 2.4 or newer: upgrade triton.")
-        print("ok: nothing was run, and nothing was checked")
-        return
-    device = "cpu" if interpreted else "cuda"
+    device = "cpu" if is_interpreted() else "cuda"
     torch.manual_seed(0)
     H, H_kv, D = 4, 2, 16
     work = {"a prompt": (7, 7), "a chunk": (4, 13), "a decode": (1, 18)}  # queries, context_len
@@ -258,7 +267,7 @@ def demo():
     errors = (result - expected).abs()
     errors = errors.split([row.num_new_tokens for row in rows])
 
-    print(f"the kernels are {'interpreted on the CPU' if interpreted else 'compiled for this GPU'}")
+    print(f"the kernels are {'interpreted' if device == 'cpu' else 'compiled for this GPU'}")
     print(f"write: {38 * H_kv} programs put 38 tokens into the slots that write_kv chose\n")
     print("sequence   queries  tokens  programs  distance from the oracle  block_table")
     for name, row, error in zip(work, rows, errors, strict=True):

@@ -153,8 +153,8 @@ class World:
             q = self.q[row : row + n]
             parts.append(dense_attention(q, k, change(v), length, self.scale, start))
             row += n
-        nobody = (self.num_padded_rows, *self.q.shape[1:])
-        return torch.cat([*parts, torch.zeros(nobody, dtype=torch.float64, device=self.device)])
+        padded = (self.num_padded_rows, *self.q.shape[1:])
+        return torch.cat([*parts, torch.zeros(padded, dtype=torch.float64, device=self.device)])
 
     def bound(self, of_result: int = 1, of_weights: int = 0) -> float | Tensor:
         """How far from `expected()` a result may lie, for values of size 1.
@@ -248,7 +248,7 @@ def random_world(seed: int, longest: int = 40, **fixed) -> World:
 # ---- for Triton's kernels ------------------------------------------------------------------------
 ON_GPU = DEVICE == "cuda"
 ALL_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# 64 bits take longest to compile, and nobody decodes in them on a GPU: a few tests there.
+# 64 bits take longest to compile, and no engine uses them on a GPU: a few tests there.
 DTYPES = ALL_DTYPES[ON_GPU:]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BLOCK_SIZES = [1, 3, 16, 32, 256]

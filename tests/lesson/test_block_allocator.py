@@ -141,7 +141,7 @@ def test_forking_a_free_or_unknown_block_raises_and_changes_nothing(block_ids):
         pytest.param([0, -8, 1], id="negative, and in range from the end"),
     ],
 )
-def test_freeing_what_nobody_holds_raises_and_changes_nothing(block_ids):
+def test_freeing_a_block_without_a_holder_raises_and_changes_nothing(block_ids):
     allocator = BlockAllocator(num_blocks=8)
     allocator.allocate(4)  # 0, 1, 2, 3
     allocator.fork([2])
@@ -294,7 +294,7 @@ class AllocatorGame(RuleBasedStateMachine):
         self.let_go(table)
 
     @rule(block_ids=st.lists(st.integers(-2, 10), min_size=1, max_size=4), data=st.data())
-    def somebody_frees_one_block_too_often(self, block_ids, data):
+    def a_block_is_freed_too_often(self, block_ids, data):
         counts = {i: block_ids.count(i) for i in block_ids}
         if all(n <= self.holders.get(i, 0) for i, n in counts.items()):
             block_ids.append(99)  # all of them are held: name one that cannot be

@@ -16,7 +16,7 @@ BLOCK_SIZES = [1, 2, 3, 4, 7, 16]
 
 
 def poisoned_cache(num_layers=2, num_blocks=8, block_size=4, num_kv_heads=2, head_dim=3, **kwargs):
-    """A cache in which every slot, written by nobody, holds NaN."""
+    """A cache in which every slot holds NaN, because none was written yet."""
     cache = KVCache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, **kwargs)
     cache.pool.fill_(math.nan)
     return cache

@@ -142,10 +142,10 @@ def test_rows_without_any_query_are_zero():
 def test_no_sequences_and_no_rows():
     assert World([], []).run(paged_attention).shape == (0, 2, 8)
     assert World([0, 0], [3, 4]).run(paged_attention).shape == (0, 2, 8)
-    rows_of_nobody = World([], [], num_padded_rows=3).run(
+    unowned_rows = World([], [], num_padded_rows=3).run(
         paged_attention, max_query_len=1, max_context_len=4
     )
-    assert rows_of_nobody.shape == (3, 2, 8) and rows_of_nobody.abs().max() == 0
+    assert unowned_rows.shape == (3, 2, 8) and unowned_rows.abs().max() == 0
 
 
 # ---- the arguments -------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_one_wrong_value_in_a_block_changes_the_result(query_len):
         right = world.run(paged_attention)
         getattr(world, cache)[world.tables[0][1], 0, 2, 3] += 1.0
         changed = (world.run(paged_attention) - right).abs().amax((1, 2)) > 1e-6
-        # Position 6 was changed: whoever came before it did not read it.
+        # Position 6 was changed, and queries before it do not read it.
         assert changed.tolist() == [p >= 6 for p in range(12 - query_len, 12)]
 
 

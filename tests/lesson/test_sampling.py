@@ -100,55 +100,65 @@ def test_rows_of_other_cuts_leave_a_row_its_own(cut, dtype):
 
 
 # ---- Editing the logits --------------------------------------------------------------------------
-def test_logit_bias_is_added_and_changes_the_greedy_token_too():
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    edited = edit_logits(logits, [row(logit_bias={0: 0.5, 2: -4})])
-    assert edited.tolist() == [[1.5, 3.0, -2.0]]
-    assert draw(logits, temperature=0, logit_bias={2: 1.5}) == 2
+REPEATED = {"prompt": [0, 0, 1], "output": [1, 2, 2, 2]}
+EDITS = {  # (logits, the row, edited logits)
+    "logit_bias is added": (
+        [1.0, 3.0, 2.0],
+        {"logit_bias": {0: 0.5, 2: -4}},
+        [1.5, 3.0, -2.0],
+    ),
+    "a bias keeps all digits of float64": ([0.0, 0.0], {"logit_bias": {1: 0.1}}, [0.0, 0.1]),
+    "min_tokens holds EOS back even when EOS is ignored, and when it is a stop token too": (
+        [1.0, 9.0],
+        {"min_tokens": 1, "eos": 1, "ignore_eos": True, "stop_token_ids": [1]},
+        [1.0, -math.inf],
+    ),
+    "min_tokens outweighs a bias": (
+        [0.0, 0.0],
+        {"min_tokens": 1, "eos": 1, "logit_bias": {1: 100, 0: 1}},
+        [1.0, -math.inf],
+    ),
+    "the frequency penalty counts the output only": (
+        [4.0, 4.0, 4.0, 4.0],
+        REPEATED | {"frequency_penalty": 0.5},
+        [4.0, 3.5, 2.5, 4.0],
+    ),
+    "the presence penalty asks only whether the output has it": (
+        [4.0, 4.0, 4.0, 4.0],
+        REPEATED | {"presence_penalty": 0.5},
+        [4.0, 3.5, 3.5, 4.0],
+    ),
+    "the repetition penalty divides a positive and multiplies a negative logit": (
+        [4.0, -4.0, 0.0, 6.0, 6.0],
+        {"prompt": [0, 2], "output": [1, 3, 3], "repetition_penalty": 2},
+        [2.0, -8.0, 0.0, 3.0, 6.0],
+    ),
+    "bias, then repetition, then the others: (-1 + 3) / 2 - 0.25 - 0.5": (
+        [-1.0, 0.0],
+        {
+            "prompt": [],
+            "output": [0],
+            "logit_bias": {0: 3},
+            "repetition_penalty": 2,
+            "frequency_penalty": 0.25,
+            "presence_penalty": 0.5,
+        },
+        [0.25, 0.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("logits, fields, expected", EDITS.values(), ids=EDITS)
+def test_logits_are_edited(logits, fields, expected):
+    logits = torch.tensor([logits, logits], dtype=torch.float64)
+    edited = edit_logits(logits, [row(**fields), row()])
+    assert edited.tolist() == [expected, logits[1].tolist()]  # and the next row is left alone
 
 
 def test_eos_and_stop_tokens_cannot_come_before_min_tokens():
     logits = torch.tensor([[1.0, 9.0, 8.0, 7.0]])
     params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": [2], "eos": 1}
     assert [draw(logits, output=[0] * n, **params) for n in range(4)] == [3, 3, 1, 1]
-
-
-def test_min_tokens_holds_eos_back_even_when_eos_is_ignored():
-    """As in vLLM. A token that is EOS and a stop token is no special case."""
-    logits = torch.tensor([[1.0, 9.0]])
-    params = {"min_tokens": 1, "eos": 1, "ignore_eos": True, "stop_token_ids": [1]}
-    assert edit_logits(logits, [row(**params)]).tolist() == [[1.0, -math.inf]]
-
-
-def test_the_frequency_penalty_counts_the_output_only():
-    """Prompt 0 0 1, output 1 2 2 2: token 0 is only in the prompt, 1 came once, 2 three times."""
-    logits = torch.tensor([[4.0, 4.0, 4.0, 4.0]])
-    edited = edit_logits(
-        logits, [row(prompt=[0, 0, 1], output=[1, 2, 2, 2], frequency_penalty=0.5)]
-    )
-    assert edited.tolist() == [[4.0, 3.5, 2.5, 4.0]]
-
-
-def test_the_presence_penalty_asks_only_whether_the_output_has_it():
-    logits = torch.tensor([[4.0, 4.0, 4.0, 4.0]])
-    edited = edit_logits(logits, [row(prompt=[0, 0, 1], output=[1, 2, 2, 2], presence_penalty=0.5)])
-    assert edited.tolist() == [[4.0, 3.5, 3.5, 4.0]]
-
-
-def test_the_repetition_penalty_pushes_down_what_prompt_or_output_have():
-    """Divided if positive, multiplied if negative: 4 -> 2 and -4 -> -8. Token 4 never came."""
-    logits = torch.tensor([[4.0, -4.0, 0.0, 6.0, 6.0]])
-    edited = edit_logits(logits, [row(prompt=[0, 2], output=[1, 3, 3], repetition_penalty=2)])
-    assert edited.tolist() == [[2.0, -8.0, 0.0, 3.0, 6.0]]
-
-
-def test_the_order_is_bias_then_repetition_then_frequency_and_presence():
-    """-1 + 3 = 2 is positive and divided by 2, then 0.25 and 0.5 are taken: 0.25."""
-    params = {"repetition_penalty": 2, "frequency_penalty": 0.25, "presence_penalty": 0.5}
-    edited = edit_logits(
-        torch.tensor([[-1.0, 0.0]]), [row(output=[0], prompt=[], logit_bias={0: 3}, **params)]
-    )
-    assert edited.tolist() == [[0.25, 0.0]]
 
 
 def test_nothing_is_copied_when_nothing_is_edited():
