@@ -65,11 +65,9 @@ def decode_kernel(
     partial_m, partial_l, partial_acc,  # those of `decode_chunks`; None where SPLIT is False
     block_tables, query_start_locs,  # (B, max_blocks), (B + 1,)
     context_lens, context_starts,  # (B,) and (B,) or None
-    factor, num_seqs, num_rows,  # scale * log2(e), B and N
-    chunk_len,  # tokens a chunk, where SPLIT is True
+    factor, num_seqs, num_rows, chunk_len,  # scale * log2(e), B, N, tokens a chunk where SPLIT
     stride_table, stride_q_row, stride_q_head,  # strides in elements: from row to row of tables, ..
-    stride_block, stride_head, stride_token,  # of k_cache, and of v_cache too
-    stride_out_row, stride_out_head,
+    stride_block, stride_head, stride_token, stride_out_row, stride_out_head,  # of both caches, out
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,  # H_kv, and H // H_kv heads that share one
     TILE_G: tl.constexpr,  # rows of the product: GROUP rounded up to a power of two, at most 16
     HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr,  # D, and D rounded up to a power of two
@@ -201,6 +199,19 @@ def decode_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     return {"TILE_K": TILE_K, "num_warps": 4 if row_bytes <= 1024 else 8, "num_stages": 3}
 
 
+def empty_partials(
+    num_programs: int,
+    num_chunks: int,
+    q: Tensor,  # (N, H, D)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for m and l (num_programs, H, num_chunks) and acc (num_programs, H, num_chunks, D)."""
+    _, H, D = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    m = torch.empty(num_programs, H, num_chunks, dtype=dtype, device=q.device)
+    acc = torch.empty(num_programs, H, num_chunks, D, dtype=dtype, device=q.device)
+    return m, torch.empty_like(m), acc
+
+
 def decode_chunks(
     q: Tensor,  # (N, H, D)
     k_cache: Tensor,  # (num_blocks + 1, H_kv, block_size, D)
@@ -223,45 +234,23 @@ def decode_chunks(
     N, H, D = q.shape
     _, H_kv, block_size, _ = k_cache.shape
     B = block_tables.shape[0]
-    partials = None
-    if chunk_len:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        m = torch.empty(num_programs, H, num_chunks, dtype=dtype, device=q.device)
-        l = torch.empty_like(m)
-        acc = torch.empty(num_programs, H, num_chunks, D, dtype=dtype, device=q.device)
-        partials = (m, l, acc)
+    partials = empty_partials(num_programs, num_chunks, q) if chunk_len else None
     q, factor = scale_to_exp2(q, scale)
     TILE_G = min(MAX_GROUP_ROWS, triton.next_power_of_2(H // H_kv))
     rows = num_programs * H_kv * triton.cdiv(H // H_kv, TILE_G)
     # Axis 0 of a grid may have 2^31 - 1 programs, axis 1 only 65,535: the chunks of one context.
     decode_kernel[(rows, num_chunks)](
-        q,
-        k_cache,
-        v_cache,
-        out,
+        q, k_cache, v_cache, out,
         *(partials or (None, None, None)),
-        block_tables,
-        query_start_locs,
-        context_lens,
-        context_starts,
-        factor,
-        B,
-        N,
-        chunk_len,
-        block_tables.stride(0),
-        *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *out.stride()[:2],
-        NUM_KV_HEADS=H_kv,
-        GROUP=H // H_kv,
-        TILE_G=TILE_G,
-        HEAD_DIM=D,
-        TILE_D=tile_d(D),
-        BLOCK_SIZE=block_size,
+        block_tables, query_start_locs, context_lens, context_starts,
+        factor, B, N, chunk_len,
+        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *out.stride()[:2],
+        NUM_KV_HEADS=H_kv, GROUP=H // H_kv, TILE_G=TILE_G,
+        HEAD_DIM=D, TILE_D=tile_d(D), BLOCK_SIZE=block_size,
         SPLIT=chunk_len > 0,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         **decode_tiles(q.dtype, D),
-    )
+    )  # fmt: skip
     return partials
 
 

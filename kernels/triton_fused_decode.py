@@ -33,7 +33,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.triton_decode import MAX_GROUP_ROWS, choose_chunk_len, decode_tiles
+from kernels.triton_decode import (
+    MAX_GROUP_ROWS,
+    choose_chunk_len,
+    decode_tiles,
+    empty_partials,
+)
 from kernels.triton_prefill import (
     INTERPRETED,
     check_launch,
@@ -260,7 +265,7 @@ def check_step(
     if H % H_kv:
         raise ValueError(f"{H} query heads share {H_kv} of K and V: H must be a multiple of H_kv")
     cache = (len(k_cache), H_kv, block_size, D)
-    shapes = {
+    expected = {
         "k": (k, (N, H_kv, D)),
         "v": (v, (N, H_kv, D)),
         "k_cache": (k_cache, cache),
@@ -269,7 +274,7 @@ def check_step(
         "context_lens": (context_lens, (N,)),
         "out": (out, (N, H, D)),
     }
-    for name, (tensor, shape) in shapes.items():
+    for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)}: beside the others it must be {shape}"
@@ -321,49 +326,27 @@ def fused_decode_triton(
     if chunk_len is None:
         chunk_len = choose_chunk_len(N, H_kv, max_context_len)
     num_chunks = max(1, triton.cdiv(max_context_len, chunk_len)) if chunk_len else 1
-    m = l = acc = counters = None
     if chunk_len:
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        m = torch.empty(N, H, num_chunks, dtype=dtype, device=q.device)
-        l = torch.empty_like(m)
-        acc = torch.empty(N, H, num_chunks, D, dtype=dtype, device=q.device)
-        counters = arrived
+        merge_arguments = (*empty_partials(N, num_chunks, q), arrived)
+    else:
+        merge_arguments = (None, None, None, None)
     q, factor = scale_to_exp2(q, scale)
     TILE_G = min(MAX_GROUP_ROWS, triton.next_power_of_2(H // H_kv))
     # Axis 0 of a grid may have 2^31 - 1 programs, axis 1 only 65,535: the chunks of one context.
     fused_decode_kernel[(num_arrivals(N, H, H_kv), num_chunks)](
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        out,
-        slot_mapping,
-        block_tables,
-        context_lens,
-        m,
-        l,
-        acc,
-        counters,
-        factor,
-        chunk_len,
-        block_tables.stride(0),
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        *out.stride()[:2],
-        NUM_KV_HEADS=H_kv,
-        GROUP=H // H_kv,
-        TILE_G=TILE_G,
-        HEAD_DIM=D,
-        TILE_D=tile_d(D),
-        BLOCK_SIZE=block_size,
+        q, k, v, k_cache, v_cache, out,
+        slot_mapping, block_tables, context_lens,
+        *merge_arguments,  # m, l, acc and the counters
+        factor, chunk_len,
+        block_tables.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *k_cache.stride()[:3], *out.stride()[:2],
+        NUM_KV_HEADS=H_kv, GROUP=H // H_kv, TILE_G=TILE_G,
+        HEAD_DIM=D, TILE_D=tile_d(D), BLOCK_SIZE=block_size,
         TILE_C=max(1, 2048 // (TILE_G * tile_d(D))),
         SPLIT=chunk_len > 0,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         **decode_tiles(q.dtype, D),
-    )
+    )  # fmt: skip
     return out
 
 

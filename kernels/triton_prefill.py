@@ -342,31 +342,16 @@ def paged_prefill_triton(
     num_tiles = N // tiles["TILE_Q"] + B + 1
     # All programs are along axis 0, the only axis of a grid that may be longer than 65,535.
     prefill_kernel[(num_tiles * H,)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        block_tables,
-        query_start_locs,
-        context_lens,
-        context_starts,
-        factor,
-        B,
-        N,
-        max(1, B.bit_length()),
-        block_tables.stride(0),
-        *q.stride()[:2],
-        *k_cache.stride()[:3],
-        *out.stride()[:2],
-        NUM_HEADS=H,
-        GROUP=H // H_kv,
-        HEAD_DIM=D,
-        BLOCK_SIZE=block_size,
-        TILE_D=tile_d(D),
+        q, k_cache, v_cache, out,
+        block_tables, query_start_locs, context_lens, context_starts,
+        factor, B, N,
+        max(1, B.bit_length()),  # search_steps: B + 1 candidates are halved so often
+        block_tables.stride(0), *q.stride()[:2], *k_cache.stride()[:3], *out.stride()[:2],
+        NUM_HEADS=H, GROUP=H // H_kv, HEAD_DIM=D, TILE_D=tile_d(D), BLOCK_SIZE=block_size,
         SKIP_DECODE=skip_decode,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
         **tiles,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -386,17 +371,8 @@ def write_kv_triton(
     # 1,024 elements a program are 8 a thread, 16 bytes each of k and v. GPT-2's 12 heads fit.
     TILE_H = min(triton.next_power_of_2(H_kv), max(1, 1024 // tile_d(D)))
     write_kv_kernel[(N, triton.cdiv(H_kv, TILE_H))](
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        NUM_KV_HEADS=H_kv,
-        HEAD_DIM=D,
-        BLOCK_SIZE=k_cache.shape[2],
-        TILE_H=TILE_H,
-        TILE_D=tile_d(D),
-    )
+        k, v, k_cache, v_cache, slot_mapping,
+        *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
+        NUM_KV_HEADS=H_kv, HEAD_DIM=D, BLOCK_SIZE=k_cache.shape[2],
+        TILE_H=TILE_H, TILE_D=tile_d(D),
+    )  # fmt: skip

@@ -420,7 +420,9 @@ def demo():
     """The search for the 50th weight, walk by walk; then seven settings, beside sampling.py."""
     if not can_launch():
         return
-    V, top_k, id_bits = 50_257, 50, 16
+    V = 50_257  # ids of 16 bits
+    top_k = 50
+    id_bits = 16
     device = torch.device("cpu" if INTERPRETED else "cuda")
     torch.manual_seed(0)
     logits = (3 * torch.randn(1, V)).to(device)
