@@ -10,8 +10,8 @@ matrix, so `copy_context` copies the sequence's blocks once, in the order of the
                         head 0: positions 0 1 2 .. 40    head 1: ..     (H_kv, context, D)
 
 The copy takes as long as reading the context twice. From about 10 queries on (MANY_QUERIES in
-`attention_cpu.py`) the faster products gain more than that: a prompt of 256 tokens takes a fifth of
-the time that the decode kernel would take.
+`attention_cpu.py`) the faster products gain more than that: a layer's attention over a prompt of
+256 tokens takes 2.5 ms, where the decode kernel takes 3.7 ms (GPT-2, float32, one AVX-512 core).
 
 `write_kv_cpu` writes row n of the step's K and V to slot slot_mapping[n].
 

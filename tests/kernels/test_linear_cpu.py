@@ -37,7 +37,7 @@ ROW_COUNTS = [0, 1, 3, 4, 5, 7, 8, 9, 64, 65, 200]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number
 SENTINEL = 1234.5
 
-here = pytest.mark.skipif(
+needs_panels = pytest.mark.skipif(
     not can_use_panels(torch.float32), reason="panels need AVX2, numba and OpenMP's threads"
 )
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="the processor is asked through numba")
@@ -83,10 +83,10 @@ def rounded_once(products, sums):
     """
     exact = products + sums
     back = exact - products
-    rest = (products - (exact - back)) + (sums - back)
+    remainder = (products - (exact - back)) + (sums - back)
     is_even = exact.view(np.int64) % 2 == 0
-    beside = np.nextafter(exact, np.copysign(np.inf, rest))
-    return np.where((rest != 0) & is_even, beside, exact).astype(np.float32)
+    beside = np.nextafter(exact, np.copysign(np.inf, remainder))
+    return np.where((remainder != 0) & is_even, beside, exact).astype(np.float32)
 
 
 def sums_in_order(x, linear):
@@ -109,7 +109,7 @@ def sums_of(layer, x):
 
 
 # ---- it is a product -----------------------------------------------------------------------------
-@here
+@needs_panels
 @EACH_DTYPE
 def test_two_outputs_by_hand(dtype):
     linear = plain_layer(3, 2, dtype)
@@ -119,7 +119,7 @@ def test_two_outputs_by_hand(dtype):
     assert PanelLinear(linear)(x).tolist() == [[121.5, 2.0], [0.5, 2.0], [76.5, 10.0]]
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("outputs", [1, 23, 25, 47, 48, 49, 97])
 @pytest.mark.parametrize("inputs", [1, 3, 768, 1537])
@@ -132,7 +132,7 @@ def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtyp
             check(layer(x[:rows]), want[:rows], dtype)
 
 
-@here
+@needs_panels
 @pytest.mark.oracle
 @settings(max_examples=40, deadline=None)
 @given(
@@ -148,7 +148,7 @@ def test_any_size_is_the_float64_product(rows, inputs, outputs, dtype, bias, see
     check(PanelLinear(linear)(x), product(x, linear), dtype)
 
 
-@here
+@needs_panels
 def test_every_finite_bfloat16_comes_through_as_it_is():
     """As the lower half of a word, as the upper half, and as an input: 1 times it, plus 0."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -165,7 +165,7 @@ def test_every_finite_bfloat16_comes_through_as_it_is():
     assert torch.equal(PanelLinear(one)(every[:, None])[:, 0], every)
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 def test_a_view_of_a_wider_tensor_is_multiplied_and_only_read(dtype):
     linear = plain_layer(47, 50, dtype)
@@ -174,14 +174,14 @@ def test_a_view_of_a_wider_tensor_is_multiplied_and_only_read(dtype):
     part, before = wide[::3, 47:94], wide.clone()
     assert not part.is_contiguous()
     check(PanelLinear(linear)(part), product(part, linear), dtype)
-    turned = random_x(47, 10, dtype).t()
-    check(PanelLinear(linear)(turned), product(turned, linear), dtype)
+    transposed = random_x(47, 10, dtype).t()
+    check(PanelLinear(linear)(transposed), product(transposed, linear), dtype)
     repeated = random_x(1, 47, dtype).expand(9, 47)
     check(PanelLinear(linear)(repeated), product(repeated, linear), dtype)
     assert torch.equal(wide.nan_to_num(99.0), before.nan_to_num(99.0))
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("rows", [0, 1, 9, 64])
 @pytest.mark.parametrize("outputs", [1, 15, 16, 24, 50, 96])
@@ -191,13 +191,13 @@ def test_the_activation_after_it_is_gpt2s_and_rounded_once(outputs, rows, dtype)
     check(PanelLinear(linear, "gelu_new")(x), want, dtype)
 
 
-@here
+@needs_panels
 def test_an_activation_that_panels_do_not_compute_is_refused():
     with pytest.raises(ValueError, match="'relu': panels compute gelu_new or none"):
         PanelLinear(plain_layer(4, 4, torch.float32), "relu")
 
 
-@here
+@needs_panels
 def test_the_activation_of_any_number():
     some = torch.linspace(-30, 30, 60_001)
     far = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e4, -1e4, 3e38, -1e30, math.inf])
@@ -211,7 +211,7 @@ def test_the_activation_of_any_number():
 
 
 # ---- a sum's order -------------------------------------------------------------------------------
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("inputs", [1, 2, 3, 769, 1537, 3075])
@@ -231,7 +231,7 @@ def test_the_oracle_of_the_order_rounds_once():
     assert (products + sums).astype(np.float32).tolist() == [1.0, 1.0]
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("inputs", [769, 1537])
 def test_a_row_alone_among_others_and_on_any_number_of_threads_is_the_same(
@@ -249,7 +249,7 @@ def test_a_row_alone_among_others_and_on_any_number_of_threads_is_the_same(
     assert torch.equal(layer(x.flip(0)).flip(0), want)
 
 
-@here
+@needs_panels
 def test_it_uses_as_many_threads_as_pytorch_does(set_threads):
     import numba
 
@@ -262,7 +262,7 @@ def test_it_uses_as_many_threads_as_pytorch_does(set_threads):
 
 
 # ---- nothing leaks -------------------------------------------------------------------------------
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("inputs", [3, 48, 769])
@@ -277,7 +277,7 @@ def test_what_is_not_finite_stays_in_its_own_row(inputs, bad, dtype):
     assert (got[is_bad].isnan() if math.isnan(bad) else ~got[is_bad].isfinite()).all()
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("inputs", [3, 48, 769])
 def test_a_weight_that_is_not_finite_reaches_its_own_output_alone(inputs, dtype):
@@ -299,7 +299,7 @@ def between_guards(values, guard, behind=2):
     return around, around[behind : len(values) + behind]
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("num_words", [4, 20, 768, 772, 1540])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 15, 64, 65, 71, 130])
@@ -321,7 +321,7 @@ def test_only_the_results_rows_are_written_and_nothing_outside_the_inputs_is_rea
     assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("num_words", [4, 768, 772, 1540])
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 64, 65, 130])
@@ -345,7 +345,7 @@ def test_rows_meet_each_piece_of_each_panel_once_and_in_order(rows, num_words, d
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@here
+@needs_panels
 @pytest.mark.parametrize(
     ("dtype", "shape", "other"),
     [(F32, shape, F32) for shape in [(4, 46), (4, 48), (47, 4), (), (47,), (47, 47, 47)]]
@@ -360,21 +360,21 @@ def test_an_x_of_another_shape_or_dtype_is_refused_with_both(dtype, shape, other
 
 
 # ---- a module ------------------------------------------------------------------------------------
-@here
+@needs_panels
 @EACH_DTYPE
 def test_with_and_without_gradients_it_computes_the_same(dtype):
     linear, x = plain_layer(47, 50, dtype), random_x(9, 47, dtype)
     want = PanelLinear(linear)(x)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
-            made_there = PanelLinear(linear)
-            assert torch.equal(made_there(x), want)
-        assert torch.equal(made_there(x), want)
+            built_inside = PanelLinear(linear)
+            assert torch.equal(built_inside(x), want)
+        assert torch.equal(built_inside(x), want)
     needs_gradients = plain_layer(47, 50, dtype).requires_grad_()
     assert torch.equal(PanelLinear(needs_gradients)(x), want)
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (47, 49), (48, 48), (769, 97)])
 def test_the_panels_hold_the_weights_once_and_zeros_for_padding(inputs, outputs, dtype):
@@ -391,7 +391,7 @@ def test_the_panels_hold_the_weights_once_and_zeros_for_padding(inputs, outputs,
     assert in_rows.count_nonzero() == linear.weight.count_nonzero()
 
 
-@here
+@needs_panels
 @EACH_DTYPE
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_without_inputs_a_result_is_the_bias(dtype):
@@ -401,7 +401,7 @@ def test_without_inputs_a_result_is_the_bias(dtype):
     assert torch.equal(got, linear.bias.expand(9, 50))
 
 
-@here
+@needs_panels
 def test_several_threads_multiply_at_once(set_threads):
     set_threads(2)
     kinds = [(769, 145, torch.float32), (96, 300, torch.bfloat16), (47, 50, torch.float32)]
@@ -441,7 +441,7 @@ print(ROWS, "rows", "zmm" in loop)
 """
 
 
-@here
+@needs_panels
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 alone")
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ sys.exit(pytest.main([*sys.argv[1:], "-q", "-n", "0", "-p", "no:cacheprovider"])
 """
 
 
-@here
+@needs_panels
 @pytest.mark.slow
 @pytest.mark.skipif(linear_cpu.LANES == 8, reason="this processor's registers are the shorter ones")
 def test_on_a_processor_with_shorter_registers(tmp_path):

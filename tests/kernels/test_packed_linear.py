@@ -1,4 +1,4 @@
-"""packed_linear.py: the same numbers from weights in another order, and only where that pays."""
+"""packed_linear.py: the same results from reordered weights, used only where they are faster."""
 
 import gc
 import platform
@@ -18,7 +18,7 @@ from model import ACTIVATIONS, GPT, GPTConfig
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of the largest number; bfloat16 has 8 bits
 
-here = pytest.mark.skipif(
+needs_onednn = pytest.mark.skipif(
     not can_pack("cpu", torch.float32), reason="PyTorch packs no weights on this machine"
 )
 EACH_DTYPE = pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def wide_gpt(dtype=torch.float32, **options):
 @torch.inference_mode()
 def logits_of(model, rows=7):
     ids = torch.arange(rows) * 11 % 97
-    plug = attend_without_cache([0], [rows])
-    return model.logits(model(ids, torch.arange(rows), plug)).double()
+    attend = attend_without_cache([0], [rows])
+    return model.logits(model(ids, torch.arange(rows), attend)).double()
 
 
 def without_panels(monkeypatch):
@@ -92,7 +92,7 @@ def test_a_packed_layer_computes_what_the_plain_one_and_its_activation_do(activa
     torch.testing.assert_close(got.double(), want, atol=BOUNDS[dtype] * largest, rtol=0)
 
 
-@here
+@needs_onednn
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (77, 13), (768, 50), (65, 129)])
 @torch.inference_mode()
 def test_odd_sizes_a_view_and_a_layer_without_a_bias(width, out):
@@ -176,7 +176,7 @@ def test_packing_twice_changes_nothing(kind):
     assert torch.equal(logits_of(model), want)
 
 
-# ---- where it pays -------------------------------------------------------------------------------
+# ---- where it is faster --------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("dtype", "n_embd", "decode_rows", "is_to_be_packed"),
     [
@@ -232,7 +232,7 @@ def test_a_pytorch_without_these_operators_keeps_its_plain_layers(monkeypatch, e
     assert logits_of(model).isfinite().all()
 
 
-@here
+@needs_onednn
 def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
     can_pack.cache_clear()
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: torch.zeros(len(x), 64))
