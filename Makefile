@@ -28,7 +28,7 @@ bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: b
 	$(RUN) benchmark.py
 
 notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, else the committed rows
-	$(RUN) tests/plots/test_notebook.py
+	PYTHONPATH=.:tests $(RUN) tests/plots/test_notebook.py
 
 gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
 	$(PYTHON) -m experiments.gpu_check

@@ -124,8 +124,8 @@ PLANS = {  # contender in the rows -> what a request reserves when it starts
 }
 SHARES = {  # share of the pool in the rows -> what it means, colour
     "used": ("holds a token", PALETTE[0]),
-    "tail": ("unfilled end of a block", PALETTE[2]),
-    "later": ("filled later", PALETTE[4]),
+    "tail": ("unfilled end of a block", PALETTE[4]),
+    "later": ("filled later", PALETTE[2]),
     "never": ("reserved, never filled", PALETTE[1]),
     "free": ("free, in too small holes", LIGHT),
 }

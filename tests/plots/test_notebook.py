@@ -174,16 +174,6 @@ def test_it_reads_files_and_draws_and_does_nothing_else(book):
     assert paths == {*map(repr, files), "folder"}  # `folder` is a temporary one
 
 
-def code_lines(source):
-    return sum(1 for line in source.splitlines() if line.strip() and not line.strip()[0] == "#")
-
-
-def test_it_is_short_enough_to_be_read(book):
-    lengths = {name: code_lines(cell.source) for name, cell in cells(book).items()}
-    assert lengths["helpers"] <= 100 and sum(lengths.values()) <= 300
-    assert max(lengths[name] for name, _ in CHARTS) <= 35
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_command_that_a_chart_names_is_one(book, name):
     assert f'"{COMMANDS[name]}")' in cells(book)[name].source
