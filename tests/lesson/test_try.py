@@ -13,6 +13,48 @@ from conftest import ROOT
 OK = "ok:"
 # (file, what the docstring says word for word, text to replace, replacement, how it must end)
 EXPERIMENTS = [
+    ("sequence.py", "CHUNK = 5", "CHUNK = 8", "CHUNK = 5", OK),
+    ("sequence.py", "CHUNK = 12", "CHUNK = 8", "CHUNK = 12", OK),
+    (
+        "policies.py",
+        "`return -seq.request.arrival, seq.index`",
+        "return seq.request.arrival, seq.index",
+        "return -seq.request.arrival, seq.index",
+        "the newest gives way",
+    ),
+    (
+        "policies.py",
+        "`return len(seq.request.prompt_token_ids), seq.index`",
+        "return seq.request.arrival, seq.index",
+        "return len(seq.request.prompt_token_ids), seq.index",
+        "the newest gives way",
+    ),
+    (
+        "scheduler.py",
+        "MAX_NUM_BATCHED_TOKENS = 4",
+        "MAX_NUM_BATCHED_TOKENS = 16",
+        "MAX_NUM_BATCHED_TOKENS = 4",
+        OK,
+    ),
+    ("scheduler.py", "NUM_BLOCKS = 12", "NUM_BLOCKS = 8", "NUM_BLOCKS = 12", "one preemption"),
+    ("outputs.py", 'STOP = "paged "', 'STOP = "END"', 'STOP = "paged "', OK),
+    (
+        "outputs.py",
+        "`keep = len(window)` in `_advance`",
+        "keep = self._first_possible_start(window)",
+        "keep = len(window)",
+        "the text ends before the stop string",
+    ),
+    (
+        "engine.py",
+        "MAX_NUM_BATCHED_TOKENS = 4",
+        "MAX_NUM_BATCHED_TOKENS = 12",
+        "MAX_NUM_BATCHED_TOKENS = 4",
+        OK,
+    ),
+    ("engine.py", "NUM_BLOCKS = 7", "NUM_BLOCKS = 9", "NUM_BLOCKS = 7", OK),
+    ("baselines.py", "MAX_TOKENS = 40", "MAX_TOKENS = 20", "MAX_TOKENS = 40", OK),
+    ("baselines.py", "SLAB_LEN = 16", "SLAB_LEN = 64", "SLAB_LEN = 16", "the same tokens"),
     ("model.py", "NUM_HEADS = 8 above the demo", "NUM_HEADS = 4", "NUM_HEADS = 8", OK),
     ("model.py", "or OLDEST = 1", "OLDEST = 0", "OLDEST = 1", "the logits differ"),
     ("block_allocator.py", "BLOCK_SIZE = 1 above the demo", "BLOCK_SIZE = 4", "BLOCK_SIZE = 1", OK),
