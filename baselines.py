@@ -148,8 +148,8 @@ class ContiguousCache:
     def attend(self, starts: list[int], counts: list[int]) -> Attend:
         """The plug for one step: positions [start, start + count) of the first B sequences.
 
-        One library call a layer for the whole batch, on views of the slabs. Every count is at
-        least 1, and earlier steps have written all positions before a start.
+        The library's attention is called once for each layer, for the whole batch, on views of the
+        slabs. Every count is at least 1; earlier steps have written all positions before a start.
         """
         B, T = len(starts), max(counts)
         ends = [start + count for start, count in zip(starts, counts, strict=True)]

@@ -119,8 +119,8 @@ class StreamDecoder:
         """(first character, order in the list) of each stop string that ends in the new text."""
         found = []
         for order, stop in enumerate(self._stop):
-            # A match that ends inside the held text is too early: it was not allowed to count
-            # before, because of `min_tokens`. "END" with 2 characters held: search from 0.
+            # A match must end in the new text. One that ends in the held text lies within the first
+            # `min_tokens` tokens. "END" may begin in the last 2 held characters, not before them.
             start = window.find(stop, max(0, len(self._held) - len(stop) + 1))
             if start >= 0:
                 found.append((start, order))

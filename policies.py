@@ -10,11 +10,11 @@ smallest key runs first; the largest is preempted first:
 
 What a key may do: while a sequence waits, its key must not change. The queue is a heap that holds
 the key of the moment when the sequence entered it (so a step costs the same with 100,000 waiting).
-While a sequence runs, its key must not change either: it is entered in the running list by binary
-search, which is right only as long as the list is sorted by the keys of this moment. A key may
-change between the two, when a sequence starts or is preempted. And the order must be one in which
-the sequence at the front stays there until it ends: otherwise two sequences could take blocks from
-each other for ever, and none would end.
+While a sequence runs, its key must not change either: others are entered in the running list by
+binary search, which is right only while the list is sorted by the present keys. A key may change
+between the two, when its sequence starts or is preempted. And the order must be one in which the
+sequence at the front stays there until it ends: otherwise two sequences could take blocks from each
+other for ever, and neither would end.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, section 4.5 (first come first served;
 the latest arrival is preempted first; a sequence's blocks go all or not at all).

@@ -125,7 +125,7 @@ class Scheduler:
             if budget == 0 or seq.status != RUNNING:
                 break
             num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # how far it is behind
-            if num_new_tokens > budget:  # (`min` would cost 15 us a step with 256 sequences)
+            if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
                 num_new_tokens = budget
             # 0 behind: its step is still running, and its next token is not known yet.
             if num_new_tokens:
@@ -302,7 +302,7 @@ class Scheduler:
         return min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
 
     def _fork(self, parent: Sequence, continuation: Continuation) -> Sequence:
-        """A second sequence with the same tokens: it shares all blocks until one of both writes."""
+        """A second sequence with the same tokens. It shares all blocks until one of them writes."""
         self.allocator.fork(parent.block_table)
         child = Sequence(
             request=parent.request,

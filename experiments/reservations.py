@@ -3,8 +3,8 @@
 Before paging each sequence got one piece of adjacent memory. Such a piece cannot grow, so its size
 is fixed before the first token is written. The paper compares paging with three ways to choose that
 size: room for the longest sequence, a guess within a factor of two, and the true length, which no
-server knows. Here they run under the same scheduler, engine and kernel as paging, so whatever
-differs comes from the memory plan alone:
+server knows. Here they run under the same scheduler, engine and kernel as paging, so the memory
+plan is the only difference:
 
     reserve(seq)       how many tokens a sequence needs room for, given to the `Scheduler`
     BuddyAllocator     hands out adjacent blocks only, given to the `Scheduler` as its allocator
@@ -44,20 +44,19 @@ def reserve_oracle(max_seq_len: int) -> Callable[..., int]:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below `n`, which is at least 1: 5 -> 8, 8 -> 8."""
+    """The smallest power of two that is at least `n`, for n from 1 up: 5 -> 8, 8 -> 8."""
     return 1 << (n - 1).bit_length()
 
 
 # ---- adjacent blocks only ------------------------------------------------------------------------
 class BuddyAllocator(BlockAllocator):
-    """The same interface for contiguous memory: it hands out adjacent blocks only.
+    """The interface of `BlockAllocator` for contiguous memory: it hands out adjacent blocks only.
 
-    A region is a power of two of blocks and starts at a multiple of its size. One that is too
-    large is halved until it fits; the halves are buddies, and merge again when both are free.
-    What is asked for is rounded up to a region, and the rest of it is lost until it is freed.
-
-    A holder frees and forks whole allocations only. A forked sequence therefore cannot copy the one
-    block it writes into: that takes paging. The books of who holds what are inherited.
+    A region has a power of two of blocks and starts at a multiple of its size. A region that is too
+    large is halved until it fits. The two halves are buddies, and merge again when both are free.
+    A request is rounded up to a whole region; the blocks that were not asked for are lost until the
+    region is freed. Only whole allocations can be freed or forked, so a forked sequence cannot copy
+    just the block that it writes into. Reference counts are those of `BlockAllocator`.
     """
 
     def __init__(self, num_blocks: int, block_size: int = 16):
@@ -70,8 +69,8 @@ class BuddyAllocator(BlockAllocator):
     def blocks_needed(self, num_tokens: int) -> int:
         """Adjacent blocks that hold `num_tokens` tokens: the ceiling of num_tokens / block_size.
 
-        Where no region of this pool is that large, the size of the region that would be needed:
-        9 of 12 blocks -> 16, more than the pool, so that whoever compares refuses it at once.
+        If no region of this pool is that large, the size of the region that would be needed: 9 of
+        12 blocks -> 16. That is more than the pool has, so the scheduler refuses the request.
         """
         n = super().blocks_needed(num_tokens)
         return n if power_of_two(max(n, 1)) <= self.num_blocks else power_of_two(n)
@@ -80,13 +79,14 @@ class BuddyAllocator(BlockAllocator):
     def num_free(self) -> int:
         """How many blocks one `allocate` could hand out now: the size of the largest free region.
 
-        `num_blocks - num_reserved - num_free` is the external fragmentation: free, but elsewhere.
+        `num_blocks - num_reserved - num_free` is the external fragmentation: blocks that are free,
+        but not adjacent to that region.
         """
         return max(self._free.values(), default=0)
 
     @property
     def num_reserved(self) -> int:
-        """Blocks of all regions handed out, with what was lost to rounding."""
+        """Blocks of all regions handed out, including those lost to rounding."""
         return self.num_blocks - sum(self._free.values())
 
     def allocate(self, n: int) -> list[int]:
@@ -113,14 +113,14 @@ class BuddyAllocator(BlockAllocator):
         super().fork(block_ids)
 
     def free(self, block_ids: list[int]) -> None:
-        """Remove one holder from whole allocations; the last holder's leave frees their regions.
+        """Remove one holder from whole allocations; a region without holders is free again.
 
         `block_ids` is what `allocate` returned, or several such lists one after another. A part of
         an allocation, or one that has no more holders, raises ValueError, and nothing is changed.
         """
         for first, times in Counter(self._allocations(block_ids)).items():
             if times > self._ref_counts[first]:
-                raise ValueError(f"block {first} is freed twice: nobody holds it")
+                raise ValueError(f"block {first} is freed more often than it is held")
         for block_id in block_ids:
             self._ref_counts[block_id] -= 1
         for first in self._held.keys() & set(block_ids):
@@ -128,7 +128,7 @@ class BuddyAllocator(BlockAllocator):
                 self._release(first, power_of_two(self._held.pop(first)))
 
     def check_integrity(self, block_tables: Iterable[list[int]]) -> None:
-        """Assert that the books are right: counts equal tables, and regions tile the pool."""
+        """Assert that reference counts equal the tables, and that regions fill the pool exactly."""
         named = Counter(block_id for table in block_tables for block_id in table)
         counts = Counter(dict(enumerate(self._ref_counts)))
         over, under = dict(counts - named), dict(named - counts)
@@ -155,7 +155,7 @@ class BuddyAllocator(BlockAllocator):
         return firsts
 
     def _release(self, first: int, size: int) -> None:
-        """Enter a region as free, and join it with its buddy for as long as that is free too."""
+        """Enter a region as free, and merge it with its buddy while that is free too."""
         # Buddies differ in one bit of their first block: of size 4, those at 8 and 12.
         while self._free.get(first ^ size) == size:
             del self._free[first ^ size]
@@ -193,9 +193,11 @@ def demo():
     plans = reserve_maximum, reserve_power_of_two, reserve_oracle
     for name, reserve in zip(("maximum", "power of 2", "oracle"), plans, strict=True):
         owners = start_sequences(BuddyAllocator(16, 4), reserve(max_seq_len=32))
-        # 3 blocks asked for at 4, a region of 4: block 7 is lost.
-        rest = [range(t[-1] + 1, t[0] + power_of_two(len(t))) for t, _ in owners.values()]
-        show(name, owners, [block_id for block_ids in rest for block_id in block_ids])
+        # 3 blocks from block 4 on are a region of 4 blocks: block 7 is lost.
+        lost: list[int] = []
+        for table, _ in owners.values():
+            lost += range(table[-1] + 1, table[0] + power_of_two(len(table)))
+        show(name, owners, lost)
     show("paged", start_sequences(BlockAllocator(16, 4), lambda seq: len(seq.token_ids)), [])
     print("'.' is reserved and not filled, '----' is lost to rounding slabs up to 2, 4, 8 blocks")
     assert used["maximum"] < used["power of 2"] <= used["oracle"] < used["paged"]

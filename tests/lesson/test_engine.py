@@ -1,9 +1,9 @@
 """The engine against one-at-a-time generation without a cache, and against transformers' GPT-2.
 
-How tokens are batched, cut into chunks, laid into blocks, preempted, forked or interrupted must not
-change one of them. All equalities are in float64, where they are exact up to 1e-9: in float32 the
-shape of a batch changes the last bits. The models have weights of std 0.2, and their texts are
-asserted to hold several distinct tokens, for a model that repeats one token passes every test.
+Batching, chunks, blocks, preemption, forks and interruptions must not change a token. All
+equalities are in float64, where they are exact up to 1e-9: in float32 the shape of a batch changes
+the last bits. The models have weights of std 0.2, and their texts are asserted to hold several
+distinct tokens: a model that repeats one token would pass every test.
 """
 
 import math
@@ -15,25 +15,25 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from baselines import generate_contiguous, generate_no_cache
+from baselines import generate_no_cache
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, save_model
-from checkpoints.tokenizer import load_tokenizer, save_vocabulary
+from checkpoints.tokenizer import load_tokenizer
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.backends import BACKENDS, resolve_backend
 from kv_cache import KVCache
-from llm import EngineConfig
 from model import attend_one_sequence
+from outputs import ByteTokenizer
 from sampling import SamplingParams
 from scheduler import Scheduler
-from sequence import RUNNING, WAITING, Continuation
+from sequence import WAITING, Continuation
 
 GREEDY = {"temperature": 0}
 UNLIMITED = 10_000  # tokens in a step: more than any test has
 
-# What a user gets on a CPU is what all tests here run through; those of the roads that must agree
-# run through each backend. Triton's kernels are interpreted on a CPU, slowly: they get a test of
-# their own, and all of them where a GPU runs them.
+# The tests run through the backend that a user gets on a CPU; the central equalities run through
+# each CPU backend. Triton's kernels are interpreted on a CPU, which is slow: they get a test of
+# their own here, and on a GPU their own files.
 DEFAULT_BACKEND = resolve_backend("auto", torch.device("cpu"), torch.float64)
 CPU_BACKENDS = [
     name
@@ -135,10 +135,10 @@ class Recorder:
         return torch.stack([self.rows[request_id, position] for position in positions])
 
 
-# ---- the same tokens, whatever the road ----------------------------------------------------------
+# ---- the same tokens, however they are computed --------------------------------------------------
 LENGTHS = [1, 2, 7, 15, 16, 33]
 NUM_TOKENS = 12
-ROADS = SimpleNamespace(prompts=random_prompts(LENGTHS))
+PROMPTS = random_prompts(LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,8 @@ def model(tiny_gpt):
 @pytest.fixture(scope="module")
 def expected(model):
     """What each prompt's text is, and the logits that led to it: one at a time, without a cache."""
-    tokens = [generate_no_cache(model, [prompt], NUM_TOKENS)[0] for prompt in ROADS.prompts]
-    whole = zip(ROADS.prompts, tokens, strict=True)
+    tokens = [generate_no_cache(model, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS]
+    whole = zip(PROMPTS, tokens, strict=True)
     logits = [dense_logits(model, [*p, *t])[len(p) - 1 : -1] for p, t in whole]
     return SimpleNamespace(tokens=tokens, logits=logits)
 
@@ -159,7 +159,7 @@ def compare(engine, expected, between_steps=lambda step: None):
     """Serve the prompts: do the tokens equal the expected ones, and how far off are the logits?"""
     recorder = Recorder()
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    ids = [engine.add_request(p, params, strategy=recorder) for p in ROADS.prompts]
+    ids = [engine.add_request(p, params, strategy=recorder) for p in PROMPTS]
     finished = run(engine, between_steps)
     tokens = [finished[request_id].outputs[0].token_ids for request_id in ids]
     errors = [0.0]
@@ -175,13 +175,9 @@ def test_the_model_of_these_tests_writes_several_distinct_tokens(expected):
     assert len({tuple(tokens) for tokens in expected.tokens}) == 6  # and no two texts are the same
 
 
-def test_no_cache_and_contiguous_slabs_write_the_same_tokens(model, expected):
-    assert generate_no_cache(model, ROADS.prompts, NUM_TOKENS) == expected.tokens
-    assert generate_contiguous(model, ROADS.prompts, NUM_TOKENS) == expected.tokens
-
-
-@pytest.mark.parametrize("budget", [1, 5, 64, UNLIMITED])
-@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 64, 256])
+@pytest.mark.parametrize(
+    "block_size, budget", [(1, 64), (2, 5), (7, 1), (16, UNLIMITED), (64, 5), (256, UNLIMITED)]
+)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_paged_tokens_and_logits_are_those_without_a_cache(
     model, expected, backend, block_size, budget
@@ -217,23 +213,16 @@ def test_the_tokens_are_the_same_through_interpreted_triton_kernels(tiny_gpt, dt
     assert texts[0] == texts[1] and len({token for text in texts[0] for token in text}) > 4
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 5])
+@pytest.mark.parametrize("max_num_seqs", [1, 2])
 def test_a_sequence_writes_the_same_alone_and_in_any_batch(model, expected, max_num_seqs):
     same, error = compare(build(model, max_num_seqs=max_num_seqs), expected)
     assert same and error < 1e-9
 
 
-def test_the_order_of_arrival_changes_no_tokens(model, expected):
-    order = [3, 0, 5, 1, 4, 2]
-    prompts = [ROADS.prompts[i] for i in order]
-    got = generate(build(model, max_num_seqs=4), prompts, max_tokens=NUM_TOKENS)
-    assert got == [expected.tokens[i] for i in order]
-
-
 def test_a_request_that_joins_in_the_middle_of_others_writes_the_same(model, expected):
     engine = build(model)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    to_come = list(ROADS.prompts)
+    to_come = list(PROMPTS)
 
     def one_more(step):
         if to_come:
@@ -244,20 +233,20 @@ def test_a_request_that_joins_in_the_middle_of_others_writes_the_same(model, exp
     assert [finished[str(i)].outputs[0].token_ids for i in range(6)] == expected.tokens
 
 
-@pytest.mark.parametrize("budget", [5, 64, UNLIMITED])
+@pytest.mark.parametrize("budget", [5, UNLIMITED])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_preemption_injected_at_every_step_changes_no_token(model, expected, backend, budget):
-    """Somebody loses all blocks between any two steps.
+    """One sequence loses all blocks between any two steps.
 
-    Under a small budget a long prompt would never end if it could be the victim every time: then
-    only the last in line is, as in life, and the first goes on.
+    Under a small budget a long prompt would never end if it could be the victim every time. There
+    the first in line is spared, as the scheduler spares it.
     """
     numbers = random.Random(2)
     kernels = CountingKernels(backend)
     engine = build(model, max_num_batched_tokens=budget, kernels=kernels)
     steps = []
 
-    def preempt_somebody(step):
+    def preempt_one(step):
         running = engine.scheduler.running
         if len(running) > 1 or (running and budget == UNLIMITED):
             victims = running[1:] if budget == 5 else running
@@ -265,20 +254,20 @@ def test_preemption_injected_at_every_step_changes_no_token(model, expected, bac
             engine.scheduler.check_integrity()
         steps.append(step)
 
-    same, error = compare(engine, expected, preempt_somebody)
+    same, error = compare(engine, expected, preempt_one)
     assert same and error < 1e-9
     assert len(steps) >= NUM_TOKENS and engine.scheduler.num_preemptions > len(steps) // 2
     assert engine.scheduler.num_recomputed_tokens > 100
     assert kernels.calls == kernels.writes == model.config.n_layer * len(steps)
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_preemption_in_any_one_step_changes_no_token(model, expected, index):
     """One sequence, preempted once: after its 1st step, or its 2nd, and so on to its last but one.
 
     A chunk of 5 tokens of the prompts of up to 33: some preemptions fall into the prompt.
     """
-    prompt, want = ROADS.prompts[index], expected.tokens[index]
+    prompt, want = PROMPTS[index], expected.tokens[index]
     num_steps = -(-len(prompt) // 5) + NUM_TOKENS - 1
     for preempted_after in range(1, num_steps):
         engine = build(model, max_num_batched_tokens=5)
@@ -293,8 +282,7 @@ def test_a_preemption_in_any_one_step_changes_no_token(model, expected, index):
         assert engine.scheduler.num_recomputed_tokens >= 1
 
 
-@pytest.mark.parametrize("budget", [8, 64, UNLIMITED])
-@pytest.mark.parametrize("num_blocks", [12, 13, 16])
+@pytest.mark.parametrize("num_blocks, budget", [(12, 8), (13, 64), (16, UNLIMITED)])
 def test_a_pool_too_small_for_all_preempts_and_changes_no_token(
     model, expected, num_blocks, budget
 ):
@@ -306,7 +294,7 @@ def test_a_pool_too_small_for_all_preempts_and_changes_no_token(
 
 
 # ---- lengths -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16])
 def test_every_prompt_length_up_to_three_blocks_and_one_token(model, block_size):
     """Off-by-ones live where a prompt ends with its block, and where the next token begins one."""
     prompts = random_prompts(range(1, 3 * block_size + 2), seed=3)
@@ -363,14 +351,6 @@ def test_max_tokens_beyond_the_context_ends_with_length(tiny_gpt, max_tokens):
     assert (len(output.token_ids), output.finish_reason) == (24, "length")
 
 
-def test_max_tokens_ends_with_length(model, expected):
-    engine = build(model)
-    engine.add_request(ROADS.prompts[2], SamplingParams(temperature=0, max_tokens=3))
-    output = run(engine)["0"].outputs[0]
-    assert (output.token_ids, output.finish_reason) == (expected.tokens[2][:3], "length")
-    assert output.stop_reason is None
-
-
 # ---- transformers' GPT-2 -------------------------------------------------------------------------
 def transformers_twin(folder, model=None):
     """The same weights in transformers, in float64; it never stops at an end of text."""
@@ -395,13 +375,12 @@ def transformers_tokens(theirs, prompts, num_tokens):
 RAGGED = [1, 2, 3, 15, 16, 17, 31, 40, 64, 100, 127, 128, 150, 199, 256, 300]  # 16 prompts
 
 
-@pytest.mark.parametrize("budget", [64, 2048])
-def test_greedy_tokens_are_those_of_transformers_for_16_ragged_prompts(tiny_gpt, tmp_path, budget):
+def test_greedy_tokens_are_those_of_transformers_for_16_ragged_prompts(tiny_gpt, tmp_path):
     model = tiny_gpt(seed=5, dtype=torch.float64, max_seq_len=384)
     prompts = random_prompts(RAGGED)
-    want = transformers_tokens(transformers_twin(tmp_path, model), prompts, 64)
-    engine = build(model, num_blocks=160, block_size=16, max_num_batched_tokens=budget)
-    assert generate(engine, prompts, max_tokens=64) == want
+    want = transformers_tokens(transformers_twin(tmp_path, model), prompts, 32)
+    engine = build(model, num_blocks=160, block_size=16, max_num_batched_tokens=64)
+    assert generate(engine, prompts, max_tokens=32) == want
     assert all(len(set(tokens)) >= 4 for tokens in want)
 
 
@@ -452,56 +431,12 @@ def test_what_cannot_be_served_is_refused_in_one_sentence_and_leaves_nothing(tin
     assert engine.step().outputs == []  # nor has it left anything to do
 
 
-@pytest.mark.parametrize("params", [{"max_tokens": 5}, 7, "greedy", SamplingParams])
+@pytest.mark.parametrize("params", [{"max_tokens": 5}, SamplingParams])
 def test_params_of_another_type_are_refused(tiny_gpt, params):
     engine = build(tiny_gpt(dtype=torch.float64))
     with pytest.raises(ValueError, match="give a SamplingParams"):
         engine.add_request([3], params)
     assert not engine.has_unfinished()
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": math.nan},
-        {"top_p": 0},
-        {"top_p": math.nan},
-        {"max_tokens": 0},
-        {"seed": -1},
-        {"n": 0},
-        {"stop": ""},
-    ],
-    ids=str,
-)
-def test_sampling_params_that_cannot_be_meant_are_refused_by_name(params):
-    ((name, value),) = params.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be"):
-        SamplingParams(**params)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"block_size": 0},
-        {"block_size": 2.5},
-        {"num_blocks": 0},
-        {"max_num_seqs": 0},
-        {"max_num_batched_tokens": True},
-        {"max_seq_len": 0},
-        {"max_seq_len": -5},
-        {"kv_cache_mb": math.nan},
-        {"kv_cache_mb": math.inf},
-        {"kv_cache_mb": -1.0},
-        {"seed": -1},
-        {"gpu_memory_utilization": math.nan},
-        {"gpu_memory_utilization": 1.5},
-    ],
-    ids=str,
-)
-def test_an_engine_config_that_cannot_be_meant_is_refused_by_name(config):
-    ((name, value),) = config.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}: it must be"):
-        EngineConfig(**config)
 
 
 def test_a_refused_request_does_not_disturb_those_that_run(model, expected):
@@ -550,6 +485,7 @@ def stub_greedy(prompt, num_tokens):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_1000_requests_with_aborts_in_every_state_leave_every_block_free():
     numbers = random.Random(5)
     cache = KVCache(1, 24, 4, 1, 1)
@@ -579,7 +515,7 @@ def test_1000_requests_with_aborts_in_every_state_leave_every_block_free():
             "preempted": {s.request.request_id for s in preempted if s.status == WAITING},
         }
 
-    def abort_somebody():
+    def abort_one():
         state = numbers.choice(list(aborted))
         candidates = sorted(states()[state] & unfinished)
         if candidates:
@@ -605,7 +541,7 @@ def test_1000_requests_with_aborts_in_every_state_leave_every_block_free():
                 unfinished.discard(output.request_id)
         scheduler.check_integrity()
         if numbers.random() < 0.2:
-            abort_somebody()
+            abort_one()
             scheduler.check_integrity()
 
     assert unfinished == set() and len(finished) + sum(aborted.values()) == 1000
@@ -622,7 +558,7 @@ def test_1000_requests_with_aborts_in_every_state_leave_every_block_free():
 def test_an_aborted_request_never_shows_up_again(model):
     engine = build(model)
     params = SamplingParams(temperature=0, max_tokens=6)
-    first, second = (engine.add_request(prompt, params) for prompt in ROADS.prompts[:2])
+    first, second = (engine.add_request(prompt, params) for prompt in PROMPTS[:2])
     engine.step()
     assert engine.abort(first)
     assert set(run(engine)) == {second}
@@ -643,7 +579,7 @@ SEEDED = [SamplingParams(seed=seed, max_tokens=NUM_TOKENS) for seed in range(6)]
 @pytest.fixture(scope="module")
 def seeded(model):
     """What each seeded request draws, alone."""
-    pairs = zip(ROADS.prompts, SEEDED, strict=True)
+    pairs = zip(PROMPTS, SEEDED, strict=True)
     return [draws(build(model), [prompt], [params])[0] for prompt, params in pairs]
 
 
@@ -652,50 +588,34 @@ def seeded(model):
 )
 def test_seeded_requests_draw_the_same_whatever_else_is_in_the_batch(model, seeded, options):
     engine = build(model, **options)
-    assert draws(engine, ROADS.prompts, SEEDED) == seeded
+    assert draws(engine, PROMPTS, SEEDED) == seeded
     assert (engine.scheduler.num_preemptions > 0) == ("num_blocks" in options)
     assert all(len(set(texts[0])) > 4 for texts in seeded)
-
-
-def test_seeded_requests_draw_the_same_in_any_order_of_arrival(model, seeded):
-    order = [5, 2, 0, 4, 1, 3]
-    prompts, params = [ROADS.prompts[i] for i in order], [SEEDED[i] for i in order]
-    unseeded = SamplingParams(max_tokens=9)  # a stranger before them takes nothing from their seeds
-    engine = build(model)
-    got = draws(engine, [ROADS.prompts[0], *prompts], [unseeded, *params])
-    assert got[1:] == [seeded[i] for i in order]
 
 
 def test_seeded_requests_draw_the_same_after_preemption_at_every_step(model, seeded):
     numbers = random.Random(6)
     engine = build(model)
 
-    def preempt_somebody(step):
+    def preempt_one(step):
         if engine.scheduler.running:
             engine.scheduler.preempt(numbers.choice(engine.scheduler.running))
 
-    assert draws(engine, ROADS.prompts, SEEDED, preempt_somebody) == seeded
+    assert draws(engine, PROMPTS, SEEDED, preempt_one) == seeded
     assert engine.scheduler.num_preemptions >= NUM_TOKENS - 1
-
-
-def test_one_seed_means_one_text_and_another_seed_another(model):
-    prompts = [ROADS.prompts[3]] * 3
-    params = [SamplingParams(seed=seed, max_tokens=NUM_TOKENS) for seed in (1, 1, 2)]
-    first, again, other = draws(build(model), prompts, params)
-    assert first == again != other
 
 
 def test_a_draw_depends_on_seed_and_position_and_not_on_where_the_prompt_ends(model, seeded):
     """Five drawn tokens handed back as part of the prompt: the same seed goes on as before."""
     (drawn,) = seeded[3]
     params = SamplingParams(seed=3, max_tokens=NUM_TOKENS - 5)
-    again = draws(build(model), [[*ROADS.prompts[3], *drawn[:5]]], [params])
+    again = draws(build(model), [[*PROMPTS[3], *drawn[:5]]], [params])
     assert again == [[drawn[5:]]]
 
 
 def test_the_engines_seed_makes_unseeded_requests_reproducible(model):
     params = [SamplingParams(max_tokens=NUM_TOKENS)] * 2
-    prompts = [ROADS.prompts[3]] * 2
+    prompts = [PROMPTS[3]] * 2
     first, again, other = (draws(build(model, seed=s), prompts, params) for s in (7, 7, 8))
     assert first == again != other
     assert first[0] != first[1]  # two requests of one engine are two draws
@@ -703,17 +623,24 @@ def test_the_engines_seed_makes_unseeded_requests_reproducible(model):
 
 def test_the_children_of_one_request_are_different_texts(model):
     params = [SamplingParams(n=8, seed=3, max_tokens=NUM_TOKENS)]
-    (texts,) = draws(build(model), [ROADS.prompts[3]], params)
+    (texts,) = draws(build(model), [PROMPTS[3]], params)
     assert len({tuple(text) for text in texts}) == 8
     # The first children of a larger n are those of a smaller one.
     fewer = [SamplingParams(n=3, seed=3, max_tokens=NUM_TOKENS)]
-    assert draws(build(model), [ROADS.prompts[3]], fewer) == [texts[:3]]
+    assert draws(build(model), [PROMPTS[3]], fewer) == [texts[:3]]
+
+
+def test_no_text_of_one_seed_is_a_text_of_another(model):
+    """The seed of text i is a hash. With seed + i, text 2 of seed 1 would be text 1 of seed 2."""
+    params = [SamplingParams(n=4, seed=seed, max_tokens=NUM_TOKENS) for seed in (1, 2, 3)]
+    texts = draws(build(model), [PROMPTS[3]] * 3, params)
+    assert len({tuple(text) for each in texts for text in each}) == 12
 
 
 # ---- several sequences under one request ---------------------------------------------------------
 def test_n_sequences_have_their_own_blocks_and_outputs_in_order(model):
     engine = build(model)
-    engine.add_request(ROADS.prompts[2], SamplingParams(n=5, seed=1, max_tokens=6))
+    engine.add_request(PROMPTS[2], SamplingParams(n=5, seed=1, max_tokens=6))
     most = 0
 
     def look(step):
@@ -731,8 +658,8 @@ def test_n_sequences_have_their_own_blocks_and_outputs_in_order(model):
 @pytest.mark.parametrize("options", [{"max_num_seqs": 2}, {"num_blocks": 6}], ids=str)
 def test_n_sequences_that_do_not_fit_at_once_write_the_same(model, options):
     params = [SamplingParams(n=5, seed=1, max_tokens=6)]
-    want = draws(build(model), [ROADS.prompts[2]], params)
-    assert draws(build(model, **options), [ROADS.prompts[2]], params) == want
+    want = draws(build(model), [PROMPTS[2]], params)
+    assert draws(build(model, **options), [PROMPTS[2]], params) == want
 
 
 def test_a_request_is_finished_when_the_last_of_its_sequences_is():
@@ -760,44 +687,59 @@ def scripted(script, vocab_size=257, num_prompt_tokens=1):
     return forward
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory):
-    """256 bytes and <|endoftext|>, which is id 256."""
-    folder = tmp_path_factory.mktemp("bytes")
-    save_vocabulary(folder, merges=[])
-    return load_tokenizer(folder)
+class BytesAndEnd(ByteTokenizer):
+    """256 bytes, and id 256: the end of text, which adds none."""
+
+    def token_bytes(self, token_id):
+        return b"" if token_id == 256 else super().token_bytes(token_id)
 
 
-@pytest.fixture
-def says_ab_and_ends(byte_tokenizer):
-    """An engine whose model writes "ab", the end of text, "cd", and the end of text."""
-    a, b, c, d = byte_tokenizer.encode("abcd")
-    forward = scripted([a, b, 256, c, d, 256, a, a, a])
-    return build_stub(forward, 257, tokenizer=byte_tokenizer, eos_token_id=256)
+a, b, c, d, EOS = *b"abcd", 256
+ENDS = {  # what the model writes is "ab", EOS, "cd", EOS: params -> text, ids, reasons
+    "at the end of text": ({}, "ab", [a, b, EOS], "stop", None),
+    "ignore_eos": (
+        {"ignore_eos": True, "max_tokens": 5},
+        "abcd",
+        [a, b, EOS, c, d],
+        "length",
+        None,
+    ),
+    "a stop token": ({"stop_token_ids": [b]}, "a", [a, b], "stop", b),
+    "EOS as a stop token": (
+        {"ignore_eos": True, "stop_token_ids": [EOS]},
+        "ab",
+        [a, b, EOS],
+        "stop",
+        EOS,
+    ),
+    "EOS is allowed after min_tokens": ({"min_tokens": 2}, "ab", [a, b, EOS], "stop", None),
+    # EOS would be the third token. It is banned there, and the next best is id 0.
+    "min_tokens bans EOS": ({"min_tokens": 3}, "ab\0cd", [a, b, 0, c, d, EOS], "stop", None),
+}
 
 
-def completion(engine, **params):
+@pytest.mark.parametrize("params, text, ids, finish, stop", ENDS.values(), ids=ENDS)
+def test_a_text_ends_with_its_reasons_and_without_the_token_that_ended_it(
+    params, text, ids, finish, stop
+):
+    forward = scripted([a, b, EOS, c, d, EOS, a, a, a])
+    engine = build_stub(forward, 257, tokenizer=BytesAndEnd(), eos_token_id=EOS)
     engine.add_request([0], SamplingParams(**(GREEDY | params)))
     (output,) = run(engine).values()
-    return output.outputs[0]
+    completion = output.outputs[0]
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (
+        text,
+        finish,
+        stop,
+    )
+    assert completion.token_ids == ids
 
 
-def test_the_end_of_text_is_among_the_tokens_but_not_in_the_text(says_ab_and_ends, byte_tokenizer):
-    output = completion(says_ab_and_ends)
-    assert output.token_ids == [*byte_tokenizer.encode("ab"), 256]
-    assert (output.text, output.finish_reason, output.stop_reason) == ("ab", "stop", None)
-
-
-def test_ignore_eos_goes_on_behind_it(says_ab_and_ends):
-    output = completion(says_ab_and_ends, ignore_eos=True, max_tokens=5)
-    assert (output.text, len(output.token_ids), output.finish_reason) == ("abcd", 5, "length")
-
-
-def test_a_stop_token_ends_a_text_and_is_its_stop_reason(says_ab_and_ends, byte_tokenizer):
-    a, b = byte_tokenizer.encode("ab")
-    output = completion(says_ab_and_ends, stop_token_ids=[b])
-    assert (output.token_ids, output.finish_reason, output.stop_reason) == ([a, b], "stop", b)
-    assert output.text == "a", "as of EOS: token_ids has what ended it, text has not"
+def test_the_stop_token_0_is_a_stop_reason_too():
+    engine = build_stub(scripted([5, 0, 5]), 257, tokenizer=BytesAndEnd(), eos_token_id=EOS)
+    engine.add_request([0], SamplingParams(temperature=0, stop_token_ids=[0]))
+    completion = run(engine)["0"].outputs[0]
+    assert (completion.token_ids, completion.stop_reason) == ([5, 0], 0)
 
 
 @pytest.mark.parametrize("eos_token_id", [-1, 257, 50256])
@@ -807,38 +749,6 @@ def test_an_eos_that_the_vocabulary_has_not_never_comes(eos_token_id):
     engine.add_request([1], SamplingParams(temperature=0, max_tokens=3, min_tokens=2))
     (output,) = run(engine).values()
     assert output.outputs[0].finish_reason == "length"
-
-
-def test_the_stop_token_0_is_a_stop_reason_too(byte_tokenizer):
-    engine = build_stub(scripted([5, 0, 5]), 257, tokenizer=byte_tokenizer, eos_token_id=256)
-    output = completion(engine, stop_token_ids=[0])
-    assert (output.token_ids, output.stop_reason) == ([5, 0], 0)
-
-
-def test_under_ignore_eos_the_end_of_text_can_still_be_a_stop_token(says_ab_and_ends):
-    output = completion(says_ab_and_ends, ignore_eos=True, stop_token_ids=[256])
-    assert len(output.token_ids) == 3
-    assert (output.finish_reason, output.stop_reason) == ("stop", 256)
-
-
-def test_before_min_tokens_nothing_ends_a_text(says_ab_and_ends):
-    """The end of text is third: with min_tokens=3 the next best token takes its place (id 0)."""
-    output = completion(says_ab_and_ends, min_tokens=2)
-    assert len(output.token_ids) == 3 and output.token_ids[-1] == 256
-    again = completion(says_ab_and_ends, min_tokens=3)
-    assert again.token_ids[2] == 0
-    assert len(again.token_ids) == 6 and again.token_ids[-1] == 256
-    assert again.text == completion(says_ab_and_ends, min_tokens=3, stop_token_ids=[7]).text
-
-
-def test_a_model_without_tokenizer_serves_ids_and_empty_text(model):
-    engine = build(model)
-    engine.add_request([5, 6], SamplingParams(temperature=0, max_tokens=4, logprobs=1))
-    output = run(engine)["0"]
-    assert output.prompt is None and output.prompt_token_ids == [5, 6]
-    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 4
-    entries = [entry for step in output.outputs[0].logprobs for entry in step.values()]
-    assert {entry.decoded_token for entry in entries} == {None}
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
@@ -859,7 +769,7 @@ def test_logprobs_are_the_log_softmax_of_transformers_logits(model, log_softmax,
     """Of the model, before temperature and top_k: what vLLM reports too."""
     engine = build(model, max_num_batched_tokens=7)
     params = SamplingParams(**params, max_tokens=NUM_TOKENS, logprobs=3)
-    for prompt in ROADS.prompts:
+    for prompt in PROMPTS:
         engine.add_request(prompt, params)
     for output in run(engine).values():
         prompt, completion = output.prompt_token_ids, output.outputs[0]
@@ -879,16 +789,12 @@ def test_logprobs_are_the_log_softmax_of_transformers_logits(model, log_softmax,
 def test_logprobs_0_gives_the_drawn_token_alone(model):
     engine = build(model)
     engine.add_request([5, 6], SamplingParams(max_tokens=6, seed=1, logprobs=0))
-    output = run(engine)["0"].outputs[0]
+    engine.add_request([5, 6], SamplingParams(max_tokens=6, seed=1))
+    finished = run(engine)
+    output, unasked = finished["0"].outputs[0], finished["1"].outputs[0]
     assert [list(entry) for entry in output.logprobs] == [[i] for i in output.token_ids]
-
-
-def test_without_the_wish_there_are_no_logprobs(model):
-    engine = build(model)
-    engine.add_request([5, 6], SamplingParams(max_tokens=2))
-    output = run(engine)["0"]
-    assert output.prompt_logprobs is None
-    assert output.outputs[0].logprobs is None and output.outputs[0].cumulative_logprob is None
+    assert finished["1"].prompt_logprobs is None
+    assert unasked.logprobs is None and unasked.cumulative_logprob is None
 
 
 def prompt_logprobs_of(engine, prompts, between_steps=lambda step: None, **params):
@@ -899,9 +805,9 @@ def prompt_logprobs_of(engine, prompts, between_steps=lambda step: None, **param
 
 
 def assert_equal_prompt_logprobs(got, log_softmax):
-    """`got` for ROADS.prompts against transformers."""
+    """`got` for PROMPTS against transformers."""
     assert [len(entries) for entries in got] == LENGTHS
-    for prompt, entries in zip(ROADS.prompts, got, strict=True):
+    for prompt, entries in zip(PROMPTS, got, strict=True):
         assert entries[0] is None  # nothing comes before the first token, so nothing predicts it
         want = log_softmax(prompt)[:-1]
         for row, token_id, entry in zip(want, prompt[1:], entries[1:], strict=True):
@@ -910,18 +816,15 @@ def assert_equal_prompt_logprobs(got, log_softmax):
                 assert logprob.logprob == pytest.approx(row[each].item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("budget", [1, 3, 20, UNLIMITED])
+@pytest.mark.parametrize("budget", [1, 20])
 def test_prompt_logprobs_are_collected_across_chunks(model, log_softmax, budget):
     engine = build(model, max_num_batched_tokens=budget)
-    assert_equal_prompt_logprobs(prompt_logprobs_of(engine, ROADS.prompts), log_softmax)
+    assert_equal_prompt_logprobs(prompt_logprobs_of(engine, PROMPTS), log_softmax)
 
 
-@pytest.mark.parametrize("budget", [3, 10])
-def test_a_preemption_while_prompt_logprobs_are_collected_duplicates_none(
-    model, log_softmax, budget
-):
+def test_a_preemption_while_prompt_logprobs_are_collected_duplicates_none(model, log_softmax):
     """The second run over the prompt is cut into other chunks: the other requests have changed."""
-    engine = build(model, max_num_batched_tokens=budget)
+    engine = build(model, max_num_batched_tokens=3)
     numbers = random.Random(7)
     in_the_middle = []
 
@@ -934,13 +837,13 @@ def test_a_preemption_while_prompt_logprobs_are_collected_duplicates_none(
             in_the_middle.append(seq.num_computed_tokens)
             engine.scheduler.preempt(seq)
 
-    got = prompt_logprobs_of(engine, ROADS.prompts, preempt_in_a_prompt)
+    got = prompt_logprobs_of(engine, PROMPTS, preempt_in_a_prompt)
     assert len(in_the_middle) > 2
     assert_equal_prompt_logprobs(got, log_softmax)
 
 
 def test_prompt_logprobs_of_n_texts_come_once(model, log_softmax):
-    got = prompt_logprobs_of(build(model), ROADS.prompts, n=3, temperature=1.0, seed=1)
+    got = prompt_logprobs_of(build(model), PROMPTS, n=3, temperature=1.0, seed=1)
     assert_equal_prompt_logprobs(got, log_softmax)
 
 
@@ -950,7 +853,7 @@ def test_prompt_logprobs_beside_a_request_that_wants_none(model, expected):
         SamplingParams(temperature=0, max_tokens=NUM_TOKENS, prompt_logprobs=i % 2 or None)
         for i in range(6)
     ]
-    ids = [engine.add_request(p, q) for p, q in zip(ROADS.prompts, wanted, strict=True)]
+    ids = [engine.add_request(p, q) for p, q in zip(PROMPTS, wanted, strict=True)]
     finished = run(engine)
     assert [finished[i].outputs[0].token_ids for i in ids] == expected.tokens
     assert [finished[i].prompt_logprobs is None for i in ids] == [True, False] * 3
@@ -970,12 +873,12 @@ def fail_once(engine, at_call, error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("at_call", [1, 2, 4, 9, 12])
+@pytest.mark.parametrize("at_call", [1, 4, 12])
 def test_an_exception_in_the_forward_loses_nothing(model, log_softmax, at_call, error):
     engine = build(model, max_num_batched_tokens=40)
     fail_once(engine, at_call, error)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, prompt_logprobs=2)
-    ids = [engine.add_request(prompt, params) for prompt in ROADS.prompts]
+    ids = [engine.add_request(prompt, params) for prompt in PROMPTS]
     finished = {}
     with pytest.raises(type(error)):
         while engine.has_unfinished():
@@ -984,7 +887,7 @@ def test_an_exception_in_the_forward_loses_nothing(model, log_softmax, at_call, 
     engine.scheduler.check_integrity()
     assert engine.has_unfinished()
     finished |= run(engine)
-    want = [generate_no_cache(model, [prompt], NUM_TOKENS)[0] for prompt in ROADS.prompts]
+    want = [generate_no_cache(model, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS]
     assert [finished[i].outputs[0].token_ids for i in ids] == want
     assert_equal_prompt_logprobs([finished[i].prompt_logprobs for i in ids], log_softmax)
 
@@ -999,7 +902,7 @@ def test_an_exception_in_a_strategy_loses_nothing(model, expected):
 
     engine = build(model)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    ids = [engine.add_request(p, params, strategy=strategy) for p in ROADS.prompts]
+    ids = [engine.add_request(p, params, strategy=strategy) for p in PROMPTS]
     finished = {}
     failed = 0
     while engine.has_unfinished():
@@ -1060,55 +963,25 @@ def test_a_fork_copies_one_block_if_its_tail_is_partly_filled_and_none_if_it_is_
     assert sum(step.blocks_copied for step in steps) == copies
 
 
-def test_forked_sequences_share_the_blocks_of_their_past(model):
-    (prompt,) = random_prompts([40], seed=9)
-    engine = build(model)
-    params = SamplingParams(temperature=0, max_tokens=4)
-    engine.add_request(prompt, params, strategy=two_children(0))
-    engine.step()
-    parent, child = engine.scheduler.running
-    assert parent.block_table == child.block_table and len(child.block_table) == 10
-    engine.step()
-    assert parent.block_table[:10] == child.block_table[:10]
-    assert parent.block_table[10] != child.block_table[10]
-    allocator = engine.scheduler.allocator
-    assert [allocator.ref_count(block_id) for block_id in parent.block_table] == [2] * 10 + [1]
-    run(engine)
-
-
-@pytest.mark.parametrize("budget", [5, UNLIMITED])
-def test_forks_under_preemption_write_the_same(model, budget):
+@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 5}, {"num_blocks": 9}], ids=str)
+def test_forks_under_preemption_write_the_same(model, options):
     """A preempted child computes its past again, into blocks of its own."""
     prompts = random_prompts([6, 9, 14], seed=10)
     numbers = random.Random(11)
-    engine = build(model, max_num_batched_tokens=budget)
+    engine = build(model, **options)
     params = SamplingParams(temperature=0, max_tokens=10)
     for prompt in prompts:
         engine.add_request(prompt, params, strategy=two_children(1))
 
-    def preempt_somebody(step):
+    def preempt_one(step):
         if len(engine.scheduler.running) > 1 and numbers.random() < 0.5:
             engine.scheduler.preempt(numbers.choice(engine.scheduler.running))
 
-    steps = []
-    finished = run(engine, lambda step: (steps.append(step), preempt_somebody(step)))
+    finished = run(engine, preempt_one)
     for i, prompt in enumerate(prompts):
         got = [output.token_ids for output in finished[str(i)].outputs]
         assert got == fork_oracle(model, prompt, 1, 10)
     assert engine.scheduler.num_preemptions > 3
-
-
-def test_forks_in_a_pool_that_runs_dry_write_the_same(model):
-    prompts = random_prompts([6, 9, 14], seed=10)
-    engine = build(model, num_blocks=9)
-    params = SamplingParams(temperature=0, max_tokens=10)
-    for prompt in prompts:
-        engine.add_request(prompt, params, strategy=two_children(1))
-    finished = run(engine)
-    for i, prompt in enumerate(prompts):
-        got = [output.token_ids for output in finished[str(i)].outputs]
-        assert got == fork_oracle(model, prompt, 1, 10)
-    assert engine.scheduler.num_preemptions > 0
 
 
 def test_a_parent_without_a_future_is_dropped_and_its_blocks_are_free(model):
@@ -1148,7 +1021,7 @@ def test_a_request_whose_last_sequence_is_dropped_is_finished_without_a_text(mod
 
 def test_a_strategy_may_append_several_tokens_at_once(model, expected):
     """An accepted draft: one to three of the right tokens a step, cut where max_tokens says."""
-    prompt, want = ROADS.prompts[3], expected.tokens[3]
+    prompt, want = PROMPTS[3], expected.tokens[3]
 
     def strategy(sequences, logits):
         (seq,) = sequences
@@ -1177,7 +1050,7 @@ def test_a_strategy_is_called_once_a_step_for_all_requests_that_share_it(model):
     a, b = counting("a"), counting("b")
     engine = build(model)
     params = SamplingParams(temperature=0, max_tokens=3)
-    for prompt, strategy in zip(ROADS.prompts, [a, b, a, b, a, a]):
+    for prompt, strategy in zip(PROMPTS, [a, b, a, b, a, a]):
         engine.add_request(prompt, params, strategy=strategy)
     run(engine)
     assert calls == {"a": [["0", "2", "4", "5"]] * 3, "b": [["1", "3"]] * 3}
@@ -1186,11 +1059,11 @@ def test_a_strategy_is_called_once_a_step_for_all_requests_that_share_it(model):
 # ---- two engines ---------------------------------------------------------------------------------
 def test_two_engines_step_by_step_in_turn_do_not_touch_each_other(tiny_gpt, model, expected):
     other = tiny_gpt(seed=1, dtype=torch.float64, max_seq_len=256)
-    want = generate_no_cache(other, ROADS.prompts, NUM_TOKENS)
+    want = generate_no_cache(other, PROMPTS, NUM_TOKENS)
     assert want != expected.tokens
     second = build(other, num_blocks=30, block_size=3, max_num_batched_tokens=7)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    for prompt in ROADS.prompts:
+    for prompt in PROMPTS:
         second.add_request(prompt, params)
     finished = {}
 
@@ -1271,17 +1144,6 @@ def test_a_wrong_reference_count_is_noticed(model, expected):
         compare(engine, expected, after_step(3, one_holder_too_many))
 
 
-def test_a_block_in_two_tables_is_noticed(model, expected):
-    engine = build(model)
-
-    def share_without_saying_so():
-        running = engine.scheduler.running
-        running[0].block_table[0] = running[-1].block_table[0]
-
-    with pytest.raises(AssertionError, match="ref_count"):
-        compare(engine, expected, after_step(3, share_without_saying_so))
-
-
 # ---- what a step says of itself ------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options", [{}, {"num_blocks": 13}, {"max_num_batched_tokens": 5}], ids=str
@@ -1291,7 +1153,7 @@ def test_blocks_taken_minus_freed_are_the_blocks_held_after_every_step(model, op
     engine = build(model, **options)
     allocator = engine.scheduler.allocator
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    for prompt in ROADS.prompts:
+    for prompt in PROMPTS:
         engine.add_request(prompt, params, strategy=strategy)
     taken = freed = 0
 
@@ -1309,8 +1171,8 @@ def test_blocks_taken_minus_freed_are_the_blocks_held_after_every_step(model, op
 def test_a_step_names_who_ran_who_was_sampled_and_how_long_it_took(model):
     engine = build(model, max_num_batched_tokens=10)
     params = SamplingParams(temperature=0, max_tokens=2)
-    engine.add_request(ROADS.prompts[2], params)  # 7 tokens
-    engine.add_request(ROADS.prompts[3], params)  # 15 tokens
+    engine.add_request(PROMPTS[2], params)  # 7 tokens
+    engine.add_request(PROMPTS[3], params)  # 15 tokens
     steps = []
     run(engine, steps.append)
     spans = [
@@ -1333,25 +1195,3 @@ def test_a_step_names_who_ran_who_was_sampled_and_how_long_it_took(model):
     assert all(step.milliseconds > 0 for step in steps)
     assert [step.blocks_taken for step in steps] == [2 + 4, 0, 0, 0]
     assert [step.blocks_freed for step in steps] == [0, 2, 0, 4]
-
-
-def test_a_step_without_requests_does_nothing(model):
-    engine = build(model)
-    step = engine.step()
-    assert step.plan.scheduled == [] and step.outputs == []
-    assert (step.blocks_taken, step.blocks_freed) == (0, 0)
-
-
-def test_the_state_of_a_sequence_is_what_its_numbers_say(model):
-    engine = build(model, max_num_batched_tokens=4)
-    engine.add_request(ROADS.prompts[2], SamplingParams(temperature=0, max_tokens=3))
-    assert engine.scheduler.num_waiting == 1
-    states = []
-
-    def look(step):
-        for seq in engine.scheduler.running:
-            assert seq.status == RUNNING
-            states.append((seq.num_computed_tokens, len(seq.token_ids)))
-
-    run(engine, look)
-    assert states == [(4, 7), (7, 8), (8, 9)]  # half a prompt, the other half, a decode
