@@ -111,8 +111,8 @@ class Scheduler:
         """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`."""
         plan = Plan()
         budget = self._continue_running(plan, self.max_num_batched_tokens)
-        # After a preemption the pool is full. Started now, the preempted sequence would take its
-        # blocks back, and nothing would be gained.
+        # After a preemption the pool is full. A preempted sequence that starts again in the same
+        # step would take back blocks that others need.
         if not plan.preempted:
             self._start_waiting(plan, budget)
         return plan
@@ -202,7 +202,8 @@ class Scheduler:
     def _preempt_last(self, plan: Plan) -> Sequence:
         """Step 3, if the pool is full: the last in line gives up its blocks. Returns it.
 
-        Then the caller tries again from step 1. If the last was a fork, nothing may be shared now.
+        The caller then tries again from step 1. If the last in line was a fork, the blocks that it
+        shared may have no second holder any more, and need no copy.
         """
         victim = self.running[-1]
         self.preempt(victim)

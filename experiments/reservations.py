@@ -62,7 +62,7 @@ class BuddyAllocator(BlockAllocator):
     def __init__(self, num_blocks: int, block_size: int = 16):
         super().__init__(num_blocks, block_size)
         self._held: dict[int, int] = {}  # first block of an allocation -> blocks asked for
-        self._free: dict[int, int] = {}  # first block of a free region -> its size
+        self._free_regions: dict[int, int] = {}  # first block of a free region -> its size
         for block_id in range(num_blocks):
             self._release(block_id, 1)  # they merge: 12 blocks are a region of 8 and one of 4
 
@@ -82,27 +82,27 @@ class BuddyAllocator(BlockAllocator):
         `num_blocks - num_reserved - num_free` is the external fragmentation: blocks that are free,
         but not adjacent to that region.
         """
-        return max(self._free.values(), default=0)
+        return max(self._free_regions.values(), default=0)
 
     @property
     def num_reserved(self) -> int:
         """Blocks of all regions handed out, including those lost to rounding."""
-        return self.num_blocks - sum(self._free.values())
+        return self.num_blocks - sum(self._free_regions.values())
 
     def allocate(self, n: int) -> list[int]:
         """Take `n` adjacent blocks, in ascending order. All or nothing: else NoFreeBlocks."""
         if n < 1:
             return []
         wanted = power_of_two(n)
-        fitting = [(size, first) for first, size in self._free.items() if size >= wanted]
+        fitting = [(size, first) for first, size in self._free_regions.items() if size >= wanted]
         if not fitting:
             free = f"{self.num_blocks - self.num_reserved} of {self.num_blocks} are free"
             raise NoFreeBlocks(f"{n} adjacent blocks asked for: {free}, {self.num_free} adjacent")
         size, first = min(fitting)  # the tightest fit leaves large regions whole
-        del self._free[first]
+        del self._free_regions[first]
         while size > wanted:
             size //= 2
-            self._free[first + size] = size  # the upper half stays free
+            self._free_regions[first + size] = size  # the upper half stays free
         self._held[first] = n
         self._ref_counts[first : first + n] = [1] * n
         return list(range(first, first + n))
@@ -137,13 +137,15 @@ class BuddyAllocator(BlockAllocator):
         assert held == set(named), f"allocations and tables disagree on {sorted(held ^ set(named))}"
         end = 0
         regions = [(first, power_of_two(n)) for first, n in self._held.items()]
-        for first, size in sorted([*regions, *self._free.items()]):
+        for first, size in sorted([*regions, *self._free_regions.items()]):
             assert first == end, f"a region starts at block {first}, the one before ends at {end}"
             assert first % size == 0, f"a region of {size} blocks starts at block {first}"
             end += size
         assert end == self.num_blocks, f"the regions end at block {end}, not {self.num_blocks}"
         apart = [
-            first for first, size in self._free.items() if self._free.get(first ^ size) == size
+            first
+            for first, size in self._free_regions.items()
+            if self._free_regions.get(first ^ size) == size
         ]
         assert not apart, f"the free regions at {apart} are buddies and were not merged"
 
@@ -157,11 +159,11 @@ class BuddyAllocator(BlockAllocator):
     def _release(self, first: int, size: int) -> None:
         """Enter a region as free, and merge it with its buddy while that is free too."""
         # Buddies differ in one bit of their first block: of size 4, those at 8 and 12.
-        while self._free.get(first ^ size) == size:
-            del self._free[first ^ size]
+        while self._free_regions.get(first ^ size) == size:
+            del self._free_regions[first ^ size]
             first = min(first, first ^ size)
             size *= 2
-        self._free[first] = size
+        self._free_regions[first] = size
 
 
 # --------------------------------------------------------------------------------------------------

@@ -214,11 +214,11 @@ CORRUPTIONS = {  # of an allocator with blocks 0-2 (3 is lost) and 4-5 taken, an
     "an allocation is longer": lambda a, tables: a._held.update({4: 3}),
     "an allocation claims the lost block": lambda a, tables: a._held.update({0: 4}),
     "an allocation is shorter": lambda a, tables: a._held.update({0: 2}),
-    "a free region is lost": lambda a, tables: a._free.clear(),
-    "a free region is larger": lambda a, tables: a._free.update({6: 4}),
-    "a free region lies elsewhere": lambda a, tables: setattr(a, "_free", {4: 2}),
-    "a free region overlaps": lambda a, tables: a._free.update({5: 1}),
-    "free buddies stay apart": lambda a, tables: setattr(a, "_free", {6: 1, 7: 1}),
+    "a free region is lost": lambda a, tables: a._free_regions.clear(),
+    "a free region is larger": lambda a, tables: a._free_regions.update({6: 4}),
+    "a free region lies elsewhere": lambda a, tables: setattr(a, "_free_regions", {4: 2}),
+    "a free region overlaps": lambda a, tables: a._free_regions.update({5: 1}),
+    "free buddies stay apart": lambda a, tables: setattr(a, "_free_regions", {6: 1, 7: 1}),
 }
 
 
@@ -236,7 +236,7 @@ def test_a_region_at_a_crooked_address_is_noticed():
     """Blocks 1-2 as one region of two: it tiles the pool, but its buddy would be wrong."""
     allocator = BuddyAllocator(4)
     tables = [allocator.allocate(1)]
-    allocator._free = {1: 2, 3: 1}
+    allocator._free_regions = {1: 2, 3: 1}
     with pytest.raises(AssertionError, match="a region of 2 blocks starts at block 1"):
         allocator.check_integrity(tables)
 

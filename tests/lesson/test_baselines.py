@@ -215,18 +215,6 @@ def test_every_sequence_holds_a_slab_for_the_longest_text_from_the_start():
     assert cache.slabs.nbytes == 3 * 64 * 1024
 
 
-def test_token_by_token_the_slabs_hold_the_keys_and_values_of_their_sequence():
-    cache = ContiguousCache(1, 3, 8, num_kv_heads=2, head_dim=4)
-    cache.slabs.fill_(math.nan)
-    k, v = torch.randn(2, 6, 2, 4)
-    cache.attend([0, 0], [4, 2])(0, torch.randn(6, 2, 4), k, v)
-    assert torch.equal(cache.slabs[0, 0, 0, :, :4].transpose(0, 1), k[:4])
-    assert torch.equal(cache.slabs[0, 1, 0, :, :4].transpose(0, 1), v[:4])
-    assert torch.equal(cache.slabs[0, 0, 1, :, :2].transpose(0, 1), k[4:])
-    assert torch.equal(cache.slabs[0, 1, 1, :, :2].transpose(0, 1), v[4:])
-    assert cache.slabs[:, :, :, :, 4:].isnan().all(), "later positions are left alone"
-
-
 def watch_library_calls(monkeypatch):
     calls = []
     library = F.scaled_dot_product_attention

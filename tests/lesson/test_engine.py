@@ -306,18 +306,6 @@ def test_every_prompt_length_up_to_three_blocks_and_one_token(model, block_size)
     assert len({token for tokens in want for token in tokens}) > 4
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_a_sequence_holds_exactly_the_blocks_that_its_computed_tokens_need(model, block_size):
-    engine = build(model, 64, block_size)
-    held = []
-
-    def look(step):
-        held.extend((len(s.token_ids) - 1, len(s.block_table)) for s in engine.scheduler.running)
-
-    generate(engine, random_prompts([3]), look, max_tokens=40)
-    assert held == [(n, -(-n // block_size)) for n in range(3, 42)]
-
-
 @pytest.fixture(scope="module")
 def long_model(tiny_gpt):
     return tiny_gpt(dtype=torch.float64, max_seq_len=1024, n_layer=1, n_head=2, n_embd=32)
@@ -437,28 +425,6 @@ def test_params_of_another_type_are_refused(tiny_gpt, params):
     with pytest.raises(ValueError, match="give a SamplingParams"):
         engine.add_request([3], params)
     assert not engine.has_unfinished()
-
-
-def test_a_refused_request_does_not_disturb_those_that_run(model, expected):
-    engine = build(model, num_blocks=32)
-
-    def refused_in_between(step):
-        for prompt in ([], [97], [3] * 200):
-            with pytest.raises(ValueError):
-                engine.add_request(prompt, SamplingParams(max_tokens=50))
-
-    same, error = compare(engine, expected, refused_in_between)
-    assert same and error < 1e-9
-
-
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_request_that_just_fills_the_pool_runs_and_one_token_more_is_refused(tiny_gpt, missing):
-    engine = build(tiny_gpt(dtype=torch.float64), num_blocks=8)
-    params = SamplingParams(temperature=0, max_tokens=12 - missing)
-    engine.add_request([3] * 20, params)
-    assert len(run(engine)["0"].outputs[0].token_ids) == 12 - missing
-    with pytest.raises(ValueError, match="need 9 blocks of 4, the pool has 8"):
-        engine.add_request([3] * 21, SamplingParams(max_tokens=12))
 
 
 # ---- abort, in every state -----------------------------------------------------------------------
@@ -1011,14 +977,6 @@ def test_a_parent_without_a_future_is_dropped_and_its_blocks_are_free(model):
     assert held == [2, 3, 3, 3, 3, 3, 3, 4, 4, 0]
 
 
-def test_a_request_whose_last_sequence_is_dropped_is_finished_without_a_text(model):
-    engine = build(model)
-    params = SamplingParams(temperature=0, max_tokens=9)
-    engine.add_request([1, 2, 3], params, strategy=lambda sequences, logits: [])
-    output = run(engine)["0"]
-    assert output.finished and output.outputs == []
-
-
 def test_a_strategy_may_append_several_tokens_at_once(model, expected):
     """An accepted draft: one to three of the right tokens a step, cut where max_tokens says."""
     prompt, want = PROMPTS[3], expected.tokens[3]
@@ -1057,26 +1015,6 @@ def test_a_strategy_is_called_once_a_step_for_all_requests_that_share_it(model):
 
 
 # ---- two engines ---------------------------------------------------------------------------------
-def test_two_engines_step_by_step_in_turn_do_not_touch_each_other(tiny_gpt, model, expected):
-    other = tiny_gpt(seed=1, dtype=torch.float64, max_seq_len=256)
-    want = generate_no_cache(other, PROMPTS, NUM_TOKENS)
-    assert want != expected.tokens
-    second = build(other, num_blocks=30, block_size=3, max_num_batched_tokens=7)
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    for prompt in PROMPTS:
-        second.add_request(prompt, params)
-    finished = {}
-
-    def step_the_second(step):
-        if second.has_unfinished():
-            outputs = second.step().outputs
-            finished.update({o.request_id: o.outputs[0].token_ids for o in outputs if o.finished})
-
-    assert compare(build(model), expected, step_the_second)[0]
-    finished |= {i: output.outputs[0].token_ids for i, output in run(second).items()}
-    assert [finished[str(i)] for i in range(6)] == want
-
-
 def test_two_engines_in_two_threads_write_what_they_write_one_after_the_other(model, expected):
     engines = [build(model, num_blocks=18), build(model, max_num_batched_tokens=5)]
     got = [None, None]
@@ -1132,16 +1070,6 @@ def test_a_swapped_table_entry_is_noticed_where_a_block_is_partly_filled(model, 
     assert same and error < 1e-9
     same, error = compare_with_swapped(0, -1)
     assert not same and error > 1e-3
-
-
-def test_a_wrong_reference_count_is_noticed(model, expected):
-    engine = build(model)
-
-    def one_holder_too_many():
-        engine.scheduler.allocator.fork(engine.scheduler.running[-1].block_table[:1])
-
-    with pytest.raises(AssertionError, match="ref_count 2, 1 tables name it"):
-        compare(engine, expected, after_step(3, one_holder_too_many))
 
 
 # ---- what a step says of itself ------------------------------------------------------------------
