@@ -17,9 +17,9 @@ Ctrl-C loses no finished row. Times of different runs are not comparable: other 
 change. So each comparison is a row of its own, the ratio of two contenders in the same rounds.
 
 Run: python benchmark.py
-Try: python benchmark.py --batches 1 --new-tokens 128: with 128 tokens instead of 32 "no cache" falls
-from a quarter of the speed to a seventh, because it computes all tokens again at every step.
-Or python benchmark.py allocator: a million random operations, and no block is lost.
+Try: python benchmark.py --batches 1 --new-tokens 128: with 128 tokens instead of 32 "no cache"
+falls from a quarter of the speed to a seventh, because each step computes all tokens again. Or
+python benchmark.py allocator: a million random operations, and no block is lost.
 """
 
 import argparse

@@ -108,7 +108,8 @@ def percentile(values: list[float], percent: float) -> float:
 
     Of 1, 2, .., 100 the 90th percentile is 90.
     """
-    rank = max(math.ceil(len(values) * percent / 100), 1)  # this order: 7% of 100 is 7.0
+    # Multiply first: 7 / 100 * 100 is a little more than 7, and its ceiling is 8.
+    rank = max(math.ceil(len(values) * percent / 100), 1)
     return sorted(values)[rank - 1]
 
 

@@ -14,9 +14,9 @@ block_size=1, with a small pool, and with sequences so short and so alike that s
 
 Equal work is checked: tokens must be those of the contiguous way. The rows say how many tokens were
 written, how many were computed, and how many bytes of K and V were held at most. A slab holds the
-model's longest length; transformers' cache holds the tokens that it has. Time to first token is the
-time of the step that computes the prompts, as a mean over all sequences, because in a small pool
-some of them start later. Latency percentiles are of all later steps of a round.
+model's longest length; transformers' cache holds the tokens that it has. Time to first token is a
+mean over all sequences: in a small pool some of them start later. Latency percentiles are of all
+steps of a round but the first.
 
 The default takes about a minute and a half on 2 idle cores. `--full` has GPT-2's 124M shape and
 takes minutes for each workload without a cache.

@@ -1,10 +1,11 @@
 """Requests that arrive over time: latency against rate, for a recorded trace or drawn lengths.
 
 An open loop: each request arrives at its time, however long the queue is, because clients know
-nothing of each other. At a low rate all memory plans behave alike. The rate at which the normalised
-latency (from arrival to the last token, divided by the tokens: the paper's figure) turns upwards is
-the rate that a plan can serve. Other figures are the times to the first token and between tokens
-(p50, p90, p99) and how many requests run, as a mean over each tenth of the run.
+nothing of each other. The normalised latency is the time from arrival to the last token, divided by
+the tokens, as in the paper. At a low rate it is the same for all memory plans. From some rate on it
+rises steeply: that is the rate that a plan can serve. Other figures are the times to the first
+token and between tokens (p50, p90, p99) and how many requests run, as a mean over each tenth of the
+run.
 
 The trace is a CSV file with TIMESTAMP, ContextTokens and GeneratedTokens, as Azure publishes them
 (github.com/Azure/AzurePublicDataset; Patel et al. 2024, "Splitwise", ISCA). It is named by --trace,
