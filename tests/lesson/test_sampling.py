@@ -25,8 +25,6 @@ from draws import (
     rows_of,
     shares_to_logits,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 import sampling
 from sampling import (
@@ -498,41 +496,17 @@ def assert_equal_to_the_oracle(matrix: list[list[float]], rows: list[SampleRow])
     assert support == [expected[i][0] for i in drawn]
 
 
-@st.composite
-def problems(draw_one) -> tuple[list[list[float]], list[SampleRow]]:
-    """One to three rows over 3 to 8 tokens; the last of them is never -inf and never forbidden."""
-    vocab_size = draw_one(st.integers(3, 8))
-    ids = st.lists(st.integers(0, vocab_size - 1), max_size=5)
-    eighths = st.integers(-25, 24)  # of 1/8, so that ties are frequent; -25 stands for -inf
-    some_logits = st.lists(eighths, min_size=vocab_size, max_size=vocab_size)
-    some_params = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in CHOICES.items()})
-    matrix, rows = [], []
-    for _ in range(draw_one(st.integers(1, 3))):
-        numbers = draw_one(some_logits)
-        matrix.append([-math.inf if x == -25 else x / 8 for x in numbers[:-1]] + [numbers[-1] / 8])
-        prompt, output, params = draw_one(ids), draw_one(ids), draw_one(some_params)
-        seed, position = draw_one(st.integers(0, 2**63 - 1)), draw_one(st.integers(0, 4096))
-        token_ids, params = prompt + output, SamplingParams(**params)
-        rows.append(SampleRow(params, seed, position, token_ids, len(prompt), eos_token_id=1))
-    return matrix, rows
-
-
-@settings(max_examples=120, deadline=None)
-@given(problems())
-def test_the_vectorised_call_equals_the_oracle_on_each_row(problem):
-    try:
-        assert_equal_to_the_oracle(*problem)
-    except CloseCall:
-        assume(False)
-
-
 def test_a_thousand_rows_of_all_kinds_in_one_call_equal_the_oracle():
     rng, matrix, rows = random.Random(0), [], []
     while len(rows) < 1000:
-        logits = [rng.randrange(-24, 24) / 8 for _ in range(12)]
+        # Eighths, so that ties are frequent. The last token is never -inf and never forbidden.
+        logits = [rng.choice([rng.randrange(-24, 24) / 8] * 20 + [-math.inf]) for _ in range(11)]
+        logits.append(rng.randrange(-24, 24) / 8)
         params = SamplingParams(**{k: rng.choice(v) for k, v in CHOICES.items()})
-        token_ids = [rng.randrange(12) for _ in range(rng.randrange(3, 8))]
-        one = SampleRow(params, rng.randrange(2**63), rng.randrange(1024), token_ids, 3, 1)
+        num_prompt_tokens, num_tokens = rng.randrange(4), rng.randrange(4, 9)
+        token_ids = [rng.randrange(12) for _ in range(num_tokens)]
+        seed, position = rng.randrange(2**63), rng.randrange(1024)
+        one = SampleRow(params, seed, position, token_ids, num_prompt_tokens, 1)
         try:
             oracle(logits, one)
         except CloseCall:
