@@ -216,6 +216,28 @@ class World:
         return result
 
 
+# Batches that every kernel has to get right: fields of a world, by the sentence that they test.
+MIXED = {"query_lens": [6, 4, 1, 3, 0, 2], "context_lens": [6, 9, 33, 3, 5, 7]}
+SMALL_WORLDS = {
+    "a prompt, a chunk, a decode and a sequence without queries": MIXED,
+    "starts: within a block, at its first token, at and behind the end": MIXED
+    | {"context_starts": [2, 4, 30, 3, 0, 9]},
+    "fewer tokens than queries, and no tokens at all": {
+        "query_lens": [5, 1, 2],
+        "context_lens": [3, 0, 9],
+    },
+    "rows and table columns of no sequence": MIXED
+    | {"num_padded_rows": 3, "num_padded_columns": 2},
+    "three query heads for one head of K and V": MIXED | {"group": 3, "num_kv_heads": 2},
+    "sizes that are no powers of two": MIXED | {"block_size": 5, "head_dim": 24},
+    "blocks of one token, heads of one number": MIXED | {"block_size": 1, "head_dim": 1},
+    "more heads than sequences": {"query_lens": [2], "context_lens": [9], "num_kv_heads": 7},
+    "nothing to attend": {"query_lens": [0], "context_lens": [3], "num_padded_rows": 2},
+    "no sequence": {"query_lens": [], "context_lens": [], "num_padded_rows": 2},
+    "no row": {"query_lens": [0, 0], "context_lens": [3, 4]},
+}
+
+
 def random_world(seed: int, longest: int = 40, **fixed) -> World:
     """A ragged batch of decodes, prompts, chunks and rows without anything to read, in any order.
 

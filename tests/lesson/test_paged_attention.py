@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import worlds
-from worlds import World
+from worlds import SMALL_WORLDS, World
 
 from paged_attention import paged_attention
 
@@ -108,63 +108,12 @@ def test_very_negative_scores_do_not_divide_by_zero():
 
 
 # ---- what may be read ----------------------------------------------------------------------------
-def test_a_context_may_start_later():
-    World([1, 3, 2], [9, 12, 7], context_starts=[5, 2, 0]).check(paged_attention)
-
-
-@pytest.mark.parametrize("start", [9, 10, 50])
-def test_a_start_at_or_behind_the_end_gives_zeros(start):
-    world = World([2, 1], [9, 5], context_starts=[start, 0])
-    result = world.check(paged_attention)
-    assert result[:2].abs().max() == 0
-    assert result[2].abs().max() > 0
-
-
-def test_a_query_over_an_empty_context_is_zero():
-    world = World([1, 2, 1], [0, 6, 0])  # as a padded row of a recorded graph
-    result = world.check(paged_attention)
-    assert result[[0, 3]].abs().max() == 0
-
-
-def test_rows_behind_the_last_sequence_are_zero():
-    world = World([2, 1], [4, 9], num_padded_rows=5)
-    world.qkv[3:] = math.nan
-    result = world.check(paged_attention)
-    assert result[3:].abs().max() == 0
-
-
-def test_rows_without_any_query_are_zero():
-    world = World([0, 0], [4, 9], num_padded_rows=3)
-    for max_query_len in (0, 1, 4):
-        world.check(paged_attention, max_query_len=max_query_len)
-
-
-def test_no_sequences_and_no_rows():
-    assert World([], []).run(paged_attention).shape == (0, 2, 8)
-    assert World([0, 0], [3, 4]).run(paged_attention).shape == (0, 2, 8)
-    unowned_rows = World([], [], num_padded_rows=3).run(
-        paged_attention, max_query_len=1, max_context_len=4
-    )
-    assert unowned_rows.shape == (3, 2, 8) and unowned_rows.abs().max() == 0
+@pytest.mark.parametrize("fields", SMALL_WORLDS.values(), ids=SMALL_WORLDS)
+def test_what_a_query_may_read_and_which_rows_are_zero(fields):
+    World(**fields).check(paged_attention)
 
 
 # ---- the arguments -------------------------------------------------------------------------------
-def test_upper_bounds_larger_than_needed_change_nothing():
-    world = World([2, 1, 5], [9, 4, 5])
-    want = world.check(paged_attention)
-    for max_query_len, max_context_len in ((6, 9), (5, 10), (64, 12), (5, 1000), (1024, 1024)):
-        result = world.check(
-            paged_attention, max_query_len=max_query_len, max_context_len=max_context_len
-        )
-        torch.testing.assert_close(result, want, atol=1e-14, rtol=0)
-
-
-def test_padded_table_columns_hold_the_scratch_block_and_are_not_read():
-    world = World([2, 1, 5], [9, 4, 5], num_padded_columns=3)
-    world.check(paged_attention)
-    world.check(paged_attention, max_context_len=24)
-
-
 def test_the_result_goes_into_out_where_it_is_given():
     world = World([2, 0, 1], [9, 3, 4], num_padded_rows=2)
     out = torch.full_like(world.q, math.nan, memory_format=torch.contiguous_format)

@@ -12,7 +12,15 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from worlds import ALL_DTYPES, DEVICE, DTYPES, check_on_device, random_world, world_of
+from worlds import (
+    ALL_DTYPES,
+    DEVICE,
+    DTYPES,
+    SMALL_WORLDS,
+    check_on_device,
+    random_world,
+    world_of,
+)
 
 import paged_attention_triton as module
 from baselines import generate_no_cache
@@ -32,29 +40,8 @@ def check(world, **changes):
 
 
 # ---- attention -----------------------------------------------------------------------------------
-MIXED = {"query_lens": [6, 4, 1, 3, 0, 2], "context_lens": [6, 9, 33, 3, 5, 7]}
-WORLDS = {
-    "a prompt, a chunk, a decode and a sequence without queries": MIXED,
-    "starts: within a block, at its first token, at and behind the end": MIXED
-    | {"context_starts": [2, 4, 30, 3, 0, 9]},
-    "fewer tokens than queries, and no tokens at all": {
-        "query_lens": [5, 1, 2],
-        "context_lens": [3, 0, 9],
-    },
-    "rows and table columns of no sequence": MIXED
-    | {"num_padded_rows": 3, "num_padded_columns": 2},
-    "three query heads for one head of K and V": MIXED | {"group": 3, "num_kv_heads": 2},
-    "sizes that are no powers of two": MIXED | {"block_size": 5, "head_dim": 24},
-    "blocks of one token, heads of one number": MIXED | {"block_size": 1, "head_dim": 1},
-    "more heads than sequences": {"query_lens": [2], "context_lens": [9], "num_kv_heads": 7},
-    "nothing to attend": {"query_lens": [0], "context_lens": [3], "num_padded_rows": 2},
-    "no sequence": {"query_lens": [], "context_lens": [], "num_padded_rows": 2},
-    "no row": {"query_lens": [0, 0], "context_lens": [3, 4]},
-}
-
-
 @needs_triton
-@pytest.mark.parametrize("fields", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("fields", SMALL_WORLDS.values(), ids=SMALL_WORLDS)
 def test_it_equals_dense_attention(fields):
     check(world_of(**fields, dtype=DTYPES[0]))
 
