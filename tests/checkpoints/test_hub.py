@@ -487,32 +487,6 @@ def test_an_index_names_each_file_once_and_in_order(tmp_path):
     assert shard_names(tmp_path / WEIGHTS[0]) == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../evil", "/etc/passwd", "a/b.safetensors", "..", ".", "", ".hidden", r"a\b", "a\0", "a\n"]
-    + [7, None, ["a"]],
-)
-def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
-    path = tmp_path / WEIGHTS[1]
-    path.write_bytes(index_of("a.safetensors", name))
-    with pytest.raises(ValueError) as caught:
-        shard_names(path)
-    shown = "a list" if isinstance(name, list) else repr(name)
-    reason = f"lies in {shown}, which is not the name of a file beside it"
-    assert str(caught.value).startswith(f"{path}: tensor ") and reason in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"{}", b'{"weight_map": 7}', b'{"weight_map": {}}', b"\xff"]
-)
-def test_an_index_that_is_none_is_refused(text, tmp_path):
-    path = tmp_path / WEIGHTS[1]
-    path.write_bytes(text)
-    with pytest.raises(ValueError, match="not JSON|no object of|not one object|as UTF-8") as caught:
-        shard_names(path)
-    assert str(caught.value).startswith(str(path))
-
-
 # ---- in the cache --------------------------------------------------------------------------------
 def put_in_cache(cache: Path, folder: str, refs: dict[str, str], commit: str) -> Path:
     """What the library leaves behind: a file a branch, a folder a commit."""
@@ -652,13 +626,6 @@ def test_of_several_sets_of_weights_the_best_is_fetched_and_no_other(hub, user, 
     assert hub.asked() == ["config.json", *SETS[best]]
 
 
-def test_gpt2_is_asked_for_under_its_full_name(hub, user, cache):
-    hub.add("openai-community/gpt2", SMALL)
-    folder = user.find("gpt2", cache).folder
-    assert folder == cache / "models--openai-community--gpt2" / "snapshots" / NEW
-    assert hub.log[0].path == "/api/models/openai-community/gpt2/revision/main"
-
-
 def test_a_repository_that_moved_is_followed(hub, user, cache):
     hub.add("me/tales", SMALL)
     hub.moved = {"me/stories": "me/tales"}
@@ -709,30 +676,6 @@ def test_two_who_ask_at_once_both_get_it_whole(hub, user, cache, checkpoint_file
     assert folders[0] == folders[1] and contents(folders[0]) == checkpoint_files
 
 
-@pytest.mark.slow
-def test_a_terminal_shows_a_bar_and_a_file_no_bar(hub, cache, tmp_path):
-    termios = pytest.importorskip("termios")
-    hub.add("me/tales", SMALL)
-    terminal, stderr = os.openpty()
-    termios.tcsetwinsize(stderr, (24, 100))
-    with User(hub.url, tmp_path / "home", stderr=stderr) as user:
-        assert user.find("me/tales", cache).folder
-    os.close(stderr)
-    shown = b""
-    try:
-        while piece := os.read(terminal, 1 << 16):
-            shown += piece
-    except OSError:  # how Linux says that nobody can write there any more
-        pass
-    os.close(terminal)
-    shown = shown.decode()
-    assert "model.safetensors: 100%" in shown and "\r" in shown
-    with open(tmp_path / "log", "w") as log:
-        with User(hub.url, tmp_path / "home", stderr=log) as user:
-            assert user.find("me/tales", tmp_path / "another cache").folder
-    assert "%" not in (tmp_path / "log").read_text()
-
-
 # ---- the wire ------------------------------------------------------------------------------------
 def test_a_connection_that_ends_early_is_resumed_where_it_ended(hub, user, cache, checkpoint_files):
     hub.add("me/tales", checkpoint_files)
@@ -746,22 +689,6 @@ def test_a_connection_that_ends_early_is_resumed_where_it_ended(hub, user, cache
         hashlib.sha256(weights).digest()
     )
     assert load_model(folder).config.n_embd == 512 and leftovers(cache) == []
-
-
-@pytest.mark.slow
-def test_bytes_that_stop_coming_are_asked_for_again(hub, cache, tmp_path):
-    hub.add("me/tales", SMALL)
-    hub.faults = {"model.safetensors": [Fault("stall", 100)]}
-    with User(hub.url, tmp_path / "home", HF_HUB_DOWNLOAD_TIMEOUT="1") as user:
-        assert contents(user.find("me/tales", cache).folder) == SMALL
-    assert hub.asked() == ["config.json", "model.safetensors", "model.safetensors"]
-
-
-def test_a_server_that_ignores_the_range_is_read_from_the_start(hub, user, cache, checkpoint_files):
-    hub.add("me/tales", checkpoint_files)
-    faults = [Fault("end", CHUNK + 9), Fault("ignore range")]
-    hub.faults = {"model.safetensors": faults}
-    assert contents(user.find("me/tales", cache).folder) == checkpoint_files
 
 
 @pytest.mark.slow
@@ -940,12 +867,6 @@ def test_a_gated_model_that_lists_its_files_says_so_as_well(hub, user, cache):
     refusal = user.find("me/tales", cache).refusal
     terms = f"accept its terms at {hub.url}/me/tales, then {LOG_IN}"
     assert refusal == f"me/tales is given only to users who accepted its terms: {terms}"
-
-
-def test_a_file_that_is_refused_says_with_which_status(hub, user, cache):
-    hub.add("me/tales", SMALL)
-    hub.before["list"] = lambda: setattr(hub, "refusal", (403, {}))
-    assert "refuses me/tales with status 403: log in" in user.find("me/tales", cache).refusal
 
 
 def test_a_revision_that_is_not_there_is_named(hub, user, cache):

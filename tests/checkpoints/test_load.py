@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from fuzz_checkpoints import write_shards
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoints import load
 from checkpoints.load import CONV1D, load_model, save_model, weights_kind
@@ -94,53 +93,6 @@ def test_a_loaded_model_is_ready_to_serve(folder):
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
 
 
-def test_names_without_the_prefix_load_as_openais_own_file_has_them(folder, model):
-    def drop_prefix(tensors):
-        for name in list(tensors):
-            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
-        assert "h.1.mlp.c_fc.weight" in tensors
-
-    edit_tensors(folder, drop_prefix)
-    assert_same_weights(load_model(folder), model)
-
-
-def test_the_causal_mask_that_old_files_store_is_skipped(folder, model):
-    def add_masks(tensors):
-        for layer in range(2):
-            mask = torch.ones(32, 32, dtype=torch.uint8).tril().view(1, 1, 32, 32)
-            tensors[f"transformer.h.{layer}.attn.bias"] = mask
-            tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-            assert f"transformer.h.{layer}.attn.c_attn.bias" in tensors  # a weight, not a mask
-
-    edit_tensors(folder, add_masks)
-    assert_same_weights(load_model(folder), model)
-
-
-def test_a_tied_head_that_is_stored_a_second_time_is_skipped(folder, model):
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 0.0}))
-    assert_same_weights(load_model(folder), model)
-
-
-def test_a_head_of_its_own_is_read(folder, model):
-    head = torch.randn(61, 48, generator=torch.Generator().manual_seed(1))
-    edit_config(folder, tie_word_embeddings=False)
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": head}))
-    loaded = load_model(folder)
-    assert torch.equal(loaded.lm_head.weight, head)
-    assert torch.equal(loaded.wte.weight, model.wte.weight)
-
-
-def test_the_layouts_that_transformers_writes_load(folder, model):
-    """GPT2LMHeadModel writes the prefix, GPT2Model none: the two styles found on the hub."""
-    theirs = GPT2LMHeadModel.from_pretrained(folder)
-    theirs.save_pretrained(folder / "with prefix")
-    theirs.transformer.save_pretrained(folder / "without")
-    assert "transformer.wte.weight" in load_file(folder / "with prefix" / "model.safetensors")
-    assert "wte.weight" in load_file(folder / "without" / "model.safetensors")
-    assert_same_weights(load_model(folder / "with prefix"), model)
-    assert_same_weights(load_model(folder / "without"), model)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_finds_every_tensor_that_we_write(tied, tmp_path):
     ours = GPT(GPTConfig(**SHAPE, eos_token_id=60, tie_word_embeddings=tied))
@@ -156,29 +108,6 @@ def test_transformers_finds_every_tensor_that_we_write(tied, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert theirs.config.eos_token_id == 60
     assert_same_weights(load_model(tmp_path), ours)
-
-
-def test_the_four_transposed_matrices_stand_as_in_and_out_in_the_file(folder):
-    tensors = load_file(folder / "model.safetensors")
-    shapes = {name: tuple(tensors["transformer." + name].shape) for name in (
-        "wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight",
-        "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight",
-    )}  # fmt: skip
-    assert shapes == {
-        "wte.weight": (61, 48),
-        "wpe.weight": (32, 48),
-        "h.0.attn.c_attn.weight": (48, 144),
-        "h.0.attn.c_proj.weight": (48, 48),
-        "h.0.mlp.c_fc.weight": (48, 192),
-        "h.0.mlp.c_proj.weight": (192, 48),
-    }
-
-
-def test_a_square_matrix_is_transposed_too(folder, model):
-    """attn.c_proj is (C, C): its shape fits either way, so only its numbers can tell."""
-    stored = load_file(folder / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
-    assert torch.equal(stored.t(), load_model(folder).h[0].attn.c_proj.weight)
-    assert not torch.equal(stored, stored.t())
 
 
 def test_fields_that_are_missing_or_null_have_gpt2s_defaults(folder):
@@ -379,12 +308,6 @@ def test_separate_heads_are_read_from_every_kind_of_file(layout, model, folder):
     assert torch.equal(loaded.wte.weight, model.wte.weight)
 
 
-def test_safetensors_is_preferred_to_the_pickle_beside_it(model, folder, tmp_path):
-    other = {name: torch.zeros_like(tensor) for name, tensor in in_the_file(model).items()}
-    torch.save(other, folder / "pytorch_model.bin")
-    assert_same_weights(load_model(folder), model)
-
-
 def test_a_pickle_that_is_not_needed_is_not_opened(model, folder):
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     (folder / "pytorch_model.bin.index.json").write_text("not JSON")
@@ -478,14 +401,6 @@ def test_nanogpts_checkpoint_computes_what_nanogpt_does(bias, prefix, model, tmp
     assert all((tensor == 0).all() for tensor in biases.values()) == (not bias)
 
 
-def test_nanogpts_gelu_is_the_exact_one(model, tmp_path):
-    """With OpenAI's tanh the logits differ, by far more than the test above allows."""
-    save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
-    exact = logits_of(load_model(tmp_path, dtype=torch.float64), torch.arange(32))
-    with_tanh = logits_of(copy.deepcopy(model).double(), torch.arange(32))
-    assert 1e-5 < (exact - with_tanh).abs().max() < 1e-2
-
-
 def test_nanogpts_padded_vocabulary_stays_padded(tmp_path):
     config = GPTConfig(vocab_size=50304, max_seq_len=16, n_layer=1, n_head=2, n_embd=16)
     padded = GPT(config).init_weights(std=0.2).requires_grad_(False)
@@ -547,22 +462,6 @@ def test_a_config_means_what_it_means_in_transformers(changes, tmp_path):
     got = logits_of(load_model(tmp_path, dtype=dtype), ids)
     torch.testing.assert_close(got, want, rtol=0, atol=atol)
     assert want.abs().max() > 1
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"add_cross_attention": True},
-        {"activation_function": "gelu_fast"},
-        {"model_type": "gpt_bigcode"},
-        {"quantization_config": {"bits": 4}},
-    ],
-    ids=str,
-)
-def test_a_config_that_asks_for_what_is_not_done_is_refused_by_field(changes, folder):
-    edit_config(folder, **changes)
-    (field,) = changes
-    assert refusal(folder).startswith(f"{folder / 'config.json'}: {field}")
 
 
 # ---- the 124M shape, and the memory it takes -----------------------------------------------------
@@ -806,13 +705,6 @@ def test_the_random_shapes_are_those_of_the_four_gpt2s(name, num_parameters):
     assert model.config.head_dim == 64
 
 
-def test_the_real_gpt2_shape_is_built_without_a_download():
-    model = load_model("random:gpt2", dtype=torch.bfloat16)
-    assert model.num_parameters() == 124_439_808
-    assert (model.config.vocab_size, model.config.max_seq_len) == (50257, 1024)
-    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -853,44 +745,25 @@ def test_a_folder_without_a_config_is_refused(folder):
     assert refusal(folder).startswith(f"{folder / 'config.json'} is missing: ")
 
 
-def test_a_folder_without_weights_is_refused(folder):
-    (folder / "model.safetensors").unlink()
-    message = refusal(folder)
-    assert message.startswith(f"{folder} holds no weights") and "model.safetensors" in message
+NO_JSON_OBJECTS = {
+    "empty": (b"", "is not JSON: "),
+    "cut off": (b"{", "is not JSON: "),
+    "prose": (b"GPT-2", "is not JSON: "),
+    "comma": (b'{"n_layer": 2,}', "is not JSON: "),
+    "not UTF-8": (b"\xff\xfe\x00", "cannot be read as UTF-8 text: "),
+    "too deep": (b"[" * 100_000, "is not JSON: "),
+    "too many digits": (b'{"n_layer": ' + b"1" * 5000 + b"}", "is not JSON: "),
+    "a list": (b"[]", "holds a list, not one object"),
+    "a text": (b'"gpt2"', "holds 'gpt2', not one object"),
+    "null": (b"null", "holds None, not one object"),
+}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_folder_in_place_of_one_of_the_files_is_refused(name, folder):
-    (folder / name).unlink()
-    (folder / name).mkdir()
-    assert refusal(folder).startswith(f"{folder / name} is no regular file")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"{",
-        b"GPT-2",
-        b'{"n_layer": 2,}',
-        b"\xff\xfe\x00",
-        b"[" * 100_000,
-        b'{"n_layer": ' + b"1" * 5000 + b"}",
-    ],
-    ids=["empty", "cut off", "prose", "comma", "not UTF-8", "too deep", "too many digits"],
-)
-def test_a_config_that_is_not_json_is_refused(text, folder):
-    (folder / "config.json").write_bytes(text)
-    what = "cannot be read as UTF-8 text" if text.startswith(b"\xff") else "is not JSON"
-    assert refusal(folder).startswith(f"{folder / 'config.json'} {what}: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"), [("[]", "a list"), ('"gpt2"', "'gpt2'"), ("null", "None")]
-)
-def test_json_that_is_not_an_object_is_refused(text, kind, folder):
-    (folder / "config.json").write_text(text)
-    assert f"config.json holds {kind}, not one object" in refusal(folder)
+@pytest.mark.parametrize("text", NO_JSON_OBJECTS)
+def test_a_config_that_is_no_json_object_is_refused(text, folder):
+    data, reason = NO_JSON_OBJECTS[text]
+    (folder / "config.json").write_bytes(data)
+    assert refusal(folder).startswith(f"{folder / 'config.json'} {reason}")
 
 
 @pytest.mark.parametrize(
@@ -917,6 +790,7 @@ def test_json_that_is_not_an_object_is_refused(text, kind, folder):
         ("scale_attn_weights", 1, "scale_attn_weights is 1, not of type bool"),
         ("scale_attn_by_inverse_layer_idx", "no", "scale_attn_by_inverse_layer_idx is 'no', not"),
         ("tie_word_embeddings", 0, "tie_word_embeddings is 0, not of type bool"),
+        ("quantization_config", {"bits": 4}, "quantization_config is set"),
         ("eos_token_id", [60], "eos_token_id is a list, not of type int"),
     ],
 )
@@ -926,8 +800,39 @@ def test_a_config_of_another_model_is_refused_with_the_field_named(field, value,
 
 
 # ---- refusals: model.safetensors -----------------------------------------------------------------
+MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144) in the file
+BIAS = "transformer.ln_f.bias"
+NOT_FINITE = "holds NaN or infinity as torch.float32"
+
+
+def one_in_zeros(number):
+    """A matrix of zeros and this one number: every element has to be looked at."""
+    matrix = torch.zeros(48, 144)
+    matrix[17, 5] = number
+    return matrix
+
+
+TENSOR_FAULTS = [  # the tensor, what stands in its place (None: nothing), what is said
+    ("transformer.h.1.ln_2.bias", None, "1 tensors are missing, the first is 'h.1.ln_2.bias'"),
+    ("transformer.wte.weight", None, "2 tensors are missing, the first is 'wte.weight'"),
+    ("transformer.h.2.ln_1.bias", torch.zeros(48), "has no place in this model"),
+    ("score.weight", torch.zeros(2, 48), "has no place in this model"),
+    ("wpe.weight", torch.zeros(32, 48), "wpe.weight' has no place in this model"),  # twice
+    ("transformer.wpe.weight", torch.zeros(16, 48), "(16, 48), its config asks for (32, 48)"),
+    (MATRIX, torch.zeros(144, 48), "(48, 144), its config asks for (144, 48)"),  # nanoGPT's layout
+    (MATRIX, torch.zeros(1, 48, 144), "(1, 48, 144), its config asks for (144, 48)"),
+    (MATRIX, torch.tensor(1.0), "has shape (), its config asks for (144, 48)"),
+    (MATRIX, one_in_zeros(torch.nan), NOT_FINITE),
+    (MATRIX, one_in_zeros(torch.inf), NOT_FINITE),
+    (MATRIX, one_in_zeros(-torch.inf), NOT_FINITE),
+    (BIAS, torch.full((48,), 1e300, dtype=torch.float64), NOT_FINITE),
+    (MATRIX, torch.zeros(48, 144, dtype=torch.int8), "holds torch.int8, not floats"),
+    (MATRIX, torch.zeros(48, 144).to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn, not floats"),
+]
+
+
 def put(name, value):
-    """An edit that replaces or adds one tensor; a value of None removes it."""
+    """An edit that replaces, adds or removes one tensor."""
 
     def edit(tensors):
         tensors.pop(name, None)
@@ -937,85 +842,12 @@ def put(name, value):
     return edit
 
 
-MATRIX = "transformer.h.1.attn.c_attn.weight"  # (48, 144) in the file
-
-
-@pytest.mark.parametrize(
-    ("edit", "reason"),
-    [
-        (
-            put("transformer.h.1.ln_2.bias", None),
-            ": 1 tensors are missing, the first is 'h.1.ln_2.bias'",
-        ),
-        (
-            put("transformer.wte.weight", None),
-            ": 2 tensors are missing, the first is 'wte.weight'",
-        ),
-        (
-            put("transformer.h.2.ln_1.bias", torch.zeros(48)),
-            ": tensor 'transformer.h.2.ln_1.bias' has no place in this model",
-        ),
-        (
-            put("score.weight", torch.zeros(2, 48)),
-            ": tensor 'score.weight' has no place in this model",
-        ),
-        (
-            put("wpe.weight", torch.zeros(32, 48)),  # there already, under its longer name
-            "wpe.weight' has no place in this model",
-        ),
-        (
-            put("transformer.wpe.weight", torch.zeros(16, 48)),
-            ": tensor 'transformer.wpe.weight' has shape (16, 48), its config asks for (32, 48)",
-        ),
-        (
-            put(MATRIX, torch.zeros(144, 48)),  # as nanoGPT stores it
-            f": tensor '{MATRIX}' has shape (48, 144), its config asks for (144, 48)",
-        ),
-        (
-            put(MATRIX, torch.zeros(1, 48, 144)),
-            f": tensor '{MATRIX}' has shape (1, 48, 144), its config asks for (144, 48)",
-        ),
-        (
-            put(MATRIX, torch.tensor(1.0)),
-            f": tensor '{MATRIX}' has shape (), its config asks for (144, 48)",
-        ),
-        (
-            put(MATRIX, torch.full((48, 144), torch.nan)),
-            f": tensor '{MATRIX}' holds NaN or infinity as torch.float32",
-        ),
-        (
-            put("transformer.ln_f.bias", torch.full((48,), -torch.inf)),
-            ": tensor 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
-        ),
-        (
-            put("transformer.ln_f.bias", torch.full((48,), 1e300, dtype=torch.float64)),
-            ": tensor 'transformer.ln_f.bias' holds NaN or infinity as torch.float32",
-        ),
-        (
-            put(MATRIX, torch.zeros(48, 144, dtype=torch.int8)),
-            f": tensor '{MATRIX}' holds torch.int8, not floats",
-        ),
-        (
-            put(MATRIX, torch.zeros(48, 144).to(torch.float8_e4m3fn)),
-            f": tensor '{MATRIX}' holds torch.float8_e4m3fn, not floats",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "file",
-)
-def test_a_tensor_that_does_not_fit_is_refused_by_name(edit, reason, folder):
-    edit_tensors(folder, edit)
+@pytest.mark.parametrize(("name", "value", "reason"), TENSOR_FAULTS)
+def test_a_tensor_that_does_not_fit_is_refused_by_name(name, value, reason, folder):
+    edit_tensors(folder, put(name, value))
     message = refusal(folder)
-    assert message.startswith(str(folder / "model.safetensors"))
-    assert message.endswith(reason)
-
-
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_one_number_that_is_none_is_found_among_all_weights(number, folder):
-    def spoil(tensors):
-        tensors[MATRIX][17, 5] = number
-
-    edit_tensors(folder, spoil)
-    assert f"'{MATRIX}' holds NaN" in refusal(folder)
+    assert message.startswith(f"{folder / 'model.safetensors'}: ") and message.endswith(reason)
+    assert "missing" in reason or name.split(".", 1)[1] in message
 
 
 def test_a_weight_too_large_for_the_dtype_asked_for_is_refused(folder):
@@ -1038,32 +870,12 @@ def test_a_config_of_another_size_is_refused_at_the_first_tensor_that_differs(fo
     assert "'transformer.h.1." in refusal(folder)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.5, 0.99, -1])
-def test_a_file_that_was_cut_off_is_refused(kept, folder):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    assert refusal(folder).startswith(f"{path} is not a whole safetensors file: ")
-
-
 def test_a_pickle_under_this_name_is_refused_and_not_executed(folder):
     path = folder / "model.safetensors"
     torch.save({"wte.weight": torch.zeros(61, 48)}, path)
     assert refusal(folder).startswith(f"{path} is not a whole safetensors file: ")
 
 
-def test_a_file_whose_header_claims_more_than_it_holds_is_refused(folder):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    for length in (0, 1, 2**31, 2**63, 2**64 - 1):
-        path.write_bytes(struct.pack("<Q", length) + whole[8:])
-        assert refusal(folder).startswith(f"{path} is not a whole safetensors file: ")
-
-
 def test_saving_makes_the_folders_on_the_way(model, tmp_path):
     save_model(model, tmp_path / "a" / "b", torch.float32)
     assert_same_weights(load_model(tmp_path / "a" / "b"), model)
-
-
-def test_transformers_own_base_model_reads_the_folder_too(folder):
-    assert GPT2Model.from_pretrained(folder).config.n_embd == 48

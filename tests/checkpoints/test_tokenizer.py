@@ -257,11 +257,6 @@ def test_characters_that_mean_something_in_a_pattern_are_only_characters(tokeniz
 
 
 # ---- Where a tokenizer comes from ----------------------------------------------------------------
-def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path):
-    assert load_tokenizer(tmp_path) is None
-    assert load_tokenizer(str(tmp_path / "absent")) is None
-
-
 def test_the_shipped_model_has_the_same_tokenizer_in_both_layouts(shipped_model_folder, tmp_path):
     both = load_tokenizer(shipped_model_folder)
     for name in ("vocab.json", "merges.txt"):

@@ -18,13 +18,11 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoints import vocabulary as vocabulary_file
 from checkpoints.tokenizer import load_tokenizer, save_vocabulary
 from checkpoints.vocabulary import (
     BYTE_TO_CHAR,
     END_OF_TEXT,
     AddedToken,
-    Vocabulary,
     read_vocabulary,
 )
 
@@ -317,14 +315,6 @@ def test_an_added_token_may_not_take_the_id_of_another(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_many_added_tokens_are_found(tmp_path):
-    more = [added(f"<|{n}|>", 264 + n) for n in range(1000)]
-    ours, theirs = tokenizer_of(tmp_path, *more)
-    text = "".join(f"<|{n}|>{n}" for n in range(0, 1000, 7))
-    assert ours.encode(text) == theirs.encode(text)
-    assert ours.vocab_size == 1264
-
-
 # ---- What ends a text ----------------------------------------------------------------------------
 STRINGS = {"eos_token": "<end>"}
 OBJECT = {"content": "<end>", "single_word": False, "lstrip": False, "rstrip": False}
@@ -462,30 +452,6 @@ def test_a_field_of_tokenizer_json_that_would_change_the_ids_is_refused_by_name(
         ValueError, match=rf"tokenizer.json: {name}[\w.]* is .*, only .* gives GPT-2"
     ):
         read_vocabulary(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("normalizer", {"type": "Lowercase"}),
-        ("pre_tokenizer.add_prefix_space", True),
-        ("pre_tokenizer.use_regex", False),
-        ("pre_tokenizer", {"type": "Whitespace"}),
-        ("post_processor", WITH_END),
-        ("model.ignore_merges", True),
-    ],
-)
-def test_what_is_refused_would_have_had_other_ids(tmp_path, field, value):
-    """Each refusal turns somebody away: here are the ids that they would have been given."""
-    whole = whole_file()
-    # Nothing makes the word STEP, unless words are looked up whole; the merge of 1 and a crosses
-    # the end of a word, unless words are not cut.
-    whole["model"]["vocab"] |= {"STEP": 263, "1a": 264, END_OF_TEXT: 265}
-    whole["model"]["merges"].append(["1", "a"])
-    whole["added_tokens"] = [added(END_OF_TEXT, 265)]
-    plain = HuggingFaceTokenizer.from_str(json.dumps(whole))
-    other = HuggingFaceTokenizer.from_str(json.dumps(put(whole, field, value)))
-    assert any(plain.encode(text).ids != other.encode(text).ids for text in ("STEP it", "1a"))
 
 
 @pytest.mark.parametrize(
@@ -992,21 +958,3 @@ def test_a_long_token_does_not_make_a_long_message(tmp_path):
         read_vocabulary(tmp_path)
     shown = f"'{'x' * 116}... has the id 999, but its place is 264"
     assert str(error.value) == f"{tmp_path / 'tokenizer.json'}: the added token {shown}"
-
-
-def test_a_large_id_takes_no_memory(tmp_path):
-    """A list as long as the highest id would have a million million entries."""
-    write(tmp_path, tokenizer=whole_file(added("<a>", 10**12)))
-    with pytest.raises(ValueError, match="has the id 1000000000000, but its place is 264"):
-        read_vocabulary(tmp_path)
-
-
-def test_a_vocabulary_by_hand_needs_no_files():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    assert Vocabulary(ranks) == (ranks, (), None)
-
-
-def test_the_demo_ends_with_ok(capsys):
-    vocabulary_file.demo()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("ok:") and len(lines) <= 25
