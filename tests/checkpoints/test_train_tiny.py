@@ -71,41 +71,38 @@ def read(tmp_path, text):
     return read_tales([path])
 
 
-def test_a_tale_ends_at_two_blank_lines(tmp_path):
-    first, second, third = lines(200, 250, 300)
-    assert read(tmp_path, f"{first}\n\n\n{second}\n\n{third}\n") == [first, f"{second}\n\n{third}"]
+A, B, C = lines(250, 260, 270)
+SHORTEST = lines(200)[0]
+LONG_LINE = "A line of sixty characters or more that ends in no stop " * 2
+CUTS = {  # a file, and the tales in it
+    "two blank lines end a tale": (f"{A}\n\n\n{B}\n\n{C}\n", [A, f"{B}\n\n{C}"]),
+    "more blank lines are one end": (f"\n\n{A}\n\n\n\n\n{B}\n\n\n", [A, B]),
+    "without them titles begin a tale": (
+        f"The Wolf\n\n{A}\n\n{B}\n\nThe Fox\n\n{C}",
+        [f"The Wolf\n\n{A}\n\n{B}", f"The Fox\n\n{C}"],
+    ),
+    "a sentence is no title": (f"{A}\n\nSaid the wolf.\n\n{B}", [f"{A}\n\nSaid the wolf.\n\n{B}"]),
+    "a question is no title": (f"{A}\n\n“Why?”\n\n{B}", [f'{A}\n\n"Why?"\n\n{B}']),
+    "a long line is no title": (f"{A}\n\n{LONG_LINE}\n\n{B}", [f"{A}\n\n{LONG_LINE}\n\n{B}"]),
+    "two lines are no title": (f"{A}\n\na\nb\n\n{B}", [f"{A}\n\na\nb\n\n{B}"]),
+    "a short piece is a heading of the next": (
+        f"BOOK ONE\n\n\nA Preface\n\n\n{SHORTEST}\n\n\nBOOK TWO\n\n\n{B}",
+        [f"BOOK ONE\n\nA Preface\n\n{SHORTEST}", f"BOOK TWO\n\n{B}"],
+    ),
+    "quotes and dashes are straightened": (
+        f"“Don’t,” ‘well‑known’ … {SHORTEST}",
+        [f"\"Don't,\" 'well-known' ... {SHORTEST}"],
+    ),
+    "an empty file": ("", []),
+    "blank lines": ("\n\n\n", []),
+    "a short file": ("short", []),
+}
 
 
-def test_more_than_two_blank_lines_are_one_end(tmp_path):
-    first, second = lines(200, 250)
-    assert read(tmp_path, f"\n\n{first}\n\n\n\n\n{second}\n\n\n") == [first, second]
-
-
-def test_a_file_without_two_blank_lines_is_cut_at_its_titles(tmp_path):
-    one, two, three = lines(250, 260, 270)
-    text = f"The Wolf\n\n{one}\n\n{two}\n\nThe Fox\n\n{three}"
-    assert read(tmp_path, text) == [f"The Wolf\n\n{one}\n\n{two}", f"The Fox\n\n{three}"]
-
-
-@pytest.mark.parametrize(
-    "paragraph",
-    [
-        "Said the wolf.",
-        "“Why?”",
-        "A line of sixty characters or more that ends in no stop " * 2,
-        "a\nb",
-    ],
-    ids=["full stop", "quote", "long", "two lines"],
-)
-def test_a_paragraph_that_is_no_title_cuts_nothing(paragraph, tmp_path):
-    one, two = lines(250, 260)
-    assert len(read(tmp_path, f"{one}\n\n{paragraph}\n\n{two}")) == 1
-
-
-def test_a_piece_under_200_characters_is_the_heading_of_what_follows(tmp_path):
-    first, second = lines(200, 250)
-    text = f"BOOK ONE\n\n\nA Preface\n\n\n{first}\n\n\nBOOK TWO\n\n\n{second}"
-    assert read(tmp_path, text) == [f"BOOK ONE\n\nA Preface\n\n{first}", f"BOOK TWO\n\n{second}"]
+@pytest.mark.parametrize("rule", CUTS)
+def test_a_file_is_cut_into_tales(rule, tmp_path):
+    text, tales = CUTS[rule]
+    assert read(tmp_path, text) == tales
 
 
 def test_a_heading_that_nothing_follows_is_left_out_and_goes_to_no_other_file(tmp_path):
@@ -113,18 +110,6 @@ def test_a_heading_that_nothing_follows_is_left_out_and_goes_to_no_other_file(tm
     (tmp_path / "a.txt").write_text(f"{story}\n\n\nTHE END")
     (tmp_path / "b.txt").write_text(f"{story}")
     assert read_tales([tmp_path / "a.txt", tmp_path / "b.txt"]) == [story, story]
-
-
-def test_quotes_dashes_and_dots_are_straightened(tmp_path):
-    [story] = lines(200)
-    assert read(tmp_path, f"“Don’t,” ‘well‑known’ … {story}") == [
-        f"\"Don't,\" 'well-known' ... {story}"
-    ]
-
-
-@pytest.mark.parametrize("text", ["", "\n\n\n", "short"])
-def test_a_file_with_no_tale_in_it_gives_none(text, tmp_path):
-    assert read(tmp_path, text) == []
 
 
 def test_real_texts_are_cut_into_tales_of_which_nothing_is_lost(data_folder):
@@ -375,17 +360,8 @@ def test_every_thirtieth_tale_is_held_out_from_training_and_vocabulary(tmp_path,
     report = json.loads((out / "training.json").read_text())
     assert report["tales"] == 2
     assert report["characters"] == len(tales[29]) + len(tales[59])
-
-
-def test_the_report_names_files_and_settings_but_no_folders(tmp_path):
-    write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
-    out = run(tmp_path, "model")
-    text = (out / "training.json").read_text()
-    report = json.loads(text)
-    assert report["files"] == ["tales.txt"]
+    assert report["files"] == ["tales.txt"] and str(tmp_path) not in str(report)
     assert (report["steps"], report["seed"], report["n_layer"]) == (3, 0, 1)
-    assert str(tmp_path) not in text
-    assert 4 < report["nats_per_token"] < 7  # log(300) is 5.7
 
 
 def test_files_named_in_skip_are_left_out(tmp_path):
@@ -439,23 +415,15 @@ def test_a_run_killed_between_two_checkpoints_goes_on_from_the_last_one(tmp_path
     assert weights(parts) == weights(whole)
 
 
-def test_without_resume_a_run_starts_anew(tmp_path):
+def test_resume_goes_on_from_a_checkpoint_if_there_is_one_and_a_run_without_it_starts_anew(
+    tmp_path,
+):
     write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
     first = weights(run(tmp_path, "model"))
+    assert weights(run(tmp_path, "model", "--resume")) == first  # a finished run
+    assert weights(run(tmp_path, "other", "--resume")) == first  # no checkpoint yet
     assert weights(run(tmp_path, "model", "--seed", "1")) != first
     assert weights(run(tmp_path, "model")) == first
-
-
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
-    first = weights(run(tmp_path, "model"))
-    assert weights(run(tmp_path, "model", "--resume")) == first
-
-
-def test_resume_without_a_checkpoint_starts_at_the_first_step(tmp_path):
-    """So one command can be repeated by whatever restarts a machine."""
-    write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
-    assert weights(run(tmp_path, "a")) == weights(run(tmp_path, "b", "--resume"))
 
 
 def test_a_text_that_repeats_itself_is_learned(tmp_path):
@@ -486,9 +454,5 @@ def test_a_window_that_will_not_fit_is_refused_before_the_training_not_after_two
         SystemExit, match=r"--tokens-per-step, .* are \(32, 64, .* for a window of 64"
     ):
         run(tmp_path, "model", tokens_per_step=32)
-    run(tmp_path, "model", "--no-long", tokens_per_step=32)  # every window has 16 tokens
-
-
-def test_one_file_may_stand_in_for_the_folder(tmp_path):
-    write_texts(tmp_path / "texts", [tale(n) for n in range(60)])
-    run(tmp_path, "model", "--text", str(tmp_path / "texts" / "tales.txt"))
+    one_file = ["--text", str(tmp_path / "texts" / "tales.txt")]  # in place of the folder
+    run(tmp_path, "model", "--no-long", *one_file, tokens_per_step=32)  # windows of 16 tokens

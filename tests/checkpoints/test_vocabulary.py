@@ -269,17 +269,32 @@ def test_of_two_added_tokens_that_begin_together_the_longer_is_taken(tmp_path):
         assert ids == theirs.encode("<a><b><a>")
 
 
-def test_of_two_added_tokens_that_overlap_the_one_further_left_is_taken(tmp_path):
-    ours, theirs = tokenizer_of(tmp_path, added("STO", 264), added("TOPS", 265))
-    assert ours.encode("STOPS") == theirs.encode("STOPS") == [264, 47, 50]  # STO, P, S
+FOUND = {  # added tokens from id 264 on, a text, its ids
+    "of two that overlap the one further left": (
+        [added("STO", 264), added("TOPS", 265)], "STOPS", [264, 47, 50],  # STO, P, S
+    ),
+    "a normalized one only in what the others leave": (
+        [added("TO", 264), added("STOP", 265, special=False)], "STOP", [50, 264, 47],  # S, TO, P
+    ),
+    "the same, in the other order": (
+        [added("TO", 264, normalized=True), added("STOP", 265)], "STOP TO", [265, 220, 264],
+    ),
+    "no merge crosses one": ([added("||", 264)], "S||T ST", [50, 264, 51, 220, 260]),
+    "one that the merges make keeps its id and is found first": (
+        [added("ab", 258, special=False)], "abab", [258, 258],  # 259 without it
+    ),
+    "one may have the bytes of two merged tokens": (
+        [added(" ST", 264, special=False)], "ST ST", [260, 264],
+    ),
+}  # fmt: skip
 
 
-def test_what_is_normalized_is_looked_for_in_what_the_others_left_over(tmp_path):
-    """So a word further left, and longer, loses to a special token that lies within it."""
-    ours, theirs = tokenizer_of(tmp_path, added("TO", 264), added("STOP", 265, special=False))
-    assert ours.encode("STOP") == theirs.encode("STOP") == [50, 264, 47]  # S, TO, P
-    ours, theirs = tokenizer_of(tmp_path, added("TO", 264, normalized=True), added("STOP", 265))
-    assert ours.encode("STOP TO") == theirs.encode("STOP TO") == [265, 220, 264]
+@pytest.mark.parametrize("case", FOUND)
+def test_added_tokens_are_found_as_transformers_finds_them(tmp_path, case):
+    tokens, text, ids = FOUND[case]
+    ours, theirs = tokenizer_of(tmp_path, *tokens)
+    assert ours.encode(text) == theirs.encode(text) == ids
+    assert any(token["special"] for token in tokens) or ours.decode(ids) == text
 
 
 def test_a_role_changes_nothing_about_when_a_listed_token_is_looked_for(tmp_path):
@@ -287,24 +302,6 @@ def test_a_role_changes_nothing_about_when_a_listed_token_is_looked_for(tmp_path
     roles = {"tokenizer_class": "GPT2Tokenizer", "pad_token": "TO"}
     ours, theirs = tokenizer_of(tmp_path, *more, tokenizer_config=roles)
     assert ours.encode("TOPS TO") == theirs.encode("TOPS TO") == [51, 265, 220, 264]
-
-
-def test_no_merge_crosses_an_added_token(tmp_path):
-    ours, theirs = tokenizer_of(tmp_path, added("||", 264))
-    assert ours.encode("S||T ST") == theirs.encode("S||T ST") == [50, 264, 51, 220, 260]
-
-
-def test_an_added_token_that_the_merges_make_keeps_its_id_but_is_found_first(tmp_path):
-    ours, theirs = tokenizer_of(tmp_path, added("ab", 258, special=False))
-    assert ours.encode("abab") == theirs.encode("abab") == [258, 258]  # 259 without it
-    assert ours.decode([258]) == "ab"
-
-
-def test_an_added_token_may_look_like_another_with_its_blank(tmp_path):
-    """ " ST" is two tokens of the merges, and " " + "ST" a third of its own with the same bytes."""
-    ours, theirs = tokenizer_of(tmp_path, added(" ST", 264, special=False))
-    assert ours.encode("ST ST") == theirs.encode("ST ST") == [260, 264]
-    assert ours.decode([260, 264]) == "ST ST"
 
 
 def test_an_added_token_may_not_take_the_id_of_another(tmp_path):
@@ -642,50 +639,37 @@ def test_an_entry_that_is_no_token_is_refused(tmp_path, entry, complaint):
         read_vocabulary(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "files, complaint",
-    [
-        ({"tokenizer_config": []}, "tokenizer_config.json holds a list, not one object"),
-        ({"tokenizer_config": {"eos_token": 5}}, "tokenizer_config.json, eos_token: 5 is no token"),
-        ({"tokenizer_config": {"eos_token": []}}, "config.json, eos_token: a list is no token"),
-        ({"tokenizer_config": {"added_tokens_decoder": []}}, "is not an object with ids for keys"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "object with ids for keys"),
-        (  # Python reads no integer of more than 4300 digits
-            {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: added("<a>", 0)}}},
-            "tokenizer_config.json: the added token '<a>' has the id 999999999999999, but",
-        ),
-        ({"tokenizer_config": {"extra_special_tokens": "ab"}}, "extra_special_tokens is 'ab', not"),
-        (
-            {"tokenizer_config": {"extra_special_tokens": [5]}},
-            "extra_special_tokens: 5 is no token",
-        ),
-        ({"special_tokens_map": "ab"}, "special_tokens_map.json holds 'ab', not one object"),
-        ({"special_tokens_map": {"eos_token": {}}}, "map.json, eos_token: a dict is no token"),
-        ({"added_tokens": ["<a>"]}, "added_tokens.json holds a list, not one object"),
-        ({"added_tokens": {"<a>": None}}, "added_tokens.json: the id of '<a>' is None"),
-        ({"added_tokens": {"": 264}}, "added_tokens.json: '' is no token"),
-        ({"tokenizer": whole_file(added_tokens={})}, "added_tokens is a dict, not a list"),
-        ({"tokenizer": whole_file(model=[])}, "tokenizer.json: the vocabulary is not one object"),
-        ({"tokenizer": put(whole_file(), "model.vocab", [["a", 0.1]])}, "vocabulary is not one ob"),
-        (
-            {"tokenizer": put(whole_file(), "model.merges", {})},
-            "model.merges is a dict, not a list",
-        ),
-        ({"tokenizer": put(whole_file(), "model.merges", [7])}, "merge 1: 7 is not two tokens"),
-        (
-            {"tokenizer": put(whole_file(), "model.merges", [["a", 7]])},
-            "merge 1: a list is not two",
-        ),
-        ({"tokenizer": put(whole_file(), "model.merges", ["a"])}, "merge 1: 'a' is not two tokens"),
-        (
-            {"tokenizer": put(whole_file(), "model.merges", [])},
-            "7 tokens are neither bytes nor merg",
-        ),
-    ],
-)
-def test_a_file_of_another_shape_is_refused_by_name(tmp_path, files, complaint):
+OTHER_SHAPES = [  # file, its content, what is said
+    ("tokenizer_config", [], "tokenizer_config.json holds a list, not one object"),
+    ("tokenizer_config", {"eos_token": 5}, "tokenizer_config.json, eos_token: 5 is no token"),
+    ("tokenizer_config", {"eos_token": []}, "config.json, eos_token: a list is no token"),
+    ("tokenizer_config", {"added_tokens_decoder": []}, "is not an object with ids for keys"),
+    ("tokenizer_config", {"added_tokens_decoder": {"x": {}}}, "object with ids for keys"),
+    # Python reads no integer of more than 4300 digits.
+    ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: added("<a>", 0)}},
+     "tokenizer_config.json: the added token '<a>' has the id 999999999999999, but"),
+    ("tokenizer_config", {"extra_special_tokens": "ab"}, "extra_special_tokens is 'ab', not"),
+    ("tokenizer_config", {"extra_special_tokens": [5]}, "extra_special_tokens: 5 is no token"),
+    ("special_tokens_map", "ab", "special_tokens_map.json holds 'ab', not one object"),
+    ("special_tokens_map", {"eos_token": {}}, "map.json, eos_token: a dict is no token"),
+    ("added_tokens", ["<a>"], "added_tokens.json holds a list, not one object"),
+    ("added_tokens", {"<a>": None}, "added_tokens.json: the id of '<a>' is None"),
+    ("added_tokens", {"": 264}, "added_tokens.json: '' is no token"),
+    ("tokenizer", whole_file(added_tokens={}), "added_tokens is a dict, not a list"),
+    ("tokenizer", whole_file(model=[]), "tokenizer.json: the vocabulary is not one object"),
+    ("tokenizer", put(whole_file(), "model.vocab", [["a", 0.1]]), "vocabulary is not one ob"),
+    ("tokenizer", put(whole_file(), "model.merges", {}), "model.merges is a dict, not a list"),
+    ("tokenizer", put(whole_file(), "model.merges", [7]), "merge 1: 7 is not two tokens"),
+    ("tokenizer", put(whole_file(), "model.merges", [["a", 7]]), "merge 1: a list is not two"),
+    ("tokenizer", put(whole_file(), "model.merges", ["a"]), "merge 1: 'a' is not two tokens"),
+    ("tokenizer", put(whole_file(), "model.merges", []), "7 tokens are neither bytes nor merg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, content, complaint", OTHER_SHAPES)
+def test_a_file_of_another_shape_is_refused_by_name(tmp_path, file, content, complaint):
     save_vocabulary(tmp_path, MERGES)
-    write(tmp_path, **files)
+    write(tmp_path, **{file: content})
     with pytest.raises(ValueError) as error:
         read_vocabulary(tmp_path)
     assert str(error.value).startswith(str(tmp_path)) and complaint in str(error.value)
@@ -950,11 +934,3 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path, facts):
 def test_three_thousand_damaged_files_are_refused_or_read_and_nothing_else(tmp_path, facts):
     refused, read = fuzz(tmp_path, facts, rounds=3000)
     assert refused > 1200 and read > 120
-
-
-def test_a_long_token_does_not_make_a_long_message(tmp_path):
-    write(tmp_path, tokenizer=whole_file(added("x" * 10**6, 999)))
-    with pytest.raises(ValueError) as error:
-        read_vocabulary(tmp_path)
-    shown = f"'{'x' * 116}... has the id 999, but its place is 264"
-    assert str(error.value) == f"{tmp_path / 'tokenizer.json'}: the added token {shown}"
