@@ -72,7 +72,7 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
     try:
         found = find_in_cache(repo_id, revision, cache_dir)
         return found or download(repo_id, revision, cache_dir)
-    except hub.errors.HFValidationError as error:  # spaces, 97 characters, a dash at the end
+    except hub.errors.HFValidationError as error:  # a space in the id, for example
         raise ValueError(f"{str(name)!r} is no folder here and no hub id: {error}") from None
     # A failed download raises an OSError or the HTTP client's own error. The client is httpx or
     # httpx2, depending on the library's version; HfHubHTTPError inherits from OSError and from that

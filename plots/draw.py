@@ -40,7 +40,7 @@ from plots.pictures import (
 from watch.recorder import read_recording
 
 ROOT = Path(__file__).resolve().parent.parent
-# Prompt tokens and new tokens of twelve requests, about as many as the twelve of generate.py.
+# (prompt tokens, new tokens) of twelve requests like those of generate.py's demonstration.
 TALES = [(14, 90), (11, 60), (8, 40), (7, 110), (3, 30), (10, 70)]
 TALES += [(20, 80), (3, 100), (16, 50), (8, 60), (5, 45), (18, 75)]
 

@@ -1,7 +1,7 @@
 """Pictures of the engine and of what happens in a run: parts, blocks, block tables, batches.
 
 The text of 116 steps in a pool of 60 blocks is 7,000 cells; as a picture it is seen at once. Most
-pictures are two functions: one turns a recording into numbers, the other draws the numbers. So the
+pictures need two functions: one turns a recording into numbers, the other draws them. So the
 tests can check the numbers without looking at a picture.
 
                      draw_architecture   the parts of the engine and what flows between them
@@ -183,7 +183,7 @@ class Holding(NamedTuple):
 
 
 def find_holdings(header: dict, steps: list[dict]) -> list[Holding]:
-    """Who holds which block when: each block's steps, cut where its holders change."""
+    """List the holders of each block; a holding ends in the step where the holders change."""
     # One column a block: the holders of this block in each step.
     columns = zip(*(holders(header, step) for step in steps), strict=True)
     found = []
