@@ -171,6 +171,8 @@ class InferenceEngine:
         the pool.
         """
         params = SamplingParams() if params is None else params
+        # Both checks, of the prompt here and of the pool in `scheduler.add`, come before anything
+        # is kept: a refused request leaves no trace.
         request = Request(
             request_id=str(self._num_requests),
             prompt_token_ids=self._check_prompt(prompt, params),
@@ -216,6 +218,7 @@ class InferenceEngine:
         request = self.output_processor.remove(request_id)
         if request is None:
             return False
+        # A step that is running may still compute these sequences: `update` drops what it drew.
         for seq in request.sequences:
             self.scheduler.finish(seq, "abort")
         return True
@@ -257,6 +260,8 @@ class InferenceEngine:
 
     def _continue(self, plan: Plan) -> list[Continuation]:
         """Run the model, then ask each strategy how its sequences continue."""
+        # 1 row of logits for a decode or the end of a prompt, 0 for a chunk before that, and all
+        # rows of a prompt whose log-probabilities were asked for.
         counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
         logits = self.forward(self._batch_of(plan, counts))  # (M, V), M = sum(counts)
         self.output_processor.collect_prompt_logprobs(plan, counts, logits)
@@ -273,6 +278,8 @@ class InferenceEngine:
 
         `counts` says how many of each sequence's last rows need logits.
         """
+        # Positions [start, start + num_new_tokens) are computed. Their K and V go to the slots that
+        # the block table gives them; what lies before them is read through it.
         rows = [
             Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
             for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
@@ -287,6 +294,7 @@ class InferenceEngine:
         ids = self._encode(prompt, params)
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
+        # `type(i) is not int`, because to Python True is the integer 1.
         unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if unknown:
             known = f"ids are integers from 0 to {self.vocab_size - 1}"

@@ -27,7 +27,10 @@ CHUNK = 12: the whole prompt is computed in one step, and the row of the chunk i
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+# The states of a sequence: see the picture above.
+WAITING = "waiting"
+RUNNING = "running"
+FINISHED = "finished"
 
 
 @dataclass(eq=False, slots=True)
