@@ -72,6 +72,7 @@ for name in gpu_check.ENGINE_KERNEL_FILES: importlib.import_module(name)
 OF_AN_ENGINE = {"safetensors", "tiktoken", "tiktoken_ext", "tqdm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, more", [(KERNELS_ALONE, set()), (WHOLE_ENGINE, OF_AN_ENGINE)])
 def test_it_needs_nothing_but_torch_triton_numpy_and_pytest(code, more):
     """All modules of a virtual environment's own that its stages import, tests' modules too."""
@@ -125,6 +126,7 @@ def test_of_the_engine_only_tests_for_a_gpu_are_run_and_every_file_has_some(tmp_
     assert {line.split("::")[0] for line in ids} == set(gpu_check.ENGINE_TESTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, name",
     [(CHECK, "ceilings"), (CHECK, "kernels"), (SWEEP, "sweep"), (ENGINE, "latency")],
@@ -254,6 +256,7 @@ def test_an_interpreted_kernel_is_refused():
         gpu_check.refuse_interpreted({})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, kind", [("1", "InterpretedFunction"), (None, "JITFunction")])
 def test_the_kernels_of_this_project_are_seen_as_what_they_are(value, kind):
     pytest.importorskip("triton")

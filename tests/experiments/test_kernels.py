@@ -175,6 +175,7 @@ def test_the_plain_numba_read_reads_all():
     assert sum_numba(numbers.numpy()) == 7.0
 
 
+@pytest.mark.slow
 def test_the_plain_triton_kernels_compile_for_gpus_that_are_not_here():
     pytest.importorskip("triton")
     code = """

@@ -93,6 +93,7 @@ def test_each_contender_has_its_times_beside_the_floor(tmp_path, tiny):
     assert {row["unit"] for row in rows} == {"ms", "%", "x"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter: a GPU runs the real ones")
 def test_joined_steps_run_through_the_same_checks(tmp_path, tiny_gpt, monkeypatch):
     model = tiny_gpt(seed=5, n_layer=1, n_head=1, n_embd=16)
@@ -166,6 +167,7 @@ def test_a_peer_that_takes_five_times_as_long_makes_ours_five_times_as_fast():
     assert (row.contender, row.median, row.unit) == (RECORDED, 5.0, "x")
 
 
+@pytest.mark.slow
 def test_transformers_runs_beside_ours_and_is_compared(tmp_path, shipped_model_folder):
     pytest.importorskip("transformers")
     words = f"--model {shipped_model_folder} --contenders recorded transformers"
@@ -475,6 +477,7 @@ def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, mo
     assert len(filled) == (2 if name == RECORDED else 0)
 
 
+@pytest.mark.slow
 def test_a_compiled_peer_keeps_one_cache_for_each_number_of_sequences(
     shipped_model_folder, monkeypatch
 ):

@@ -194,6 +194,7 @@ def test_continuous_batching_with_other_weights_is_refused(
         run(tmp_path, other_peers(shipped_model_folder, "--batches 2 --also continuous"))
 
 
+@pytest.mark.slow
 def test_all_prompts_of_continuous_batching_start_in_one_step(shipped_model_folder, monkeypatch):
     pytest.importorskip("transformers")
     model = transformers_engines.as_transformers(load_model(shipped_model_folder))
