@@ -808,7 +808,7 @@ def test_a_hub_that_does_not_answer_costs_less_than_five_seconds(hub, user, cach
 
 
 @pytest.mark.parametrize("text", [b"<html>Welcome to the hotel</html>", b"[]", b"{}", b'"hello"'])
-def test_whoever_is_no_hub_is_said_to_be_none(hub, user, cache, text):
+def test_a_server_that_is_no_hub_is_named(hub, user, cache, text):
     hub.list_answer = text
     refusal = user.find("me/tales", cache).refusal
     assert refusal.startswith(f"{hub.url} does not answer as a hub does (")

@@ -1,4 +1,4 @@
-"""Every layout of a GPT-2 checkpoint that is found in the wild loads; whatever else is refused.
+"""Every layout of a GPT-2 checkpoint in use loads; anything else is refused.
 
 The tests write one small model in each layout and compare all its tensors bit by bit with the model
 it came from, and its logits with those of transformers or of a nanoGPT written out below; then they
@@ -714,7 +714,7 @@ def test_the_random_shapes_are_those_of_the_four_gpt2s(name, num_parameters):
         ("/models/random", "trained weights"),
     ],
 )
-def test_whoever_prints_a_figure_can_say_what_the_weights_were(name, kind):
+def test_a_printed_figure_can_say_what_the_weights_were(name, kind):
     assert weights_kind(name) == kind
 
 

@@ -275,7 +275,7 @@ CACHED = {
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whoever asks for an address or a connection meets an error that nobody catches."""
+    """Any lookup of an address and any connection raises an AssertionError."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a network was asked for")

@@ -898,7 +898,7 @@ def damage_value(rng: random.Random, value: object) -> object:
 
 
 def fuzz(folder: Path, facts: dict, rounds: int) -> tuple[int, int]:
-    """Damage one file at a time: (refused, read). Whoever is read must be able to read a text."""
+    """Damage one file at a time: (refused, read). A tokenizer that loads must encode a text."""
     rng = random.Random(0)
     folders = [layout(folder / layout.__name__, facts) for layout in LAYOUTS]
     counts = [0, 0]

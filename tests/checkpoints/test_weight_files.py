@@ -222,7 +222,7 @@ def test_a_bare_pickle_with_a_call_is_refused(module, name, folder, tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_pytorch_is_always_asked_for_weights_only(legacy, tensors, folder, monkeypatch):
-    """Whatever else looks at a pickle before: this is the lock that others have tried."""
+    """PyTorch's own check stays on, beside the check of the program."""
     asked, real = [], torch.load
 
     def load(*args, **options):
