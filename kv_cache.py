@@ -42,7 +42,7 @@ class Row(NamedTuple):
     start: int  # the first position computed in this step; K and V before it are in the cache
     num_new_tokens: int  # positions [start, start + num_new_tokens) are computed in this step
     block_table: list[int]
-    num_sample_rows: int  # its last so many tokens get logits: 0 in the middle of a prompt
+    num_sample_rows: int  # how many of its last tokens get logits: 0 in the middle of a prompt
 
 
 def to_device(x: Tensor, device: str | torch.device) -> Tensor:
