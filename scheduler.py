@@ -111,8 +111,8 @@ class Scheduler:
         """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`."""
         plan = Plan()
         budget = self._continue_running(plan, self.max_num_batched_tokens)
-        # After a preemption the pool is full. A preempted sequence that starts again in the same
-        # step would take back blocks that others need.
+        # After a preemption nothing starts. The first that waits is the preempted sequence, and it
+        # could only take back blocks that the running ones need in the next steps.
         if not plan.preempted:
             self._start_waiting(plan, budget)
         return plan
