@@ -285,6 +285,19 @@ def equal_memory() -> list[str]:
     return table(f"{head} | expected from the lengths", rows)
 
 
+def token_budgets() -> list[str]:
+    """The gap between two tokens while a long prompt joins, by the step's token budget."""
+    joining, rows = "joining batch=8 context=64 prompt=896", []
+    for budget in (64, 256, 2048):
+        of = "cpu/latency.csv", f"budget={budget}"
+        gap = newest(*of, "largest gap between tokens", joining)
+        before = newest(*of, "gap before the prompt joins", joining)
+        first = newest(*of, "time to first token", joining)
+        rows.append(f"{budget:,} | {before:.1f} ms | {gap:.1f} ms | {first:.0f} ms")
+    head = "`max_num_batched_tokens` | gap before it joins | largest gap while it joins"
+    return table(f"{head} | the prompt's first token after", rows)
+
+
 def block_sizes() -> list[str]:
     """Utilisation and speed for block sizes 1 to 256."""
     file, rows = "cpu/block_size.csv", []
@@ -327,6 +340,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "peers-avx2": peers_avx2,
     "without-a-cache": without_a_cache,
     "equal-memory": equal_memory,
+    "token-budgets": token_budgets,
     "block-sizes": block_sizes,
     "shipped-model": shipped_model,
 }
