@@ -127,7 +127,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd)
         self.activation = ACTIVATIONS[config.activation_function]
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C) -> (N, C)
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C): each token alone."""
         return self.c_proj(self.activation(self.c_fc(x)))
 
 

@@ -152,6 +152,7 @@ class Reader(NamedTuple):
 
     @property
     def backend(self) -> str:
+        """The library that reads: "read, numba" -> "numba"."""
         return self.name.split(", ")[1]
 
 

@@ -129,10 +129,12 @@ class Setting:
 
     @property
     def scale(self) -> float:
+        """What the scores are multiplied by."""
         return self.D**-0.5
 
     @property
     def workload(self) -> str:
+        """The sizes, as the rows write them."""
         sizes = f"batch={self.B} context={self.T} block_size={self.block_size}"
         return sizes if self.num_queries == 1 else f"prefill {sizes}"
 

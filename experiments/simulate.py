@@ -59,10 +59,12 @@ class Served:
 
     @property
     def first_token_s(self) -> float:
+        """When the first token came, in simulated seconds."""
         return self.token_s[0]
 
     @property
     def finish_s(self) -> float:
+        """When the last token came."""
         return self.token_s[-1]
 
     @property

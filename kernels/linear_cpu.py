@@ -125,7 +125,7 @@ if HAS_NUMBA:
         return builder.bitcast(widened, VECTOR)
 
     @intrinsic
-    def multiply_tile(  # noqa: F811
+    def multiply_tile(  # noqa: F811, D103
         typingctx, x, x_at, x_stride, w, w_at, num_words, bias, bias_at, starts_with_bias,
         out, out_at, out_stride, num_rows, fetch_at, num_fetched,
     ):  # fmt: skip

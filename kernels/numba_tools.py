@@ -188,7 +188,7 @@ if HAS_NUMBA:
         return context.get_dummy_value()
 
     @intrinsic
-    def prefetch(typingctx, array, index):  # noqa: F811
+    def prefetch(typingctx, array, index):  # noqa: F811, D103
         num_bytes = PREFETCHED * array.dtype.bitwidth // 8
 
         def generate(context, builder, signature, args):
@@ -197,7 +197,7 @@ if HAS_NUMBA:
         return types.void(array, types.int64), generate
 
     @intrinsic
-    def prefetch_line(typingctx, array, index):  # noqa: F811
+    def prefetch_line(typingctx, array, index):  # noqa: F811, D103
         def generate(context, builder, signature, args):
             return emit_prefetch(context, builder, array, args, CACHE_LINE_BYTES)
 

@@ -87,9 +87,11 @@ class Recorder:
 
     @property
     def scheduler(self) -> Scheduler:
+        """The engine's."""
         return self.engine.scheduler
 
     def has_unfinished(self) -> bool:
+        """Whether the engine has work left."""
         return self.engine.has_unfinished()
 
     def add_request(
