@@ -29,7 +29,6 @@ import platform
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_cpu import PanelLinear, can_use_panels
 from model import GPT
 
 # The smallest n_embd and number of rows for which packing was measured to be faster. A call of a
@@ -84,7 +83,7 @@ def can_pack(device_type: str, dtype: torch.dtype) -> bool:
 
 def is_packed(model: GPT) -> bool:
     """Whether `pack` has replaced a model's linear layers."""
-    return isinstance(model.lm_head, (PackedLinear, PanelLinear))
+    return not isinstance(model.lm_head, nn.Linear)
 
 
 def pack(model: GPT, decode_rows: int) -> GPT:
@@ -95,11 +94,16 @@ def pack(model: GPT, decode_rows: int) -> GPT:
     layer more; a tied head becomes one copy more of the embedding.
     """
     device, dtype = model.wte.weight.device.type, model.wte.weight.dtype
-    uses_panels = device == "cpu" and can_use_panels(dtype)
-    if is_packed(model) or not (uses_panels or can_pack(device, dtype)):
+    if is_packed(model) or device != "cpu" or dtype not in PAYS_FROM:
         return model
     min_width, min_rows = PAYS_FROM[dtype]
     if model.config.n_embd < min_width or decode_rows < min_rows:
+        return model
+    # Imported here: the shipped model is too narrow, and a reader's first run loads a file less.
+    from kernels.linear_cpu import PanelLinear, can_use_panels
+
+    uses_panels = can_use_panels(dtype)
+    if not (uses_panels or can_pack(device, dtype)):
         return model
     packed = PanelLinear if uses_panels else PackedLinear
     fusable = ["gelu_new"] if uses_panels else list(FUSED)

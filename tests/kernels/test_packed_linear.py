@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines import attend_without_cache
-from kernels import packed_linear
+from kernels import linear_cpu, packed_linear
 from kernels.linear_cpu import PanelLinear, can_use_panels
 from kernels.packed_linear import FUSED, PAYS_FROM, PackedLinear, can_pack, is_packed, pack
 from llm import LLM, SamplingParams
@@ -50,7 +50,7 @@ def logits_of(model, rows=7):
 
 def without_panels(monkeypatch):
     """Make panels impossible, as without Numba or with a matrix unit for bfloat16."""
-    monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: False)
+    monkeypatch.setattr(linear_cpu, "can_use_panels", lambda dtype: False)
 
 
 @pytest.fixture(params=[PanelLinear, PackedLinear])
@@ -142,7 +142,7 @@ def test_panels_are_chosen_where_they_can_be_used_and_compute_gpt2s_activation_a
     dtype, activation, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: not asked.append(dtype))
+    monkeypatch.setattr(linear_cpu, "can_use_panels", lambda dtype: not asked.append(dtype))
     monkeypatch.setattr(packed_linear, "can_pack", lambda *args: False)  # not needed
     model = wide_gpt(dtype, activation_function=activation)
     pack(model, 8)

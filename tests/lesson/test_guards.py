@@ -130,4 +130,5 @@ def test_the_command_line_loads_only_files_that_it_uses():
         "watch/__init__.py",
         "watch/terminal.py",
     }
-    assert len(loaded) <= 30  # 29 when this was written, about 6,800 lines
+    assert "kernels/linear_cpu.py" not in loaded  # the shipped model is too narrow for packing
+    assert len(loaded) <= 29  # 28 when this was written

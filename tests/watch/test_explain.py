@@ -19,7 +19,7 @@ from worlds import needs_gpu
 import generate
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward, sample_next
-from kernels import packed_linear
+from kernels import linear_cpu
 from kernels.packed_linear import is_packed, pack
 from kv_cache import KVCache
 from llm import LLM
@@ -155,8 +155,8 @@ def test_operations_are_those_of_products_and_of_pairs(tiny_gpt):
 def test_packed_weights_are_counted_as_plain_ones(tiny_gpt, monkeypatch, dtype, in_panels):
     """Sizes for which panels need no zeros to be filled up."""
     if not in_panels:
-        monkeypatch.setattr(packed_linear, "can_use_panels", lambda dtype: False)
-    elif not packed_linear.can_use_panels(dtype):
+        monkeypatch.setattr(linear_cpu, "can_use_panels", lambda dtype: False)
+    elif not linear_cpu.can_use_panels(dtype):
         pytest.skip("no panels on this machine")
     plain = tiny_gpt(dtype=dtype, n_embd=768, n_inner=768, vocab_size=192)
     packed = pack(copy.deepcopy(plain), 8)
