@@ -22,8 +22,9 @@ import pytest
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-# A child process finds the files under test wherever it is started.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# A child process finds the files under test and the tests' helpers wherever it is started.
+PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 # The models are small: a second thread costs more than it brings, and 50 times more where the other
 # core is busy, because the two wait for each other thousands of times a second.
 torch.set_num_threads(1)

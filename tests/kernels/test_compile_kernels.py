@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is nothing to compile without triton")
 import compile_kernels
-from compile_kernels import FULL, QUICK, Case, Report, parse_usage, problems
+from compile_kernels import FULL, QUICK, Report, problems
 
 SCRIPT = Path(compile_kernels.__file__)
 TARGETS = (80, 90)
@@ -179,41 +179,3 @@ def test_a_kernel_over_a_limit_is_a_problem(target, stack_bytes, shared_bytes, f
         *(72, stack_bytes, shared_bytes, 32, {16: 32}, "3.7.1"),
     )
     assert problems(report) == found
-
-
-def test_registers_and_stack_are_read_from_the_line_of_the_kernel():
-    text = "Fatbin elf code:\n Function decode_kernel:\n  REG:72 STACK:8 SHARED:0 LOCAL:0"
-    assert parse_usage(text) == (72, 8)
-
-
-def test_a_report_without_such_a_line_is_an_error_not_a_zero():
-    with pytest.raises(ValueError, match="no line with REG and STACK: 'nothing here'"):
-        parse_usage("nothing here\n")
-
-
-def test_a_triton_without_cuobjdump_is_an_error_not_silence(monkeypatch, tmp_path):
-    import triton
-
-    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="cuobjdump is missing"):
-        compile_kernels.cuobjdump()
-
-
-def test_an_interpreting_process_refuses_to_compile():
-    status, reports, errors = compile_in_a_process_of_its_own(env={"TRITON_INTERPRET": "1"})
-    assert status == 1 and reports == []
-    assert "TRITON_INTERPRET is set, so there is nothing to compile" in errors
-
-
-def test_the_full_matrix_meets_every_kernel_type_and_head_size():
-    shapes = {(case.kernel, case.dtype, case.head_dim) for case in FULL}
-    joined = {(case.kernel, case.dtype, case.rows) for case in FULL if case.sizes[0] == 768}
-    sampled = {(case.dtype, case.vocab_size) for case in FULL if case.kernel == "sample"}
-    for dtype in ("bfloat16", "float32", "float64"):
-        for kernel in ("decode", "chunks", "fused_decode", "prefill", "write"):
-            assert shapes >= {(kernel, dtype, D) for D in (16, 64, 80, 96, 128, 256)}
-        assert joined >= {("small_linear", dtype, rows) for rows in (1, 2, 4, 8, 16)}
-        assert ("add_norm", dtype, 0) in joined
-    assert sampled >= {(dtype, V) for dtype in ("float16", "float32") for V in (1, 50_257, 50_304)}
-    assert {case.block_size for case in FULL} == {1, 3, 16, 256}
-    assert Case("mixed", "bfloat16", 64, starts=True) in FULL

@@ -109,32 +109,11 @@ def sums_of(layer, x):
 
 
 # ---- it is a product -----------------------------------------------------------------------------
-@needs_panels
-@EACH_DTYPE
-def test_two_outputs_by_hand(dtype):
-    linear = plain_layer(3, 2, dtype)
-    linear.weight[:] = torch.tensor([[1, 10, 100], [-1, 0.5, 0]], dtype=dtype)
-    linear.bias[:] = torch.tensor([0.5, 2], dtype=dtype)
-    x = torch.tensor([[1, 2, 1], [0, 0, 0], [-4, 8, 0]], dtype=dtype)
-    assert PanelLinear(linear)(x).tolist() == [[121.5, 2.0], [0.5, 2.0], [76.5, 10.0]]
-
-
-@needs_panels
-@EACH_DTYPE
-@pytest.mark.parametrize("outputs", [1, 23, 25, 47, 48, 49, 97])
-@pytest.mark.parametrize("inputs", [1, 3, 768, 1537])
-def test_it_is_the_float64_product_with_and_without_a_bias(inputs, outputs, dtype):
-    x = random_x(max(ROW_COUNTS), inputs, dtype)
-    for bias in (True, False):
-        linear = plain_layer(inputs, outputs, dtype, bias)
-        layer, want = PanelLinear(linear), product(x, linear)
-        for rows in ROW_COUNTS:
-            check(layer(x[:rows]), want[:rows], dtype)
 
 
 @needs_panels
 @pytest.mark.oracle
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(0, 150),
     inputs=st.integers(1, 1700),
@@ -215,38 +194,16 @@ def test_the_activation_of_any_number():
 @EACH_DTYPE
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("inputs", [1, 2, 3, 769, 1537, 3075])
-def test_a_sum_takes_its_inputs_one_after_the_other_with_one_rounding_each(inputs, bias, dtype):
+def test_a_sum_takes_its_inputs_one_after_the_other_with_one_rounding_each(
+    inputs, bias, dtype, set_threads
+):
+    """So the bits depend neither on the other rows nor on the number of threads."""
     linear, x = plain_layer(inputs, 50, dtype, bias), random_x(70, inputs, dtype)
     layer, want = PanelLinear(linear), sums_in_order(x, linear)
-    for rows in (1, 9, 70):
+    for threads, rows in itertools.product((1, 2), (1, 9, 70)):
+        set_threads(threads)
         assert torch.equal(sums_of(layer, x[:rows]), want[:rows])
         assert torch.equal(layer(x[:rows]), want[:rows].to(dtype))
-
-
-def test_the_oracle_of_the_order_rounds_once():
-    """1 + 2**-24 is halfway between two float32: 2**-60 more or less decides, float64 loses it."""
-    products, sums = np.array([2.0**-24 + 2.0**-60, 2.0**-24 - 2.0**-60]), np.ones(2)
-    assert rounded_once(products, sums).tolist() == [1 + 2.0**-23, 1.0]
-    assert rounded_once(-products, -sums).tolist() == [-1 - 2.0**-23, -1.0]
-    assert (products + sums).astype(np.float32).tolist() == [1.0, 1.0]
-
-
-@needs_panels
-@EACH_DTYPE
-@pytest.mark.parametrize("inputs", [769, 1537])
-def test_a_row_alone_among_others_and_on_any_number_of_threads_is_the_same(
-    inputs, dtype, set_threads
-):
-    layer, x = PanelLinear(plain_layer(inputs, 145, dtype)), random_x(200, inputs, dtype)
-    want = layer(x)
-    for threads in (1, 2):
-        set_threads(threads)
-        assert torch.equal(layer(x), want)
-        for row in (0, 1, 7, 8, 63, 64, 65, 127, 128, 192, 199):
-            assert torch.equal(layer(x[row : row + 1]), want[row : row + 1])
-        for begin, end in ((0, 7), (0, 8), (3, 12), (60, 125), (8, 200), (199, 200)):
-            assert torch.equal(layer(x[begin:end]), want[begin:end])
-    assert torch.equal(layer(x.flip(0)).flip(0), want)
 
 
 @needs_panels
@@ -275,21 +232,6 @@ def test_what_is_not_finite_stays_in_its_own_row(inputs, bad, dtype):
     got = layer(x)
     assert torch.equal(got[~is_bad], want[~is_bad])
     assert (got[is_bad].isnan() if math.isnan(bad) else ~got[is_bad].isfinite()).all()
-
-
-@needs_panels
-@EACH_DTYPE
-@pytest.mark.parametrize("inputs", [3, 48, 769])
-def test_a_weight_that_is_not_finite_reaches_its_own_output_alone(inputs, dtype):
-    linear, x = plain_layer(inputs, 97, dtype), random_x(70, inputs, dtype)
-    want = PanelLinear(linear)(x)
-    linear.weight[0, 0] = linear.weight[47, 1] = linear.weight[96, -1] = math.nan
-    linear.weight[48, -1] = math.inf
-    linear.bias[50] = math.nan
-    is_bad = torch.tensor([output in (0, 47, 48, 50, 96) for output in range(97)])
-    got = PanelLinear(linear)(x)
-    assert torch.equal(got[:, ~is_bad], want[:, ~is_bad])
-    assert not got[:, is_bad].isfinite().any()
 
 
 def between_guards(values, guard, behind=2):
@@ -360,18 +302,6 @@ def test_an_x_of_another_shape_or_dtype_is_refused_with_both(dtype, shape, other
 
 
 # ---- a module ------------------------------------------------------------------------------------
-@needs_panels
-@EACH_DTYPE
-def test_with_and_without_gradients_it_computes_the_same(dtype):
-    linear, x = plain_layer(47, 50, dtype), random_x(9, 47, dtype)
-    want = PanelLinear(linear)(x)
-    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
-        with mode():
-            built_inside = PanelLinear(linear)
-            assert torch.equal(built_inside(x), want)
-        assert torch.equal(built_inside(x), want)
-    needs_gradients = plain_layer(47, 50, dtype).requires_grad_()
-    assert torch.equal(PanelLinear(needs_gradients)(x), want)
 
 
 @needs_panels
@@ -470,7 +400,7 @@ sys.exit(pytest.main([*sys.argv[1:], "-q", "-n", "0", "-p", "no:cacheprovider"])
 @pytest.mark.skipif(linear_cpu.LANES == 8, reason="this processor's registers are the shorter ones")
 def test_on_a_processor_with_shorter_registers(tmp_path):
     env = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    which = "one_rounding_each or nothing_beside or own_row or by_hand"
+    which = "one_rounding_each or nothing_outside or own_row"
     printed = in_new_process(SHORTER, "tests/kernels/test_linear_cpu.py", "-k", which, **env)
     assert "passed" in printed and "skipped" not in printed
 

@@ -57,7 +57,6 @@ def test_each_bfloat16_is_widened_exactly():
 
 
 @needs_numba
-@pytest.mark.oracle
 @pytest.mark.parametrize(("dtype", "lowest"), [(np.float32, -126), (np.float64, -1000)])
 def test_a_power_of_two_is_within_two_units_of_its_last_place(dtype, lowest):
     x = np.concatenate(
@@ -99,7 +98,6 @@ def test_flat_memory_begins_at_a_views_first_element_and_is_the_same_memory(dtyp
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
-sys.path.insert(0, "tests")
 import torch
 from kernels import attention_cpu, linear_cpu, packed_linear, prefill_cpu
 from worlds import World

@@ -5,17 +5,14 @@ and batches of which each kernel takes a part.
 """
 
 import math
-import random
 
 import pytest
 import torch
 from attention_rules import GPT2, ReaderRules, check_compiled
 from worlds import (
     ALL_DTYPES,
-    BLOCK_SIZES,
     DEVICE,
     DTYPES,
-    EACH_DTYPE,
     ON_GPU,
     SEED,
     check_on_device,
@@ -29,8 +26,7 @@ from worlds import (
 from kernels import triton_decode as module
 from kernels.device_memory import free_memory_bytes
 from kernels.triton_decode import paged_attention_triton, paged_decode_triton
-from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton
-from paged_attention import paged_attention
+from kernels.triton_prefill import HAS_TRITON
 
 pytestmark = needs_triton(HAS_TRITON)
 CHUNK_LENS = [0, 33, 64, 100]  # no chunks, less than a tile, a tile, more than one
@@ -70,37 +66,7 @@ def test_the_kernels_are_compiled_not_interpreted():
     check_compiled(module, "decode_kernel", "merge_kernel")
 
 
-@pytest.mark.parametrize("function", [paged_attention_triton, paged_decode_triton])
-def test_one_query_reads_its_context_through_the_table(function):
-    # Two positions in two blocks of one token; q . k = 0 for both, so it is the mean of the values.
-    k_cache = torch.zeros(4, 1, 1, 2, device=DEVICE)
-    v_cache = torch.full((4, 1, 1, 2), math.nan, device=DEVICE)
-    v_cache[2, 0, 0] = torch.tensor([1.0, 10.0])
-    v_cache[0, 0, 0] = torch.tensor([3.0, 30.0])
-    out = function(
-        torch.tensor([[[5.0, 7.0]]], device=DEVICE),
-        k_cache,
-        v_cache,
-        block_tables=torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE),
-        query_start_locs=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
-        context_lens=torch.tensor([2], dtype=torch.int32, device=DEVICE),
-        scale=1.0,
-        max_query_len=1,
-        max_context_len=2,
-    )
-    assert out.tolist() == [[[2.0, 20.0]]]
-
-
 # ---- chunks and their merge ----------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "chunk_len, dtype", some(14, [7, 16, 64, 100, 129, 130, 131, 1000], DTYPES), ids=str
-)
-def test_chunks_merge_to_what_a_single_walk_gives(chunk_len, dtype):
-    world = decodes([130, 3, 64], group=2, dtype=dtype)
-    in_chunks = check_decode(world, chunk_len=chunk_len).double()
-    single = check_decode(world, chunk_len=0).double()
-    bound = 2 * torch.as_tensor(world.bound(of_result=2, of_weights=1))  # each may be off by one
-    assert ((in_chunks - single).abs() <= bound.to(DEVICE)).all()
 
 
 @pytest.mark.parametrize("head_dim, chunk_len", [(16, 1), (256, 3)])
@@ -144,23 +110,6 @@ def test_chunks_are_for_batches_that_leave_most_of_the_chip_idle():
 
 
 # ---- batches for both kernels --------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "query_len, block_size, dtype", some(25, [1, 2, 17, 300], BLOCK_SIZES, DTYPES), ids=str
-)
-def test_the_dispatch_equals_dense_attention_for_any_query_length(query_len, block_size, dtype):
-    contexts = [query_len + block_size + 4] + [query_len, query_len + 510] * ON_GPU
-    check_any(world_of([query_len] * len(contexts), contexts, block_size=block_size, dtype=dtype))
-
-
-@EACH_DTYPE
-def test_decodes_prompts_chunks_and_empty_rows_are_one_call_in_any_order(dtype):
-    sequences = [(1, 33), (6, 6), (0, 4), (1, 1), (40, 90), (1, 0), (3, 2), (1, 300), (17, 17)]
-    for seed in range(3):
-        random.Random(seed).shuffle(sequences)
-        queries, contexts = zip(*sequences, strict=True)
-        world = world_of(list(queries), list(contexts), num_padded_rows=2, dtype=dtype)
-        world.qkv[-2:] = math.nan
-        assert check_any(world)[-2:].abs().max() == 0
 
 
 def test_a_decode_leaves_the_rows_of_longer_queries_to_the_other_kernel():
@@ -182,12 +131,6 @@ def test_rows_after_prompts_are_zeroed_by_the_other_kernel(query_lens):
     check_any(no_query, max_query_len=4)  # an upper bound sends it to both
 
 
-@pytest.mark.parametrize("query_lens", [[1, 1, 1], [2, 1, 5]])
-def test_an_upper_bound_of_the_query_length_larger_than_needed_changes_nothing(query_lens):
-    for max_query_len in (5, 64, 1024):
-        check_any(world_of(query_lens, [9, 4, 70]), max_query_len=max_query_len)
-
-
 # ---- any batch -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(SEED, SEED + (3 if ON_GPU else 5)))
@@ -198,14 +141,6 @@ def test_any_ragged_batch_equals_dense_attention(seed, dtype):
         fixed = shape | {"dtype": dtype, "device": DEVICE}
         world = random_world(1000 * batch + seed, longest=700 if ON_GPU else 40, **fixed)
         check_any(world, max_query_len=300, max_context_len=2000)
-
-
-def test_the_kernels_agree_with_each_other():
-    """One query a sequence is a prompt of one token, too: three kernels, one answer."""
-    world = decodes([70, 9, 200, 1], [5, 4, 63, 0], num_kv_heads=2, group=2, block_size=3)
-    want = world.run(paged_attention)
-    for function in (paged_decode_triton, paged_prefill_triton, paged_attention_triton):
-        torch.testing.assert_close(world.run(function), want, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("chunk_len", [0, 64])

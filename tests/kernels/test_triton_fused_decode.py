@@ -32,7 +32,7 @@ from worlds import (
 
 from kernels import triton_fused_decode as module
 from kernels.device_memory import free_memory_bytes
-from kernels.triton_fused_decode import fused_decode, fused_decode_triton, num_arrivals
+from kernels.triton_fused_decode import fused_decode_triton, num_arrivals
 from kernels.triton_prefill import HAS_TRITON
 from kv_cache import write_kv
 
@@ -133,52 +133,6 @@ def test_the_kernel_is_compiled_not_interpreted():
     check_compiled(module, "fused_decode_kernel")
 
 
-def two_tokens(**changes):
-    """Position 0 in block 2, the new one is going to block 0; q . k = 0 for both."""
-    v_cache = torch.full((4, 1, 1, 2), math.nan, device=DEVICE)
-    v_cache[2, 0, 0] = torch.tensor([1.0, 10.0])
-    k_cache = v_cache * 0
-    where = {
-        "slot_mapping": torch.tensor([0], device=DEVICE),
-        "block_tables": torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE),
-        "context_lens": torch.tensor([2], dtype=torch.int32, device=DEVICE),
-    }
-    return {
-        "q": torch.tensor([[[5.0, 7.0]]], device=DEVICE),
-        "k": torch.zeros(1, 1, 2, device=DEVICE),
-        "v": torch.tensor([[[3.0, 30.0]]], device=DEVICE),
-        "k_cache": k_cache,
-        "v_cache": v_cache,
-        **where,
-        "scale": 1.0,
-        "max_context_len": 2,
-        "arrived": torch.zeros(1, dtype=torch.int32, device=DEVICE),
-    } | changes
-
-
-@pytest.mark.parametrize("chunk_len", [0, 1])
-def test_a_new_token_is_written_and_counts_beside_what_the_pool_holds(chunk_len):
-    arguments = two_tokens(chunk_len=chunk_len)
-    assert fused_decode_triton(**arguments).tolist() == [[[2.0, 20.0]]]  # the mean of the two
-    assert arguments["k_cache"][[0, 2]].flatten().tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert arguments["v_cache"][[0, 2]].flatten().tolist() == [3.0, 30.0, 1.0, 10.0]
-    assert arguments["k_cache"][[1, 3]].isnan().all() and arguments["v_cache"][[1, 3]].isnan().all()
-    assert arguments["arrived"].tolist() == [0]
-
-
-@EACH_CHUNK_LEN
-def test_the_plain_twin_and_the_kernel_agree(chunk_len):
-    world = decodes([70, 9, 30, 1], num_kv_heads=2, group=2, block_size=3)
-    arguments = arguments_of(world)
-    poisoned = world.pool.clone()
-    plain = {name: x for name, x in arguments.items() if name != "arrived"}
-    want, pool = fused_decode(**plain), world.pool.clone()
-    world.pool.copy_(poisoned)
-    got = fused_decode_triton(**arguments, chunk_len=chunk_len)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
-    assert torch.equal(world.pool.nan_to_num(99.0), pool.nan_to_num(99.0))
-
-
 @pytest.mark.parametrize("chunk_len", [1, 2, 3, 8])
 def test_chunks_smaller_than_a_tile(chunk_len):
     """Where a context fills its chunks but for one token, the last chunk is the new token alone."""
@@ -209,32 +163,6 @@ def test_the_new_token_counts_as_later_steps_will_read_it():
     assert (world.k_cache[world.tables[0][0], 0, 1] == 62.5).all()
 
 
-@pytest.mark.parametrize("given", [torch.float64, torch.float32])
-def test_k_and_v_may_be_of_another_type_than_the_pool(given):
-    world = decodes([2, 30, 65], dtype=torch.float16)
-    arguments = arguments_of(world)
-    others = {name: arguments[name].to(given) for name in ("k", "v")}
-    others = {name: x + torch.randn_like(x) * 1e-5 for name, x in others.items()}
-    world.kv = [kv.clone() for kv in world.kv]
-    for i, kv in enumerate(world.kv):
-        kv[0][-1], kv[1][-1] = (others[name][i].half() for name in ("k", "v"))
-    arguments |= others
-    after = expected_pool(world, arguments)
-    check_on_device(lambda out, **_: fused_decode_triton(**arguments, out=out), world)
-    assert torch.equal(world.pool.nan_to_num(99.0), after.nan_to_num(99.0))
-
-
-@EACH_CHUNK_LEN
-@pytest.mark.parametrize("context_len", [2, 65, 129, 130])
-def test_the_token_before_the_new_one_is_read(context_len, chunk_len):
-    """In the pool and last of its chunk, or first of the chunk that the new one is in."""
-    arguments = arguments_of(decodes([context_len]), chunk_len=chunk_len)
-    block, offset = divmod(context_len - 2, 4)
-    block_id = arguments["block_tables"][0, block].item()
-    arguments["k_cache"][block_id, :, offset] = math.nan
-    assert fused_decode_triton(**arguments).isnan().all()
-
-
 def test_a_sequence_grows_step_by_step_over_blocks_and_chunks():
     """What one step wrote the next one reads: 20 steps from the first token on."""
     world = decodes([20], num_kv_heads=2, group=2, block_size=3, dtype=torch.float32)
@@ -256,19 +184,6 @@ def test_a_padded_row_is_zero_and_reads_nothing(chunk_len, dtype):
     assert (result[[1, 4]].abs().amax((1, 2)) > 0).all()
 
 
-def test_padded_rows_alone():
-    world = decodes([0, 0, 0], num_padded_columns=1)
-    for max_context_len in (0, 1, 500):
-        assert check(world, max_context_len=max_context_len, chunk_len=64).abs().max() == 0
-
-
-def test_no_sequences():
-    world = decodes([])
-    assert run(world).shape == (0, 1, 16)
-    out = torch.empty_like(world.q)
-    assert run(world, out=out) is out
-
-
 # ---- which program merges ------------------------------------------------------------------------
 def test_there_is_a_counter_for_each_program_that_may_merge():
     assert num_arrivals(num_seqs=8, num_heads=12, num_kv_heads=12) == 96
@@ -284,13 +199,6 @@ def test_a_second_launch_finds_the_counters_as_the_first_did(group):
     first = check(world, chunk_len=16, arrived=arrived)
     for _ in range(2):
         assert torch.equal(check(world, chunk_len=16, arrived=arrived), first)
-
-
-def test_more_counters_than_needed_are_left_alone():
-    world = decodes([70, 3])
-    arrived = torch.tensor([0, 0, 5, 6], dtype=torch.int32, device=DEVICE)
-    run(world, chunk_len=16, arrived=arrived)
-    assert arrived.tolist() == [0, 0, 5, 6]
 
 
 def test_a_context_of_one_chunk_touches_no_counter():
@@ -325,11 +233,6 @@ def test_the_merge_folds_more_chunks_than_it_takes_at_a_time(head_dim, chunk_len
     chunks = [1, 129] if chunk_len == 1 else [1, 7, 8, 9, 17]
     world = decodes([n * chunk_len for n in chunks], head_dim=head_dim)
     check(world, chunk_len=chunk_len)
-
-
-def test_the_tile_of_a_merge_may_hold_one_chunk():
-    world = decodes([50], head_dim=256, group=20, dtype=torch.float32)
-    check(world, chunk_len=16)
 
 
 @pytest.fixture
@@ -379,13 +282,6 @@ def test_the_bits_are_the_same_whichever_program_arrives_last(group, dtype, grid
         ran = grid_order(order)
         assert torch.equal(check(world, chunk_len=16), in_order)
         assert len(set(ran)) == len(ran) and ran != sorted(ran)
-
-
-@pytest.mark.skipif(ON_GPU, reason="only the interpreter can run them in a chosen order")
-def test_the_chunk_of_the_new_token_may_come_first(grid_order):
-    ran = grid_order(backwards)
-    check(decodes([33]), chunk_len=16)
-    assert ran == [(0, 2, 0), (0, 1, 0), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("chunk_len, dtype", some(5, [0, 33, 64], DTYPES), ids=str)

@@ -18,7 +18,6 @@ from draws import (
     BELOW_1,
     EACH_CUT,
     EACH_LINE,
-    KNOWN_U,
     keeping,
     random_pairs,
     row,
@@ -45,7 +44,6 @@ from sampling import (
     SamplingParams,
     draw_tokens,
     draw_weights,
-    hash32,
     uniform,
 )
 
@@ -241,16 +239,6 @@ def test_tokens_of_even_rows_are_sampling_pys_whatever_seed_and_position(num):
     check_even_rows(num)
 
 
-def test_u_of_known_seeds_and_positions_has_these_values():
-    """What every seed ever said."""
-    pairs = list(KNOWN_U) + [(0, 0)] * 3  # a kernel's tensors have 8 numbers, or 16
-    seeds, positions = torch.tensor(pairs, device=DEVICE).T.contiguous()
-    out = torch.empty(8, device=DEVICE)
-    u_kernel[(1,)](seeds, positions, out, 8)
-    assert (out[:5].double() * 2**24).tolist() == list(KNOWN_U.values())
-    assert hash32(42, 2**40) >> 8 == KNOWN_U[42, 2**40]
-
-
 # ---- the draw ------------------------------------------------------------------------------------
 @needs_gpu
 def test_the_kernels_are_compiled_not_interpreted():
@@ -295,14 +283,6 @@ def test_a_token_of_probability_0_is_never_drawn_even_at_the_ends_of_the_line(u,
     assert draw(logits, both) == [2 if u < 0.1 else 5] * 2
 
 
-def test_u_just_below_1_ends_at_the_last_token_that_has_a_weight():
-    logits = normal(1, GPT2_VOCAB)
-    logits[:, GPT2_VOCAB - 300 :] = -math.inf
-    logits[:, GPT2_VOCAB - 301] = 16.0  # heavy, so that all u near 1 are its own
-    rows = [row(u) for u in (BELOW_1, 1 - 2**-20, 0.9999)]
-    assert draw(logits, rows) == [GPT2_VOCAB - 301] * 3
-
-
 @pytest.mark.parametrize("num_tiny", [31, 1000], ids=["one segment", "many"])
 def test_a_tail_of_tiny_weights_is_added_up_exactly(num_tiny):
     """One token of weight 1, then some of 1.3 / 2**26 each: fp32 sums would not notice them.
@@ -313,15 +293,6 @@ def test_a_tail_of_tiny_weights_is_added_up_exactly(num_tiny):
     rows = [row(BELOW_1), row(1 - 2 * 2**-24), row(1 - 3 * 2**-24)]
     expected = [num_tiny - 3, num_tiny - 6, num_tiny - 9]
     assert draw(torch.tensor([[0.0] + [tail] * num_tiny]), rows) == expected
-
-
-def test_the_first_and_the_last_token_of_each_segment_can_be_drawn():
-    """4,096 tokens in 64 segments of 64: all weight on one of them."""
-    ids = [i for segment in (0, 1, 31, 62, 63) for i in (64 * segment, 64 * segment + 63)]
-    logits = torch.full((len(ids), 4096), -200.0)
-    logits[range(len(ids)), ids] = 0.0
-    for u in (0.0, 0.7, BELOW_1):
-        assert draw(logits, [row(u)] * len(ids)) == ids
 
 
 # ---- the cut -------------------------------------------------------------------------------------
@@ -337,13 +308,6 @@ def test_a_tie_of_thousands_is_cut_at_the_right_id():
     for k in (3, 4, 1000, 4002, 4003, 4999):
         ids = kept(logits, top_k=k)
         assert ids == sorted([*range(min(k - 3, 4000)), 4000, 4001, *range(4002, k - 1), 4999])
-
-
-def test_infinitely_unlikely_tokens_are_kept_or_cut_without_a_difference():
-    logits = torch.tensor([[-math.inf, 2.0, -math.inf, 1.0, -math.inf]])
-    for params in ({"top_k": 1}, {"top_k": 3}, {"top_k": 4, "top_p": 0.99}, {"min_p": 0.9}):
-        check_weights(logits, [row(**params)])
-        assert check(logits, [row(u / 4, **params) for u in range(4)]) == 0
 
 
 @pytest.mark.parametrize("vocab_size, only", [(5000, 4321), (1, 0)])
@@ -453,18 +417,6 @@ def test_rows_of_gpt2s_vocabulary_draw_what_sampling_py_draws(dtype):
     check_weights(logits.float()[settled], [rows[i] for i in settled])
 
 
-def test_draws_from_gpt2s_vocabulary_differ_at_most_at_the_ends_of_tokens():
-    """Plain draws of random logits: each disagreement is proven to be one, and there are few."""
-    num, per_row = (20_000, 1000) if ON_GPU else (24, 8)
-    rows = [SampleRow(SamplingParams(), SEED, position, [0], 1) for position in range(num)]
-    logits = normal(num // per_row, GPT2_VOCAB)
-    differ = sum(
-        check(logits[i : i + 1], rows[i * per_row : (i + 1) * per_row])
-        for i in range(num // per_row)
-    )
-    assert differ <= num // 20
-
-
 def test_u_beside_the_end_of_a_token_draws_that_token_below_and_the_next_one_above():
     """Six of GPT-2's vocabulary, whose ends are approached to within the bound."""
     logits = normal(1, GPT2_VOCAB)
@@ -476,39 +428,6 @@ def test_u_beside_the_end_of_a_token_draws_that_token_below_and_the_next_one_abo
     assert draw(logits, rows) == [t + later for t in wide for later in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def shipped_logits(shipped_model_folder) -> torch.Tensor:
-    """The shipped model's logits (N, 3072) after each token of a sentence."""
-    from checkpoints.load import load_model
-    from checkpoints.tokenizer import load_tokenizer
-
-    model = load_model(shipped_model_folder)
-    text = "Once upon a time there lived in a great forest an old woman and her three goats."
-    ids = torch.tensor(load_tokenizer(shipped_model_folder).encode(text))
-
-    def attend(layer, q, k, v):  # dense and causal: there is only one sequence, and no cache
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out[0].transpose(0, 1)
-
-    with torch.inference_mode():
-        return model.logits(model(ids, torch.arange(len(ids)), attend)).clone()
-
-
-@pytest.mark.parametrize(
-    "params",
-    [{}, {"temperature": 0}, {"temperature": 0.8, "top_k": 40}, {"top_p": 0.9}],
-    ids=str,
-)
-def test_the_shipped_models_next_tokens_are_those_of_sampling_py(shipped_logits, params):
-    seeds = range(20 if ON_GPU else 1)
-    num = len(shipped_logits)
-    assert num >= 15 and len(shipped_logits.argmax(1).unique()) >= 5
-    for seed in seeds:
-        rows = [SampleRow(SamplingParams(**params), seed, i, [0], 1) for i in range(1, num + 1)]
-        assert check(shipped_logits, rows) <= 1
-
-
 # ---- extremes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("temperature", [1e-5, 1e6])
 def test_extreme_logits_and_temperatures_keep_all_numbers_finite(temperature):
@@ -517,18 +436,6 @@ def test_extreme_logits_and_temperatures_keep_all_numbers_finite(temperature):
     weights = check_weights(logits, rows)
     assert weights.isfinite().all() and weights.max() == 1
     assert draw(logits, rows) == [4, 3]
-
-
-def test_the_highest_temperature_makes_all_tokens_equally_likely():
-    """Logits of 3 apart are weights of 1 - 3e-6: distinct, and yet the line is even."""
-    logits = 3.0 * torch.arange(8).flip(0)[None]
-    assert drawn_at_many_u(logits, num=16, temperature=1e6) == "0011223344556677"
-    assert kept(logits, temperature=1e6, top_k=3) == [0, 1, 2]
-
-
-def test_a_temperature_of_1e_5_draws_among_the_tied_only():
-    logits = torch.tensor([[1.0, 0.9999, 1.0, -3.0]])
-    assert drawn_at_many_u(logits, num=8, temperature=1e-5) == "00002222"
 
 
 def test_half_precision_logits_are_computed_in_fp32():
@@ -578,11 +485,6 @@ def test_the_ids_and_the_peaks_go_into_the_tensors_that_are_given():
     assert sample_triton(logits, *tensors, out=out, peaks=peaks) is out
     assert out.tolist() == [1, 0] and peaks.tolist() == [5.0, 7.0]
     assert sample_triton(logits, *tensors).tolist() == [1, 0]
-
-
-def test_no_rows_are_no_tokens():
-    token_ids, peaks = draw_tokens_triton(torch.empty(0, 9, device=DEVICE), [])
-    assert token_ids.shape == peaks.shape == (0,) and token_ids.dtype == torch.int64
 
 
 def test_p_in_32_bits_is_taken_as_it_is():
@@ -635,11 +537,6 @@ def test_tensors_that_cannot_be_meant_are_refused_in_one_sentence(name, change, 
     with pytest.raises(ValueError, match=words) as refusal:
         sample_triton(**arguments)
     assert "\n" not in str(refusal.value)
-
-
-def test_the_number_of_rows_must_match():
-    with pytest.raises(AssertionError):
-        draw_tokens_triton(torch.zeros(2, 3, device=DEVICE), [row()])
 
 
 # ---- only a GPU can say --------------------------------------------------------------------------

@@ -110,17 +110,6 @@ def numbers(*values):
     return torch.tensor(values, dtype=torch.float32, device=DEVICE)
 
 
-def test_each_output_is_its_weights_times_the_row_plus_its_bias():
-    x, weight = numbers([1, 2]), numbers([1, 0], [0, 1], [10, 1])
-    assert small_linear(x, weight, numbers(0, 0, 0.5)).tolist() == [[1.0, 2.0, 12.5]]
-
-
-def test_a_residual_is_added_last():
-    x, weight, bias = numbers([1, 2], [3, 4]), numbers([1, 1]), numbers(0)
-    got = small_linear(x, weight, bias, residual=numbers([100], [200]))
-    assert got.tolist() == [[103.0], [207.0]]
-
-
 # e^(-2u) of -30 is more than 32 bits hold: infinity, and the GELU 0, which it is.
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_gelu_is_the_tanh_form_and_comes_before_the_residual():
@@ -132,28 +121,18 @@ def test_a_gelu_is_the_tanh_form_and_comes_before_the_residual():
     assert got[0].tolist() == pytest.approx([value + 1 for value in want], abs=2e-6)
 
 
-def test_a_norm_comes_first_and_each_row_has_its_own():
-    """Rows (1, 3) and (10, 50) have means 2 and 30, deviations 1 and 20: both are (-1, 1)."""
-    norm = numbers(1, 2), numbers(0, 10), 0.0
-    got = small_linear(numbers([1, 3], [10, 50]), numbers([1, 0], [0, 1]), numbers(0, 0), norm=norm)
-    assert got.flatten().tolist() == pytest.approx([-1, 12, -1, 12], abs=1e-5)
-
-
-def test_eps_is_added_to_the_variance():
-    norm = numbers(1, 1), numbers(0, 0), 3.0  # variance 1, and 3: half of it all
-    got = small_linear(numbers([1, 3]), numbers([1, 0], [0, 1]), numbers(0, 0), norm=norm)
-    assert got.flatten().tolist() == pytest.approx([-0.5, 0.5], abs=1e-6)
-
-
 # ---- every option, size and type -----------------------------------------------------------------
 @pytest.mark.oracle
+def test_two_rows_with_all_options():
+    Call(2, 48, 72, torch.float32, OPTIONS[-1]).check()
+
+
 @pytest.mark.parametrize("names", OPTIONS, ids=lambda names: names or "plain")
 @EACH_DTYPE
 def test_two_rows_with_every_combination_of_options(names, dtype):
     Call(2, 48, 72, dtype, names, seed=len(names)).check()
 
 
-@pytest.mark.oracle
 @pytest.mark.parametrize("rows, dtype", some(64 if ON_GPU else 24, range(1, 17), DTYPES), ids=str)
 def test_every_number_of_rows(rows, dtype, watched):
     Call(rows, 64, 37, dtype, "gelu residual", seed=rows).check()
@@ -169,11 +148,6 @@ def test_as_many_inputs_as_a_layer_has_in_any_gpt2(rows, IN, dtype):
     """As many outputs too where they are few: the interpreter takes its programs one by one."""
     names = "norm gelu" if rows <= 2 else "gelu residual"
     Call(rows, IN, 4 * IN if ON_GPU or IN < 64 else 20, dtype, names).check()
-
-
-def test_gpt2s_largest_layer_takes_all_of_its_programs():
-    call = Call(2, 768, 2304, torch.bfloat16, "norm")
-    call.check()
 
 
 @pytest.mark.parametrize(
@@ -206,14 +180,6 @@ def test_no_rows_are_an_empty_result(dtype):
         assert got.shape == (0, 72) and got.dtype == dtype
 
 
-@EACH_DTYPE
-def test_its_twin_agrees(dtype):
-    """The plain function rounds after each operation: a few eps of the largest number."""
-    call = Call(2, 64, 96, dtype, "norm gelu residual")
-    got, twin = call.run().double(), call.run(plain_small_linear).double()
-    assert (got - twin).abs().max() <= 16 * torch.finfo(dtype).eps * twin.abs().max()
-
-
 # ---- rows do not meet ----------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_gives_the_same_bits_in_any_batch_of_its_size(dtype):
@@ -239,7 +205,6 @@ def test_a_nan_in_one_row_stays_there(rows, names, dtype):
     assert torch.equal(after[others], before[others]) and not before.isnan().any()
 
 
-# ---- what it refuses -----------------------------------------------------------------------------
 def test_more_rows_than_few_are_refused():
     call = Call(17, 8, 4, torch.float32)
     with pytest.raises(ValueError, match="x has 17 rows, at most 16 are few: use F.linear"):
@@ -247,6 +212,9 @@ def test_more_rows_than_few_are_refused():
     call = Call(3, 8, 4, torch.float32, "norm")
     with pytest.raises(ValueError, match="x has 3 rows, at most 2 are few with a norm in front"):
         call.run()
+
+
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,13 +237,6 @@ def test_sizes_that_do_not_belong_together_are_refused(changes, message):
         small_linear(**given)
 
 
-def test_two_types_are_refused():
-    call = Call(2, 8, 4, torch.float32, "residual")
-    call.options["residual"] = call.options["residual"].half()
-    with pytest.raises(ValueError, match="x, weight, bias, residual are .* of one type"):
-        call.run()
-
-
 # ---- how the work is cut -------------------------------------------------------------------------
 def programs(OUT, TILE_OUT):
     return -(-OUT // TILE_OUT)
@@ -288,14 +249,6 @@ def test_the_four_products_of_gpt2_are_144_and_three_times_192_programs():
         found.append((tiles["TILE_OUT"], programs(OUT, tiles["TILE_OUT"]), tiles["TILE_IN"]))
         assert tiles["TILE_OUT"] * tiles["TILE_IN"] * 2 == 8192  # bytes of weights a piece
     assert found == [(16, 144, 256), (4, 192, 1024), (16, 192, 256), (4, 192, 1024)]
-
-
-@pytest.mark.parametrize("C", [768, 1024, 1280, 1600])
-def test_every_gpt2_gives_each_of_132_processors_something_to_do(C):
-    for OUT in (C, 3 * C, 4 * C):
-        TILE_OUT = linear_tiles(1, C, OUT, torch.bfloat16)["TILE_OUT"]
-        assert programs(OUT, TILE_OUT) >= 128
-        assert TILE_OUT == 16 or programs(OUT, 2 * TILE_OUT) < 128, "more outputs each would do"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

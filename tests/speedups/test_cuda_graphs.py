@@ -180,12 +180,6 @@ def test_sizes_and_lengths_that_cannot_be_are_refused(model):
             GraphForward(cache, None, sizes, max_seq_len)
 
 
-def test_a_step_runs_as_the_next_larger_size(model):
-    bench = Bench(model, [5] * 9, [1, 2, 4, 8, 9], KERNELS["torch"])
-    found = [bench.graphs.recorded_size(bench.batch(bench.rows[:n])) for n in range(1, 10)]
-    assert found == [1, 2, 4, 4, 8, 8, 8, 8, 9]
-
-
 def test_the_largest_is_recorded_first(model):
     order = []
 
@@ -200,17 +194,6 @@ def test_the_largest_is_recorded_first(model):
 
 
 # ---- packed inputs -------------------------------------------------------------------------------
-def test_inputs_lie_one_after_the_other_and_each_begins_at_16_bytes():
-    layout, num_bytes = plan_layout(5, 3)
-    assert layout == {
-        "input_ids": (0, torch.int64, (5,)),  # 40 bytes
-        "positions": (48, torch.int64, (5,)),
-        "slot_mapping": (96, torch.int64, (5,)),
-        "context_lens": (144, torch.int32, (5,)),  # 20 bytes
-        "query_start_locs": (176, torch.int32, (6,)),
-        "block_tables": (208, torch.int32, (5, 3)),  # 60 bytes
-    }
-    assert num_bytes == 272
 
 
 @pytest.mark.parametrize("size, max_blocks", [(1, 1), (1, 64), (3, 5), (256, 64)])
@@ -294,15 +277,9 @@ def test_sample_rows_in_another_order_are_not_what_was_recorded(model):
     torch.testing.assert_close(bench.graphs(swapped).flip(0), bench.forward(batch))
 
 
-def test_a_batch_on_another_device_runs_as_it_is(model):
-    bench = Bench(model, [5, 9], [2], KERNELS["torch"])
-    assert bench.graphs.recorded_size(bench.batch()) == 2
-    assert bench.graphs.recorded_size(bench.batch().to("meta")) is None
-
-
 # ---- padded rows ---------------------------------------------------------------------------------
 @EACH_BACKEND
-@pytest.mark.parametrize("num_seqs", [1, 3, 5, 8])
+@pytest.mark.parametrize("num_seqs", [1, 5, 8])
 def test_a_padded_step_gives_the_bits_of_the_batch_padded_by_hand(model, backend, num_seqs):
     bench = Bench(model, [3, 9, 6, 12, 1, 30, 4, 8][:num_seqs], [8], KERNELS[backend])
     before = bench.cache.pool.clone()
@@ -317,7 +294,7 @@ def test_a_padded_step_gives_the_bits_of_the_batch_padded_by_hand(model, backend
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("num_seqs", [1, 5, 8])
+@pytest.mark.parametrize("num_seqs", [5, 8])
 def test_a_step_writes_its_sequences_slots_and_scratch_and_nothing_else(model, backend, num_seqs):
     """The other blocks are full of NaN, those of sequences that have left among them."""
     bench = Bench(model, [3, 9, 6, 12, 1, 30, 4, 8], [8], KERNELS[backend])
@@ -349,16 +326,6 @@ def test_tritons_kernels_skip_padded_rows(tiny_gpt):
         slots = {(row.block_table[row.start // 4], row.start % 4) for row in bench.rows}
         assert bench.changed_since(before) == slots | {(bench.cache.scratch_block, 0)}
     torch.testing.assert_close(results[0], results[1], atol=1e-9, rtol=0)
-
-
-@EACH_BACKEND
-def test_what_lies_in_the_scratch_block_changes_no_bit(model, backend):
-    bench = Bench(model, [3, 9, 6], [8], KERNELS[backend])
-    results = []
-    for value in (0.0, 1e300, torch.nan, torch.inf):
-        bench.cache.pool[:, bench.cache.scratch_block] = value
-        results.append(bench.graphs(bench.batch()).clone())
-    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_table_that_reserves_more_than_the_longest_context_is_cut(model):
@@ -394,17 +361,6 @@ def test_inputs_never_move(model):
     assert set(begins) == {bench.graphs.packed.data_ptr()}
 
 
-@EACH_BACKEND
-def test_a_thousand_replays_give_the_same_bits(model, backend):
-    bench = Bench(model, [3, 9, 6, 12, 1], [8], KERNELS[backend], max_seq_len=16)
-    first = bench.graphs(bench.batch()).clone()
-    pool = bench.bits()
-    for _ in range(1000):
-        assert torch.equal(bench.graphs(bench.batch()), first)
-    assert torch.equal(bench.bits(), pool)
-    assert bench.launcher.replays == [8] * 1001
-
-
 def test_while_a_step_is_recorded_its_rows_read_and_write_the_scratch_block_alone(model):
     """A recording runs the function several times, over a pool that may be in use already."""
 
@@ -428,21 +384,6 @@ def test_while_a_step_is_recorded_its_rows_read_and_write_the_scratch_block_alon
     assert bench.changed_since(before) == {(scratch, 0)}
 
 
-def test_sizes_take_turns_and_do_not_disturb_each_other(model):
-    bench = Bench(model, [3, 9, 6, 12, 1, 30, 4, 8], [1, 2, 4, 8], KERNELS["torch"])
-    alone = {n: bench.graphs(bench.batch(bench.rows[:n])).clone() for n in (1, 2, 4, 8)}
-    for num_seqs in [8, 1, 4, 2, 8, 2, 1, 8, 4] * 5:
-        got = bench.graphs(bench.batch(bench.rows[:num_seqs]))
-        assert torch.equal(got, alone[num_seqs])
-
-
-def test_a_step_runs_outside_of_inference_mode_too(model):
-    bench = Bench(model, [3], [2], KERNELS["torch"])
-    assert not torch.is_inference_mode_enabled()
-    assert not bench.graphs(bench.batch()).requires_grad
-    assert bench.launcher.replays == [2]
-
-
 def test_a_rehearsal_holds_the_largest_step_and_the_logits_of_the_others(model):
     cache = KVCache(2, 1, 4, 2, 16, torch.float64)
     forward = plain_forward(model, cache, paged_attention, write_kv)
@@ -453,92 +394,31 @@ def test_a_rehearsal_holds_the_largest_step_and_the_logits_of_the_others(model):
 
 
 # ---- how a graph is recorded ---------------------------------------------------------------------
-class NoCuda:
-    """As much of torch.cuda as a recording uses: it writes down what happens on which stream."""
-
-    def __init__(self):
-        self.log, self.streams, self.done = [], ["current"], True
-        cuda = self
-
-        class Stream:
-            name = "side"
-
-            def wait_stream(self, other):
-                cuda.log.append(f"{self.name} waits for {other.name}")
-
-        class Current(Stream):
-            name = "current"
-
-        class Event:
-            def record(self):
-                cuda.log.append("event")
-
-            def query(self):
-                return cuda.done
-
-            def synchronize(self):
-                cuda.log.append("the host waits")
-
-        class CUDAGraph:
-            def replay(self):
-                cuda.log.append("replay")
-
-        class On:
-            def __init__(self, stream, what=None):
-                self.name, self.what = stream.name, what
-
-            def __enter__(self):
-                cuda.streams.append(self.name if self.what is None else self.what)
-
-            def __exit__(self, *_):
-                cuda.streams.pop()
-
-        self.Stream, self.Event, self.CUDAGraph, self.stream = Stream, Event, CUDAGraph, On
-        self.current_stream = Current
-        self.graph_pool_handle = lambda: "memory"
-        self.graph = lambda graph, pool, stream, capture_error_mode: On(
-            stream, f"recording on {stream.name} in {pool}, {capture_error_mode}"
-        )
-
-    def launch(self):
-        """What is to be recorded."""
-        self.log.append(self.streams[-1])
-        return SimpleNamespace(is_cuda=True, number=len(self.log))
 
 
-@pytest.fixture
-def no_cuda(monkeypatch):
-    cuda = NoCuda()
+# ---- copies --------------------------------------------------------------------------------------
+def test_only_a_second_write_to_the_source_waits_for_a_copy_that_is_not_done(monkeypatch):
+    log, done = [], [True, False]
+
+    class Event:
+        def record(self):
+            log.append("copied")
+
+        def query(self):
+            return done.pop(0)
+
+        def synchronize(self):
+            log.append("the host waits")
+
+    cuda = SimpleNamespace(Event=Event, Stream=object, graph_pool_handle=object)
     monkeypatch.setattr(cuda_graphs, "torch", SimpleNamespace(cuda=cuda))
-    return cuda
-
-
-def test_a_graph_is_recorded_after_two_runs_on_the_stream_that_records(no_cuda):
-    replay = Graphs().record(no_cuda.launch)
-    recording = "recording on side in memory, thread_local"
-    runs = ["side waits for current", "side", "side", "current waits for side"]
-    assert no_cuda.log == [*runs, recording]
-    first, second = replay(), replay()
-    assert no_cuda.log == [*runs, recording, "replay", "replay"]
-    assert first is second and first.number == 5  # what it returned while it was recorded
-
-
-def test_a_model_on_the_cpu_under_a_pool_on_the_gpu_is_noticed(no_cuda):
-    with pytest.raises(AssertionError, match="the pool is on the GPU, the model is not"):
-        Graphs().record(lambda: SimpleNamespace(is_cuda=False))
-
-
-def test_a_copy_is_not_waited_for_unless_its_source_is_to_be_written_again(no_cuda):
-    copies = []
-    target = SimpleNamespace(copy_=lambda source, non_blocking: copies.append(non_blocking))
+    target = SimpleNamespace(copy_=lambda source, non_blocking: log.append(non_blocking))
     graphs = Graphs()
     graphs.send(target, None)
-    assert copies == [True] and no_cuda.log == ["event"]
-    graphs.wait()  # it is done long since
-    assert no_cuda.log == ["event"]
-    no_cuda.done = False
+    graphs.wait()  # it is done
+    assert log == [True, "copied"]
     graphs.wait()
-    assert no_cuda.log == ["event", "the host waits"]
+    assert log == [True, "copied", "the host waits"]
 
 
 # ---- under the engine ----------------------------------------------------------------------------
@@ -629,7 +509,7 @@ def assert_same(got, want, but=()):
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 16, 17, 20, 23])
+@pytest.mark.parametrize("count", [1, 3, 16, 20, 23])
 def test_tokens_and_logits_are_the_eager_engines_around_every_size(model, backend, count):
     """23 requests, 20 may run: three wait. Texts end at different times, so the batch shrinks."""
     requests = some_requests(count, seed=count, shortest=2)
@@ -683,61 +563,6 @@ def test_traffic_writes_the_same_over_one_pool(model, backend, requests, options
     if options.get("budget") == 1:  # only a prompt's own tokens but the last are no decode
         prompts = sum(len(prompt) - 1 for prompt, _ in requests)
         assert len(built.calls) - num_replays == prompts
-
-
-@EACH_BACKEND
-def test_preemption_between_steps_changes_no_token(model, backend):
-    requests = some_requests(9, seed=4)
-    built, numbers = build(model, backend), random.Random(1)
-
-    def preempt_one(step):
-        if len(built.scheduler.running) > 1 and numbers.random() < 0.3:
-            built.scheduler.preempt(numbers.choice(built.scheduler.running))
-
-    got = serve(built, requests, preempt_one)
-    assert_same(got, serve(build(model, backend, recorded=False), requests))
-    assert built.scheduler.num_preemptions > 2 and len(built.launcher.replays) > 2
-
-
-@EACH_BACKEND
-def test_an_abort_in_flight_changes_no_other_text(model, backend):
-    requests = some_requests(10, seed=6, shortest=2)
-    built, steps = build(model, backend), iter(range(1, 1000))
-    gone = [str(i) for i, (_, max_tokens) in enumerate(requests) if max_tokens > 4][:2]
-
-    def abort_two(step):
-        if next(steps) == 2:
-            assert all(built.engine.abort(request_id) for request_id in gone)
-
-    got = serve(built, requests, abort_two)
-    assert got[0].keys() == {str(i) for i in range(10)} - set(gone)
-    assert_same(got, serve(build(model, backend, recorded=False), requests), but=gone)
-    assert built.launcher.replays[0] == 16 and built.launcher.replays[1] <= 8  # 10, at most 8
-
-
-@pytest.mark.parametrize(
-    "kept", ["input_ids", "positions", "slot_mapping", "context_lens", "block_tables"]
-)
-def test_inputs_that_are_left_from_the_step_before_are_noticed(model, monkeypatch, kept):
-    """One kind of input at a time: the logits differ, or are NaN from a slot never written."""
-    requests = some_requests(5, seed=8)
-    fill, old = GraphForward._fill, {}
-
-    def keep_one(self, host, batch):
-        fill(self, host, batch)
-        new = host[kept].copy()
-        host[kept][:] = old.get(len(new), new)
-        old[len(new)] = new
-
-    want = serve(build(model, "torch", recorded=False), requests)
-    monkeypatch.setattr(GraphForward, "_fill", keep_one)
-    try:
-        got = serve(build(model, "torch"), requests)
-    except ValueError as error:
-        assert "NaN" in str(error)
-    else:
-        with pytest.raises(AssertionError):
-            assert_same(got, want)
 
 
 # ---- in the house --------------------------------------------------------------------------------

@@ -142,45 +142,6 @@ def texts_of(llm, requests):
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_a_token_that_is_not_near_is_no_tie():
-    scores = torch.tensor([1.0, 5.0, 4.99995, 4.999], dtype=torch.float64)
-    row = SampleRow(SamplingParams(temperature=0), 0, 1, [0], 1)
-    check_tie(scores, row, want=1, got=2)
-    for want, got in ((1, 3), (2, 1), (1, 0)):  # too far; the wrong way round; nonsense
-        with pytest.raises(AssertionError, match="apart"):
-            check_tie(scores, row, want, got)
-
-
-def test_a_draw_is_a_tie_at_the_end_of_a_token_alone():
-    position = 1
-    row = SampleRow(SamplingParams(temperature=1.0), 7, position, [0], 1)
-    u = uniform(torch.tensor([7]), torch.tensor([position])).item()
-    assert 0.1 < u < 0.9
-    # Three tokens: the first one's weight is u of all but a little, so u lies in the second.
-    for gap, is_tie in ((0.5e-4, True), (2e-4, False)):
-        shares = torch.tensor([u - gap, 1 - u - 0.01 + gap, 0.01], dtype=torch.float64)
-        check_tie(shares.log(), row, want=1, got=1)
-        if is_tie:
-            check_tie(shares.log(), row, want=1, got=0)
-        for got in (2,) if is_tie else (0, 2):
-            with pytest.raises(AssertionError, match="outside of token"):
-                check_tie(shares.log(), row, want=1, got=got)
-
-
-def test_texts_that_differ_without_a_tie_are_refused(tiny_gpt):
-    model = tiny_gpt(dtype=torch.float64)
-    requests = [([5, 6, 7], SamplingParams(temperature=t, max_tokens=6, seed=1)) for t in (0, 1.0)]
-    wanted = texts_of(LLM(model, num_blocks=16, backend="torch"), requests)
-    assert count_ties(model, requests, wanted, wanted) == 0
-    for which in (0, 1):
-        given = [list(text) for text in wanted]
-        given[which][3] = (given[which][3] + 1) % 97
-        with pytest.raises(AssertionError, match="apart|outside"):
-            count_ties(model, requests, wanted, given)
-    with pytest.raises(AssertionError, match="one text ends before the other"):
-        count_ties(model, requests, wanted, [text[:-1] for text in wanted])
-
-
 # ---- tokens --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def forty(shipped):
