@@ -6,7 +6,6 @@ that read nothing and have to be zero, and writes the result into memory full of
 """
 
 import math
-import threading
 
 import pytest
 import torch
@@ -16,9 +15,6 @@ from parallel import in_new_process, in_threads
 from strategies import worlds
 from worlds import World
 
-from baselines import generate_no_cache
-from block_allocator import BlockAllocator
-from engine import InferenceEngine, eager_forward
 from kernels import attention_cpu
 from kernels.attention_cpu import (
     HAS_NUMBA,
@@ -29,8 +25,6 @@ from kernels.attention_cpu import (
 from kernels.device_memory import free_memory_bytes
 from kernels.numba_tools import use_openmp_threads
 from kv_cache import KVCache, write_kv
-from sampling import SamplingParams
-from scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not HAS_NUMBA, reason="the kernel of the CPU needs numba")
 
@@ -129,22 +123,12 @@ def test_no_sequences_and_no_rows(dtype):
 
 
 # ---- values at which a softmax could overflow ----------------------------------------------------
-@EACH_DTYPE
-def test_scores_far_beyond_what_exp_can_take(dtype):
-    """Scores in the thousands: almost all weight lies on one value, and nothing overflows."""
-    world = World([1, 3, 30], [20, 9, 64], head_dim=16, dtype=dtype, size=40.0)
-    q, k = world.q[0, 0].double(), world.kv[0][0][:, 0].double()
-    assert (k @ q * world.scale).max() > 800, "or the test says nothing"
-    # Scores s of 5,000 carry an error of a few s eps, and so do the weights; V is of size 40.
-    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    result = world.check(paged_attention_cpu, bound=world.bound() + 16 * 5000 * eps * 160)
-    assert result.isfinite().all()
 
 
 @marked_in_fp32(pytest.mark.regression)
 def test_chunks_with_far_apart_maxima_are_merged_under_the_largest(dtype):
     """Inputs of size 20: scores of several hundred, and each chunk of 256 tokens has its own."""
-    world = World([1, 2, 1, 1], [700, 1000, 513, 600], head_dim=16, dtype=dtype, size=20.0)
+    world = World([1, 2, 1, 30], [700, 1000, 513, 600], head_dim=16, dtype=dtype, size=20.0)
     # Scores s of 2,000 carry an error of a few s eps, and so do the weights; V is of size 20.
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     result = world.check(paged_attention_cpu, bound=world.bound() + 16 * 2000 * eps * 80)
@@ -401,37 +385,6 @@ def test_two_threads_may_write_to_one_pool_at_the_same_time():
     assert torch.equal(got_k[slots], k) and torch.equal(got_v[slots], v)
 
 
-def test_two_engines_in_two_threads_write_the_texts_they_write_alone(tiny_gpt):
-    models = [tiny_gpt(seed=seed, dtype=torch.float64) for seed in (0, 9)]
-    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [7] * 17, [42], [2, 7, 1, 8]]
-    want = [generate_no_cache(model, prompts, 12) for model in models]
-    assert all(len(set(text)) > 4 for texts in want for text in texts), "a text that says nothing"
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(threading.get_ident())
-        return paged_attention_cpu(*args, **kwargs)
-
-    def serve(model, texts):
-        def work():
-            for _ in range(5):
-                cache = KVCache(2, 40, 4, 4, 16, dtype=torch.float64)
-                cache.pool.fill_(math.nan)
-                scheduler = Scheduler(BlockAllocator(40, 4), 16, 9, 64)
-                engine = InferenceEngine(eager_forward(model, cache, counted), cache, scheduler, 97)
-                params = SamplingParams(temperature=0, max_tokens=12)
-                ids = [engine.add_request(prompt, params) for prompt in prompts]
-                done = {}
-                while engine.has_unfinished():
-                    done |= {o.request_id: o for o in engine.step().outputs if o.finished}
-                assert [done[i].outputs[0].token_ids for i in ids] == texts
-
-        return work
-
-    in_threads(*(serve(*pair) for pair in zip(models, want, strict=True)))
-    assert len(set(calls)) == 2 and len(calls) > 100, "the kernel did not run"
-
-
 # ---- writing K and V -----------------------------------------------------------------------------
 def written(write, k, v, dtype, slots, block_size=4):
     """A poisoned pool of two layers after a write to its second: all of it, NaN as 99."""
@@ -471,13 +424,6 @@ def test_values_are_rounded_to_the_type_of_the_pool(given, dtype):
     slots = torch.tensor([5])
     want = written(write_kv, k, -k, dtype, slots)
     assert torch.equal(written(write_kv_cpu, k, -k, dtype, slots), want)
-
-
-def test_padded_rows_may_all_write_to_scratch():
-    k, v = torch.randn(2, 4, 2, 8)
-    pool = written(write_kv_cpu, k, v, torch.float32, torch.tensor([7, 48, 48, 48]))
-    assert torch.equal(pool[1, 1, 0, :, 3], k[0]) and torch.equal(pool[1, 1, 1, :, 3], v[0])
-    assert (pool[:, :12] != 99).sum() == 2 * 2 * 8
 
 
 def test_a_pool_of_another_type_is_refused_by_name():

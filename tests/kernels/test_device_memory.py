@@ -26,12 +26,6 @@ def test_large_memory_is_of_the_shape_and_type_asked_for():
         assert memory[2, 4, -1] == 1.5 and memory.flatten()[-1] == 1.5
 
 
-def test_two_pieces_of_large_memory_are_two():
-    a, b = (preallocate((1 << 20,), torch.float32).zero_() for _ in range(2))
-    a.fill_(1)
-    assert not b.any() and a.data_ptr() != b.data_ptr()
-
-
 @pytest.mark.skipif(
     not HAS_HUGE_PAGES.exists() or "[never]" in HAS_HUGE_PAGES.read_text(),
     reason="this system has no huge pages",

@@ -121,28 +121,6 @@ def test_packing_changes_neither_the_number_of_parameters_nor_any_layers_sizes(k
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.skipif(not can_use_panels(torch.float32), reason="no panels on this machine")
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("dtype", BOUNDS)
-def test_panels_are_chosen_where_they_can_be_used_and_compute_gpt2s_activation_alone(
-    dtype, activation, monkeypatch
-):
-    asked = []
-    monkeypatch.setattr(linear_cpu, "can_use_panels", lambda dtype: not asked.append(dtype))
-    monkeypatch.setattr(packed_linear, "can_pack", lambda *args: False)  # not needed
-    model = wide_gpt(dtype, activation_function=activation)
-    pack(model, 8)
-    assert asked == [dtype]
-    layers = linear_layers(model)
-    assert {type(layer) for layer in layers.values()} == {PanelLinear}
-    is_gpt2s = activation == "gelu_new"
-    for name, layer in layers.items():
-        assert layer.activation == ("gelu_new" if is_gpt2s and name.endswith("c_fc") else None)
-    for layer in model.h:
-        kept = nn.Identity if is_gpt2s else type(ACTIVATIONS[activation])
-        assert isinstance(layer.mlp.activation, kept)
-
-
 def test_the_embedding_keeps_its_memory_and_the_plain_weights_are_freed(kind):
     model = wide_gpt()
     embedding, tied = model.wte.weight.data_ptr(), model.lm_head.weight

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from attention_rules import check_compiled
 from test_triton_small_linear import beside_nan, launched_by
-from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import DEVICE, DTYPES, EACH_DTYPE, ON_GPU, SEED, needs_gpu, needs_triton, some
 
 from block_allocator import BlockAllocator
@@ -25,14 +24,11 @@ from kernels import triton_fused as module
 from kernels.triton_fused import (
     Arrivals,
     add_norm,
-    attend_undivided,
     can_fuse,
-    five_launches,
     fused_forward,
     linear_gelu,
     plain_add_norm,
     plain_linear_gelu,
-    seven_launches,
 )
 from kernels.triton_fused_decode import fused_decode, fused_decode_triton
 from kernels.triton_prefill import HAS_TRITON, INTERPRETED
@@ -418,71 +414,6 @@ def test_one_and_two_rows_take_five_launches_and_others_seven(model, monkeypatch
     for num_seqs in range(1, 6):
         assert twins.fused(twins.batch(twins.rows[:num_seqs])).shape == (num_seqs, 97)
     assert "".join(taken) == want
-
-
-# ---- counting ------------------------------------------------------------------------------------
-NO_LAUNCH = {
-    "empty",
-    "new_empty",
-    "empty_like",
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "split",
-    "chunk",
-}
-NO_LAUNCH |= {"split_with_sizes", "unflatten", "flatten", "t", "transpose", "permute", "slice"}
-NO_LAUNCH |= {"select", "alias", "detach", "expand", "unsqueeze", "squeeze"}
-
-
-class Launches(TorchDispatchMode):
-    """Names PyTorch's operations that a GPU would be asked for: all but views and new memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        if name not in NO_LAUNCH:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("n_layer", [1, 2, 5])
-def test_a_step_is_seven_launches_a_layer_and_four(tiny_gpt, n_layer):
-    """The kernels are stand-ins that count as one and compute nothing: 88 for 12 layers."""
-    model = tiny(tiny_gpt, torch.float32, n_layer=n_layer)
-    batch, launches = Twins(model, [3, 4, 5]).batch().to(DEVICE), Launches()
-    cache = KVCache(n_layer, 20, BLOCK_SIZE, 2, 8, device=DEVICE)
-
-    def one(name, *like):
-        def stand_in(x, *args, **kwargs):
-            launches.names.append(name)
-            sizes = (
-                [(len(x), args[0].shape[0])] if name in ("up", "small") else [x.shape] * len(like)
-            )
-            results = [x.new_empty(size) for size in sizes]
-            return tuple(results) if len(results) > 1 else results[0]
-
-        return stand_in
-
-    attend = attend_undivided(cache, batch, None, one("attend", "q"))
-    with torch.inference_mode(), launches:
-        hidden = seven_launches(
-            model, batch, attend, linear_up=one("up"), add_and_norm=one("join", "x", "y")
-        )
-        model.logits(hidden[slice(None)])
-    assert len(launches.names) == 7 * n_layer + 4, launches.names
-    assert launches.names.count("join") == 2 * n_layer + 1
-    assert launches.names.count("attend") == launches.names.count("up") == n_layer
-
-    launches.names.clear()
-    with torch.inference_mode(), launches:
-        hidden = five_launches(model, batch, attend, one("small"))
-        model.logits(hidden[slice(None)])
-    assert len(launches.names) == 5 * n_layer + 5, launches.names
-    assert launches.names.count("small") == 4 * n_layer
 
 
 # ---- counters ------------------------------------------------------------------------------------

@@ -310,15 +310,6 @@ def test_a_tie_of_thousands_is_cut_at_the_right_id():
         assert ids == sorted([*range(min(k - 3, 4000)), 4000, 4001, *range(4002, k - 1), 4999])
 
 
-@pytest.mark.parametrize("vocab_size, only", [(5000, 4321), (1, 0)])
-def test_one_finite_logit_leaves_no_choice(vocab_size, only):
-    logits = torch.full((1, vocab_size), -math.inf)
-    logits[0, only] = -7.0
-    some = [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.1, "min_p": 1}, {"top_p": 0.999}]
-    rows = [row(u, **params) for params in some for u in (0.0, BELOW_1)]
-    assert draw(logits, rows) == [only] * 10
-
-
 # ---- any row -------------------------------------------------------------------------------------
 CHOICES = {
     "temperature": [0.0, 1e-5, 0.4, 1.0, 1.0, 1.7, 30.0],

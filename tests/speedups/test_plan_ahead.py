@@ -101,17 +101,12 @@ class Reader:
 
 
 class Ledger(BlockAllocator):
-    """An allocator that keeps what is published: the tokens that some blocks hold from now on."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.published: set[tuple[int, ...]] = set()
+    """An allocator that checks what is published: the tokens that some blocks hold from now on."""
 
     def publish(self, block_table, token_ids, num_computed_tokens):
         assert num_computed_tokens <= len(token_ids)
         held = block_table[: self.blocks_needed(num_computed_tokens)]
         assert all(self.ref_count(block_id) for block_id in held), "published after it was freed"
-        self.published.add(tuple(token_ids[:num_computed_tokens]))
 
 
 # ---- what waits for the device -------------------------------------------------------------------
@@ -440,18 +435,6 @@ def test_a_step_returns_what_the_serial_engine_returns():
     assert not any(never) and landings == [True] * 7 + [False]
 
 
-def test_a_request_that_comes_between_two_steps_starts_in_one_that_is_planned_ahead():
-    served = Served()
-    first, second = some_prompts([3, 6])
-    served.add(first, max_tokens=8, **GREEDY)
-    served.step()
-    served.add(second, max_tokens=3, **GREEDY)
-    served.run()
-    # Launched when it came: the prompt, and the first decode. It joins the third.
-    assert [len(ids) for ids in served.model.calls] == [3, 1, 1 + 6, 2, 2, 1, 1, 1]
-    assert served.landings == [True] * 7 + [False]
-
-
 @pytest.mark.parametrize("params", PLAIN, ids=str)
 def test_plain_requests_are_planned_ahead_and_write_the_same(params):
     served = Served()
@@ -586,43 +569,6 @@ def test_a_text_that_is_stopped_wastes_the_row_that_is_in_flight(kind):
     assert served.engine.num_wasted_tokens == 1
 
 
-@EACH_END
-def test_when_the_last_text_is_stopped_nothing_is_left_to_do(kind):
-    """What is in flight then is all waste, and the next request finds an engine like new."""
-    prompt, params, num_tokens = ending(kind)
-    served = Served()
-    for _ in range(3):
-        served.add(prompt, max_tokens=20, **params)
-        served.run()
-        assert not served.engine.has_unfinished()
-        num_calls = len(served.model.calls)
-        for _ in range(2):
-            step = served.step()
-            assert step.plan.scheduled == [] and step.outputs == []
-        assert len(served.model.calls) == num_calls
-    served.add(prompt, max_tokens=20, **GREEDY)
-    served.run()
-    assert len(served.finished) == 4
-    assert served.engine.num_wasted_tokens == 3
-    assert served.num_rows == 3 * (3 + num_tokens - 1 + 1) + 3 + 19
-
-
-def test_no_row_that_was_wasted_is_published():
-    """A prefix cache would learn of the same tokens from both engines, and of no others."""
-    published = []
-    for engine_class in (InferenceEngine, AheadEngine):
-        served = Served(engine_class)
-        for kind in ("end of text", "stop token", "stop string"):
-            prompt, params, _ = ending(kind)
-            served.add(prompt, max_tokens=20, **params)
-        for prompt, params in zip(some_prompts([1, 2, 5, 9, 14, 3, 4, 7]), PLAIN, strict=True):
-            served.add(prompt, max_tokens=10, **params)
-        served.run()
-        published.append(served.allocator.published)
-    assert served.engine.num_wasted_tokens > 4 and served.num_ahead > 4
-    assert published[1] == published[0] and len(published[0]) > 60
-
-
 @pytest.mark.parametrize("options", [{}, {"budget": 12}, {"max_num_seqs": 2}], ids=str)
 def test_the_model_is_asked_for_the_wasted_rows_more_and_nothing_else(options):
     rows = []
@@ -660,20 +606,6 @@ def test_a_step_planned_ahead_may_preempt_who_is_in_flight_and_changes_no_text()
         if what == "preempt"
     ]
     assert in_flight == [1]
-
-
-def test_an_abort_of_everybody_leaves_nothing_to_do():
-    served = Served()
-    ids = [served.add(prompt, max_tokens=8, **GREEDY) for prompt in some_prompts([3, 6, 2])]
-    served.step()
-    served.step()
-    for request_id in ids:
-        served.abort(request_id)
-    assert not served.engine.has_unfinished() and served.allocator.num_free == 64
-    step = served.step()
-    assert step.plan.scheduled == [] and step.outputs == []
-    served.add(some_prompts([5])[0], max_tokens=8, **GREEDY)
-    served.run()
 
 
 def state_of(seq) -> str | None:
@@ -889,26 +821,6 @@ def test_recorded_steps_draw_the_same_while_the_batch_grows_and_shrinks():
     sizes = [len(ids) for ids in served.model.calls]
     assert set(sizes) >= {1, 2, 4} and served.num_ahead >= 6
     assert served.engine.num_wasted_tokens == 0
-
-
-@interpreted
-def test_recorded_steps_with_rows_that_are_wasted_draw_the_same():
-    served = Served(sizes=[1, 2, 3], max_num_seqs=3)
-    for kind in ("end of text", "stop token", "stop string"):
-        prompt, params, _ = ending(kind)
-        served.add(prompt, max_tokens=20, **params)
-    served.add(some_prompts([2])[0], max_tokens=6, seed=1, ignore_eos=True)
-    served.run()
-    assert served.engine.num_wasted_tokens >= 2 and served.num_ahead > 3
-
-
-@interpreted
-def test_a_careful_request_beside_recorded_steps_writes_the_same():
-    served = Served(sizes=[1, 2])
-    served.add(some_prompts([3])[0], max_tokens=7, **GREEDY)
-    served.add(some_prompts([2])[0], max_tokens=3, logprobs=1, **GREEDY)
-    served.run()
-    assert served.num_ahead > 0
 
 
 # ---- only a GPU can say --------------------------------------------------------------------------
