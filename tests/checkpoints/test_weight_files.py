@@ -1,18 +1,14 @@
 """Files of weights that strangers wrote: what is in them is read, or refused; nothing of it is run.
 
-Every hostile file stands where a good one is expected, beside a good config.json, and the whole
-folder is loaded: a refusal deep in the reader helps nobody if the caller meets another exception.
-What is said of each refusal: it is a ValueError of one sentence, it names the file and, where there
-is one, the tensor. What may hang, crash or fill the memory is loaded in a child process with a
-clock and a count of its memory. At the end thousands of small checkpoints are damaged at random.
+Every hostile file stands beside a good config.json, and the whole folder is loaded. Each refusal
+is a ValueError of one sentence that names the file and, where there is one, the tensor. A load that
+may hang, crash or fill the memory runs in a child process with a clock and a count of its memory.
+At the end thousands of small checkpoints are damaged at random.
 """
 
 import json
-import mmap
 import os
-import signal
 import struct
-import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -119,17 +115,6 @@ def test_nanogpts_own_shape_comes_with_its_checkpoint(tmp_path):
     assert [(s.name, s.shape) for s in catalogue(tmp_path)] == [("a", (2,))]
 
 
-def test_only_what_is_asked_for_is_read(tensors, tmp_path):
-    save_file(tensors, tmp_path / "model.safetensors")
-    wanted = [s for s in catalogue(tmp_path) if s.name == GAIN]
-    assert [one.name for one, _ in read(wanted)] == [GAIN]
-
-
-def test_a_folder_without_weights_is_told_what_is_looked_for(folder):
-    message = refusal(folder)
-    assert str(folder) in message and all(name in message for name in ORDER)
-
-
 # ---- code in a pickle ----------------------------------------------------------------------------
 class Call:
     """Unpickled, it would be what `function(*arguments)` returns."""
@@ -155,23 +140,13 @@ def command(mark):
     return Call(os.system, f"touch {mark}")
 
 
-def by_global(module, name, argument):
-    """The opcodes of a call, written by hand, since pickle itself won't write some of them."""
-    text = f"c{module}\n{name}\n(X".encode() + struct.pack("<I", len(argument))
-    return text + argument.encode() + b"tR."
-
-
 HOSTILE_VALUES = {
     "os.system": lambda mark: command(mark),
     "eval": lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"),
-    "exec": lambda mark: Call(exec, f"open({str(mark)!r}, 'w')"),
     "open": lambda mark: Call(open, str(mark), "w"),
-    "getattr": lambda mark: Call(getattr, command(mark), "x"),
     "setstate": lambda mark: Wakes(str(mark)),
-    "in a list": lambda mark: [[command(mark)]],
-    "in a dictionary": lambda mark: {"a": {"b": command(mark)}},
+    "in a dictionary of lists": lambda mark: {"a": [command(mark)]},
     "in a tuple key": lambda mark: {(1, command(mark)): 2},
-    "under an ordered dictionary": lambda mark: OrderedDict(a=command(mark)),
     "torch.hub": lambda mark: Call(torch.hub.load, str(mark), "x"),
 }
 
@@ -184,38 +159,6 @@ def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(
     path, mark = folder / "pytorch_model.bin", tmp_path / "mark"
     hostile = {**tensors, "z": HOSTILE_VALUES[value](mark)}
     torch.save(hostile, path, _use_new_zipfile_serialization=not legacy)
-    assert refusal(folder).startswith(f"{path} ")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("key", ["model", "optimizer", "model_args", "config", "iter_num", "extra"])
-def test_code_anywhere_in_a_nanogpt_checkpoint_is_refused(key, tensors, tmp_path):
-    mark = tmp_path / "mark"
-    whole = {"model": tensors, "model_args": ARGS, key: command(mark)}
-    torch.save(whole, tmp_path / "ckpt.pt")
-    assert refusal(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'} ")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "system"),
-        ("posix", "system"),
-        ("subprocess", "getoutput"),
-        ("builtins", "eval"),
-        ("builtins", "__import__"),
-        ("torch.serialization", "load"),
-        ("torch.utils", "_import_dotted_name"),
-        ("nt", "system\nx"),
-    ],
-)
-def test_a_bare_pickle_with_a_call_is_refused(module, name, folder, tmp_path):
-    """Not what torch.save writes: the opcodes alone, as exploits hand them round."""
-    path, mark = folder / "pytorch_model.bin", tmp_path / "mark"
-    path.write_bytes(by_global(module, name, f"touch {mark}"))
-    assert refusal(folder).startswith(f"{path} ")
-    path.write_bytes(b"\x80\x04\x8c\x02os\x8c\x06system\x93" + by_global("os", "x", str(mark))[6:])
     assert refusal(folder).startswith(f"{path} ")
     assert not mark.exists()
 
@@ -248,30 +191,20 @@ NO_PLAIN_TENSORS = {
     "one number, a trillion times": lambda: torch.zeros(1).expand(10**6, 10**6),
     "one number, the right shape": lambda: torch.zeros(1).expand(48, 144),
     "more than its storage": lambda: made_of(1, 0, (48, 144), (144, 1)),
-    "far more than its storage": lambda: made_of(1, 0, (10**6, 10**6), (10**6, 1)),
     "negative strides": lambda: made_of(48 * 144, 0, (48, 144), (-144, 1)),
     "a negative offset": lambda: made_of(48 * 144, -8, (48, 144), (144, 1)),
     "an offset past the end": lambda: made_of(48 * 144, 48 * 144, (48, 144), (144, 1)),
-    "an offset of 2^63 - 1": lambda: made_of(48 * 144, 2**63 - 1, (48, 144), (144, 1)),
-    "a negative size": lambda: made_of(48 * 144, 0, (-48, 144), (144, 1)),
     "no numbers in the file": lambda: Call(torch.FloatTensor, 48, 144),
-    "no numbers, another way": lambda: Call(torch.Tensor, 48, 144),
     "sparse": lambda: torch.eye(48, 144).to_sparse(),
-    "sparse rows": lambda: torch.eye(48, 144).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(48, 144), 0.1, 0, torch.qint8),
     "meta": lambda: torch.zeros(48, 144, device="meta"),
     "complex": lambda: torch.zeros(48, 144, dtype=torch.complex64),
     "integers": lambda: torch.zeros(48, 144, dtype=torch.int64),
-    "booleans": lambda: torch.zeros(48, 144, dtype=torch.bool),
-    "8-bit floats": lambda: torch.zeros(48, 144).to(torch.float8_e4m3fn),
     "a NumPy array": lambda: torch.zeros(48, 144).numpy(),
     "a dictionary": lambda: {"weight": torch.zeros(48, 144)},
-    "a list": lambda: [torch.zeros(48, 144)],
-    "a number": lambda: 1.5,
     "nothing": lambda: None,
-    "text": lambda: "weight",
     "a type": lambda: torch.float32,
     "8 GB of zero bytes": lambda: Call(bytearray, 2**33),
-    "a petabyte of zero bytes": lambda: Call(bytearray, 2**50),
 }
 
 
@@ -280,35 +213,22 @@ NO_PLAIN_TENSORS = {
 @pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
 def test_what_is_no_plain_tensor_of_numbers_in_the_file_is_refused(kind, legacy, tensors, folder):
     path = folder / "pytorch_model.bin"
-    torch.save(
-        {**tensors, MATRIX: NO_PLAIN_TENSORS[kind]()},
-        path,
-        _use_new_zipfile_serialization=not legacy,
-    )
+    held = {**tensors, MATRIX: NO_PLAIN_TENSORS[kind]()}
+    torch.save(held, path, _use_new_zipfile_serialization=not legacy)
     message = refusal_in_a_child(folder)
     assert message.startswith(f"{path}")
     if ": tensor " in message or ": entry " in message:
         assert repr(MATRIX) in message
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_quantised_tensor_is_refused(tensors, folder):
-    matrix = torch.quantize_per_tensor(torch.zeros(48, 144), 0.1, 0, torch.qint8)
-    torch.save({**tensors, MATRIX: matrix}, folder / "pytorch_model.bin")
-    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_storage_that_many_tensors_share_is_refused_before_it_is_copied_for_each(legacy, folder):
     """200 layers that are all one matrix: 0.4 MB of file, and 85 MB of memory as weights."""
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "gpt2", "n_layer": 200, "n_head": 3, "n_embd": 96}).replace(
-            "}", ', "vocab_size": 61, "n_positions": 32}'
-        )
-    )
+    shape = {"n_layer": 200, "n_head": 3, "n_embd": 96, "vocab_size": 61, "n_positions": 32}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
     small = GPT(GPTConfig(**SHAPE | {"n_layer": 1, "n_embd": 96})).init_weights().state_dict()
-    one = {k.split(".", 2)[2]: v.t() if k.endswith(CONV1D) else v for k, v in small.items()
-           if k.startswith("h.0.")}  # fmt: skip
+    layer = {name[4:]: tensor for name, tensor in small.items() if name.startswith("h.0.")}
+    one = {name: t.t() if name.endswith(CONV1D) else t for name, t in layer.items()}
     named = {f"h.{layer}.{name}": tensor for layer in range(200) for name, tensor in one.items()}
     named |= {name: small[name] for name in small if not name.startswith(("h.", "lm_head"))}
     path = folder / "pytorch_model.bin"
@@ -320,17 +240,11 @@ def test_a_storage_that_many_tensors_share_is_refused_before_it_is_copied_for_ea
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
     "value",
-    [[1, 2], "weights", 3, None, torch.zeros(2), {}, {1: torch.zeros(2)}, {"model": 3}],
+    [[1, 2], "weights", None, torch.zeros(2), {}, {1: torch.zeros(2)}, {"model": 3}],
     ids=str,
 )
 def test_a_pickle_of_something_else_is_refused(value, legacy, folder):
     torch.save(value, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
-
-
-@pytest.mark.parametrize("name", [7, None, 1.5, (MATRIX,), b"wte.weight", True], ids=repr)
-def test_a_name_that_is_no_text_is_refused(name, tensors, folder):
-    torch.save({**tensors, name: torch.zeros(2)}, folder / "pytorch_model.bin")
     assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
 
 
@@ -371,19 +285,14 @@ def doubled(times, kind=list):
 
 NANOGPT_FAULTS = {
     "model is no dictionary": {"model": [1]},
-    "model is missing": {"model": None},
     "model is empty": {"model": {}},
     "model_args is a list": {"model_args": [1]},
     "model_args is empty": {"model_args": {}},
     "n_layer is text": {"model_args": ARGS | {"n_layer": "2"}},
     "n_layer is a tensor": {"model_args": ARGS | {"n_layer": torch.tensor(2)}},
-    "n_layer is true": {"model_args": ARGS | {"n_layer": True}},
     "n_layer is 3": {"model_args": ARGS | {"n_layer": 3}},
-    "n_layer is 1": {"model_args": ARGS | {"n_layer": 1}},
-    "n_layer is ten million": {"model_args": ARGS | {"n_layer": 10_000_000}},
     "n_layer is 2 ** 200": {"model_args": ARGS | {"n_layer": 2**200}},
     "n_layer unfolds without end": {"model_args": ARGS | {"n_layer": doubled(60)}},
-    "n_head does not divide": {"model_args": ARGS | {"n_head": 5}},
     "vocab_size is another": {"model_args": ARGS | {"vocab_size": 62}},
     "block_size is missing": {"model_args": {k: v for k, v in ARGS.items() if k != "block_size"}},
 }
@@ -404,11 +313,6 @@ def test_a_nanogpt_checkpoint_of_another_form_is_refused(fault, tensors, tmp_pat
 
 
 # ---- pickles that are damaged --------------------------------------------------------------------
-def every_class_of_length(size):
-    """Cuts near each end of a file, and all over it."""
-    return sorted(
-        {*range(12), 63, 64, 65, *range(0, size, max(1, size // 40)), size - 22, size - 1}
-    )
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -416,7 +320,8 @@ def test_a_pickle_that_was_cut_off_anywhere_is_refused(legacy, tensors, folder):
     path = folder / "pytorch_model.bin"
     torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()
-    for kept in every_class_of_length(len(whole)):
+    size = len(whole)
+    for kept in [*range(12), 63, 64, 65, *range(0, size, size // 40), size - 22, size - 1]:
         path.write_bytes(whole[:kept])
         assert refusal(folder).startswith(str(path)), kept
 
@@ -431,11 +336,6 @@ def repack(path, edits=None, without=(), extra=(), packed=None):
     held += [(name.replace("TOP", top), data) for name, data in extra]
     names = [name[len(top) + 1 :] for name, _ in held]
     path.write_bytes(write_zip(held, names.index(packed) if packed else None))
-
-
-def claims(count):
-    """The pickle of `zipped`, its first storage said to hold another number of numbers."""
-    return lambda data: data.replace(b"M\x00\x1bt", b"J" + struct.pack("<i", count) + b"t", 1)
 
 
 ZIP_FAULTS = {
@@ -454,7 +354,13 @@ ZIP_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", ZIP_FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(name, marks=pytest.mark.regression) if "more than is claimed" in name else name
+        for name in ZIP_FAULTS
+    ],
+)
 def test_a_zip_that_torch_would_not_write_is_refused(fault, tensors, folder):
     path = folder / "pytorch_model.bin"
     torch.save({MATRIX: tensors[MATRIX], **tensors}, path)
@@ -465,25 +371,24 @@ def test_a_zip_that_torch_would_not_write_is_refused(fault, tensors, folder):
     assert not (folder.parent / "evil").exists() and not (folder.parent.parent / "evil").exists()
 
 
-@pytest.mark.parametrize("count", [48 * 144 + 1, 10**9, 2**31 - 1, -1, -(2**31)])
-def test_a_storage_of_another_size_than_its_entry_is_refused(count, tensors, folder):
-    path = folder / "pytorch_model.bin"
-    torch.save({MATRIX: tensors[MATRIX], **tensors}, path)
-    with zipfile.ZipFile(path) as archive:
-        data = archive.read(f"{path.stem}/data.pkl")
-    assert claims(count)(data) != data
-    repack(path, {"data.pkl": claims(count)(data)})
-    assert refusal_in_a_child(folder).startswith(str(path))
-
-
-@pytest.mark.parametrize("count", [48 * 144 + 1, 10**9, 2**31 - 1, -1])
-def test_a_storage_of_another_size_is_refused_in_an_old_file_too(count, tensors, folder):
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("count", [48 * 144 + 1, 2**31 - 1, -1])
+def test_a_storage_of_another_size_than_is_claimed_is_refused(count, legacy, tensors, folder):
+    """The program says how many numbers the first storage has: 48 * 144, which is 0x1b00."""
     path = folder / "pytorch_model.bin"
     first = {MATRIX: tensors[MATRIX], **tensors}
-    torch.save(first, path, _use_new_zipfile_serialization=False)
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"M\x00\x1bN", b"J" + struct.pack("<i", count) + b"N", 1))
-    assert path.read_bytes() != data
+    torch.save(first, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        program, end = path.read_bytes(), b"N"
+    else:
+        with zipfile.ZipFile(path) as archive:
+            program, end = archive.read(f"{path.stem}/data.pkl"), b"t"
+    changed = program.replace(b"M\x00\x1b" + end, b"J" + struct.pack("<i", count) + end, 1)
+    assert changed != program
+    if legacy:
+        path.write_bytes(changed)
+    else:
+        repack(path, {"data.pkl": changed})
     assert refusal_in_a_child(folder).startswith(str(path))
 
 
@@ -514,16 +419,10 @@ def make_sparse(path, size=3 << 30):
 
 ODD_FILES = {
     "empty": lambda path: path.write_bytes(b""),
-    "one byte": lambda path: path.write_bytes(b"\x80"),
-    "text": lambda path: path.write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0"
-    ),
     "a page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
     "a tar": write_tar,
     "a folder": lambda path: path.mkdir(),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a link to a folder": lambda path: path.symlink_to("."),
     "endless zeros": lambda path: path.symlink_to("/dev/zero"),
     "a pipe": lambda path: os.mkfifo(path),
     "3 GB of nothing": make_sparse,
@@ -541,14 +440,6 @@ def test_what_is_no_file_of_its_kind_is_refused_at_once(name, odd, tensors, fold
     message = refusal_in_a_child(folder)
     # A broken link is reported as the missing file that it is.
     assert message.startswith(str(folder / name)), message
-
-
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_that_may_not_be_read_is_refused(name, tensors, folder):
-    save_file(tensors, folder / "model.safetensors")
-    (folder / name).chmod(0)
-    assert refusal(folder).startswith(str(folder / name))
 
 
 # ---- the index of a checkpoint in shards ---------------------------------------------------------
@@ -572,34 +463,19 @@ def edit_index(folder, edit):
 
 @pytest.mark.parametrize(
     "home",
-    ["../x.safetensors", "../" + SHARD, "/etc/passwd", "/etc/x.safetensors", "a/b.safetensors", "",
-     ".", "..", "./" + SHARD, "a\\b.safetensors", "C:\\x.safetensors", "x\0.safetensors", "~/x",
-     "pytorch_model.bin", "config.json", "nul\n.safetensors", 7, None, True, [SHARD], {"a": SHARD},
+    ["../" + SHARD, "/etc/x.safetensors", "a/b.safetensors", "", ".", "./" + SHARD,
+     "C:\\x.safetensors", "x\0.safetensors", "pytorch_model.bin", "nul\n.safetensors", 7, [SHARD],
      "x" * 5000 + ".safetensors"],
     ids=repr,
 )  # fmt: skip
 def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(home, sharded):
     edit_index(sharded, lambda fields: fields["weight_map"].update({MATRIX: home}))
-    message = refusal(sharded)
-    assert message.startswith(str(sharded))
-    # A plain name with a strange letter in it is a file that does not exist.
-    assert message.startswith(f"{sharded / INDEX}: tensor {MATRIX!r}") or "missing" in message
-
-
-def test_an_index_may_not_reach_a_file_outside_even_if_it_is_there(tensors, sharded):
-    """The same tensors one folder up: what would work must not."""
-    outside = sharded.parent / "outside.safetensors"
-    save_file({MATRIX: tensors[MATRIX]}, outside)
-    for home in ("../outside.safetensors", str(outside)):
-        edit_index(sharded, lambda fields: fields["weight_map"].update({MATRIX: home}))
-        assert refusal(sharded).startswith(f"{sharded / INDEX}: tensor {MATRIX!r}")
+    assert refusal(sharded).startswith(f"{sharded / INDEX}: tensor {MATRIX!r}")
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b'"x"', b"null", b"{}", b'{"weight_map": []}',
-     b'{"weight_map": {}}', b'{"weight_map": null}', b'{"weight_map": "model.safetensors"}',
-     b'{"weight_map": [["a", "b"]]}', b'{"metadata": {"total_size": 1}}'],
+    [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}'],
 )  # fmt: skip
 def test_an_index_that_is_none_is_refused(text, sharded):
     (sharded / INDEX).write_bytes(text)
@@ -611,12 +487,11 @@ def test_a_shard_that_is_not_there_is_named(sharded):
     assert refusal(sharded).startswith(f"{sharded / SHARD} is missing")
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(tensors, sharded):
+def test_a_tensor_that_its_shard_lacks_is_named(sharded):
     held = load_file(sharded / SHARD)
     lost = sorted(held)[0]
     save_file({name: held[name] for name in held if name != lost}, sharded / SHARD)
-    message = refusal(sharded)
-    assert message.startswith(f"{sharded / SHARD}: tensor {lost!r}")
+    assert refusal(sharded).startswith(f"{sharded / SHARD}: tensor {lost!r}")
 
 
 def test_a_tensor_in_two_shards_is_refused(tensors, sharded):
@@ -631,25 +506,6 @@ def test_a_tensor_that_the_index_forgets_is_read_or_named(tensors, sharded):
     """The shard has it, so nothing is lost; old exporters left the tied head out of the index."""
     edit_index(sharded, lambda fields: fields["weight_map"].pop(MATRIX))
     assert torch.equal(load_model(sharded).h[1].attn.c_attn.weight, tensors[MATRIX].t())
-
-
-@pytest.mark.parametrize("kept", [0, 7, 8, 100, 0.5, -1])
-def test_a_shard_that_was_cut_off_is_named(kept, sharded):
-    whole = (sharded / SHARD).read_bytes()
-    cut = whole[: int(kept * len(whole)) if isinstance(kept, float) else kept]
-    (sharded / SHARD).write_bytes(cut)
-    assert refusal(sharded).startswith(str(sharded / SHARD))
-
-
-def test_shards_that_are_pickles_are_held_to_the_same(tensors, folder, tmp_path):
-    mark, shard = tmp_path / "mark", "pytorch_model-00002-of-00002.bin"
-    write_shards(folder, "pytorch_model", ".bin", tensors, torch.save)
-    assert load_model(folder).config.n_layer == 2
-    good = (folder / shard).read_bytes()
-    torch.save({**torch.load(folder / shard), "z": command(mark)}, folder / shard)
-    assert refusal(folder).startswith(str(folder / shard)) and not mark.exists()
-    (folder / shard).write_bytes(good[:-30])
-    assert refusal(folder).startswith(str(folder / shard))
 
 
 # ---- safetensors by hand -------------------------------------------------------------------------
@@ -667,59 +523,37 @@ def parts(tensors):
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-@pytest.mark.parametrize("length", [0, 1, 2**20, 2**31, 100 << 30, 2**63, 2**64 - 1])
-def test_a_header_that_is_longer_than_the_file_is_refused(length, folder):
-    write_safetensors(folder, b"{}" + b" " * 62, length=length)
-    assert refusal_in_a_child(folder).startswith(str(folder / "model.safetensors"))
-
-
 HEADERS = {
     "empty": b"{}",
-    "blank": b" " * 64,
     "a list": b"[]",
-    "deep": b'{"a":' * 10_000,
     "deep lists": b"[" * 1_000_000,
     "not UTF-8": b'{"\xff\xfe": 1}',
     "half a surrogate": b'{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
     "only metadata": b'{"__metadata__": {"format": "pt"}}',
-    "metadata of numbers": b'{"__metadata__": {"format": 1}}',
     "a tensor that is a number": b'{"wte.weight": 1}',
-    "no shape": b'{"wte.weight": {"dtype": "F32", "data_offsets": [0, 0]}}',
     "twice the same name": b'{"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},'
     b' "wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
 }
 
 
 @pytest.mark.parametrize("header", HEADERS)
-def test_a_header_that_describes_no_model_is_refused(header, folder):
-    write_safetensors(folder, HEADERS[header])
+@pytest.mark.parametrize("length", [None, 1, 100 << 30, 2**64 - 1])
+def test_a_header_that_describes_no_model_is_refused(header, length, folder):
+    write_safetensors(folder, HEADERS[header], length=length)
     assert refusal(folder).startswith(str(folder / "model.safetensors"))
 
 
 ENTRIES = {
     "past the end": {"data_offsets": [0, 10**12]},
-    "backwards": {"data_offsets": [8, 0]},
-    "negative": {"data_offsets": [-4, 0]},
     "overlapping": {"data_offsets": [4, 196]},
-    "one number": {"data_offsets": [0]},
-    "text": {"data_offsets": "0"},
     "another shape": {"shape": [49]},
-    "a negative shape": {"shape": [-48]},
-    "a fraction": {"shape": [48.5]},
-    "no list": {"shape": 48},
     "2^124 numbers": {"shape": [2**62, 2**62]},
-    "2^62 times nothing": {"shape": [2**62, 0]},
     "100,000 dimensions": {"shape": [1] * 100_000 + [48]},
     "an unknown type": {"dtype": "F12"},
-    "no type": {"dtype": None},
     "half the type": {"dtype": "F16"},
     "integers": {"dtype": "I32"},
-    "long integers": {"dtype": "I64", "shape": [24]},
-    "bytes": {"dtype": "U8", "shape": [192]},
-    "truth values": {"dtype": "BOOL", "shape": [192]},
     "8-bit floats": {"dtype": "F8_E4M3", "shape": [192]},
     "8-bit exponents": {"dtype": "F8_E8M0", "shape": [192]},
-    "6-bit floats": {"dtype": "F6_E2M3", "shape": [256]},
     "4-bit floats": {"dtype": "F4", "shape": [384]},
     "complex numbers": {"dtype": "C64", "shape": [24]},
 }
@@ -737,13 +571,7 @@ def test_an_entry_that_is_not_what_the_model_needs_is_refused(entry, tensors, fo
     assert message.startswith((f"{path} is not a whole", f"{path}: tensor {GAIN!r}")), message
 
 
-def test_numbers_that_no_tensor_owns_are_refused(tensors, folder):
-    header, numbers = parts(tensors)
-    write_safetensors(folder, header, numbers + b"rest")
-    assert refusal(folder).startswith(str(folder / "model.safetensors"))
-
-
-@pytest.mark.parametrize("name", ["", "x" * 10**6, "a\nb", "\x1b[31m", "h.2.ln_1.bias", "\u202e"])
+@pytest.mark.parametrize("name", ["", "x" * 10**6, "\x1b[31m", "\u202e"])
 def test_a_tensor_too_many_is_named_in_a_message_that_can_be_read(name, tensors, folder):
     save_file({**tensors, name: torch.zeros(2)}, folder / "model.safetensors")
     message = refusal(folder)
@@ -756,17 +584,10 @@ def test_a_tensor_too_many_is_named_in_a_message_that_can_be_read(name, tensors,
     "changes",
     [
         {"n_layer": 10_000_000},
-        {"vocab_size": 10_000_000},
-        {"n_positions": 10_000_000},
-        {"n_inner": 10_000_000},
         {"n_embd": 9_999_999, "n_inner": 10_000_000, "vocab_size": 10_000_000},
         {"n_embd": 10_000_000, "n_head": 10_000_000},
-        {"n_layer": "x" * 10**6},
-        {"activation_function": "x" * 10**6},
         {"model_type": "x" * 10**6},
         {"layer_norm_epsilon": 10**400},
-        {"layer_norm_epsilon": float("inf")},
-        {"layer_norm_epsilon": float("nan")},
         {"layer_norm_epsilon": -1e-5},
     ],
     ids=lambda changes: ", ".join(f"{k} {str(v)[:20]}" for k, v in changes.items()),
@@ -788,45 +609,6 @@ def test_many_layers_of_nothing_do_not_take_long(folder):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 400}))
     assert refusal_in_a_child(folder).startswith(str(folder / "model.safetensors"))
-
-
-# ---- the children themselves ---------------------------------------------------------------------
-def test_a_child_that_crashes_hangs_or_eats_memory_is_seen():
-    """Or every test above would pass whatever happened."""
-
-    def crash(say):
-        say("about to")
-        os.kill(os.getpid(), signal.SIGUSR1)  # as SIGSEGV would, and pytest prints no page
-
-    def hang(say):
-        say("waiting")
-        while True:
-            pass
-
-    def eat(say):
-        room = mmap.mmap(-1, 200 << 20)  # fresh memory; the allocator may have some left over
-        for offset in range(0, len(room), mmap.PAGESIZE):
-            room[offset] = 1
-        say(str(len(room)))
-
-    def stumble(say):
-        raise KeyError("x")
-
-    assert in_a_child(crash, 5)[:2] == (["about to"], "killed by SIGUSR1")
-    assert in_a_child(hang, 0.5)[:2] == (["waiting"], "silent for 0.5 s")
-    assert in_a_child(stumble, 5)[:2] == ([], "status 1")
-    outcome = in_a_child(eat, 5)
-    assert outcome[:2] == ([str(200 << 20)], "")
-    if sys.platform == "linux":
-        assert 190 < outcome.peak_mb < 260
-
-
-def test_another_exception_than_a_value_error_is_seen(monkeypatch, tmp_path):
-    def load(folder):
-        raise KeyError("wte")
-
-    monkeypatch.setitem(verdict.__globals__, "load_model", load)
-    assert verdict(tmp_path) == "raised KeyError: 'wte'"
 
 
 # ---- damaged at random ---------------------------------------------------------------------------
