@@ -1,14 +1,11 @@
 """A name becomes a folder: what is here is taken, what is cached is found, what is not is fetched.
 
-The download is tested end to end: the real huggingface_hub, in a process of its own as a user runs
-it (HF_ENDPOINT is read when the library is imported), against a server that answers as the hub
-does: a list of files, redirects to its cache and to another host for weights, commits, ETags,
-ranges, and its ways to refuse. The server keeps a log, so a request too many is a failed test. The
-faults are a wire's: a connection that ends, one that is reset, bytes that never come.
+The download is tested end to end: the real huggingface_hub, in a process of its own (HF_ENDPOINT is
+read when the library is imported), against a server that answers as the hub does. The server keeps
+a log, so a request too many is a failed test.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -31,7 +28,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from checkpoints.hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name, shard_names
+from checkpoints.hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name
 from checkpoints.load import load_model, save_model
 from checkpoints.tokenizer import save_vocabulary
 from model import GPT, GPTConfig
@@ -40,27 +37,14 @@ OLD, NEW = "a" * 40, "b" * 40  # two commits
 CONFIG = b'{"model_type": "gpt2"}'
 SMALL = {"config.json": CONFIG, "model.safetensors": b"weights " * 40}
 BIG = (".safetensors", ".bin", ".h5", ".msgpack")  # what the hub keeps elsewhere (Git LFS)
-CHUNK = 10 << 20  # bytes: the library keeps what arrived in pieces of this size
 
 
 # ---- a server that answers as the hub does -------------------------------------------------------
 class Fault(NamedTuple):
     """What goes wrong with the next answer that has a file's bytes in it."""
 
-    kind: (
-        str  # "end" or "reset" the connection, "stall", give only "part", "ignore range", "status"
-    )
+    kind: str  # "reset" the connection, "stall", give only "part", "status"
     after: int = 0  # bytes that arrive before; of "status" the number
-
-
-class Request(NamedTuple):
-    """A line of the log."""
-
-    method: str
-    path: str
-    range: str | None
-    token: str | None
-    host: str  # "hub" or "cdn"
 
 
 class Server(ThreadingHTTPServer):
@@ -72,51 +56,41 @@ class Server(ThreadingHTTPServer):
 
 
 class FakeHub:
-    """Two servers, since the real hub keeps weights on another host than the rest."""
+    """What the server holds, and what it was asked."""
 
     def __init__(self):
-        self.servers = [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
-        for server, host in zip(self.servers, ("hub", "cdn"), strict=True):
-            server.fake, server.host = self, host
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.servers[0].server_port}"
-        self.cdn = (
-            f"http://localhost:{self.servers[1].server_port}"  # the same machine, another name
-        )
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server.fake = self
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.clear()
 
     def clear(self):
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> files
         self.branches = {"main": NEW}
-        self.moved: dict[str, str] = {}
         self.refusal: tuple[int, dict[str, str]] | None = None  # for everything that is asked
         self.list_answer: bytes | None = None
         self.list_delay_s = 0.0
         self.xet = False  # weights are offered in pieces as well, by a server that then has none
         self.before: dict[str, Callable[[], None]] = {}  # "list" or a file: called as it is sent
         self.faults: dict[str, list[Fault]] = {}  # file -> what happens to its next GETs
-        self.log: list[Request] = []
+        self.log: list[tuple[str, str]] = []  # method and path
 
     def add(self, repo_id: str, files: dict[str, bytes], commit: str = NEW) -> None:
         self.commits.setdefault(repo_id, {})[commit] = files
 
     def asked(self, method: str = "GET") -> list[str]:
         """The names of the files whose bytes were asked for, in that order."""
-        paths = [request.path for request in self.log if request.method == method]
+        paths = [path for asked, path in self.log if asked == method]
         return [path.rsplit("/", 1)[-1] for path in paths if "/api/models/" not in path]
 
     def lists(self) -> int:
-        return sum("/api/models/" in request.path for request in self.log)
-
-    def close(self) -> None:
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
+        return sum("/api/models/" in path for _, path in self.log)
 
 
 class Handler(BaseHTTPRequestHandler):
     """`/api/models/ID/revision/REV` lists; `/ID/resolve/REV/FILE` redirects; those two give bytes:
-    `/api/resolve-cache/models/ID/COMMIT/FILE` on the hub, `/blobs/ID/COMMIT/FILE` on the CDN."""
+    `/api/resolve-cache/models/ID/COMMIT/FILE` and, for weights, `/blobs/ID/COMMIT/FILE`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -134,15 +108,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/agent-harnesses":  # asked once a process, to know which programs ask
             time.sleep(hub.list_delay_s)
             return self.send(200, {}, b"{}")
-        headers = self.headers["Range"], self.headers["Authorization"]
-        hub.log.append(Request(self.command, path, *headers, self.server.host))
-        if hub.refusal and self.server.host == "hub":
+        hub.log.append((self.command, path))
+        if hub.refusal:
             return self.send(*hub.refusal)
         if "/xet-read-token/" in path:
-            token = {
-                "X-Xet-Access-Token": "xet",
-                "X-Xet-Token-Expiration": f"{time.time() + 60:.0f}",
-            }
+            expires = f"{time.time() + 60:.0f}"
+            token = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": expires}
             return self.send(200, {"X-Xet-Cas-Url": hub.url} | token)
         if path.startswith("/v"):  # /v1/reconstructions: which pieces make the file
             return self.send(404, {})
@@ -156,9 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def find(self, repo_id, revision):
         """The commit of a revision, or None after an answer that says why there is none."""
         hub = self.server.fake
-        if repo_id in hub.moved:
-            self.send(307, {"Location": self.path.replace(repo_id, hub.moved[repo_id])})
-        elif repo_id not in hub.commits:
+        if repo_id not in hub.commits:
             self.send(404, {"X-Error-Code": "RepoNotFound"})
         elif (commit := hub.branches.get(revision, revision)) not in hub.commits[repo_id]:
             self.send(404, {"X-Error-Code": "RevisionNotFound"})
@@ -185,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, headers)
         headers = self.about(hub.commits[repo_id][commit][file], commit)
         if file.endswith(BIG):
-            where = f"{hub.cdn}/blobs/{repo_id}/{commit}/{file}?signature=of-the-hub"
+            where = f"{hub.url}/blobs/{repo_id}/{commit}/{file}?signature=of-the-hub"
             if hub.xet:
                 token = f"<{hub.url}/api/models/{repo_id}/xet-read-token/{commit}>"
                 headers |= {"X-Xet-Hash": "e" * 64, "Link": f'{token}; rel="xet-auth"'}
@@ -207,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         headers["Content-Disposition"] = f'inline; filename="{file}";'
         if fault.kind == "status":
             return self.send(fault.after, {})
-        if self.headers["Range"] and fault.kind != "ignore range":
+        if self.headers["Range"]:
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             body, status = body[start:], 206
@@ -224,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault.kind not in ("end", "reset", "stall"):
+        if fault.kind not in ("reset", "stall"):
             self.wfile.write(body)
             return
         self.wfile.write(body[: fault.after])
@@ -264,11 +233,9 @@ class User:
     """A process of its own that calls find_folder for us, where no name is a local folder."""
 
     def __init__(self, endpoint: str, home: Path, stderr=None, **env: str):
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "TRANSFORMERS_")) and "proxy" not in name.lower()
-        }
+        kept = [name for name in os.environ if "proxy" not in name.lower()]
+        kept = [name for name in kept if not name.startswith(("HF_", "TRANSFORMERS_"))]
+        inherited = {name: os.environ[name] for name in kept}
         home.mkdir(exist_ok=True)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": path}
@@ -310,7 +277,8 @@ class User:
 def servers():
     hub = FakeHub()
     yield hub
-    hub.close()
+    hub.server.shutdown()
+    hub.server.server_close()
 
 
 @pytest.fixture
@@ -323,7 +291,7 @@ def hub(servers):
 def user(servers, tmp_path_factory):
     """A user with a network, shared by all tests that need nothing else of the environment."""
     home = tmp_path_factory.mktemp("home")
-    with User(servers.url, home, HF_TOKEN="hf_secret") as user:
+    with User(servers.url, home) as user:
         yield user
 
 
@@ -335,7 +303,7 @@ def cache(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint_files(tmp_path_factory) -> dict[str, bytes]:
-    """A real checkpoint of 25 MB, more than the library writes to disk at once."""
+    """A real checkpoint of 25 MB."""
     folder = tmp_path_factory.mktemp("checkpoint")
     shape = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 4, "n_embd": 512}
     save_model(GPT(GPTConfig(**shape)).init_weights(), folder, torch.float32)
@@ -385,8 +353,6 @@ def test_only_who_asks_the_hub_needs_its_library(no_library, cache):
     "name, meant",
     [
         ("gpt2", ("openai-community/gpt2", "main")),
-        ("gpt2-medium", ("openai-community/gpt2-medium", "main")),
-        ("gpt2-large", ("openai-community/gpt2-large", "main")),
         ("gpt2-xl", ("openai-community/gpt2-xl", "main")),
         ("distilgpt2", ("distilbert/distilgpt2", "main")),
         ("openai-community/gpt2", ("openai-community/gpt2", "main")),
@@ -402,14 +368,11 @@ def test_a_name_is_a_repository_and_a_revision(name, meant):
 @pytest.mark.parametrize(
     "name",
     ["./gpt2", "../gpt2", "/models/gpt2", "~/gpt2", "a/b/c", r"C:\gpt2", "org/name/", "ckpt.pt"]
-    + ["out/ckpt.pt", "me/model.safetensors", ".", "a/b/c@main"],
+    + ["out/ckpt.pt", "me/model.safetensors", "a/b/c@main"],
 )
 def test_what_can_only_be_a_path_is_not_asked_of_the_hub(name, cache, monkeypatch, tmp_path):
     tmp_path.joinpath("here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    if name == ".":
-        assert find_folder(name) == Path(".")  # this one is always there
-        return
     with pytest.raises(ValueError, match="^no folder or file .* correct the path"):
         find_folder(name, cache)
 
@@ -418,8 +381,8 @@ NEITHER = "is no folder here and no hub id: "
 REVISION = "is not the name of a branch, a tag or a commit"
 
 
-@pytest.mark.parametrize("name", ["gpt3", "", "Gpt2", "random:gpt2", "@main", "me/my tales",
-                                  "me/-tales", "me/a--b", "me/" + "x" * 97, "me/\0"])  # fmt: skip
+@pytest.mark.parametrize("name", ["gpt3", "", "random:gpt2", "@main", "me/my tales", "me/-tales",
+                                  "me/a--b", "me/" + "x" * 97, "me/\0"])  # fmt: skip
 def test_a_name_that_is_neither_a_folder_nor_an_id_is_refused_here(name, cache):
     with pytest.raises(ValueError) as caught:
         find_folder(name, cache)
@@ -428,7 +391,7 @@ def test_a_name_that_is_neither_a_folder_nor_an_id_is_refused_here(name, cache):
     assert "/" in name or re.search("give a folder, a hub id .org/.*gpt2-xl.*random:gpt2$", message)
 
 
-@pytest.mark.parametrize("revision", ["", "..", "../../x", "a/../../b", "/etc", "a b", "-x", "a\n"])
+@pytest.mark.parametrize("revision", ["", "a/../../b", "/etc", "a b", "-x", "a\n"])
 def test_a_revision_that_git_cannot_have_is_refused_here(revision, cache):
     with pytest.raises(ValueError, match=REVISION):
         find_folder(f"me/tales@{revision}", cache)
@@ -444,7 +407,6 @@ WHOLE = [  # the files beside config.json, and whether the model is whole
     ({SAFE: b""}, True),
     ({BIN: b""}, True),
     ({"tf_model.h5": b""}, False),
-    ({SAFE_INDEX: TWO}, False),
     ({SAFE_INDEX: TWO, "one.safetensors": b""}, False),
     ({SAFE_INDEX: TWO, "one.safetensors": b"", "two.safetensors": b""}, True),
     ({SAFE_INDEX: TWO, BIN: b""}, False),  # the index would be read, and a shard is missing
@@ -463,21 +425,9 @@ def test_a_snapshot_is_whole_with_a_config_and_all_files_of_its_best_weights(
     assert not is_whole(tmp_path)  # without a config
     (tmp_path / "config.json").touch()
     assert is_whole(tmp_path) is whole
-
-
-def test_a_link_to_nothing_is_no_file(tmp_path):
-    (tmp_path / "config.json").touch()
-    (tmp_path / "pytorch_model.bin").touch()
-    assert is_whole(tmp_path)
-    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob-that-was-deleted")
+    (tmp_path / SAFE).unlink(missing_ok=True)
+    (tmp_path / SAFE).symlink_to(tmp_path / "blob-that-was-deleted")
     assert not is_whole(tmp_path)
-
-
-def test_an_index_names_each_file_once_and_in_order(tmp_path):
-    path = tmp_path / WEIGHTS[1]
-    path.write_bytes(index_of("b.safetensors", "a.safetensors", "b.safetensors"))
-    assert shard_names(path) == ["a.safetensors", "b.safetensors"]
-    assert shard_names(tmp_path / WEIGHTS[0]) == []
 
 
 # ---- in the cache --------------------------------------------------------------------------------
@@ -496,14 +446,11 @@ def put_in_cache(cache: Path, folder: str, refs: dict[str, str], commit: str) ->
 def test_a_branch_a_tag_and_a_commit_are_found_in_the_cache(cache):
     new = put_in_cache(cache, "models--me--tales", {"main": NEW, "refs/pr/7": NEW}, NEW)
     old = put_in_cache(cache, "models--me--tales", {"v1": OLD}, OLD)
+    for revision, folder in {"main": new, "refs/pr/7": new, "v1": old, OLD: old}.items():
+        assert find_folder(f"me/tales@{revision}", cache) == folder
     assert find_folder("me/tales", cache) == new
-    assert find_folder("me/tales@main", cache) == new
-    assert find_folder("me/tales@refs/pr/7", cache) == new
-    assert find_folder("me/tales@v1", cache) == old
-    assert find_folder(f"me/tales@{OLD}", cache) == old
-    assert find_in_cache("me/tales", "v2", cache) is None
-    assert find_in_cache("me/tales", NEW[:7], cache) is None
-    assert find_in_cache("me/other", "main", cache) is None
+    for repo_id, revision in (("me/tales", "v2"), ("me/tales", NEW[:7]), ("me/other", "main")):
+        assert find_in_cache(repo_id, revision, cache) is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", "gpt2@main"])
@@ -521,26 +468,13 @@ def test_a_half_download_under_the_new_name_does_not_hide_a_whole_one_under_the_
     assert find_folder("gpt2", cache) == whole
 
 
-def test_a_note_that_the_hub_has_no_config_is_no_config(cache):
-    snapshot = put_in_cache(cache, "models--me--tales", {"main": NEW}, NEW)
-    (snapshot / "config.json").unlink()
-    marker = cache / "models--me--tales" / ".no_exist" / NEW / "config.json"
-    marker.parent.mkdir(parents=True)
-    marker.touch()
-    assert find_in_cache("me/tales", "main", cache) is None
-
-
 # ---- a download ----------------------------------------------------------------------------------
 def test_a_model_is_fetched_once_and_loads(hub, user, cache, checkpoint_files, tmp_path):
     others = {"tf_model.h5": b"h5", "flax_model.msgpack": b"flax", "README.md": b"# Tales"}
     others |= {"pytorch_model.bin": b"the same weights again", "generation_config.json": b"{}"}
     others |= {"onnx/decoder_model.onnx": b"onnx", "model.fp16.safetensors": b"half"}
-    more = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ]
+    more = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    more.append("added_tokens.json")
     # Different bytes: the cache keeps equal ones once, and asks for them once.
     files = checkpoint_files | {name: json.dumps({"from": name}).encode() for name in more}
     hub.add("me/tales", files | others)
@@ -548,7 +482,7 @@ def test_a_model_is_fetched_once_and_loads(hub, user, cache, checkpoint_files, t
     assert answer.folder == cache / "models--me--tales" / "snapshots" / NEW
     assert contents(answer.folder) == files
     # One list, then each file once: the weights last, so that who has them has all.
-    assert hub.lists() == 1 and hub.log[0].method == "GET"
+    assert hub.lists() == 1 and hub.log[0][0] == "GET"
     wanted = ["config.json", "vocab.json", "merges.txt", *more, "model.safetensors"]
     assert hub.asked() == wanted
 
@@ -593,8 +527,6 @@ def test_the_cache_is_where_the_librarys_variables_say(hub, tmp_path):
     hub.add("me/tales", SMALL)
     with User(hub.url, tmp_path / "home", HF_HUB_CACHE=str(tmp_path / "elsewhere")) as user:
         assert user.find("me/tales").folder.is_relative_to(tmp_path / "elsewhere")
-    with User(hub.url, tmp_path / "home") as user:
-        assert user.find("me/tales").folder.is_relative_to(tmp_path / "home" / "hub")  # HF_HOME
 
 
 SETS = [
@@ -617,15 +549,6 @@ def test_of_several_sets_of_weights_the_best_is_fetched_and_no_other(hub, user, 
     folder = user.find("me/tales", cache).folder
     assert contents(folder) == {"config.json": CONFIG} | SETS[best]
     assert hub.asked() == ["config.json", *SETS[best]]
-
-
-def test_a_repository_that_moved_is_followed(hub, user, cache):
-    hub.add("me/tales", SMALL)
-    hub.moved = {"me/stories": "me/tales"}
-    folder = user.find("me/stories", cache).folder
-    assert contents(folder) == SMALL
-    hub.log.clear()
-    assert user.find("me/stories", cache).folder == folder and hub.log == []
 
 
 def test_a_branch_a_tag_and_a_commit_can_be_named(hub, user, cache):
@@ -653,51 +576,7 @@ def test_all_files_are_of_one_commit_even_while_somebody_pushes(hub, user, cache
     assert (folder.name, contents(folder)) == ((NEW, newer) if moment == "list" else (OLD, SHARDED))
 
 
-def test_the_token_goes_to_the_hub_and_to_nobody_else(hub, user, cache):
-    hub.add("me/tales", SMALL)
-    assert user.find("me/tales", cache).folder
-    assert {request.token for request in hub.log if request.host == "hub"} == {"Bearer hf_secret"}
-    assert {request.token for request in hub.log if request.host == "cdn"} == {None}
-
-
-def test_two_who_ask_at_once_both_get_it_whole(hub, user, cache, checkpoint_files, tmp_path):
-    hub.add("me/tales", checkpoint_files)
-    with User(hub.url, tmp_path / "home") as other:
-        user.ask("me/tales", cache)
-        other.ask("me/tales", cache)
-        folders = [user.answer().folder, other.answer().folder]
-    assert folders[0] == folders[1] and contents(folders[0]) == checkpoint_files
-
-
 # ---- the wire ------------------------------------------------------------------------------------
-def test_a_connection_that_ends_early_is_resumed_where_it_ended(hub, user, cache, checkpoint_files):
-    hub.add("me/tales", checkpoint_files)
-    weights = checkpoint_files["model.safetensors"]
-    assert len(weights) > 2 * CHUNK + 1000
-    hub.faults = {"model.safetensors": [Fault("end", CHUNK + 9), Fault("end", CHUNK + 500)]}
-    folder = user.find("me/tales", cache).folder
-    ranges = [request.range for request in hub.log if request.host == "cdn"]
-    assert ranges == [None, f"bytes={CHUNK}-", f"bytes={2 * CHUNK}-"]
-    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).digest() == (
-        hashlib.sha256(weights).digest()
-    )
-    assert load_model(folder).config.n_embd == 512 and leftovers(cache) == []
-
-
-@pytest.mark.slow
-def test_where_it_gives_up_the_next_call_asks_only_for_what_is_not_there(hub, user, cache):
-    hub.add("me/tales", SHARDED)
-    hub.faults = {"two.safetensors": [Fault("end")] * 6}
-    refusal = user.find("me/tales", cache).refusal
-    nowhere = f"me/tales@main is no folder here, nor whole in the cache {cache}"
-    assert refusal.startswith(f"{nowhere}, and {hub.url} did not deliver it (RemoteProtocolError:")
-    end = "): connect and start again (files that arrived whole are kept), or give a folder"
-    assert refusal.endswith(end) and "\n" not in refusal
-    assert hub.faults["two.safetensors"] == [] and leftovers(cache) == []
-
-    hub.log.clear()
-    assert contents(user.find("me/tales", cache).folder) == SHARDED
-    assert hub.lists() == 1 and hub.asked() == ["two.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -714,23 +593,23 @@ def test_nothing_that_is_not_whole_is_kept(hub, user, cache, fault, reason):
     hub.faults = {"model.safetensors": [fault]}
     refusal = user.find("me/tales", cache).refusal
     assert reason in refusal and "\n" not in refusal
-    assert find_in_cache("me/tales", "main", cache) is None and leftovers(cache) == []
+    assert find_in_cache("me/tales", "main", cache) is None and not list(
+        cache.rglob("*.incomplete")
+    )
     hub.log.clear()
     assert contents(user.find("me/tales", cache).folder) == SMALL
     assert hub.asked() == ["model.safetensors"]
 
 
 @pytest.mark.slow
-def test_what_hf_xet_says_is_one_sentence_and_plain_http_is_the_way_round(hub, cache, tmp_path):
+def test_the_error_of_hf_xet_is_one_sentence(hub, cache, tmp_path):
     pytest.importorskip("hf_xet")  # the library's second way to fetch weights, the first it takes
     hub.add("me/tales", SMALL)
     hub.xet = True
     with User(hub.url, tmp_path / "home") as user:
         refusal = user.find("me/tales", cache).refusal
     assert f"{hub.url} did not deliver it (RuntimeError: " in refusal and "404" in refusal
-    assert "\n" not in refusal and leftovers(cache) == []
-    with User(hub.url, tmp_path / "home", HF_HUB_DISABLE_XET="1") as user:
-        assert contents(user.find("me/tales", cache).folder) == SMALL
+    assert "\n" not in refusal
 
 
 @pytest.mark.slow
@@ -759,45 +638,41 @@ def test_a_download_that_was_interrupted_leaves_a_cache_that_works(
     assert hub.asked() == ["one.safetensors", "two.safetensors"]
 
 
-# ---- nobody there --------------------------------------------------------------------------------
-def test_without_a_network_there_is_one_sentence_at_once(tmp_path, cache):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        with User(url, tmp_path / "home") as user:
-            answer = user.find("gpt2", cache)
-    nowhere = f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}"
-    refused = f"ConnectError: [Errno {errno.ECONNREFUSED}] Connection refused"
-    assert answer.refusal == (
-        f"{nowhere}, and {url} did not deliver it ({refused}): connect and start again (files that "
-        "arrived whole are kept), or give a folder"
-    )
-    assert answer.seconds < 3
+# ---- no answer -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def port_of(kind):
+    """A port that refuses connections ("closed") or never answers them ("full")."""
+    with socket.socket() as server, socket.socket() as first, socket.socket() as second:
+        server.bind(("127.0.0.1", 0))
+        if kind == "full":  # a listener whose queue is full does not answer the next one at all
+            server.listen(0)
+            for waiting in (first, second):
+                waiting.setblocking(False)
+                waiting.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
 
 
-def test_a_name_that_no_server_has_is_one_sentence_too(tmp_path, cache):
-    with User("http://hub.invalid", tmp_path / "home") as user:
-        answer = user.find("gpt2", cache)
-    assert "http://hub.invalid did not deliver it (" in answer.refusal
-    assert "\n" not in answer.refusal and answer.seconds < 5
-
-
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("http://127.0.0.1:{closed}", "(ConnectError: [Errno 111] Connection refused): connect"),
+        ("http://127.0.0.1:{full}", "(TimeoutError: no answer in 3 seconds): connect"),
+        ("hub.example", "(UnsupportedProtocol: "),
+    ],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="others refuse what the queue cannot hold")
-def test_a_firewall_that_swallows_everything_costs_less_than_five_seconds(tmp_path, cache):
-    # A listener whose queue is full does not answer the next one at all.
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for waiting in (first, second):
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
-        port = deaf.getsockname()[1]
-        with User(f"http://127.0.0.1:{port}", tmp_path / "home") as user:
+def test_without_a_hub_there_is_one_sentence_in_less_than_five_seconds(
+    url, reason, tmp_path, cache
+):
+    with port_of("closed") as closed, port_of("full") as full:
+        url = url.format(closed=closed, full=full)
+        with User(url, tmp_path / "home") as user:
             answer = user.find("gpt2", cache)
             user.process.stdin.close()
             user.process.wait(10)  # what still waits for the answer does not keep the process
-    assert "did not deliver it (TimeoutError: no answer in 3 seconds)" in answer.refusal
-    assert answer.seconds < 5
+    nowhere = f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}"
+    assert answer.refusal.startswith(f"{nowhere}, and {url} did not deliver it {reason}")
+    assert "\n" not in answer.refusal and answer.seconds < 5
 
 
 def test_a_hub_that_does_not_answer_costs_less_than_five_seconds(hub, user, cache):
@@ -807,18 +682,12 @@ def test_a_hub_that_does_not_answer_costs_less_than_five_seconds(hub, user, cach
     assert "Timeout" in answer.refusal and answer.seconds < 5
 
 
-@pytest.mark.parametrize("text", [b"<html>Welcome to the hotel</html>", b"[]", b"{}", b'"hello"'])
+@pytest.mark.parametrize("text", [b"<html>Welcome to the hotel</html>", b"{}"])
 def test_a_server_that_is_no_hub_is_named(hub, user, cache, text):
     hub.list_answer = text
     refusal = user.find("me/tales", cache).refusal
     assert refusal.startswith(f"{hub.url} does not answer as a hub does (")
     assert refusal.endswith("): is HF_ENDPOINT right, or is a proxy in between?")
-
-
-def test_an_endpoint_that_is_no_address_is_named(tmp_path, cache):
-    with User("hub.example", tmp_path / "home") as user:
-        refusal = user.find("me/tales", cache).refusal
-    assert "hub.example did not deliver it (UnsupportedProtocol: " in refusal
 
 
 # ---- refused -------------------------------------------------------------------------------------
@@ -830,18 +699,11 @@ LOG_IN = "log in with `hf auth login`"
     [
         ((404, {"X-Error-Code": "RepoNotFound"}), f"private: {LOG_IN})"),
         ((401, {"X-Error-Code": "RepoNotFound"}), f"private: {LOG_IN})"),
-        (
-            (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
-            f"refuses me/tales with status 401: {LOG_IN}, or renew the token in HF_TOKEN",
-        ),
-        (
-            (403, {"X-Error-Code": "GatedRepo"}),
-            f"/me/tales, then {LOG_IN}",
-        ),
+        ((401, {"X-Error-Message": "Invalid credentials"}), "or renew the token in HF_TOKEN"),
+        ((403, {"X-Error-Code": "GatedRepo"}), f"/me/tales, then {LOG_IN}"),
         ((403, {}), f"refuses me/tales with status 403: {LOG_IN}, or renew the token in HF_TOKEN"),
         ((429, {}), "answered status 429 for me/tales: try again later"),
         ((500, {}), "answered status 500 for me/tales: try again later"),
-        ((503, {}), "answered status 503 for me/tales: try again later"),
     ],
 )
 def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(
@@ -851,15 +713,6 @@ def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(
     answer = user.find("me/tales", cache)
     assert answer.refusal.endswith(sentence) and "\n" not in answer.refusal
     assert "me/tales" in answer.refusal and len(hub.log) == 1 and answer.seconds < 3
-
-
-def test_a_gated_model_that_lists_its_files_says_so_as_well(hub, user, cache):
-    # The hub shows everybody the list, and gives the files to those who accepted the terms.
-    hub.add("me/tales", SMALL)
-    hub.before["list"] = lambda: setattr(hub, "refusal", (403, {"X-Error-Code": "GatedRepo"}))
-    refusal = user.find("me/tales", cache).refusal
-    terms = f"accept its terms at {hub.url}/me/tales, then {LOG_IN}"
-    assert refusal == f"me/tales is given only to users who accepted its terms: {terms}"
 
 
 def test_a_revision_that_is_not_there_is_named(hub, user, cache):
@@ -873,9 +726,7 @@ def test_a_revision_that_is_not_there_is_named(hub, user, cache):
     "files, lacks",
     [
         ({"model.safetensors": b""}, "config.json"),
-        ({"config.json": CONFIG}, f"weights, that is one of {', '.join(WEIGHTS)}"),
         ({"config.json": CONFIG, "tf_model.h5": b""}, "weights, that is one of"),
-        ({"README.md": b""}, "config.json"),
     ],
 )
 def test_a_repository_without_a_model_says_what_it_lacks(hub, user, cache, files, lacks):
@@ -884,29 +735,22 @@ def test_a_repository_without_a_model_says_what_it_lacks(hub, user, cache, files
     assert hub.asked() == []
 
 
-def test_an_index_that_leads_out_of_the_folder_is_not_followed(hub, user, cache, tmp_path):
-    files = {"config.json": CONFIG, WEIGHTS[1]: index_of("a.safetensors", "../evil")}
-    hub.add("me/tales", files | {"a.safetensors": b"", "../evil": b"evil"})
-    for _ in range(2):  # that the index is in the cache by now makes it no better
-        refusal = user.find("me/tales", cache).refusal
-        assert "lies in '../evil', which is not the name of a file beside it" in refusal
-    assert hub.asked() == ["config.json", WEIGHTS[1]] and not list(tmp_path.rglob("evil*"))
-
-
-def test_a_shard_that_the_repository_lacks_is_missed_before_the_others_are_fetched(
-    hub, user, cache
+@pytest.mark.parametrize(
+    "shard, words",
+    [
+        ("../evil", "is not the name of a file beside it"),
+        ("two.safetensors", "not there"),
+    ],
+)
+def test_a_shard_outside_or_absent_is_refused_before_any_shard_is_fetched(
+    hub, user, cache, shard, words
 ):
-    hub.add("me/tales", {"config.json": CONFIG, WEIGHTS[1]: TWO, "one.safetensors": b"2"})
-    refusal = user.find("me/tales", cache).refusal
-    assert refusal == f"{WEIGHTS[1]} of me/tales names 'two.safetensors', which is not there"
-    assert "one.safetensors" not in hub.asked()
-
-
-def test_a_cache_that_can_be_no_folder_is_named(hub, user, tmp_path):
-    hub.add("me/tales", SMALL)
-    (tmp_path / "file").touch()
-    refusal = user.find("me/tales", tmp_path / "file" / "cache").refusal
-    assert f"kept in the cache {tmp_path}/file/cache (NotADirectoryError: " in refusal
+    files = {"config.json": CONFIG, WEIGHTS[1]: index_of("a.safetensors", shard)}
+    hub.add("me/tales", files | {"a.safetensors": b"", "../evil": b"evil"})
+    for _ in range(2):  # the second time the index is in the cache
+        refusal = user.find("me/tales", cache).refusal
+        assert shard in refusal and words in refusal
+    assert hub.asked() == ["config.json", WEIGHTS[1]] and not list(cache.rglob("evil*"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process from outside")
@@ -920,4 +764,6 @@ def test_a_full_disk_is_named(hub, tmp_path, cache):
         resource.prlimit(user.process.pid, resource.RLIMIT_FSIZE, limit)
         refusal = user.find("me/tales", cache).refusal
     assert re.search(r"kept in the cache .* \(OSError: \[Errno 27\] .* make room", refusal)
-    assert find_in_cache("me/tales", "main", cache) is None and leftovers(cache) == []
+    assert find_in_cache("me/tales", "main", cache) is None and not list(
+        cache.rglob("*.incomplete")
+    )
