@@ -5,12 +5,11 @@ way than `vocabulary.py` can is refused, and what is no vocabulary at all is ref
 """
 
 import json
-import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
+from fuzz_checkpoints import damage_blindly, damage_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken as HuggingFaceAddedToken
@@ -22,13 +21,7 @@ from checkpoints.tokenizer import load_tokenizer, save_vocabulary
 from checkpoints.vocabulary import (
     BYTE_TO_CHAR,
     END_OF_TEXT,
-    AddedToken,
     read_vocabulary,
-)
-
-DATA = Path(os.environ.get("PAGEDGPT_DATA", "no such folder")) / "tokenizer"
-NEEDS_DATA = pytest.mark.skipif(
-    not DATA.is_dir(), reason="PAGEDGPT_DATA names no folder with GPT-2's own tokenizer files"
 )
 
 MERGES = [(b" ", b"\xf0"), (b" \xf0", b"\x9f"), (b"a", b"b"), (b"ab", b"ab"), (b"S", b"T")]
@@ -196,42 +189,13 @@ def test_any_text_of_added_tokens_and_their_pieces_has_the_same_ids(pair, text):
     assert ours.encode(text) == theirs.encode(text)
 
 
-@given(text=st.text(max_size=30))
-@settings(max_examples=50, deadline=None)
-def test_any_text_at_all_has_the_same_ids(pair, text):
-    theirs, ours = pair
-    assert ours.encode(text) == theirs.encode(text)
-
-
 def test_a_special_token_leaves_no_text_and_an_added_word_does(pair):
     theirs, ours = pair
-    text = "the<s> cats[PAD]<a><b> 🐈<|endoftext|>!"
-    ids = ours.encode(text)
+    ids = ours.encode("the<s> cats[PAD]<a><b> 🐈<|endoftext|>!")
     assert ours.decode(ids) == "the cats<a><b> 🐈!"
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert [ours.token_text(i) for i in ours.encode("[PAD]cat")] == ["[PAD]", "cat"]
-    assert [ours.token_bytes(i) for i in ours.encode("[PAD]cat")] == [b"", b"cat"]
-
-
-def test_an_added_word_of_accented_letters_comes_back_whole(pair):
-    """Hugging Face takes its letters for the characters that stand for bytes, and loses it."""
-    theirs, ours = pair
+    # Hugging Face takes its letters for characters that stand for bytes, and loses "ü".
     assert ours.decode(ours.encode("für")) == "für"
-    assert theirs.decode(theirs.encode("für")) == "f\ufffdr"
-
-
-def test_all_layouts_are_read_into_the_same_vocabulary(facts, tmp_path):
-    read = [read_vocabulary(layout(tmp_path / layout.__name__, facts)) for layout in LAYOUTS]
-    assert read[0].added[1] == AddedToken(END_OF_TEXT, 400, special=True, normalized=True)
-    plain = AddedToken(END_OF_TEXT, 400, special=True, normalized=False)  # since transformers 4
-    read[0] = read[0]._replace(added=(read[0].added[0], plain, *read[0].added[2:]))
-    assert all(vocabulary == read[0] for vocabulary in read)
-    assert [(token.content, token.special) for token in read[0].added] == [
-        ("e", False),
-        *((text, True) for text in SPECIAL),
-        *((text, False) for text in WORDS if text != "e"),
-    ]
-    assert [token.token_id for token in read[0].added] == [68, *range(400, 414)]
 
 
 # ---- Added tokens, one rule at a time ------------------------------------------------------------
@@ -260,23 +224,20 @@ def tokenizer_of(folder: Path, *more: dict, **files):
     return load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_of_two_added_tokens_that_begin_together_the_longer_is_taken(tmp_path):
-    for order in (["<a>", "<a><b>"], ["<a><b>", "<a>"]):
-        more = [added(text, 264 + n) for n, text in enumerate(order)]
-        ours, theirs = tokenizer_of(tmp_path, *more)
-        ids = ours.encode("<a><b><a>")
-        assert ids == [264 + order.index("<a><b>"), 264 + order.index("<a>")]
-        assert ids == theirs.encode("<a><b><a>")
-
-
 FOUND = {  # added tokens from id 264 on, a text, its ids
+    "of two that begin together the longer": (
+        [added("<a>", 264), added("<a><b>", 265)], "<a><b><a>", [265, 264],
+    ),
+    "the same, in the other order": (
+        [added("<a><b>", 264), added("<a>", 265)], "<a><b><a>", [264, 265],
+    ),
     "of two that overlap the one further left": (
         [added("STO", 264), added("TOPS", 265)], "STOPS", [264, 47, 50],  # STO, P, S
     ),
     "a normalized one only in what the others leave": (
         [added("TO", 264), added("STOP", 265, special=False)], "STOP", [50, 264, 47],  # S, TO, P
     ),
-    "the same, in the other order": (
+    "a special one may be normalized": (
         [added("TO", 264, normalized=True), added("STOP", 265)], "STOP TO", [265, 220, 264],
     ),
     "no merge crosses one": ([added("||", 264)], "S||T ST", [50, 264, 51, 220, 260]),
@@ -319,11 +280,9 @@ ENDINGS = [
     ({}, "<|endoftext|>"),
     ({"tokenizer_config": STRINGS}, "<end>"),
     ({"tokenizer_config": {"eos_token": OBJECT | {"__type": "AddedToken"}}}, "<end>"),
-    ({"special_tokens_map": STRINGS}, "<end>"),
     ({"special_tokens_map": {"eos_token": OBJECT}}, "<end>"),
     ({"special_tokens_map": STRINGS, "tokenizer_config": {"eos_token": END_OF_TEXT}}, "<end>"),
     ({"special_tokens_map": {"bos_token": "<end>"}}, "<|endoftext|>"),
-    ({"tokenizer_config": {"eos_token": None}}, None),
     ({"tokenizer_config": {"eos_token": None, "pad_token": "ab"}}, None),
     (
         {
@@ -364,28 +323,21 @@ def test_only_gpt2s_own_class_knows_end_of_text_without_being_told(tmp_path, nam
     assert load_tokenizer(tmp_path).eos_token_id == 263
 
 
-@pytest.mark.parametrize("field", ["additional_special_tokens", "extra_special_tokens"])
-@pytest.mark.parametrize("value", [["<end>"], [OBJECT | {"normalized": False}], {"end": "<end>"}])
-def test_a_token_in_a_list_of_roles_is_special_too(tmp_path, field, value):
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("additional_special_tokens", ["<end>"]),
+        ("extra_special_tokens", [OBJECT | {"normalized": False}]),
+        ("extra_special_tokens", {"end": "<end>"}),
+        ("image_token", "<end>"),
+    ],
+)
+def test_a_token_in_a_list_of_roles_or_in_a_role_of_another_name_is_special(tmp_path, field, value):
     save_vocabulary(tmp_path, MERGES)
     write(tmp_path, added_tokens={"<end>": 264}, tokenizer_config={field: value, "other": 1})
     assert load_tokenizer(tmp_path).decode([258, 264]) == "ab"
     write(tmp_path, tokenizer_config={field: None})
     assert load_tokenizer(tmp_path).decode([258, 264]) == "ab<end>"
-
-
-def test_a_role_of_a_name_of_its_own_makes_a_token_special(tmp_path):
-    save_vocabulary(tmp_path, MERGES)
-    write(tmp_path, added_tokens={"<end>": 264}, tokenizer_config={"image_token": "<end>"})
-    write(tmp_path, config={"model_type": "gpt2"})
-    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.decode([258, 264]) == theirs.decode([258, 264], skip_special_tokens=True) == "ab"
-
-
-def test_a_vocabulary_without_end_of_text_has_no_end(tmp_path):
-    save_vocabulary(tmp_path, MERGES)
-    edit_vocab(tmp_path, lambda vocab: vocab.pop(END_OF_TEXT))
-    assert read_vocabulary(tmp_path)[1:] == ((), None)
 
 
 def test_end_of_text_may_be_the_first_id(tmp_path):
@@ -424,20 +376,16 @@ WITH_END["single"] = [*TEMPLATE["single"], {"SpecialToken": {"id": "<|endoftext|
         ("normalizer", {"type": "Lowercase"}),
         ("pre_tokenizer.add_prefix_space", True),
         ("pre_tokenizer.use_regex", False),
-        ("pre_tokenizer", {"type": "Whitespace"}),
         ("pre_tokenizer", None),
         ("post_processor", WITH_END),
         ("post_processor", TEMPLATE | {"single": TEMPLATE["single"] * 2}),
-        ("post_processor", {"type": "RobertaProcessing", "sep": ["a", 64], "cls": ["a", 64]}),
         ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
-        ("decoder", None),
         ("model.dropout", 0.5),
         ("model.continuing_subword_prefix", "##"),
         ("model.end_of_word_suffix", "</w>"),
         ("model.byte_fallback", True),
         ("model.ignore_merges", True),
         ("model.type", "WordPiece"),
-        ("model.type", "Unigram"),
     ],
 )
 def test_a_field_of_tokenizer_json_that_would_change_the_ids_is_refused_by_name(
@@ -460,12 +408,9 @@ def test_a_field_of_tokenizer_json_that_would_change_the_ids_is_refused_by_name(
         ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
         ("pre_tokenizer.trim_offsets", False),
         ("decoder.add_prefix_space", True),
-        ("model.unk_token", "<|endoftext|>"),
-        ("model.fuse_unk", True),
         ("model.dropout", 0.0),
         ("model.continuing_subword_prefix", ""),
         ("model.type", None),
-        ("version", "2.0"),
         ("new_field", {"anything": 1}),
     ],
 )
@@ -518,41 +463,34 @@ def test_tokenizer_json_is_believed_before_vocab_json_as_in_transformers(tmp_pat
 
 
 MORE = [added("<a>", 264), added("<b>", 265)]
+SAME = [added(END_OF_TEXT, 263), *MORE]
 LISTS = {
-    "the ids of two are exchanged": {"<a>": 265, "<b>": 264},
-    "one is missing in a list of all": {"<a>": 264},
-    "one is too many": {"<a>": 264, "<b>": 265, "<c>": 266},
+    "the ids of two are exchanged": [SAME[0], added("<b>", 264), added("<a>", 265)],
+    "one is missing in a list of all": SAME[:2],
+    "one is too many": [*SAME, added("<c>", 266)],
+    "a flag differs": [SAME[0], added("<a>", 264, special=False), SAME[2]],
 }
 
 
 @pytest.mark.parametrize("case", LISTS)
 def test_two_lists_of_added_tokens_have_to_agree(tmp_path, case):
     write(tmp_path, tokenizer=whole_file(*MORE))
-    decoder = {str(i): added(text, i) for text, i in ({END_OF_TEXT: 263} | LISTS[case]).items()}
-    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
+    write_decoder(tmp_path, LISTS[case])
     odd = "'<[abc]>' (is not the same elsewhere|has the id 264, but its place is 265)"
     with pytest.raises(ValueError, match=rf"tokenizer_config.json: the added token {odd}"):
         read_vocabulary(tmp_path)
-
-
-def test_two_lists_that_differ_in_a_flag_do_not_agree(tmp_path):
-    write(tmp_path, tokenizer=whole_file(*MORE))
-    entries = [added(END_OF_TEXT, 263), added("<a>", 264, special=False), added("<b>", 265)]
-    decoder = {str(entry["id"]): entry for entry in entries}
-    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
-    with pytest.raises(ValueError, match="config.json: the added token '<a>' is not the same"):
-        read_vocabulary(tmp_path)
-    decoder["264"] = added("<a>", 264)
-    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
+    write_decoder(tmp_path, SAME)
     assert len(read_vocabulary(tmp_path).added) == 3
 
 
-@pytest.mark.parametrize("ids", [{"<c>": 264}, {"<a>": 264, "<b>": 265, "<c>": 266}])
-def test_added_tokens_json_may_not_know_more_than_the_other_lists(tmp_path, ids):
-    write(tmp_path, tokenizer=whole_file(*MORE), added_tokens=ids)
-    with pytest.raises(
-        ValueError, match="added_tokens.json: the added token '<c>' is not the same"
-    ):
+def write_decoder(folder, entries):
+    decoder = {str(entry["id"]): entry for entry in entries}
+    write(folder, tokenizer_config={"added_tokens_decoder": decoder})
+
+
+def test_added_tokens_json_may_not_know_more_than_the_other_lists(tmp_path):
+    write(tmp_path, tokenizer=whole_file(*MORE), added_tokens={"<a>": 264, "<b>": 265, "<c>": 266})
+    with pytest.raises(ValueError, match="added_tokens.json: the added token '<c>' is not the sa"):
         read_vocabulary(tmp_path)
     write(tmp_path, added_tokens={"<a>": 264, "<b>": 265})
     assert len(read_vocabulary(tmp_path).added) == 3
@@ -563,10 +501,7 @@ def test_added_tokens_json_may_not_know_more_than_the_other_lists(tmp_path, ids)
     [
         ({"<a>": 265}, "'<a>' has the id 265, but its place is 264"),
         ({"<a>": 264, "<b>": 266}, "'<b>' has the id 266, but its place is 265"),
-        ({"<a>": 264, "<b>": 264}, "'<b>' has the id 264, but its place is 265"),
-        ({"<a>": 263}, "'<a>' has the id 263, but its place is 264"),
         ({"<a>": 0}, "'<a>' has the id 0, but its place is 264"),
-        ({"<a>": -1}, "'<a>' has the id -1, but its place is 264"),
         ({"<a>": 10**12}, "'<a>' has the id 1000000000000, but its place is 264"),
         ({"ab": 264}, "'ab' has the id 264, but its place is 258"),
         ({"<|endoftext|>": 264}, "'<|endoftext|>' has the id 264, but its place is 263"),
@@ -579,8 +514,6 @@ def test_the_id_of_an_added_token_is_the_next_or_the_one_it_has(tmp_path, ids, c
         "tokenizer_config": {"added_tokens_decoder": {str(ids[t]): added(t, 0) for t in ids}},
         "tokenizer": whole_file(added_tokens=[added(t, ids[t]) for t in ids]),
     }.items():
-        if name == "tokenizer_config" and (-1 in ids.values() or len(set(ids.values())) < len(ids)):
-            continue  # that list has the ids for keys
         write(tmp_path, **{name: content})
         with pytest.raises(ValueError) as error:
             read_vocabulary(tmp_path)
@@ -617,17 +550,11 @@ def test_a_role_for_a_token_that_the_vocabulary_does_not_have_is_refused(tmp_pat
     "entry, complaint",
     [
         (5, "5 is no token"),
-        (None, "None is no token"),
-        ([], "a list is no token"),
-        ({}, "a dict is no token"),
         ({"id": 264}, "a dict is no token"),
         (added("", 264), "'' is no token"),
         (added(7, 264), "7 is no token"),
         (added("<a>", None), "the id of '<a>' is None, no integer"),
-        (added("<a>", 264.0), "the id of '<a>' is 264.0, no integer"),
         (added("<a>", True), "the id of '<a>' is True, no integer"),
-        (added("<a>", "264"), "the id of '<a>' is '264', no integer"),
-        (added("<a>", 264, lstrip="no"), "lstrip is set for '<a>'"),
         (added("<a>", 264, special="no"), "special or normalized of '<a>' is no boolean"),
         (added("<a>", 264, normalized=[]), "special or normalized of '<a>' is no boolean"),
         (added("a\ud83d", 264), r"'a\\ud83d' holds half of a surrogate pair"),
@@ -642,26 +569,21 @@ def test_an_entry_that_is_no_token_is_refused(tmp_path, entry, complaint):
 OTHER_SHAPES = [  # file, its content, what is said
     ("tokenizer_config", [], "tokenizer_config.json holds a list, not one object"),
     ("tokenizer_config", {"eos_token": 5}, "tokenizer_config.json, eos_token: 5 is no token"),
-    ("tokenizer_config", {"eos_token": []}, "config.json, eos_token: a list is no token"),
     ("tokenizer_config", {"added_tokens_decoder": []}, "is not an object with ids for keys"),
     ("tokenizer_config", {"added_tokens_decoder": {"x": {}}}, "object with ids for keys"),
     # Python reads no integer of more than 4300 digits.
     ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: added("<a>", 0)}},
      "tokenizer_config.json: the added token '<a>' has the id 999999999999999, but"),
     ("tokenizer_config", {"extra_special_tokens": "ab"}, "extra_special_tokens is 'ab', not"),
-    ("tokenizer_config", {"extra_special_tokens": [5]}, "extra_special_tokens: 5 is no token"),
-    ("special_tokens_map", "ab", "special_tokens_map.json holds 'ab', not one object"),
     ("special_tokens_map", {"eos_token": {}}, "map.json, eos_token: a dict is no token"),
     ("added_tokens", ["<a>"], "added_tokens.json holds a list, not one object"),
     ("added_tokens", {"<a>": None}, "added_tokens.json: the id of '<a>' is None"),
     ("added_tokens", {"": 264}, "added_tokens.json: '' is no token"),
     ("tokenizer", whole_file(added_tokens={}), "added_tokens is a dict, not a list"),
     ("tokenizer", whole_file(model=[]), "tokenizer.json: the vocabulary is not one object"),
-    ("tokenizer", put(whole_file(), "model.vocab", [["a", 0.1]]), "vocabulary is not one ob"),
     ("tokenizer", put(whole_file(), "model.merges", {}), "model.merges is a dict, not a list"),
     ("tokenizer", put(whole_file(), "model.merges", [7]), "merge 1: 7 is not two tokens"),
     ("tokenizer", put(whole_file(), "model.merges", [["a", 7]]), "merge 1: a list is not two"),
-    ("tokenizer", put(whole_file(), "model.merges", ["a"]), "merge 1: 'a' is not two tokens"),
     ("tokenizer", put(whole_file(), "model.merges", []), "7 tokens are neither bytes nor merg"),
 ]  # fmt: skip
 
@@ -697,32 +619,11 @@ def test_one_file_without_the_other_is_an_error(tmp_path, name):
         read_vocabulary(tmp_path)
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
-@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
-def test_what_is_not_a_file_is_refused_and_not_waited_for(tmp_path, name, make):
-    save_vocabulary(tmp_path, MERGES)
-    (tmp_path / name).unlink(missing_ok=True)
-    make(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is no regular file"):
-        read_vocabulary(tmp_path)
-
-
-def test_a_file_far_too_large_is_not_read(tmp_path):
-    with open(tmp_path / "tokenizer.json", "wb") as file:
-        file.truncate(10**10)  # ten gigabytes that take no space on the disk
-    expected = "tokenizer.json has 10,000,000,000 bytes, at most 134,217,728 are read"
-    with pytest.raises(ValueError, match=expected):
-        read_vocabulary(tmp_path)
-
-
 ROTTEN = [
     (b"", "is not JSON"),
-    (b'{"!": 0, "a": ', "is not JSON"),
     (b"[" * 100_000, "is not JSON"),
-    (b'{"a":' * 100_000, "is not JSON"),
     (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),  # Python reads integers of 4300 digits
     (b"\xff\xfe\x00\x01", "cannot be read as UTF-8 text"),
-    (b"null", "holds None, not one object"),
     (b'["a", "b"]', "holds a list, not one object"),
 ]
 
@@ -743,66 +644,38 @@ def test_a_file_that_is_no_object_is_refused_by_name(tmp_path, name, content, co
         ({"a": "0"}, "the vocabulary is not one object of tokens and their ids"),
         ({"a": True}, "the vocabulary is not one object of tokens and their ids"),
         ({"a": 0, "b": 0}, "the ids of its 2 tokens are not 0, 1, 2 and so on"),
-        ({"a": 0, "b": 2}, "the ids of its 2 tokens are not 0, 1, 2 and so on"),
-        ({"a": -1, "b": 0}, "the ids of its 2 tokens are not 0, 1, 2 and so on"),
         ({"a": 10**12}, "the ids of its 1 tokens are not 0, 1, 2 and so on"),
         ({"!": 0}, "no token for the byte 0x22"),
     ],
 )
 def test_a_vocabulary_with_holes_is_refused_by_name(tmp_path, vocab, complaint):
     save_vocabulary(tmp_path, MERGES)
-    for name, content in {
-        "vocab": vocab,
-        "tokenizer": put(whole_file(), "model.vocab", vocab),
-    }.items():
+    both = {"vocab": vocab, "tokenizer": put(whole_file(), "model.vocab", vocab)}
+    for name, content in both.items():
         write(tmp_path, **{name: content})
         with pytest.raises(ValueError) as error:
             read_vocabulary(tmp_path)
         assert str(error.value).startswith(f"{tmp_path / name}.json: {complaint}")
 
 
-@pytest.mark.parametrize(
-    "content, complaint",
-    [
-        (b"\xff\xfe\x00\x01", " cannot be read as UTF-8 text"),
-        (b"#version: 0.2\nS T\nO P\nE", ", line 4: 'E' is not two tokens with one space"),
-        (b"S T\nO P E", ", line 2: 'O P E' is not two tokens with one space between them"),
-        (b"S T\nST OP", ", line 2: 'ST OP' joins a token that is neither a byte nor made furth"),
-        (b"S T\nX Y", ", line 2: 'X Y' makes a token that the vocabulary does not have"),
-        (b"O P\nS T", ", line 2: 'S T' makes id 260 after id 261: ids have to rise"),
-        (b"S T\nS T", ", line 2: 'S T' makes id 260 after id 260: ids have to rise"),
-    ],
-)
-def test_damaged_merges_are_refused_with_file_and_line(tmp_path, content, complaint):
+MERGE_FAULTS = [  # line 2 behind "S T"
+    ("O P E", "is not two tokens with one space between them"),
+    ("ST OP", "joins a token that is neither a byte nor made further up"),
+    ("X Y", "makes a token that the vocabulary does not have"),
+    ("S T", "makes id 260 after id 260: ids have to rise"),
+]
+
+
+@pytest.mark.parametrize("line, complaint", MERGE_FAULTS)
+def test_damaged_merges_are_refused_with_file_and_place(tmp_path, line, complaint):
     save_vocabulary(tmp_path, MERGES)
-    (tmp_path / "merges.txt").write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    (tmp_path / "merges.txt").write_text(f"S T\n{line}", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"merges.txt, line 2: '{line}' {complaint}"):
         read_vocabulary(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / "merges.txt") + complaint)
-
-
-@pytest.mark.parametrize("as_pairs", [False, True])
-def test_damaged_merges_are_refused_in_tokenizer_json_too(tmp_path, as_pairs):
-    for number, line, complaint in [
-        (2, "ST OP", "'ST OP' joins a token that is neither a byte nor made further up"),
-        (2, "X Y", "'X Y' makes a token that the vocabulary does not have"),
-        (2, "S T", "'S T' makes id 260 after id 260: ids have to rise"),
-        (2, "O P E", "'O P E' is not two tokens with one space between them"),
-    ]:
-        merges = [text.split(" ") if as_pairs else text for text in ("S T", line)]
+    for merges in (["S T", line], [["S", "T"], line.split(" ")]):
         write(tmp_path, tokenizer=put(whole_file(), "model.merges", merges))
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=f"tokenizer.json, merge 2: '{line}' {complaint}"):
             read_vocabulary(tmp_path)
-        where = f"{tmp_path / 'tokenizer.json'}, merge {number}: "
-        assert str(error.value) == where + complaint
-
-
-def test_merges_that_were_cut_off_leave_tokens_that_nothing_makes(tmp_path):
-    save_vocabulary(tmp_path, MERGES)
-    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "merges.txt").write_text("\n".join(lines[:-2]), encoding="utf-8")
-    with pytest.raises(ValueError, match="2 tokens are neither bytes nor merged nor added, .*'OP'"):
-        read_vocabulary(tmp_path)
 
 
 def test_a_token_that_nothing_makes_and_no_file_adds_is_refused(tmp_path):
@@ -824,77 +697,9 @@ def test_a_merge_of_number_signs_is_no_comment_and_windows_line_ends_do_no_harm(
     assert load_tokenizer(tmp_path).encode("###") == [257]
 
 
-# ---- GPT-2's own files ---------------------------------------------------------------------------
-def published_vectors() -> list[dict]:
-    vectors = json.loads((DATA / "gpt2_token_vectors.json").read_text(encoding="utf-8"))
-    assert len(vectors) > 30
-    return vectors
-
-
-@NEEDS_DATA
-def test_gpt2_through_the_tokenizer_json_of_transformers_gives_the_published_ids(tmp_path):
-    shutil.copy(DATA / "encoder.json", tmp_path / "vocab.json")
-    shutil.copy(DATA / "vocab.bpe", tmp_path / "merges.txt")
-    by_hand = read_vocabulary(write(tmp_path, config={"model_type": "gpt2"}))
-    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "merges.txt").exists()
-    assert read_vocabulary(tmp_path / "saved") == by_hand
-    gpt2 = load_tokenizer(tmp_path / "saved")
-    for vector in published_vectors():
-        assert gpt2.encode(vector["text"]) == vector["ids"], vector
-
-
-@NEEDS_DATA
-def test_a_fine_tuned_gpt2_with_a_padding_token_has_the_ids_of_transformers(tmp_path):
-    shutil.copy(DATA / "encoder.json", tmp_path / "vocab.json")
-    shutil.copy(DATA / "vocab.bpe", tmp_path / "merges.txt")
-    write(tmp_path, config={"model_type": "gpt2"})
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    theirs.add_special_tokens({"pad_token": "[PAD]", "bos_token": "<|startoftext|>"})
-    theirs.add_tokens(["covfefe"])
-    theirs.save_pretrained(tmp_path / "saved")
-    ours = load_tokenizer(tmp_path / "saved")
-    assert ours.vocab_size == 50260 and ours.eos_token_id == 50256
-    for vector in published_vectors():
-        text = f"<|startoftext|>{vector['text']}covfefe<|endoftext|>[PAD][PAD]"
-        assert ours.encode(text) == theirs.encode(text)
-        assert ours.decode(ours.encode(text)) == vector["text"] + "covfefe"
-
-
 # ---- Anything at all -----------------------------------------------------------------------------
 NAMES = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"]
 NAMES += ["vocab.json", "merges.txt"]
-ODD = [None, True, -1, 0, 264, 10**12, 1.5, "", "ab", "<a>", "\ud800", [], {}, [None], {"a": {}}]
-
-
-def damage_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Cut off, overwritten, doubled or exchanged somewhere."""
-    at, length = rng.randrange(len(data)), rng.randrange(1, 40)
-    return rng.choice(
-        [
-            data[:at],
-            data[:at] + data[at + length :],
-            data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :],
-            data[: at + length] + data[at:],
-            data[:at] + rng.choice(b'"{}[],:0-\\ n').to_bytes(1, "big") + data[at:],
-        ]
-    )
-
-
-def damage_value(rng: random.Random, value: object) -> object:
-    """One value somewhere in nested fields: another, gone, or under another name."""
-    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
-        return rng.choice(ODD)
-    if isinstance(value, list):
-        at, value = rng.randrange(len(value)), list(value)
-        value[at : at + rng.randrange(2)] = [damage_value(rng, value[at])]
-        return value
-    key, value = rng.choice(list(value)), dict(value)
-    if rng.random() < 0.2:
-        value[rng.choice(["ab", "", "<c>", "\ud800"])] = value.pop(key)
-    else:
-        value[key] = damage_value(rng, value[key])
-    return value
 
 
 def fuzz(folder: Path, facts: dict, rounds: int) -> tuple[int, int]:
@@ -906,10 +711,8 @@ def fuzz(folder: Path, facts: dict, rounds: int) -> tuple[int, int]:
         at = rng.choice(folders)
         path = at / rng.choice([name for name in NAMES if (at / name).exists()])
         good = path.read_bytes()
-        if path.suffix == ".txt" or rng.random() < 0.5:
-            path.write_bytes(damage_bytes(rng, good))
-        else:
-            path.write_text(json.dumps(damage_value(rng, json.loads(good))), encoding="utf-8")
+        is_blind = path.suffix == ".txt" or rng.random() < 0.5
+        path.write_bytes((damage_blindly if is_blind else damage_json)(good, rng))
         try:
             tokenizer = load_tokenizer(at)
         except ValueError as error:
@@ -925,12 +728,7 @@ def fuzz(folder: Path, facts: dict, rounds: int) -> tuple[int, int]:
     return tuple(counts)
 
 
-def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path, facts):
-    refused, read = fuzz(tmp_path, facts, rounds=500)
-    assert refused > 200 and read > 20
-
-
-@pytest.mark.slow
-def test_three_thousand_damaged_files_are_refused_or_read_and_nothing_else(tmp_path, facts):
-    refused, read = fuzz(tmp_path, facts, rounds=3000)
-    assert refused > 1200 and read > 120
+@pytest.mark.parametrize("rounds", [500, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path, facts, rounds):
+    refused, read = fuzz(tmp_path, facts, rounds)
+    assert refused > rounds * 0.4 and read > rounds * 0.04
