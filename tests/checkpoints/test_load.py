@@ -1,10 +1,9 @@
 """Every layout of a GPT-2 checkpoint in use loads; anything else is refused.
 
 The tests write one small model in each layout and compare all its tensors bit by bit with the model
-it came from, and its logits with those of transformers or of a nanoGPT written out below; then they
-break the folder, one thing at a time, and read the refusal, which names the file and the field or
-the tensor. A refusal is a ValueError whatever was wrong: bytes on a disk are never a reason for
-another exception (test_weight_files.py has the files that mean harm).
+it came from, and its logits with those of transformers or of a nanoGPT written out below. Then they
+break the folder, one thing at a time, and read the ValueError, which names the file and the field
+or the tensor (test_weight_files.py has the hostile files).
 """
 
 import copy
@@ -13,14 +12,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from fuzz_checkpoints import write_shards
+from fuzz_checkpoints import in_a_child, write_shards
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -78,15 +76,13 @@ def logits_of(model, ids):
 
 
 # ---- what loads ----------------------------------------------------------------------------------
-def test_what_is_written_is_read_back_bit_by_bit(folder, model):
-    loaded = load_model(folder)
+def test_what_is_written_is_read_back_bit_by_bit_and_ready_to_serve(model, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    save_model(model, folder, torch.float32)
+    loaded = load_model(str(folder))
     assert_same_weights(loaded, model)
     assert loaded.config == model.config
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_a_loaded_model_is_ready_to_serve(folder):
-    loaded = load_model(str(folder))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert all(parameter.is_contiguous() for parameter in loaded.parameters())
@@ -121,17 +117,7 @@ def test_fields_that_are_missing_or_null_have_gpt2s_defaults(folder):
 def test_fields_that_do_not_change_inference_are_ignored(folder):
     edit_config(folder, resid_pdrop=0.5, n_ctx=7, torch_dtype="float16", summary_type="cls_index")
     assert load_model(folder).config == CONFIG
-
-
-@pytest.mark.parametrize("vocab_size", [0, -1])
-def test_a_config_without_a_vocabulary_or_an_end_is_refused_by_the_vocabulary(vocab_size, folder):
-    edit_config(folder, vocab_size=vocab_size, eos_token_id=...)
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'config.json'}: vocab_size is {vocab_size}")
-
-
-def test_an_epsilon_written_as_an_integer_is_a_number(folder):
-    edit_config(folder, layer_norm_epsilon=1)
+    edit_config(folder, layer_norm_epsilon=1)  # an integer is a number
     assert load_model(folder).config.layer_norm_epsilon == 1
 
 
@@ -226,34 +212,22 @@ LAYOUTS = {
     "safetensors": as_safetensors,
     "safetensors in shards": in_shards_by_transformers,
     "safetensors, no prefix": lambda t, f: as_safetensors(renamed(t, ""), f),
-    "safetensors in shards, no prefix": lambda t, f: shards(
-        renamed(t, ""), f, "model", ".safetensors", save_file
-    ),
     "safetensors, nn.Linear": lambda t, f: as_safetensors(as_linear(t), f),
-    "safetensors, masks and head": lambda t, f: as_safetensors(
-        with_the_head(with_masks(t, torch.uint8)), f
-    ),
     "zip": zipped,
-    "zip, no prefix": lambda t, f: zipped(renamed(t, ""), f),
     "zip by transformers": by_transformers,
     "zip in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", torch.save),
     "zip, masks": lambda t, f: zipped(with_masks(t, torch.bool), f),
-    "zip, head": lambda t, f: zipped(with_the_head(t), f),
     "zip, parameters": lambda t, f: zipped(as_parameters(t), f),
     "zip, views": lambda t, f: zipped(as_views(t), f),
     "zip, one storage": lambda t, f: zipped(in_one_storage(t), f),
     "zip, nn.Linear": lambda t, f: zipped(as_linear(t), f),
     "legacy": legacy,
-    "legacy, no prefix": lambda t, f: legacy(renamed(t, ""), f),
     "legacy, masks and head": lambda t, f: legacy(with_the_head(with_masks(t, torch.uint8)), f),
-    "legacy, views": lambda t, f: legacy(as_views(t), f),
-    "legacy, one storage": lambda t, f: legacy(in_one_storage(t), f),
+    "legacy, one storage": lambda t, f: legacy(in_one_storage(as_views(t)), f),
     "legacy in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", save_legacy),
     **{
         f"zip, {prefix}": lambda t, f, prefix=prefix: zipped(renamed(with_the_head(t), prefix), f)
         for prefix in (
-            "_orig_mod.transformer.",
-            "module.transformer.",
             "module._orig_mod.transformer.",
             "_orig_mod.module.transformer.",
             "transformer._orig_mod.",
@@ -286,17 +260,6 @@ def test_every_layout_gives_the_same_tensors_and_logits(layout, model, their_log
     torch.testing.assert_close(logits_of(loaded, torch.arange(32)), their_logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["zip", "legacy", "zip in shards"])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_half_and_double_precision_in_pickles(stored, layout, model, folder):
-    (folder / "model.safetensors").unlink()
-    LAYOUTS[layout]({n: t.to(stored) for n, t in in_the_file(model).items()}, folder)
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = load_model(folder, dtype=dtype).state_dict()
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(loaded[name], tensor.to(stored).to(dtype)), name
-
-
 @pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy", "zip in shards"])
 def test_separate_heads_are_read_from_every_kind_of_file(layout, model, folder):
     (folder / "model.safetensors").unlink()
@@ -306,13 +269,6 @@ def test_separate_heads_are_read_from_every_kind_of_file(layout, model, folder):
     loaded = load_model(folder)
     assert torch.equal(loaded.lm_head.weight, head)
     assert torch.equal(loaded.wte.weight, model.wte.weight)
-
-
-def test_a_pickle_that_is_not_needed_is_not_opened(model, folder):
-    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
-    (folder / "pytorch_model.bin.index.json").write_text("not JSON")
-    (folder / "ckpt.pt").mkdir()
-    assert_same_weights(load_model(folder), model)
 
 
 def test_a_folder_that_mixes_the_two_layouts_is_refused(model, folder):
@@ -383,7 +339,7 @@ def nanogpt_logits(state, args, ids):
     return norm(x, "transformer.ln_f") @ state["lm_head.weight"].t()
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
 def test_nanogpts_checkpoint_computes_what_nanogpt_does(bias, prefix, model, tmp_path):
     state, args = nanogpt_state(model, bias), nanogpt_args(CONFIG, bias)
@@ -435,7 +391,6 @@ def test_a_nanogpt_checkpoint_that_promises_biases_and_has_none_is_refused(model
         {"n_inner": 100},
         {"activation_function": "gelu"},
         {"activation_function": "relu"},
-        {"scale_attn_weights": False},
         {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
         {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
@@ -481,92 +436,28 @@ REAL_LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def real_shape():
-    """124M parameters, all of them random, biases and gains too."""
-    model = load_model("random:gpt2")
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.named_parameters():
-        if tensor.ndim == 1:
-            tensor.normal_(mean=float(name.endswith("weight")), std=0.1, generator=generator)
-    return model
-
-
-@pytest.fixture(scope="module", params=REAL_LAYOUTS)
-def real_folder(request, real_shape):
-    """The 124M shape in one layout after the other, 0.5 GB each (nanoGPT's 1.5), then removed."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        fields = {"model_type": "gpt2", "eos_token_id": 50256}
-        (folder / "config.json").write_text(json.dumps(fields))
-        REAL_LAYOUTS[request.param](in_the_file(real_shape), folder)
-        yield request.param, folder
-
-
-@pytest.mark.slow
-def test_the_124m_shape_loads_from_every_layout(real_folder, real_shape):
-    layout, folder = real_folder
-    loaded = load_model(folder)
-    assert_same_weights(loaded, real_shape)
-    ids = torch.arange(40, 50_000, 1111)
-    if layout == "nanoGPT":
-        state = nanogpt_state(real_shape, True)
-        want = nanogpt_logits(state, nanogpt_args(GPTConfig(), True), ids).float()
-    else:
-        theirs = GPT2LMHeadModel(GPT2Config()).eval()
-        missing = theirs.load_state_dict(in_the_file(real_shape), strict=False).missing_keys
-        assert missing == ["lm_head.weight"]  # tied: one tensor with wte
-        with torch.inference_mode():
-            want = theirs(ids[None]).logits[0]
-    torch.testing.assert_close(logits_of(loaded, ids), want, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_load_peaks_near_one_copy_of_the_model(dtype, real_folder):
+@pytest.mark.parametrize("layout", REAL_LAYOUTS)
+def test_a_load_peaks_near_one_copy_of_the_model(layout, tmp_path):
     """At most 1.3 times the weights in the target dtype, and the largest tensor as the file has it.
 
     Pages of a mapped file count too.
     """
-    layout, folder = real_folder
-    weights_mb = 124_439_808 * dtype.itemsize / 2**20
-    largest_mb = 50257 * 768 * 4 / 2**20
-    allowed_mb = 1.3 * weights_mb + largest_mb
-    peak_mb = in_a_fresh_process(folder, dtype)
-    print(f"{layout}, {dtype}: {peak_mb:.0f} MB, {allowed_mb:.0f} allowed")
-    assert weights_mb < peak_mb < allowed_mb
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 50256}')
 
+    def write(say):  # in a child, so that this process never holds the model
+        REAL_LAYOUTS[layout](in_the_file(load_model("random:gpt2")), tmp_path)
 
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from checkpoints.load import load_model, save_model
-from model import GPT, GPTConfig
-
-def mb(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-torch.set_num_threads(1)
-small, folder, dtype = Path(sys.argv[1]), Path(sys.argv[2]), getattr(torch, sys.argv[3])
-save_model(GPT(GPTConfig(vocab_size=11, n_layer=1, n_head=1, n_embd=8)), small, torch.float32)
-load_model(small)  # what is imported at the first load is not the model's
-Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
-before = mb("VmRSS")
-model = load_model(folder, dtype)
-print(mb("VmHWM") - before)
-"""
-
-
-def in_a_fresh_process(folder, dtype):
-    """The memory that a load takes at its highest, in MB."""
-    with tempfile.TemporaryDirectory() as small:
-        command = [sys.executable, "-c", PEAK, small, str(folder), str(dtype)[6:]]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
-    assert run.returncode == 0, run.stderr
-    return float(run.stdout.split()[-1])
+    assert in_a_child(write, 300).end == ""
+    for dtype in (torch.float32, torch.bfloat16):
+        weights_mb = 124_439_808 * dtype.itemsize / 2**20
+        largest_mb = 50257 * 768 * 4 / 2**20
+        outcome = in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 300)
+        assert outcome.end == ""
+        assert 0.8 * weights_mb < outcome.peak_mb < 1.3 * weights_mb + largest_mb, dtype
+    for path in tmp_path.iterdir():
+        path.unlink()  # 0.5 GB, of nanoGPT 1.5 GB
 
 
 # ---- python -m checkpoints.load NAME -------------------------------------------------------------
@@ -589,20 +480,19 @@ def test_the_shipped_model_is_described_and_agrees_with_transformers(shipped_mod
     assert re.search(r"transformers\s+the same logits", run.stdout)
 
 
-def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, capsys):
+def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, model, monkeypatch, capsys):
     """61 x 48 + 32 x 48 + 2 x 28,272 + 96 parameters; 2 x 2 x 48 numbers of K and V a token."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
     load.describe(str(folder))
     out = capsys.readouterr().out
+    assert "not installed" in out
     assert "61,104" in out  # parameters
     assert "122,208" in out and "244,416" in out  # bytes in 16 and 32 bits
     assert "384" in out and "768" in out  # of K and V a token
     assert "81380.2" in out.replace(",", "")  # 10 ** 9 / 384 / 32 sequences
-
-
-def test_without_transformers_the_description_says_so(folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    load.describe(str(folder))
-    assert "not installed" in capsys.readouterr().out
+    save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), folder / "ckpt.pt")
+    load.describe(str(folder / "ckpt.pt"))
+    assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out
 
 
 def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, capsys):
@@ -611,12 +501,6 @@ def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, 
     monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: spoiled)
     with pytest.raises(ValueError, match="differ from transformers"):
         load.describe(str(folder))
-
-
-def test_a_nanogpt_checkpoint_is_described_too(model, tmp_path, capsys):
-    save_nanogpt(nanogpt_state(model, True), nanogpt_args(CONFIG, True), tmp_path / "ckpt.pt")
-    load.describe(str(tmp_path / "ckpt.pt"))
-    assert "61,104" in capsys.readouterr().out
 
 
 def test_what_is_refused_is_one_sentence_on_the_command_line_too(tmp_path):
@@ -651,12 +535,6 @@ def test_the_tied_head_and_the_embedding_are_one_tensor(folder):
     assert loaded.num_parameters() == (61 + 32) * 48 + 2 * 28_272 + 2 * 48
 
 
-def test_two_loads_share_no_memory(folder, model):
-    first, second = load_model(folder), load_model(folder)
-    first.wte.weight.zero_()
-    assert_same_weights(second, model)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_loaded_model_does_not_change_when_its_file_is_rewritten(dtype, folder, model):
     """safetensors maps the file into memory: a tensor that is not copied follows the file."""
@@ -679,13 +557,13 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
     assert first.config == shape
     assert not first.training
     assert not any(parameter.requires_grad for parameter in first.parameters())
-
-
-def test_random_weights_come_in_the_dtype_asked_for(monkeypatch):
-    monkeypatch.setitem(load.RANDOM_SHAPES, "small", (1, 2, 16))
     loaded = load_model("random:small", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.wte.weight
+    assert weights_kind("random:gpt2-xl") == "random weights"
+    assert weights_kind("/models/random") == "trained weights"
+    with pytest.raises(ValueError, match="no shape 'gpt3' .* gpt2, gpt2-medium, gpt2-large"):
+        load_model("random:gpt3")
 
 
 @pytest.mark.parametrize(
@@ -705,24 +583,6 @@ def test_the_random_shapes_are_those_of_the_four_gpt2s(name, num_parameters):
     assert model.config.head_dim == 64
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("random:gpt2", "random weights"),
-        ("random:gpt2-xl", "random weights"),
-        ("assets/tiny-gpt2", "trained weights"),
-        ("/models/random", "trained weights"),
-    ],
-)
-def test_a_printed_figure_can_say_what_the_weights_were(name, kind):
-    assert weights_kind(name) == kind
-
-
-def test_an_unknown_random_shape_is_refused():
-    with pytest.raises(ValueError, match="no shape 'gpt3' .* gpt2, gpt2-medium, gpt2-large"):
-        load_model("random:gpt3")
-
-
 # ---- refusals: config.json -----------------------------------------------------------------------
 def refusal(folder, **options):
     """The text of the ValueError that loading the folder raises."""
@@ -731,39 +591,12 @@ def refusal(folder, **options):
     return str(raised.value)
 
 
-def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    message = refusal(tmp_path / "nowhere")
-    assert message.startswith("no folder") and repr(str(tmp_path / "nowhere")) in message
-
-
-def test_a_file_in_place_of_a_folder_is_refused(folder):
+def test_a_folder_that_does_not_exist_or_has_no_config_is_refused(folder):
+    message = refusal(folder / "nowhere")
+    assert message.startswith("no folder") and repr(str(folder / "nowhere")) in message
     assert refusal(folder / "config.json").startswith(str(folder / "config.json"))
-
-
-def test_a_folder_without_a_config_is_refused(folder):
     (folder / "config.json").unlink()
     assert refusal(folder).startswith(f"{folder / 'config.json'} is missing: ")
-
-
-NO_JSON_OBJECTS = {
-    "empty": (b"", "is not JSON: "),
-    "cut off": (b"{", "is not JSON: "),
-    "prose": (b"GPT-2", "is not JSON: "),
-    "comma": (b'{"n_layer": 2,}', "is not JSON: "),
-    "not UTF-8": (b"\xff\xfe\x00", "cannot be read as UTF-8 text: "),
-    "too deep": (b"[" * 100_000, "is not JSON: "),
-    "too many digits": (b'{"n_layer": ' + b"1" * 5000 + b"}", "is not JSON: "),
-    "a list": (b"[]", "holds a list, not one object"),
-    "a text": (b'"gpt2"', "holds 'gpt2', not one object"),
-    "null": (b"null", "holds None, not one object"),
-}
-
-
-@pytest.mark.parametrize("text", NO_JSON_OBJECTS)
-def test_a_config_that_is_no_json_object_is_refused(text, folder):
-    data, reason = NO_JSON_OBJECTS[text]
-    (folder / "config.json").write_bytes(data)
-    assert refusal(folder).startswith(f"{folder / 'config.json'} {reason}")
 
 
 @pytest.mark.parametrize(
@@ -773,23 +606,17 @@ def test_a_config_that_is_no_json_object_is_refused(text, folder):
         ("model_type", ..., "model_type is None, only 'gpt2' is served"),
         ("add_cross_attention", True, "add_cross_attention is set"),
         ("activation_function", "swish", "activation_function is 'swish': choose one of gelu_new"),
-        ("activation_function", ["gelu"], "activation_function is a list, not of type str"),
         ("n_layer", "2", "n_layer is '2', not of type int"),
-        ("n_layer", 2.0, "n_layer is 2.0, not of type int"),
         ("n_layer", True, "n_layer is True, not of type int"),
         ("n_layer", [2], "n_layer is a list, not of type int"),
         ("n_layer", 0, "n_layer is 0: it must be at least 1"),
-        ("n_layer", 10**9, "n_layer is 1000000000, at most 10000000 is accepted"),
+        ("vocab_size", 0, "vocab_size is 0: it must be at least 1"),
         ("vocab_size", 10**30, f"vocab_size is {10**30}, at most 10000000 is accepted"),
         ("n_positions", -1, "max_seq_len is -1: it must be at least 1"),
         ("n_embd", 50, "n_embd 50 is not a multiple of n_head 3"),
-        ("n_inner", 0, "n_inner is 0: it must be at least 1"),
         ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon is '1e-5', not of type float"),
-        ("layer_norm_epsilon", False, "layer_norm_epsilon is False, not of type float"),
         ("layer_norm_epsilon", float("nan"), "layer_norm_epsilon is nan: it must be finite"),
         ("scale_attn_weights", 1, "scale_attn_weights is 1, not of type bool"),
-        ("scale_attn_by_inverse_layer_idx", "no", "scale_attn_by_inverse_layer_idx is 'no', not"),
-        ("tie_word_embeddings", 0, "tie_word_embeddings is 0, not of type bool"),
         ("quantization_config", {"bits": 4}, "quantization_config is set"),
         ("eos_token_id", [60], "eos_token_id is a list, not of type int"),
     ],
@@ -816,18 +643,14 @@ TENSOR_FAULTS = [  # the tensor, what stands in its place (None: nothing), what 
     ("transformer.h.1.ln_2.bias", None, "1 tensors are missing, the first is 'h.1.ln_2.bias'"),
     ("transformer.wte.weight", None, "2 tensors are missing, the first is 'wte.weight'"),
     ("transformer.h.2.ln_1.bias", torch.zeros(48), "has no place in this model"),
-    ("score.weight", torch.zeros(2, 48), "has no place in this model"),
     ("wpe.weight", torch.zeros(32, 48), "wpe.weight' has no place in this model"),  # twice
     ("transformer.wpe.weight", torch.zeros(16, 48), "(16, 48), its config asks for (32, 48)"),
     (MATRIX, torch.zeros(144, 48), "(48, 144), its config asks for (144, 48)"),  # nanoGPT's layout
-    (MATRIX, torch.zeros(1, 48, 144), "(1, 48, 144), its config asks for (144, 48)"),
     (MATRIX, torch.tensor(1.0), "has shape (), its config asks for (144, 48)"),
     (MATRIX, one_in_zeros(torch.nan), NOT_FINITE),
     (MATRIX, one_in_zeros(torch.inf), NOT_FINITE),
-    (MATRIX, one_in_zeros(-torch.inf), NOT_FINITE),
     (BIAS, torch.full((48,), 1e300, dtype=torch.float64), NOT_FINITE),
     (MATRIX, torch.zeros(48, 144, dtype=torch.int8), "holds torch.int8, not floats"),
-    (MATRIX, torch.zeros(48, 144).to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn, not floats"),
 ]
 
 
@@ -858,24 +681,16 @@ def test_a_weight_too_large_for_the_dtype_asked_for_is_refused(folder):
     assert message.endswith("'transformer.ln_f.bias' holds NaN or infinity as torch.float16")
 
 
-def test_a_head_of_its_own_that_is_not_in_the_file_is_refused(folder):
-    edit_config(folder, tie_word_embeddings=False)
-    assert refusal(folder).endswith("1 tensors are missing, the first is 'lm_head.weight'")
-
-
 def test_a_config_of_another_size_is_refused_at_the_first_tensor_that_differs(folder):
     edit_config(folder, n_layer=3)
     assert "12 tensors are missing, the first is 'h.2.ln_1.weight'" in refusal(folder)
     edit_config(folder, n_layer=1)
     assert "'transformer.h.1." in refusal(folder)
+    edit_config(folder, n_layer=2, tie_word_embeddings=False)
+    assert refusal(folder).endswith("1 tensors are missing, the first is 'lm_head.weight'")
 
 
 def test_a_pickle_under_this_name_is_refused_and_not_executed(folder):
     path = folder / "model.safetensors"
     torch.save({"wte.weight": torch.zeros(61, 48)}, path)
     assert refusal(folder).startswith(f"{path} is not a whole safetensors file: ")
-
-
-def test_saving_makes_the_folders_on_the_way(model, tmp_path):
-    save_model(model, tmp_path / "a" / "b", torch.float32)
-    assert_same_weights(load_model(tmp_path / "a" / "b"), model)

@@ -523,36 +523,11 @@ def parts(tensors):
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-HEADERS = {
-    "empty": b"{}",
-    "a list": b"[]",
-    "deep lists": b"[" * 1_000_000,
-    "not UTF-8": b'{"\xff\xfe": 1}',
-    "half a surrogate": b'{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}',
-    "only metadata": b'{"__metadata__": {"format": "pt"}}',
-    "a tensor that is a number": b'{"wte.weight": 1}',
-    "twice the same name": b'{"wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},'
-    b' "wte.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
-}
-
-
-@pytest.mark.parametrize("header", HEADERS)
-@pytest.mark.parametrize("length", [None, 1, 100 << 30, 2**64 - 1])
-def test_a_header_that_describes_no_model_is_refused(header, length, folder):
-    write_safetensors(folder, HEADERS[header], length=length)
-    assert refusal(folder).startswith(str(folder / "model.safetensors"))
-
-
-ENTRIES = {
+ENTRIES = {  # the library's own checks, and the types that PyTorch or the model has not
     "past the end": {"data_offsets": [0, 10**12]},
-    "overlapping": {"data_offsets": [4, 196]},
-    "another shape": {"shape": [49]},
     "2^124 numbers": {"shape": [2**62, 2**62]},
     "100,000 dimensions": {"shape": [1] * 100_000 + [48]},
-    "an unknown type": {"dtype": "F12"},
     "half the type": {"dtype": "F16"},
-    "integers": {"dtype": "I32"},
-    "8-bit floats": {"dtype": "F8_E4M3", "shape": [192]},
     "8-bit exponents": {"dtype": "F8_E8M0", "shape": [192]},
     "4-bit floats": {"dtype": "F4", "shape": [384]},
     "complex numbers": {"dtype": "C64", "shape": [24]},
