@@ -21,7 +21,7 @@ from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
 from checkpoints.hub import find_folder
-from checkpoints.load import load_model, save_model
+from checkpoints.load import save_model
 from llm import LLM, SamplingParams
 from model import GPT, GPTConfig, attend_one_sequence
 
@@ -237,16 +237,6 @@ def test_a_model_of_which_all_facts_hold_meets_no_objection(fake_folder, fake_fa
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_a_spoiled_model_meets_an_objection_from_every_fact(
-    number, fake_folder, fake_facts, tmp_path
-):
-    spoiled = copy.deepcopy(load_model(fake_folder))
-    spoiled.h[1].mlp.c_proj.weight.mul_(-1)
-    save_model(spoiled, tmp_path, torch.float32)
-    assert len(objections(tmp_path, [fake_facts[number]])) >= 1
-
-
-@pytest.mark.parametrize("number", range(8))
 def test_a_fact_that_does_not_hold_is_an_objection(number, fake_folder, fake_facts):
     item = copy.deepcopy(fake_facts[number])
     if item["kind"] in GREEDY:
@@ -258,35 +248,3 @@ def test_a_fact_that_does_not_hold_is_an_objection(number, fake_folder, fake_fac
     else:
         item["argmax_logit"] += 0.05
     assert len(objections(fake_folder, [item])) >= 1
-
-
-class Letters:
-    """A tokenizer: 1 is "a", 2 is "b", 12 is "ab"."""
-
-    def decode(self, ids):
-        return "".join({1: "a", 2: "b", 12: "ab", 3: "c"}[i] for i in ids)
-
-
-@pytest.mark.parametrize(
-    ("ids", "published", "same"),
-    [
-        ([12, 3], False, True),
-        ([1, 2, 3], False, True),  # the same text in other tokens
-        ([1, 2, 3], True, False),
-        ([1, 2], False, True),  # cut one token earlier
-        ([12, 3, 3], False, True),
-        ([12, 1], False, False),
-        ([2, 1, 3], False, False),
-    ],
-)
-def test_a_published_text_may_be_cut_into_other_tokens_but_published_ids_are_ids(
-    ids, published, same
-):
-    item = {"prompt_ids": [3], "expected_ids": [3, 12, 3], "expected_text": "cabc"}
-    item |= {"exact_ids_published": published}
-    assert same_text(item, ids, Letters()) == same
-
-
-def test_the_weights_of_a_model_that_is_not_cached_are_a_reason_to_skip():
-    with pytest.raises(pytest.skip.Exception, match="not-there"):
-        real_folder("pagedgpt-tests/not-there")

@@ -109,12 +109,6 @@ def test_a_text_becomes_ids_and_the_ids_become_the_text(tokenizer):
     assert tokenizer.decode([264, 265, 257, 238, 230]) == "STOP 🐈"
 
 
-@pytest.mark.parametrize("text", HARD_TEXTS)
-def test_every_text_comes_back_whole(tokenizer, trained, text):
-    for tok in (tokenizer, trained[1]):
-        assert tok.decode(tok.encode(text)) == text
-
-
 @given(text=st.text())
 @WITHOUT_DEADLINE
 def test_any_text_at_all_comes_back_whole(tokenizer, text):
@@ -138,21 +132,6 @@ def test_the_ids_are_those_of_hugging_face_wherever_words_begin_and_end(trained,
     assert ours.encode(text) == theirs.encode(text).ids
 
 
-def test_a_trained_vocabulary_does_merge(trained):
-    """If no merge were applied, the equality with Hugging Face would be one of single bytes."""
-    ids = trained[1].encode(" the hen")
-    assert [trained[1].token_bytes(i) for i in ids] == [b" the", b" hen"]
-
-
-def is_piece(data: bytes) -> bool:
-    """Whether these bytes are not whole characters."""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return False
-
-
 @NEEDS_DATA
 def test_the_files_of_gpt2_give_the_published_ids(tmp_path):
     shutil.copy(DATA / "encoder.json", tmp_path / "vocab.json")
@@ -165,9 +144,6 @@ def test_the_files_of_gpt2_give_the_published_ids(tmp_path):
     for vector in vectors:
         assert gpt2.encode(vector["text"]) == vector["ids"], vector
         assert gpt2.decode(vector["ids"]) == vector["text"], vector
-    assert (
-        sum(is_piece(gpt2.token_bytes(i)) for i in range(50256)) == 344
-    )  # checkpoints/tokenizer.py says so
 
 
 # ---- Special, unknown and broken -----------------------------------------------------------------
@@ -177,14 +153,6 @@ def test_end_of_text_is_one_token_and_leaves_no_text(tokenizer):
     assert tokenizer.decode([64, 267, 65]) == "ab"
     assert tokenizer.token_bytes(267) == b""
     assert tokenizer.token_text(267) == "<|endoftext|>"
-
-
-def test_end_of_text_is_special_for_hugging_face_in_the_same_places(trained):
-    theirs, ours = trained
-    text = "the hen<|endoftext|> <|endoftext|><|endoftext|>the fox <|endoftex|>"
-    assert ours.encode(text) == theirs.encode(text).ids
-    assert ours.encode(text).count(ours.eos_token_id) == 3
-    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids)
 
 
 def test_an_id_without_a_token_leaves_no_text(tokenizer):
@@ -223,16 +191,6 @@ def with_added(tokenizer: BPETokenizer, *added: AddedToken) -> BPETokenizer:
     return BPETokenizer(Vocabulary(ranks, added, added[0].content))
 
 
-def test_an_added_word_is_text_and_an_added_special_token_is_none(tokenizer):
-    pad, cat = AddedToken("[PAD]", 267, True, False), AddedToken("猫b", 268, False, True)
-    tok = with_added(tokenizer, pad, cat)
-    assert tok.encode("ab猫bb[PAD]a") == [260, 268, 65, 267, 64]
-    assert tok.decode([260, 268, 65, 267, 64]) == "ab猫bba"
-    assert (tok.token_bytes(267), tok.token_bytes(268)) == (b"", "猫b".encode())
-    assert (tok.token_text(267), tok.token_text(268)) == ("[PAD]", "猫b")
-    assert tok.vocab_size == 269 and tok.eos_token_id == 267
-
-
 def test_an_added_word_may_end_or_begin_a_stop_string(tokenizer):
     tok = with_added(tokenizer, AddedToken("STOP", 267, False, True))
     decoder = StreamDecoder(tok, stop=["OPS"])
@@ -257,13 +215,6 @@ def test_characters_that_mean_something_in_a_pattern_are_only_characters(tokeniz
 
 
 # ---- Where a tokenizer comes from ----------------------------------------------------------------
-def test_the_shipped_model_has_the_same_tokenizer_in_both_layouts(shipped_model_folder, tmp_path):
-    both = load_tokenizer(shipped_model_folder)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(shipped_model_folder / name, tmp_path)
-    slow = load_tokenizer(tmp_path)
-    assert both.vocab_size == slow.vocab_size and both.eos_token_id == slow.eos_token_id
-    assert [both.encode(text) for text in HARD_TEXTS] == [slow.encode(text) for text in HARD_TEXTS]
 
 
 # The names of GPT-2's two files in tiktoken's cache: the SHA-1 of where they were fetched.
