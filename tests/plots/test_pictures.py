@@ -5,7 +5,6 @@ that stand in the figure with the owners that the tables name.
 """
 
 from collections import Counter
-from itertools import combinations
 
 import pytest
 from conftest import ROOT
@@ -21,7 +20,6 @@ from plots.palette import (
     card,
     colour_of,
     contrast,
-    letter_of,
     save,
     text_on,
 )
@@ -29,7 +27,6 @@ from plots.pictures import (
     BOXES,
     Holding,
     RowUse,
-    draw_architecture,
     draw_batching,
     draw_pool,
     draw_table,
@@ -77,27 +74,12 @@ def line(number, tables, num_waiting=0, computed=None, preempted=()):
 
 
 # ---- palette -------------------------------------------------------------------------------------
-def test_a_request_has_one_colour_and_one_letter():
-    assert [colour_of(str(n)) for n in range(12)] == PALETTE and len(set(PALETTE)) == 12
-    assert colour_of("12") == colour_of("0") and letter_of("3") == "D" and letter_of("26") == "A"
-
-
-@pytest.mark.parametrize(
-    "one, other, times",
-    [("#000000", "#ffffff", 21.0), ("#777777", "#ffffff", 4.48), ("#ff0000", "#ff0000", 1.0)],
-)
-def test_contrast_is_that_of_the_accessibility_guidelines(one, other, times):
-    assert contrast(one, other) == contrast(other, one) == pytest.approx(times, abs=0.005)
 
 
 def test_text_is_read_on_the_card_and_on_every_colour():
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)  # as in WCAG
     assert contrast(INK, CARD) >= 4.5 and contrast(FAINT, CARD) >= 4.5
     assert all(contrast(text_on(colour), colour) >= 4.5 for colour in PALETTE)
-
-
-def test_no_grey_is_readable_on_white_and_on_a_dark_page_so_pictures_have_a_card():
-    greys = [f"#{level:02x}{level:02x}{level:02x}" for level in range(256)]
-    assert max(min(contrast(grey, "#ffffff"), contrast(grey, "#0d1117")) for grey in greys) < 4.5
 
 
 def test_the_same_figure_gives_the_same_bytes_whatever_the_users_settings(tmp_path):
@@ -123,17 +105,8 @@ def test_the_architecture_names_files_that_exist():
         assert all((ROOT / file).exists() for file in part.files.split(", ")), part.files
 
 
-def test_every_text_of_the_architecture_lies_on_the_card_and_none_on_another():
-    figure = draw_architecture()
-    figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in [*figure.texts, *figure.axes[0].texts]]
-    width, height = figure.canvas.get_width_height()
-    assert all(0 < box.x0 < box.x1 < width and 0 < box.y0 < box.y1 < height for box in boxes)
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-
-
 # ---- the pool over time --------------------------------------------------------------------------
-def test_a_holding_ends_where_a_block_gets_another_holder_or_one_more():
+def test_a_holding_ends_where_the_holders_of_a_block_change_and_a_shared_one_is_hatched():
     header = {"num_blocks": 3, "block_size": 4}
     steps = [line(1, {"0": [0]}), line(2, {"0": [0, 2]}), line(3, {"0": [0], "1": [0, 2]})]
     assert find_holdings(header, steps) == [
@@ -142,6 +115,8 @@ def test_a_holding_ends_where_a_block_gets_another_holder_or_one_more():
         Holding(2, 2, 3, ("0",)),
         Holding(2, 3, 4, ("1",)),
     ]
+    bars = draw_pool(header, steps).axes[0].patches
+    assert sorted(bar.get_hatch() for bar in bars) == ["", "", "", "////"]  # the shared one
 
 
 @pytest.mark.parametrize("recording", ["five", "tales"])
@@ -182,12 +157,6 @@ def test_the_lower_panel_counts_those_who_run_and_those_who_wait(five):
     ran = [sum(s["phase"] is not None for s in step["sequences"]) for step in steps]
     assert values[1] == ran
     assert values[0] == [a + step["num_waiting"] for a, step in zip(ran, steps, strict=True)]
-
-
-def test_a_shared_block_is_hatched():
-    header = {"num_blocks": 2, "block_size": 4}
-    steps = [line(1, {"0": [0], "1": [0, 1]})]
-    assert [bar.get_hatch() for bar in draw_pool(header, steps).axes[0].patches] == ["////", ""]
 
 
 # ---- a block table -------------------------------------------------------------------------------
