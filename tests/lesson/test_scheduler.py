@@ -66,7 +66,7 @@ class Loop:
         self.requests = []
 
     def add(self, request_id, num_prompt_tokens, max_tokens, *, n=1, **fields):
-        """Queue a request of tokens that no other request has; returns its sequence or sequences."""
+        """Queue a request of tokens that no other has; returns its sequence or sequences."""
         arrival = len(self.requests)
         prompt = [1000 * (arrival + 1) + i for i in range(num_prompt_tokens)]
         request = Request(request_id, prompt, arrival)
