@@ -1,4 +1,4 @@
-"""The face that vLLM's users know, and the choices behind it: device, dtype, backend, pool.
+"""`LLM`, and what it chooses: device, dtype, backend, tokenizer, the pool's size.
 
 Small folders are written for most tests; a few use the shipped model, of which only properties are
 asserted, never its words.
@@ -19,9 +19,8 @@ from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
 from kernels.triton_prefill import HAS_TRITON, INTERPRETED
-from llm import LLM, RequestOutput, SamplingParams, choose_num_blocks
+from llm import LLM, SamplingParams, choose_num_blocks
 from model import GPT, GPTConfig
-from outputs import CompletionOutput
 from speedups.plan_ahead import AheadEngine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -75,18 +74,44 @@ def test_generate_answers_in_the_order_of_the_prompts(llm):
     assert [output.prompt for output in outputs] == prompts
     assert [len(ids) for ids in ids_of(outputs)] == [20, 3, 1]
     assert all(output.finished for output in outputs)
-    assert_nothing_left(llm)
-
-
-def test_params_are_one_for_all_prompts_or_one_each_or_vllms_defaults(llm):
-    prompts = ["one", "two", "three"]
     assert ids_of(llm.generate(prompts, GREEDY)) == ids_of(llm.generate(prompts, [GREEDY] * 3))
     assert llm.generate([], GREEDY) == []
-    (output,) = llm.generate("some text")
-    assert len(output.outputs) == 1 and len(output.outputs[0].token_ids) <= 16
-    with pytest.raises(ValueError, match="3 prompts but 2 sampling params"):
-        llm.generate(prompts, [GREEDY] * 2)
+    assert len(ids_of(llm.generate("some text"))[0]) <= 16  # vLLM's defaults
     assert_nothing_left(llm)
+
+
+REFUSED = [  # prompts, params, words
+    (["one", "", "two"], GREEDY, "the prompt is empty"),
+    (["one", "two", [257]], GREEDY, "token id 257"),
+    (["one", "two", "three"], [GREEDY] * 2, "3 prompts but 2 sampling params"),
+    (None, None, "given: prompts are text or lists, params SamplingParams"),
+    ({"prompt": "a"}, None, "given: prompts are text or lists, params SamplingParams"),
+    ("a", {"n": 2}, "given: prompts are text or lists, params SamplingParams"),
+]
+
+
+@pytest.mark.parametrize("prompts, params, message", REFUSED, ids=lambda x: str(x)[:20])
+def test_one_refused_prompt_among_many_leaves_nothing_behind(llm, prompts, params, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
+    assert_nothing_left(llm)
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(folder):
+    llm = LLM(folder, num_blocks=32, block_size=4, max_num_batched_tokens=6)
+    want = ids_of(llm.generate(["one text", "another"], GREEDY))
+    forward, calls = llm.engine.forward, iter(range(1, 1_000))
+
+    def interrupted(batch):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    llm.engine.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one text", "another"], GREEDY)
+    assert_nothing_left(llm)
+    assert ids_of(llm.generate(["one text", "another"], GREEDY)) == want
 
 
 def test_text_and_its_token_ids_are_the_same_prompt_and_one_prompt_needs_no_list(llm):
@@ -107,52 +132,6 @@ def test_the_tokens_are_those_of_the_model_without_a_cache(folder):
     params = SamplingParams(temperature=0, max_tokens=12)
     assert ids_of(llm.generate(prompts, params)) == want
     assert max(len(set(ids)) for ids in want) > 3
-
-
-def test_an_output_is_vllms_request_output(llm):
-    params = SamplingParams(n=2, seed=1, max_tokens=5, logprobs=1, prompt_logprobs=0)
-    (output,) = llm.generate(["abc"], params)
-    assert isinstance(output, RequestOutput) and output.finished
-    assert output.prompt == "abc" and len(output.prompt_token_ids) == 3
-    assert len(output.prompt_logprobs) == 3 and output.prompt_logprobs[0] is None
-    assert output.metrics.arrival_time <= output.metrics.finished_time
-    for index, completion in enumerate(output.outputs):
-        assert isinstance(completion, CompletionOutput) and completion.index == index
-        assert isinstance(completion.text, str)
-        assert len(completion.logprobs) == len(completion.token_ids) <= 5
-        assert completion.cumulative_logprob < 0
-        assert completion.finish_reason in ("length", "stop")
-
-
-@pytest.mark.parametrize(
-    "place, bad", [(0, ""), (1, []), (2, [257]), (1, [3] * 64), (2, 7)], ids=lambda x: str(x)[:12]
-)
-def test_one_refused_prompt_among_many_leaves_nothing_behind(llm, place, bad):
-    prompts = ["one", "two"]
-    prompts.insert(place, bad)
-    with pytest.raises(ValueError):
-        llm.generate(prompts, GREEDY)
-    assert_nothing_left(llm)
-    assert len(llm.generate("and it still works", GREEDY)) == 1
-
-
-@pytest.mark.parametrize("at_step", [1, 5])
-def test_ctrl_c_in_the_middle_leaves_nothing_behind(folder, at_step):
-    llm = LLM(folder, num_blocks=32, block_size=4, max_num_batched_tokens=6)
-    want = ids_of(llm.generate(["one text", "another"], GREEDY))
-    forward = llm.engine.forward
-    calls = iter(range(1, 1_000))
-
-    def interrupted(batch):
-        if next(calls) == at_step:
-            raise KeyboardInterrupt
-        return forward(batch)
-
-    llm.engine.forward = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["one text", "another"], GREEDY)
-    assert_nothing_left(llm)
-    assert ids_of(llm.generate(["one text", "another"], GREEDY)) == want
 
 
 def test_generate_refuses_to_mix_with_requests_that_were_added_by_hand(folder):
@@ -178,12 +157,10 @@ def test_a_progress_bar_goes_to_stderr_only_if_asked_for(llm, capsys):
 # ---- the model -----------------------------------------------------------------------------------
 def test_without_a_name_it_is_the_shipped_model(shipped_model_folder):
     llm = LLM(num_blocks=16)
-    assert llm.model_name == str(shipped_model_folder)
-    assert llm.weights == "trained weights"
+    assert (llm.model_name, llm.weights) == (str(shipped_model_folder), "trained weights")
     (output,) = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=12))
     ids = output.outputs[0].token_ids
-    assert len(set(ids)) > 3  # it writes, whatever it writes
-    assert output.outputs[0].text == llm.tokenizer.decode(ids)
+    assert len(set(ids)) > 3 and output.outputs[0].text == llm.tokenizer.decode(ids)
     assert llm.engine.eos_token_id == llm.tokenizer.eos_token_id == llm.model.config.vocab_size - 1
 
 
@@ -217,42 +194,19 @@ def test_random_shapes_say_that_their_weights_are_random(monkeypatch):
     assert llm.tokenizer is None
     (output,) = llm.generate([[50256, 1]], GREEDY)
     assert len(output.outputs[0].token_ids) == 6 and output.outputs[0].text == ""
-    with pytest.raises(
-        ValueError, match="a text prompt needs a tokenizer, and this model has none"
-    ):
-        llm.generate("text")
-
-
-def test_a_folder_without_tokenizer_files_serves_token_ids_and_refuses_text(folder, ids_only):
-    with_text, without = LLM(folder, num_blocks=16), LLM(ids_only, num_blocks=16)
-    prompt = with_text.tokenizer.encode("abc")
-    (want,), (got,) = with_text.generate([prompt], GREEDY), without.generate([prompt], GREEDY)
-    assert got.outputs[0].token_ids == want.outputs[0].token_ids
-    assert got.outputs[0].text == "" and got.prompt is None
-    with pytest.raises(ValueError, match="a text prompt needs a tokenizer, and this model has no"):
-        without.generate("text")
-    with pytest.raises(ValueError, match="a stop string needs a tokenizer, and this model has no"):
-        without.generate([[1]], SamplingParams(stop="x"))
-    assert_nothing_left(without)
 
 
 # ---- device, dtype, backend ----------------------------------------------------------------------
-@pytest.mark.parametrize("in_file", [torch.float16, torch.float64])
-def test_dtype_auto_is_float32_on_a_cpu_whatever_the_file_holds(tmp_path, in_file):
-    save_model(GPT(GPTConfig(**SHAPE)).init_weights(std=0.2), tmp_path, in_file)
-    llm = LLM(tmp_path, device="cpu", num_blocks=8)
-    assert {parameter.dtype for parameter in llm.model.parameters()} == {torch.float32}
-    assert llm.engine.cache.pool.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["float64", "bfloat16", "float16"])
-def test_every_dtype_runs_in_model_and_pool(folder, name):
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)],
+)
+def test_the_dtype_is_that_of_model_and_pool(folder, name, dtype):
+    """The weights' file is in float16. On a CPU "auto" is float32."""
     llm = LLM(folder, device="cpu", dtype=name, num_blocks=32, block_size=4)
-    dtype = getattr(torch, name)
     assert {parameter.dtype for parameter in llm.model.parameters()} == {dtype}
     assert llm.engine.cache.pool.dtype == dtype
     outputs = llm.generate(["one", "a longer prompt", "x"], SamplingParams(seed=1, max_tokens=8))
-    assert all(output.finished for output in outputs)
     assert len({token_id for ids in ids_of(outputs) for token_id in ids}) > 3
 
 
@@ -266,16 +220,11 @@ def test_auto_is_the_gpu_where_there_is_one_and_bfloat16_where_it_has_it(monkeyp
         assert resolve_dtype("float32", torch.device("cuda")) == torch.float32
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="'cuda', but PyTorch sees no GPU: use device='cpu'"):
-        LLM(folder, device="cuda")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"device": "tpu"}, "device is 'tpu': choose auto, cpu or cuda"),
+        ({"device": "cuda"}, "'cuda', but PyTorch sees no GPU: use device='cpu'"),
         ({"dtype": "int8"}, "dtype is 'int8': choose auto, float32, float64, bfloat16, float16"),
         (
             {"backend": "cublas"},
@@ -285,8 +234,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
         ({"max_seq_len": 65}, "max_seq_len is 65, the model has 64 positions"),
         ({"max_seq_len": 0}, "max_seq_len is 0: it must be"),
         ({"num_blocks": 0}, "num_blocks is 0: it must be"),
-        ({"num_blocks": 8, "kv_cache_mb": 1.0}, "num_blocks=8 and kv_cache_mb=1.0 both size"),
-        ({"kv_cache_mb": 0.001}, "kv_cache_mb=0.001 holds no block: one takes 0.008 MB"),
         ({"threads": 0}, "threads is 0: it must be an integer of at least 1"),
         ({"cuda_graphs": None}, "cuda_graphs is None: it must be True or False"),
         ({"plan_ahead": 1}, "plan_ahead is 1: it must be True or False"),
@@ -295,19 +242,15 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, folder):
     ],
     ids=str,
 )
-def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(folder, options, message):
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(
+    monkeypatch, folder, options, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message) as refusal:
         LLM(folder, **options)
     assert "\n" not in str(refusal.value)
     with pytest.raises(TypeError, match="num_block"):
         LLM(folder, num_block=8)  # no option of this name
-
-
-@pytest.mark.parametrize("name", ["no/such/folder", "gpt2", "random:gpt3", "", "random:"])
-def test_a_model_that_does_not_exist_is_refused_in_one_sentence(name):
-    with pytest.raises(ValueError) as refusal:
-        LLM(name, num_blocks=8)
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
 
 
 HERE = torch.device("cpu")
@@ -375,11 +318,8 @@ def test_auto_takes_the_fastest_that_the_machine_has(monkeypatch):
     assert resolve_backend("auto", gpu, torch.bfloat16) == "triton"
     assert resolve_backend("auto", HERE, torch.bfloat16) == "numba"
     assert resolve_backend("torch", gpu, torch.bfloat16) == "torch"
-
-
-def test_without_numba_and_triton_pytorch_does_it_all(monkeypatch):
     stand_in(monkeypatch, numba={"library": "absent"}, triton={"library": "absent"})
-    for device in (HERE, torch.device("cuda")):
+    for device in (HERE, gpu):
         assert resolve_backend("auto", device, torch.float32) == "torch"
 
 
@@ -431,12 +371,6 @@ def test_the_pools_size_is_given_in_bytes_or_measured(folder, options, num_block
     assert llm.engine.scheduler.allocator.num_blocks == num_blocks
 
 
-def test_a_measured_pool_on_a_cpu_takes_a_quarter_of_what_is_free(monkeypatch, folder):
-    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 1_000_000)
-    llm = LLM(folder, block_size=16, device="cpu")
-    assert llm.engine.scheduler.allocator.num_blocks == 30  # 250,000 // (16 tokens of 512 bytes)
-
-
 def test_a_shorter_max_seq_len_ends_texts_earlier(folder):
     llm = LLM(folder, num_blocks=16, max_seq_len=20)
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -458,23 +392,19 @@ def test_the_engines_seed_makes_two_llms_write_the_same(folder):
 
 def test_a_policy_and_a_reservation_can_be_given(folder):
     """Last come first served, and each sequence reserves all that it may ever need."""
-    llm = LLM(
-        folder,
-        num_blocks=8,
-        block_size=4,
-        reserve=lambda seq: seq.num_prompt_tokens + seq.max_tokens,
-        policy=lambda seq: -seq.request.arrival,
-    )
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def reserve(seq):
+        return seq.num_prompt_tokens + seq.max_tokens
+
+    pool = {"num_blocks": 8, "block_size": 4}
+    llm = LLM(folder, **pool, reserve=reserve, policy=lambda seq: -seq.request.arrival)
     for _ in range(3):
-        llm.engine.add_request([1, 2, 3, 4], params)  # 16 tokens each: two fit
+        llm.engine.add_request([1, 2, 3, 4], SamplingParams(max_tokens=12))  # two of 16 fit
     llm.engine.step()
-    running = [seq.request.request_id for seq in llm.engine.scheduler.running]
-    assert running == ["2", "1"]
-    assert [len(seq.block_table) for seq in llm.engine.scheduler.running] == [4, 4]
-    while llm.engine.has_unfinished():
-        llm.engine.step()
-    assert llm.engine.scheduler.num_preemptions == 0
+    running = [
+        (seq.request.request_id, len(seq.block_table)) for seq in llm.engine.scheduler.running
+    ]
+    assert running == [("2", 4), ("1", 4)]
 
 
 def test_a_config_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_path):
@@ -489,14 +419,6 @@ def test_a_config_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_
     (output,) = llm.generate("abc", always_256)
     assert output.outputs[0].token_ids == [256] * 5
     assert output.outputs[0].finish_reason == "length"
-
-
-@pytest.mark.parametrize(
-    "prompts, params", [(None, None), (7, None), ({"prompt": "a"}, None), ("a", {"n": 2})]
-)
-def test_what_is_neither_text_nor_a_list_is_refused_by_its_type(folder, prompts, params):
-    with pytest.raises(ValueError, match="given: prompts are text or lists, params SamplingParams"):
-        LLM(folder, num_blocks=8).generate(prompts, params)
 
 
 def test_threads_are_left_alone_unless_they_are_given(folder):
@@ -536,22 +458,6 @@ def test_a_nanogpt_checkpoint_is_served_with_the_tokenizer_that_lies_beside_it(t
     assert LLM(tmp_path / "ckpt.pt", num_blocks=16).tokenizer.vocab_size == 257
 
 
-def test_a_name_on_the_hub_is_served_from_the_cache(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
-    commit = "c0ffee" * 6 + "beef"
-    repository = tmp_path / "models--me--tales"
-    snapshot = repository / "snapshots" / commit
-    save_model(GPT(GPTConfig(**SHAPE)).init_weights(std=0.2), snapshot, torch.float32)
-    save_vocabulary(snapshot, merges=[])
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    llm = LLM("me/tales", num_blocks=16)
-    assert (llm.model_name, llm.weights) == ("me/tales", "trained weights")
-    assert llm.generate("abc", GREEDY)[0].prompt_token_ids == llm.tokenizer.encode("abc")
-
-
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path):
     save_model(GPT(GPTConfig(**SHAPE)).init_weights(), tmp_path, torch.float32)
     save_vocabulary(tmp_path, merges=[(b"a", b"b"), (b"c", b"d")])
@@ -584,28 +490,31 @@ def test_a_model_of_gpt2s_vocabulary_without_files_gets_tiktokens_own(
 
 
 # ---- how steps are run ---------------------------------------------------------------------------
-def texts_of(folder, **config):
-    """Token ids of eight prompts, some of which end by themselves, and the LLM that wrote them."""
-    llm = LLM(folder, dtype="float64", num_blocks=24, block_size=4, max_num_seqs=5, **config)
-    prompts = [[n, 2 * n, 3 * n] for n in range(1, 9)]
-    params = [SamplingParams(temperature=n % 2, seed=n, max_tokens=5 + n) for n in range(8)]
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, params)], llm
-
-
-def test_planning_ahead_writes_the_same_texts(folder):
-    expected, plain = texts_of(folder)
-    got, ahead = texts_of(folder, plan_ahead=True)
-    assert type(plain.engine) is InferenceEngine and type(ahead.engine) is AheadEngine
-    assert got == expected and len({token for text in got for token in text}) > 8
-    assert ahead.engine.scheduler.allocator.num_free == 24
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
-def test_joined_steps_write_the_same_texts(folder):
-    expected, _ = texts_of(folder)
-    got, fused = texts_of(folder, backend="triton", fused=True, plan_ahead=True)
-    assert got == expected and fused.config.fused
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan_ahead": True},
+        pytest.param(
+            {"plan_ahead": True, "fused": True, "backend": "triton"},
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="interpreted Triton"),
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_steps_that_are_planned_ahead_or_joined_write_the_same_texts(folder, options):
+    texts = []
+    for config in ({}, options):
+        llm = LLM(folder, dtype="float64", num_blocks=24, block_size=4, max_num_seqs=5, **config)
+        prompts = [[n, 2 * n, 3 * n] for n in range(1, 9)]
+        params = [SamplingParams(temperature=n % 2, seed=n, max_tokens=5 + n) for n in range(8)]
+        texts.append(ids_of(llm.generate(prompts, params)))
+        assert type(llm.engine) is (AheadEngine if config else InferenceEngine)
+        assert llm.config.fused == config.get("fused", False)
+        assert_nothing_left(llm)
+    assert texts[0] == texts[1] and len({token for text in texts[0] for token in text}) > 8
 
 
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
@@ -616,18 +525,9 @@ def test_a_model_whose_steps_cannot_be_joined_is_refused_with_the_reason():
 
 
 # ---- how large a pool ----------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "block_bytes, options, num_blocks",
-    [
-        (589_824, {"num_blocks": 100}, 100),  # a block of GPT-2 in 16 bits
-        (1_000_000, {"kv_cache_mb": 7}, 7),  # a megabyte is a million bytes
-        (1_000_001, {"kv_cache_mb": 7}, 6),
-        (250_000, {"kv_cache_mb": 0.75}, 3),
-        (36_864, {"kv_cache_mb": 1000}, 27_126),  # tokens of GPT-2 in a gigabyte
-    ],
-)
-def test_a_pool_is_as_large_as_it_is_told(block_bytes, options, num_blocks):
-    assert choose_num_blocks(block_bytes, most_useful=64, **options) == num_blocks
+
+
+BLOCK_BYTES = 589_824  # a block of 16 tokens of GPT-2 in 16 bits
 
 
 def test_a_pool_of_exactly_k_blocks_of_bytes_holds_k_blocks():
@@ -636,51 +536,47 @@ def test_a_pool_of_exactly_k_blocks_of_bytes_holds_k_blocks():
         assert choose_num_blocks(589_824, 1, kv_cache_mb=k * 589_824 / 10**6) == k
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"num_blocks": 8, "kv_cache_mb": 64}, "num_blocks=8 and kv_cache_mb=64 both size the"),
-        ({"num_blocks": 0}, "num_blocks is 0: the pool needs at least 1 block"),
-        ({"kv_cache_mb": 0.5}, "kv_cache_mb=0.5 holds no block: one takes 0.590 MB"),
-        ({"kv_cache_mb": -3}, "kv_cache_mb=-3 holds no block: one takes 0.590 MB"),
-    ],
-    ids=str,
-)
-def test_a_pool_of_two_sizes_or_of_no_block_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        choose_num_blocks(589_824, 64, **options)
+POOLS = {  # bytes of a block, free bytes, options -> blocks, or the words of the refusal
+    "num_blocks": (BLOCK_BYTES, 2**40, {"num_blocks": 100}, 100),
+    "a megabyte is a million bytes": (1_000_000, 2**40, {"kv_cache_mb": 7}, 7),
+    "rounded down": (1_000_001, 2**40, {"kv_cache_mb": 7}, 6),
+    "a quarter of what is free": (BLOCK_BYTES, 2**30, {}, 455),  # 2**28 // 589,824
+    "never more than 1 GiB": (BLOCK_BYTES, 2**40, {}, 1820),
+    "never more than is useful": (BLOCK_BYTES, 2**40, {"most_useful": 512}, 512),
+    "one block": (BLOCK_BYTES, 4 * BLOCK_BYTES, {}, 1),
+    "a GPU's share": (BLOCK_BYTES, 100 * BLOCK_BYTES, {"device": "cuda"}, 90),
+    "another share": (
+        BLOCK_BYTES,
+        100 * BLOCK_BYTES,
+        {"device": torch.device("cuda"), "gpu_memory_utilization": 0.25},
+        25,
+    ),
+    "two sizes": (BLOCK_BYTES, 2**40, {"num_blocks": 8, "kv_cache_mb": 64}, "both size the pool"),
+    "no block": (BLOCK_BYTES, 2**40, {"num_blocks": 0}, "num_blocks is 0: the pool needs at least"),
+    "no block in MB": (BLOCK_BYTES, 2**40, {"kv_cache_mb": 0.5}, "holds no block: one takes 0.590"),
+    "no room": (
+        BLOCK_BYTES,
+        BLOCK_BYTES,
+        {},
+        "one block takes 1 MB, 0 MB may be used: lower block",
+    ),
+    "no room for the scratch block": (
+        BLOCK_BYTES,
+        BLOCK_BYTES * 5 // 2,
+        {"num_blocks": 2},
+        "the pool needs 2 MB, 1 MB are free: lower num_blocks",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "free_bytes, most_useful, num_blocks",
-    [
-        pytest.param(2**30, 10**6, 455, id="a quarter of what is free"),  # 2**28 // 589,824
-        pytest.param(2**32, 10**6, 1820, id="a quarter of 4 GiB is 1 GiB"),
-        pytest.param(2**40, 10**6, 1820, id="never more than 1 GiB"),
-        pytest.param(2**40, 512, 512, id="never more than all sequences could fill"),
-        pytest.param(4 * 589_824, 512, 1, id="one block"),
-    ],
-)
-def test_on_a_cpu_the_pool_takes_a_quarter_and_at_most_a_gibibyte(
-    monkeypatch, free_bytes, most_useful, num_blocks
+@pytest.mark.parametrize("block_bytes, free_bytes, options, expected", POOLS.values(), ids=POOLS)
+def test_the_pools_size_is_as_given_or_from_the_free_memory(
+    monkeypatch, block_bytes, free_bytes, options, expected
 ):
     monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: free_bytes)
-    assert choose_num_blocks(589_824, most_useful) == num_blocks
-
-
-def test_on_a_gpu_the_pool_takes_the_share_it_is_given(monkeypatch):
-    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 100 * 589_824)
-    for share, num_blocks in ((0.5, 50), (0.25, 25)):
-        chosen = choose_num_blocks(
-            589_824, 10**6, gpu_memory_utilization=share, device=torch.device("cuda")
-        )
-        assert chosen == num_blocks
-    assert choose_num_blocks(589_824, 7, gpu_memory_utilization=0.5, device="cuda") == 7
-
-
-def test_a_machine_without_room_for_a_block_is_refused(monkeypatch):
-    monkeypatch.setattr(llm_module, "free_memory_bytes", lambda device: 589_824)
-    with pytest.raises(ValueError, match="one block takes 1 MB, 0 MB may be used: lower block"):
-        choose_num_blocks(589_824, 64)
-    with pytest.raises(ValueError, match="the pool needs 2 MB, 1 MB are free: lower num_blocks"):
-        choose_num_blocks(589_824, 64, num_blocks=2)
+    options = {"most_useful": 10**6} | options
+    if isinstance(expected, int):
+        assert choose_num_blocks(block_bytes, **options) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            choose_num_blocks(block_bytes, **options)
