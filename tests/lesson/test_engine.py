@@ -31,8 +31,7 @@ GREEDY = {"temperature": 0}
 UNLIMITED = 10_000  # tokens in a step: more than any test has
 
 # The tests run through the backend that a user gets on a CPU; the central equalities run through
-# each CPU backend. Triton's kernels are interpreted on a CPU, which is slow: they get a test of
-# their own here, and on a GPU their own files.
+# each CPU backend. Triton's kernels are slow on a CPU: test_llm.py has one text of each backend.
 DEFAULT_BACKEND = resolve_backend("auto", torch.device("cpu"), torch.float64)
 CPU_BACKENDS = [
     name
@@ -171,36 +170,6 @@ def test_paged_tokens_and_logits_are_those_without_a_cache(
     same, error = compare(engine, expected)
     assert same and error < 1e-9
     assert engine.scheduler.num_preemptions == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_tokens_are_the_same_through_interpreted_triton_kernels(tiny_gpt, dtype):
-    """Prefill, chunks of a prompt, decoding and both in one step."""
-    if BACKENDS["triton"].missing:
-        pytest.skip("triton is not installed")
-    if BACKENDS["triton"].device == "cuda":
-        pytest.skip("triton compiles for a GPU here: the tests of its kernels run there")
-    model = tiny_gpt(seed=5, dtype=dtype, n_layer=1, n_head=2, n_embd=32)
-    prompts = random_prompts([3, 14, 1])
-    texts = []
-    for backend in ("torch", "triton"):
-        engine = build(model, max_num_batched_tokens=8, kernels=BACKENDS[backend])
-        texts.append(generate(engine, prompts, max_tokens=6))
-    assert texts[0] == texts[1] and len({token for text in texts[0] for token in text}) > 4
-
-
-def test_a_request_that_joins_in_the_middle_of_others_writes_the_same(model, expected):
-    engine = build(model)
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    to_come = list(PROMPTS)
-
-    def one_more(step):
-        if to_come:
-            engine.add_request(to_come.pop(0), params)
-
-    one_more(None)
-    finished = run(engine, one_more)
-    assert [finished[str(i)].outputs[0].token_ids for i in range(6)] == expected.tokens
 
 
 @pytest.mark.parametrize("budget", [5, UNLIMITED])

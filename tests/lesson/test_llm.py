@@ -286,7 +286,10 @@ def test_the_backend_that_was_named_is_the_one_that_runs(monkeypatch, folder, ba
         pytest.skip(f"{backend} does not run on a CPU")
     calls = count_calls(monkeypatch)
     llm = LLM(folder, backend=backend, device="cpu", num_blocks=8)
-    llm.generate("abc", SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    ids = ids_of(llm.generate("abc", params))
+    prompts = [llm.tokenizer.encode("abc")]
+    assert ids == generate_no_cache(load_model(folder, torch.float32), prompts, 3)
     assert llm.backend == (NUMBA_OR_TORCH if backend == "auto" else backend)
     # Three steps of two layers.
     assert calls == [(llm.backend, "write"), (llm.backend, "read")] * (3 * 2)
@@ -433,31 +436,6 @@ def test_threads_are_left_alone_unless_they_are_given(folder):
 
 
 # ---- where the model comes from ------------------------------------------------------------------
-def as_nanogpt(model, path):
-    """The checkpoint that nanoGPT's train.py writes of such a model."""
-    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 257}
-    state = {
-        name if name == "lm_head.weight" else f"transformer.{name}": weight
-        for name, weight in model.state_dict().items()
-    }
-    torch.save({"model": state, "model_args": args | {"bias": True, "dropout": 0.0}}, path)
-
-
-def test_a_nanogpt_checkpoint_is_served_with_the_tokenizer_that_lies_beside_it(tmp_path):
-    config = GPTConfig(**SHAPE | {"tie_word_embeddings": True}, activation_function="gelu")
-    model = GPT(config).init_weights(std=0.2).requires_grad_(False).eval()
-    as_nanogpt(model, tmp_path / "ckpt.pt")
-    (want,) = LLM(model, num_blocks=16).generate([[1, 2, 3]], GREEDY)
-    for name in (tmp_path, tmp_path / "ckpt.pt"):  # the folder of a training run, or the file
-        alone = LLM(name, num_blocks=16)
-        assert alone.tokenizer is None
-        assert alone.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids == (
-            want.outputs[0].token_ids
-        )
-    save_vocabulary(tmp_path, merges=[])
-    assert LLM(tmp_path / "ckpt.pt", num_blocks=16).tokenizer.vocab_size == 257
-
-
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path):
     save_model(GPT(GPTConfig(**SHAPE)).init_weights(), tmp_path, torch.float32)
     save_vocabulary(tmp_path, merges=[(b"a", b"b"), (b"c", b"d")])
@@ -485,8 +463,9 @@ def test_a_model_of_gpt2s_vocabulary_without_files_gets_tiktokens_own(
     found = llm_module.find_tokenizer(ids_only, vocab_size)
     assert (found is ours) == (vocab_size != 257)
     assert (llm_module.find_tokenizer(None, vocab_size) is ours) == (vocab_size != 257)
-    beside = llm_module.find_tokenizer(folder, vocab_size)  # what lies beside it is believed first
-    assert beside is not ours and beside.vocab_size == 257
+    for path in (folder, folder / "model.safetensors"):  # files beside the weights come first
+        beside = llm_module.find_tokenizer(path, vocab_size)
+        assert beside is not ours and beside.vocab_size == 257
 
 
 # ---- how steps are run ---------------------------------------------------------------------------
@@ -525,8 +504,6 @@ def test_a_model_whose_steps_cannot_be_joined_is_refused_with_the_reason():
 
 
 # ---- how large a pool ----------------------------------------------------------------------------
-
-
 BLOCK_BYTES = 589_824  # a block of 16 tokens of GPT-2 in 16 bits
 
 
