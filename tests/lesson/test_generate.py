@@ -121,7 +121,7 @@ def test_the_demo_shows_the_pool_as_a_strip_in_plain_lines_when_it_is_no_termina
 
 
 def test_the_demo_takes_the_flags_that_are_given(monkeypatch):
-    """`--block-size 1` is one of its own suggestions: the pool keeps its tokens, not its blocks."""
+    """With another block size the pool has room for the same number of tokens, 480."""
     monkeypatch.setattr(generate, "OPENINGS", [(opening, 4) for opening, _ in OPENINGS])
     assert summary_of(run_main("--block-size", 1)[1]).blocks == "480"
     assert summary_of(run_main("--num-blocks", 40)[1]).blocks == "40"
@@ -303,7 +303,7 @@ def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
     args = vars(parse_args(["a prompt"]))
     for cls, without in (
         (EngineConfig, {"seed"}),  # the flag of this name is the requests'
-        (SamplingParams, {"logit_bias", "stop_token_ids", "prompt_logprobs"}),  # JSONL brings these
+        (SamplingParams, {"logit_bias", "stop_token_ids", "prompt_logprobs"}),  # for JSONL only
     ):
         defaults = {field.name: field.default for field in fields(cls)}
         assert {name for name in defaults if name not in args or name in without} == without

@@ -243,7 +243,7 @@ def test_what_a_sequence_reserves_is_an_argument():
 
 
 def test_a_reservation_that_grows_beyond_the_pool_gets_the_whole_pool():
-    """Otherwise the sequence would preempt itself for ever: no pool has so many blocks."""
+    """Without that limit the sequence would preempt itself in each step, and never end."""
     loop = Loop(num_blocks=3, block_size=4, reserve=lambda seq: len(seq.token_ids) + 5)
     one, two = loop.add("A", 3, 8), loop.add("B", 3, 8)  # 8 tokens reserved, and at 9 tokens 14
     loop.run_to_the_end()
@@ -443,14 +443,14 @@ def test_a_partly_filled_tail_is_copied_for_all_holders_but_one():
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
-def test_a_fork_at_every_length_reads_only_its_own_past(block_size):
+def test_a_fork_at_every_length_reads_its_tokens_and_not_the_other_s(block_size):
     for length in range(1, 3 * block_size + 2):
         loop = Loop(num_blocks=40, block_size=block_size)
         seq = loop.add("A", length, 2 * block_size + 2)
         (child,) = fork(loop, seq, [11], [12])
         plan = loop.step()
         assert len(plan.copies) == (length % block_size > 0)
-        loop.run_to_the_end()  # the stand-in looks at every slot that is read
+        loop.run_to_the_end()  # the stand-in checks every slot that is read
         for s, first in ((seq, 11), (child, 12)):
             prompt = [*range(1000, 1000 + length), first]
             assert s.token_ids == written_alone(prompt, 2 * block_size + 1)
@@ -463,16 +463,6 @@ def test_a_parent_without_a_continuation_is_dropped():
     assert (one.status, one.finish_reason, one.block_table) == ("finished", None, [])
     assert names(loop.scheduler.running) == ["B"]
     assert loop.allocator.num_free == 6
-
-
-def test_a_block_that_a_fork_holds_too_is_not_counted_as_freed():
-    loop = Loop()
-    seq = loop.add("A", 8, 4)
-    (child,) = fork(loop, seq, [11], [12])
-    loop.scheduler.finish(child, "abort")
-    assert (loop.scheduler.num_blocks_taken, loop.scheduler.num_blocks_freed) == (2, 0)
-    loop.scheduler.finish(seq, "abort")
-    assert (loop.scheduler.num_blocks_taken, loop.scheduler.num_blocks_freed) == (2, 2)
 
 
 def test_the_first_in_line_is_not_preempted_for_a_copy_that_is_no_longer_needed():
@@ -508,7 +498,7 @@ def test_a_preempted_parent_is_not_forked():
     loop.scheduler.preempt(seq)
     loop.update(plan, [Continuation(seq, [11]), Continuation(seq, [12])])
     assert seq.request.sequences == [seq] and len(seq.token_ids) == 6
-    assert rows(loop.step()) == [("A", 0, 6)]  # it is computed again, and asked again
+    assert rows(loop.step()) == [("A", 0, 6)]  # its tokens are computed again
 
 
 def test_forks_beyond_max_num_seqs_take_their_turns():
