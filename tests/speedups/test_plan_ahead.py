@@ -448,7 +448,7 @@ def test_plain_requests_are_planned_ahead_and_write_the_same(params):
 @pytest.mark.parametrize(
     "params, strategy",
     [*((params, None) for params in CAREFUL), (GREEDY, own_strategy), (GREEDY, two_children)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_beside_a_careful_request_the_engine_plans_a_step_at_a_time(params, strategy):
     """Its next token depends on tokens that the host has to know first, or on the logits."""
