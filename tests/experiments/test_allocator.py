@@ -1,7 +1,6 @@
 """What the allocator's experiment measures, and that a block which is lost does show."""
 
 import argparse
-import random
 
 import pytest
 from rows import pick, run
@@ -12,7 +11,6 @@ from experiments.reservations import BuddyAllocator
 
 SMALL = "--repeats 2 --cycles 3 --sequences 2 --blocks 4 --num-blocks 16 --operations 400"
 SMALL += " --check-every 7"
-BOTH = pytest.mark.parametrize("make", [BlockAllocator, BuddyAllocator])
 
 
 def storm_args(operations, check_every=1):
@@ -48,7 +46,6 @@ class Forgiving(BlockAllocator):
                 self._free.append(block_id)
 
 
-# ---- the experiment ------------------------------------------------------------------------------
 def test_all_three_trials_end_with_no_block_lost(tmp_path):
     rows = run(tmp_path, f"allocator {SMALL}")
     cycles, storm, full = (
@@ -79,69 +76,41 @@ def test_a_block_counts_once_for_both_ways(monkeypatch):
     )  # in 2 s
 
 
-@BOTH
-def test_a_storm_leaves_an_empty_pool_behind(make):
+@pytest.mark.parametrize("make", [BlockAllocator, BuddyAllocator])
+def test_a_storm_tries_refusals_mistakes_and_shared_blocks_and_leaves_an_empty_pool(
+    make, monkeypatch
+):
+    step, most_holders = allocator.Storm.step, []
+
+    def watched(storm):
+        step(storm)
+        most_holders.append(max(map(storm.allocator.ref_count, range(32))))
+
+    monkeypatch.setattr(allocator.Storm, "step", watched)
     pool = make(32)
-    storm, rate = allocator.time_storm(pool, storm_args(3000, check_every=100))
-    assert rate > 0 and storm.tables == []
-    assert allocator.lost(pool) == 0
-    # All that was to be tried was tried.
-    assert storm.refused > 20 and storm.mistakes > 20
+    storm, rate = allocator.time_storm(pool, storm_args(3003, check_every=100))
+    assert rate > 0 and storm.tables == [] and allocator.lost(pool) == 0
+    assert storm.refused > 20 and storm.mistakes > 20 and max(most_holders) > 2
+    assert len(most_holders) == 3003  # also the last 3, after the last check
 
 
-def test_the_storm_shares_blocks():
-    storm = allocator.Storm(BlockAllocator(64), random.Random(0))
-    most = 0
-    for _ in range(500):
-        storm.step()
-        most = max(most, *map(storm.allocator.ref_count, range(64)))
-    assert most > 2
+@pytest.mark.parametrize("broken", [Leaky, Partial, Forgiving])
+def test_a_storm_finds_a_leak_a_partial_refusal_and_a_double_free(broken):
+    with pytest.raises(AssertionError):
+        allocator.time_storm(broken(16), storm_args(300))
 
 
-@pytest.mark.parametrize("count", [1, 6, 7, 8, 20])
-def test_the_last_operations_are_done_whatever_the_checks_divide(count, monkeypatch):
-    done = []
-    monkeypatch.setattr(allocator.Storm, "step", lambda storm: done.append(1))
-    allocator.time_storm(BlockAllocator(4), storm_args(count, check_every=7))
-    assert len(done) == count
-
-
-# ---- what it would find --------------------------------------------------------------------------
-def test_a_leak_is_found_by_each_trial():
+def test_cycles_find_a_leak_too():
     with pytest.raises(AssertionError):
         allocator.time_cycles(Leaky(1024), cycles=2)
-    with pytest.raises(AssertionError):
-        allocator.time_storm(Leaky(64), storm_args(300))
-    pool = Leaky(8)
-    pool.free(pool.allocate(5))
-    assert allocator.lost(pool) == 1
 
 
-def test_a_refusal_that_changes_the_books_is_found():
-    with pytest.raises(AssertionError):
-        allocator.time_storm(Partial(16), storm_args(300))
-
-
-def test_a_double_free_that_is_accepted_is_found():
-    with pytest.raises(AssertionError):
-        allocator.time_storm(Forgiving(16), storm_args(300))
-
-
-@BOTH
-def test_a_full_pool_refuses_and_gets_all_back(make):
-    pool = make(16)
-    assert allocator.exhaust(pool) == (16, 3)
-    assert pool.num_free == 16
-
-
-# ---- bookkeeping ---------------------------------------------------------------------------------
 def test_bookkeeping_times_the_allocator_and_the_scheduler(tmp_path):
     rows = run(tmp_path, "bookkeeping --repeats 2 --running 4 --waiting 0 9")
     assert [row["workload"] for row in rows[1:]] == ["running=4 waiting=0", "running=4 waiting=9"]
     assert (rows[0]["unit"], rows[0]["repeats"], rows[1]["repeats"]) == ("blocks/s", 2, 2)
 
 
-# ---- a caller's mistakes -------------------------------------------------------------------------
 @pytest.mark.parametrize("words", ["--num-blocks 64", "--num-blocks 1000", "--blocks 0"])
 def test_a_pool_that_cannot_hold_a_cycle_is_refused(tmp_path, words):
     with pytest.raises(SystemExit, match="the pool must be a power of two that holds them all"):

@@ -10,12 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from block_allocator import BlockAllocator
 from experiments import concurrency
 from experiments.results import append, read
 from experiments.simulate import Arrival, Run, Served, Step
 from experiments.trace import CONTENDERS, Machine, draw_chats, draw_short, fit_context
-from scheduler import Scheduler, reserve_now
 from sequence import RUNNING, Request, Sequence
 
 RESERVING = [name for name in CONTENDERS if name not in ("paged", "static batches")]
@@ -48,26 +46,24 @@ def rounds(chats):
 
 # ---- the bound -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "name, tokens",
+    "name, request_of, max_seq_len, tokens",
     [
-        ("paged", 6.4),  # 3, 4, 5, 6, 7 tokens in blocks of 4: 1, 1, 2, 2, 2 blocks
-        ("oracle, perfect fit", 8),
-        ("power of two, perfect fit", 8),
-        ("maximum, perfect fit", 32),
-        ("oracle, buddies", 8),
-        ("power of two, buddies", 16),  # 3 + 8 = 11 tokens, 3 blocks, a region of 4
-        ("maximum, buddies", 32),
+        # 3, 4, 5, 6, 7 tokens in blocks of 4: 1, 1, 2, 2, 2 blocks
+        ("paged", (3, 5), 32, 6.4),
+        ("oracle, perfect fit", (3, 5), 32, 8),
+        ("power of two, perfect fit", (3, 5), 32, 8),
+        ("maximum, perfect fit", (3, 5), 32, 32),
+        ("oracle, buddies", (3, 5), 32, 8),
+        ("power of two, buddies", (3, 5), 32, 16),  # 3 + 8 = 11 tokens, 3 blocks, a region of 4
+        ("maximum, buddies", (3, 5), 32, 32),
+        ("oracle, perfect fit", (30, 5), 64, 35),
+        ("oracle, buddies", (30, 5), 64, 64),  # 9 blocks, a region of 16
+        ("power of two, perfect fit", (30, 5), 48, 48),  # 30 + 8, but slabs of 32 + 16
     ],
 )
-def test_what_a_request_of_3_tokens_and_5_more_holds_in_blocks_of_4(name, tokens):
-    assert concurrency.tokens_held(name, Arrival(0.0, 3, 5), 32, 4) == tokens
-
-
-def test_only_buddies_round_a_slab_up_to_a_power_of_two_of_blocks():
-    request = Arrival(0.0, 30, 5)  # 35 tokens, 9 blocks of 4
-    assert concurrency.tokens_held("oracle, perfect fit", request, 64, 4) == 35
-    assert concurrency.tokens_held("oracle, buddies", request, 64, 4) == 64
-    assert concurrency.tokens_held("power of two, perfect fit", request, 48, 4) == 48  # its limit
+def test_the_tokens_that_a_request_holds_in_blocks_of_4(name, request_of, max_seq_len, tokens):
+    request = Arrival(0.0, *request_of)
+    assert concurrency.tokens_held(name, request, max_seq_len, 4) == tokens
 
 
 def test_a_request_weighs_as_much_as_it_has_steps():
@@ -108,22 +104,28 @@ def seen(name, requests, sequences, num_blocks=16):
     return concurrency.watcher(name, requests)(scheduler)
 
 
-def test_paged_only_the_last_blocks_tail_is_unused():
-    # 6 of 9 tokens in 2 blocks: 2 places of the second are unfilled.
-    found = seen("paged", [Arrival(0.0, 4, 5)], [sequence(0, 4, 6, 6, [3, 7])])
-    assert found == (1, 5, 8, 6, 2, 0, 0, 56)
+@pytest.mark.parametrize(
+    "name, lengths, now, computed, num_blocks, expected",
+    [
+        # used, tail, later, never, free behind running, waiting and held.
+        # 6 of 9 tokens in 2 blocks: 2 slots of the second are unfilled.
+        ("paged", (4, 5), 6, 6, 2, (1, 5, 8, 6, 2, 0, 0, 56)),
+        # 6 of 13 tokens in 6 blocks, which buddies make 8: 2 of tail, 5 later, the other 19 never.
+        ("oracle, buddies", (4, 9), 6, 6, 6, (1, 5, 24, 6, 2, 5, 19, 32)),
+        # A prompt of which 5 tokens are computed fills its blocks later.
+        ("paged", (12, 5), 12, 5, 3, (1, 5, 12, 5, 3, 4, 0, 52)),
+    ],
+)
+def test_each_slot_of_the_pool_is_used_tail_later_never_or_free(
+    name, lengths, now, computed, num_blocks, expected
+):
+    found = seen(
+        name,
+        [Arrival(0.0, *lengths)],
+        [sequence(0, lengths[0], now, computed, list(range(num_blocks)))],
+    )
+    assert found == expected
     assert found._fields[3:] == ("used", "tail", "later", "never", "free")
-
-
-def test_a_slab_is_used_reserved_for_later_and_never_used():
-    # 6 of 13 tokens in 6 blocks, which buddies make 8: 2 of tail, 5 later, the other 19 never.
-    found = seen("oracle, buddies", [Arrival(0.0, 4, 9)], [sequence(0, 4, 6, 6, list(range(6)))])
-    assert found == (1, 5, 24, 6, 2, 5, 19, 32)
-
-
-def test_a_prompt_half_computed_fills_its_blocks_later():
-    found = seen("paged", [Arrival(0.0, 12, 5)], [sequence(0, 12, 12, 5, [0, 1, 2])])
-    assert found == (1, 5, 12, 5, 3, 4, 0, 52)
 
 
 def test_who_is_complete_and_pads_a_static_batch_does_not_run_and_uses_nothing():
@@ -183,11 +185,8 @@ def test_the_figures_of_a_run_worked_out_by_hand():
 
 
 def test_only_paged_preempts_and_only_static_batches_pad(rounds):
-    again = {
-        name: figures["computed beyond one time each", "%"] for name, figures in rounds.items()
-    }
-    preempted = {name for name, figures in rounds.items() if figures["preempted", "times"]}
-    assert preempted == {"paged"}
+    again = {name: found["computed beyond one time each", "%"] for name, found in rounds.items()}
+    assert {name for name, found in rounds.items() if found["preempted", "times"]} == {"paged"}
     assert {name for name, share in again.items() if share} == {"paged", "static batches"}
     assert again["static batches"] > again["paged"]
 
@@ -210,18 +209,6 @@ def test_where_memory_is_plenty_paging_gains_nothing_and_that_is_said(monkeypatc
     rows = list(concurrency.run(args))
     assert [r.median for r in rows if r.metric == "as many run at once paged"] == [1.0]
     assert "the budget of a step decides who runs, not memory" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_azures_conversations_reach_the_bounds_in_4096_blocks(data_folder, monkeypatch):
-    monkeypatch.setenv("PAGEDGPT_DATA", str(data_folder))
-    args = parse("--simulate --loads")
-    args.policies = RESERVING[:3]
-    rows = list(concurrency.run(args))
-    shares = [row.median for row in rows if row.metric == "share of that bound"]
-    assert len(shares) == 3 and min(shares) >= 93
-    used = {r.contender: r.median for r in rows if r.metric.startswith("share of the blocks")}
-    assert used["paged"] >= 96
 
 
 # ---- real and simulated --------------------------------------------------------------------------
@@ -296,26 +283,7 @@ def test_the_rows_say_who_ran_in_how_many_bytes_and_against_which_bound(
     assert len(loads) == 1 and "poisson load=0.5 rate=" in loads.pop()
 
 
-def test_the_real_engine_is_measured_in_rounds(tmp_path, monkeypatch):
-    monkeypatch.delenv("PAGEDGPT_DATA", raising=False)
-    args = parse("--requests 6 --shrink 16 --repeats 2 --backend torch --loads")
-    args.policies = ["maximum, buddies"]
-    rows = list(append(tmp_path / "rows.csv", concurrency.run(args)))
-    assert {row.contender for row in rows} == {"paged", "maximum, buddies"}
-    assert {(row.repeats, row.model, row.backend) for row in rows} == {
-        (2, "tiny-gpt2", "torch")
-    } | {(1, "tiny-gpt2", "torch")}
-    assert all(row.min > 0 for row in rows if row.metric == "generated tokens")
-
-
 @pytest.mark.parametrize("words", ["--loads 0.5 0", "--target 0", "--target -3 --loads"])
 def test_a_rate_or_a_target_of_nothing_is_refused(words):
     with pytest.raises(ValueError, match="rates and times are above 0"):
         next(concurrency.run(parse(f"--simulate {words}")))
-
-
-def test_a_run_in_which_a_block_is_lost_fails(chats, monkeypatch):
-    monkeypatch.setattr(Scheduler, "_free", lambda self, seq: seq.block_table.clear())
-    assert BlockAllocator(4).num_free == 4 and CONTENDERS["paged"].reserve(9) is reserve_now
-    with pytest.raises(AssertionError, match="ref_count 1, 0 tables name it"):
-        Machine(parse("--simulate"), 1024).serve("paged", chats[:3])

@@ -52,19 +52,6 @@ def test_the_figures_with_which_projects_of_this_kind_argue(rows, metric, ends, 
     assert round(value(rows, memory.PAGED, metric, ends)) == paged
 
 
-def test_a_token_of_gpt2_124m_is_36_864_bytes_and_a_block_589_824(rows):
-    assert value(rows, "K and V", "KV memory a token", "block_size=16") == 36_864
-    assert value(rows, "K and V", "KV memory a block", "block_size=16") == 589_824
-
-
-@pytest.mark.parametrize("prompt_tokens", range(1, 18))
-def test_prompts_of_1_to_15_tokens_give_these_figures_and_no_others_do(prompt_tokens):
-    args = arguments(f"--batch 1 --prompt-tokens {prompt_tokens} --new-tokens 50")
-    held = memory.held_each_step(memory.PLANS[memory.PAGED], args)
-    is_as_said = (held[0], held[49]) == (1, 4)
-    assert is_as_said == (prompt_tokens <= 15)
-
-
 def test_the_advantage_falls_from_32_times_to_nothing_as_sequences_grow(rows):
     curve = pick(rows, unit="x")
     assert {row["contender"] for row in curve} == {memory.PAGED}
@@ -109,11 +96,6 @@ def test_what_is_held_is_shared_out_in_bytes_and_percent(tmp_path):
     assert value(rows, memory.PAGED, "share filled with tokens", " step=2") == 100
     assert value(rows, memory.MAXIMUM, "share filled with tokens", " step=2") == 25  # of 16
     assert value(rows, memory.PAGED, "share filled with tokens", " step=5") == 87.5  # 7 of 8
-
-
-def test_the_dtype_and_the_shape_make_the_bytes(tmp_path):
-    rows = run(tmp_path, f"memory --shape gpt2-medium --dtype float32 {TINY}")
-    assert value(rows, "K and V", "KV memory a token", "block_size=4") == 24 * 2 * 1024 * 4
 
 
 # ---- the same blocks again -----------------------------------------------------------------------

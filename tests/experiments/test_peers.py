@@ -33,7 +33,14 @@ def test_peers_times_the_engine_and_transformers_on_equal_work(tmp_path, shipped
     assert ratio["median"] == pytest.approx(theirs["median"] / ours["median"])
 
 
-def test_peers_with_other_weights_are_refused(tmp_path, monkeypatch, shipped_model_folder):
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"peers --batches 2 {TINY_PEERS}",
+        "latency --device cpu --batches 1 --contexts 9 --steps 2 --contenders eager transformers",
+    ],
+)
+def test_peers_with_other_weights_are_refused(tmp_path, monkeypatch, shipped_model_folder, words):
     pytest.importorskip("transformers")
     whole = transformers_engines.as_transformers
 
@@ -44,7 +51,7 @@ def test_peers_with_other_weights_are_refused(tmp_path, monkeypatch, shipped_mod
 
     monkeypatch.setattr(transformers_engines, "as_transformers", spoiled)
     with pytest.raises(SystemExit, match="the logits differ by"):
-        run(tmp_path, f"peers --model {shipped_model_folder} --batches 2 {TINY_PEERS}")
+        run(tmp_path, f"{words} --model {shipped_model_folder}")
 
 
 def test_peers_refuses_what_the_model_has_no_positions_for(tmp_path, shipped_model_folder):

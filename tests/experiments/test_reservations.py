@@ -21,11 +21,9 @@ from block_allocator import BlockAllocator, NoFreeBlocks
 from engine import InferenceEngine, eager_forward
 from experiments.reservations import (
     BuddyAllocator,
-    power_of_two,
     reserve_maximum,
     reserve_oracle,
     reserve_power_of_two,
-    start_sequences,
 )
 from kv_cache import KVCache
 from paged_attention import paged_attention
@@ -42,11 +40,6 @@ def a_sequence(num_prompt_tokens, max_tokens, num_generated=0):
     return SimpleNamespace(
         num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens, token_ids=token_ids
     )
-
-
-def test_a_power_of_two_is_never_below_its_number_and_less_than_twice_as_large():
-    assert [power_of_two(n) for n in range(1, 10)] == [1, 2, 4, 4, 8, 8, 8, 8, 16]
-    assert [power_of_two(n) for n in (25, 1023, 1024, 1025)] == [32, 1024, 1024, 2048]
 
 
 def test_the_three_reservations_for_10_tokens_of_a_prompt_and_15_more():
@@ -83,14 +76,6 @@ def books(allocator):
     return counts, regions(allocator), allocator.num_reserved
 
 
-def test_three_blocks_take_a_region_of_four_and_the_fourth_is_lost_meanwhile():
-    allocator = BuddyAllocator(num_blocks=8, block_size=4)
-    assert allocator.allocate(3) == [0, 1, 2]
-    assert (allocator.num_reserved, allocator.num_free) == (4, 4)
-    assert [allocator.ref_count(block_id) for block_id in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert allocator.allocate(1) == [4], "not 3: that belongs to the first allocation"
-
-
 def test_the_tightest_region_is_taken_first():
     allocator = BuddyAllocator(8)
     allocator.allocate(1)
@@ -98,38 +83,6 @@ def test_the_tightest_region_is_taken_first():
     assert allocator.allocate(1) == [1]
     assert allocator.allocate(4) == [4, 5, 6, 7]
     assert allocator.num_free == 0 and allocator.num_reserved == 8
-
-
-def test_freed_buddies_merge_until_the_pool_is_whole_again():
-    allocator = BuddyAllocator(8)
-    a, b, c = allocator.allocate(1), allocator.allocate(1), allocator.allocate(2)
-    allocator.free(a)
-    assert regions(allocator) == [(0, 1), (4, 4)]
-    allocator.free(c)
-    assert regions(allocator) == [(0, 1), (2, 2), (4, 4)]
-    allocator.free(b)
-    assert regions(allocator) == [(0, 8)]
-
-
-@pytest.mark.parametrize(
-    "num_blocks, expected",
-    [
-        (1, [(0, 1)]),
-        (7, [(0, 4), (4, 2), (6, 1)]),
-        (8, [(0, 8)]),
-        (12, [(0, 8), (8, 4)]),
-        (100, [(0, 64), (64, 32), (96, 4)]),
-    ],
-)
-def test_a_pool_of_any_size_is_cut_into_powers_of_two(num_blocks, expected):
-    allocator = BuddyAllocator(num_blocks)
-    assert regions(allocator) == expected
-    ones = [allocator.allocate(1) for _ in range(num_blocks)]
-    assert sorted(sum(ones, [])) == list(range(num_blocks))
-    for block_ids in ones:
-        allocator.free(block_ids)
-    allocator.check_integrity([])
-    assert regions(allocator) == expected
 
 
 def test_the_pool_can_have_enough_free_blocks_and_still_refuse():
@@ -161,18 +114,6 @@ def test_what_no_region_can_ever_hold_needs_more_blocks_than_there_are():
 
 
 # ---- holders -------------------------------------------------------------------------------------
-def test_a_forked_allocation_is_free_when_the_last_holder_leaves():
-    allocator = BuddyAllocator(8)
-    table = allocator.allocate(3)
-    allocator.fork(table)
-    assert [allocator.ref_count(block_id) for block_id in range(4)] == [2, 2, 2, 0]
-    allocator.check_integrity([table, table])
-    allocator.free(table)
-    assert allocator.num_reserved == 4
-    allocator.free(table)
-    assert regions(allocator) == [(0, 8)]
-
-
 BAD_LISTS = {
     "its first block": [0],
     "all but its last": [0, 1],
@@ -229,15 +170,6 @@ def test_every_corruption_is_noticed(corrupt):
     allocator.check_integrity(iter(tables))
     corrupt(allocator, tables)
     with pytest.raises(AssertionError):
-        allocator.check_integrity(tables)
-
-
-def test_a_region_at_a_crooked_address_is_noticed():
-    """Blocks 1-2 as one region of two: it tiles the pool, but its buddy would be wrong."""
-    allocator = BuddyAllocator(4)
-    tables = [allocator.allocate(1)]
-    allocator._free_regions = {1: 2, 3: 1}
-    with pytest.raises(AssertionError, match="a region of 2 blocks starts at block 1"):
         allocator.check_integrity(tables)
 
 
@@ -382,38 +314,6 @@ def test_50_random_requests_run_to_the_end_without_preemption(reserve, num_block
     assert regions(allocator) == regions(BuddyAllocator(num_blocks))
 
 
-def test_a_running_sequence_lies_in_one_piece():
-    allocator = BuddyAllocator(32, block_size=4)
-    scheduler = Scheduler(allocator, 16, 64, max_seq_len=64, reserve=reserve_oracle(64))
-    for i, size in enumerate([(5, 6), (20, 9), (1, 1), (13, 20)]):
-        scheduler.add(make_request(i, *size))
-    scheduler.schedule()
-    tables = [seq.block_table for seq in scheduler.running]
-    assert tables == [[0, 1, 2], [8, 9, 10, 11, 12, 13, 14, 15], [4], list(range(16, 25))]
-    # 11, 29, 2 and 33 tokens: regions of 4, 8, 1 and 16, of which 1, 0, 0 and 7 blocks are rounding
-    assert allocator.num_reserved == 29
-    assert allocator.num_reserved - sum(len(table) for table in tables) == 8
-
-
-def test_two_sequences_run_where_the_maximum_is_reserved_and_eight_where_it_is_paged():
-    """The demo's pool of 16 blocks of 4 with max_seq_len 32."""
-    started = {
-        "maximum": start_sequences(BuddyAllocator(16, 4), reserve_maximum(32)),
-        "power of two": start_sequences(BuddyAllocator(16, 4), reserve_power_of_two(32)),
-        "oracle": start_sequences(BuddyAllocator(16, 4), reserve_oracle(32)),
-        "paged": start_sequences(BlockAllocator(16, 4), reserve_now),
-    }
-    names = {plan: "".join(owners) for plan, owners in started.items()}
-    assert names == {
-        "maximum": "AB",
-        "power of two": "ABCD",
-        "oracle": "ABCD",
-        "paged": "ABCDEFGH",
-    }
-    assert started["maximum"]["B"] == ([8, 9, 10, 11, 12, 13, 14, 15], 9)
-    assert started["oracle"]["B"] == ([4, 5, 6], 9)
-
-
 # ---- under the real engine -----------------------------------------------------------------------
 @pytest.mark.parametrize("reserve", RESERVATIONS)
 def test_the_engine_on_contiguous_memory_writes_the_tokens_of_one_slab_each(tiny_gpt, reserve):
@@ -449,3 +349,12 @@ def test_the_engine_on_contiguous_memory_writes_the_tokens_of_one_slab_each(tiny
     assert 2 <= most_running < 8, "some had to wait for memory"
     assert scheduler.num_preemptions == 0
     assert allocator.num_reserved == 0
+
+
+def test_a_region_at_a_crooked_address_is_noticed():
+    """Blocks 1-2 as one region of two: it tiles the pool, but its buddy would be wrong."""
+    allocator = BuddyAllocator(4)
+    tables = [allocator.allocate(1)]
+    allocator._free_regions = {1: 2, 3: 1}
+    with pytest.raises(AssertionError, match="a region of 2 blocks starts at block 1"):
+        allocator.check_integrity(tables)

@@ -43,6 +43,9 @@ def test_every_way_writes_the_same_tokens(model):
     # 3 prompts of 5 tokens; then 8 times one each, or all: 3 x (5 + 6 + .. + 13).
     computed = {name: trial.computed for name, trial in trials.items()}
     assert computed == {"paged": 39, "contiguous": 39, "no cache": 243}
+    # 13 tokens are 4 blocks of 4; a slab is for 1,024; 6 layers x 2 x 256 x 4 bytes a token.
+    held = {name: trial.kv_bytes for name, trial in trials.items()}
+    assert held == {"paged": 3 * 16 * 12_288, "contiguous": 3 * 1024 * 12_288, "no cache": 0}
 
 
 def test_the_way_of_transformers_writes_them_too(model):
@@ -51,17 +54,6 @@ def test_the_way_of_transformers_writes_them_too(model):
     trial = speed.time_trial(way, PROMPTS, 9)
     assert trial.token_ids == generate_contiguous(model, PROMPTS, 9)
     assert (trial.computed, trial.kv_bytes) == (39, 3 * 13 * 100)  # the newest is not in the cache
-
-
-def test_a_way_says_how_much_memory_it_holds(model):
-    token_bytes = model.config.kv_bytes_per_token(torch.float32)
-    assert token_bytes == 12_288  # 6 layers x 2 x 256 x 4 bytes
-    paged = speed.paged_way(LLM(model, num_blocks=32, block_size=4))
-    contiguous = speed.contiguous_way(model, 3)
-    # 5 + 9 tokens without the newest are 13: 4 blocks of 4. A slab is for 1,024 tokens.
-    assert speed.time_trial(paged, PROMPTS, 9).kv_bytes == 3 * 16 * token_bytes
-    assert speed.time_trial(contiguous, PROMPTS, 9).kv_bytes == 3 * 1024 * token_bytes
-    assert speed.time_trial(speed.static_way(model, None), PROMPTS, 2).kv_bytes == 0
 
 
 def test_a_pool_that_is_too_small_preempts_and_writes_the_same(model):
@@ -90,12 +82,6 @@ def test_a_trial_counts_from_token_to_token(monkeypatch):
 
 
 # ---- equal work ----------------------------------------------------------------------------------
-def test_equal_tokens_are_those_before_the_first_difference():
-    assert speed.equal_start([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 100
-    assert speed.equal_start([[1, 9, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 6, 7, 8]]) == 62.5
-    assert speed.equal_start([[9, 2, 3, 4]], [[1, 2, 3, 4]]) == 0
-
-
 def test_in_16_bits_a_late_difference_is_no_fault_an_early_one_is():
     first = speed.Trial([list(range(20))])
     late = speed.Trial([[*range(6), *range(50, 64)]])
@@ -134,10 +120,6 @@ def test_each_value_is_tried_with_the_first_ones_of_all_other_lists():
     assert list(todo.values()) == [all_three, all_three, both, both]
 
 
-def test_a_pool_holds_at_least_one_sequence():
-    assert speed.make_workload(4, 60, 20, 16, percent=10).num_blocks == 5
-
-
 def test_without_a_cache_the_rows_of_all_steps_are_counted():
     # 3 x (5 + 6 + 7 + 8)
     assert speed.make_workload(3, 5, 4, 16, 100).rows_without_cache == 78
@@ -145,20 +127,6 @@ def test_without_a_cache_the_rows_of_all_steps_are_counted():
     assert [*speed.plan(limited).values()] == [["contiguous", "paged"]]
     enough = arguments(f"--batches 3 {TINY} {THREE} --no-cache-rows 78")
     assert [*speed.plan(enough).values()] == [["contiguous", "paged", "no cache"]]
-
-
-def test_the_long_sequence_runs_without_a_cache_whatever_it_takes():
-    for words, new_tokens in (("", 256), ("--full", 500)):
-        args = arguments(f"{words} {THREE} --no-cache-rows 10")
-        workload, names = [*speed.plan(args).items()][-1]
-        assert (workload.batch, workload.new_tokens) == (1, new_tokens)
-        assert names == ["contiguous", "paged", "no cache"]
-
-
-def test_full_means_the_124m_shape_and_a_flag_that_is_given_stands():
-    assert arguments("--full").model == "random:gpt2"
-    assert arguments("--full --new-tokens 3").new_tokens == [3]
-    assert arguments("").model == str(SHIPPED_MODEL) and arguments("").threads == 1
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -227,15 +195,16 @@ def test_the_number_of_threads_is_what_it_was_before(tmp_path):
 
 
 # ---- a caller's mistakes -------------------------------------------------------------------------
-def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path):
-    words = "--batches 1 --prompt-tokens 1020 --new-tokens 9 --long-tokens 0 --roads paged"
-    with pytest.raises(SystemExit, match="prompt=1020 new=9 .*: the model has 1024 positions"):
-        run(tmp_path, f"speed {words}")
-
-
-def test_a_size_of_zero_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="batch=0, .*: each must be at least 1"):
-        run(tmp_path, f"speed --batches 0 {TINY} --roads paged")
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ("--batches 1 --prompt-tokens 1020 --new-tokens 9", "the model has 1024 positions"),
+        ("--batches 0", "batch=0, .*: each must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_run_are_refused(tmp_path, words, reason):
+    with pytest.raises(SystemExit, match=reason):
+        run(tmp_path, f"speed {TINY} {words} --roads paged")
 
 
 def test_transformers_is_left_out_where_it_is_not_installed(monkeypatch):
@@ -243,3 +212,11 @@ def test_transformers_is_left_out_where_it_is_not_installed(monkeypatch):
     assert arguments().ways == ["contiguous", "paged", "no cache"]
     with pytest.raises(ValueError, match="transformers is not installed"):
         next(speed.run(benchmark.parse_args(["speed", "--roads", "transformers"])))
+
+
+def test_the_long_sequence_runs_without_a_cache_whatever_it_takes():
+    for words, new_tokens in (("", 256), ("--full", 500)):
+        args = arguments(f"{words} {THREE} --no-cache-rows 10")
+        workload, names = [*speed.plan(args).items()][-1]
+        assert (workload.batch, workload.new_tokens) == (1, new_tokens)
+        assert names == ["contiguous", "paged", "no cache"]

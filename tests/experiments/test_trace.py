@@ -10,7 +10,6 @@ import json
 from array import array
 
 import pytest
-import torch
 
 from experiments import trace
 from experiments.results import append, percentile, read
@@ -51,17 +50,13 @@ def test_a_trace_is_read_with_all_its_decimals_and_without_a_last_newline(tmp_pa
     assert second.arrival_s == pytest.approx(4.314579, abs=2e-7)
     path.write_text(TWO.replace("50.9951690", "50.0051690"))
     assert trace.read_trace(path)[1].arrival_s == pytest.approx(3.324579, abs=2e-7)
+    header, *both = TWO.split("\n")
+    path.write_text("\n".join((header, *reversed(both))))
+    assert [request[1:] for request in trace.read_trace(path)] == [first[1:], second[1:]]
     path.write_text(TWO + "\n")
     assert trace.read_trace(path) == [first, second]
     path.write_bytes(TWO.replace("\n", "\r\n").encode())
     assert trace.read_trace(path) == [first, second]
-
-
-def test_lines_out_of_order_are_put_into_the_order_of_arrival(tmp_path):
-    path = tmp_path / "two.csv"
-    header, first, second = TWO.split("\n")
-    path.write_text("\n".join((header, second, first)))
-    assert [request.prompt_tokens for request in trace.read_trace(path)] == [374, 396]
 
 
 @pytest.mark.parametrize(
@@ -116,24 +111,15 @@ def test_the_public_trace_is_as_its_description_says(data_folder):
 THREE = [Arrival(0.0, 900, 124), Arrival(1.0, 1000, 200), Arrival(2.0, 3, 5000)]
 
 
-def test_longer_requests_are_left_out_and_counted():
-    assert trace.fit_context(THREE, 1024, "filter") == (
-        [Arrival(0.0, 900, 124)],
-        "1 of 3 requests fit 1,024 tokens, the others are left out",
-    )
-
-
-def test_longer_requests_are_scaled_both_lengths_by_one_factor():
+def test_longer_requests_are_left_out_or_scaled_both_lengths_by_one_factor():
+    assert trace.fit_context(THREE, 1024, "filter")[0] == THREE[:1]
+    with pytest.raises(ValueError, match="0 of 3 requests fit 100 tokens"):
+        trace.fit_context(THREE, 100, "filter")
     kept, sentence = trace.fit_context(THREE, 600, "scale")
     # 900 and 124 of 1,024 in 600: 527.3 and 72.6; 1,000 and 200 in 600: half of each.
     assert kept == [Arrival(0.0, 527, 72), Arrival(1.0, 500, 100), Arrival(2.0, 1, 599)]
     assert sentence == "0 of 3 requests fit 600 tokens, the others are scaled down to that"
     assert trace.fit_context(THREE, 6000, "scale")[0] == THREE
-
-
-def test_nothing_left_is_refused():
-    with pytest.raises(ValueError, match="0 of 3 requests fit 100 tokens: raise --max-seq-len"):
-        trace.fit_context(THREE, 100, "filter")
 
 
 def test_a_scaled_request_has_a_token_of_each_and_fits():
@@ -156,12 +142,6 @@ def test_without_a_file_lengths_have_the_published_medians():
     assert chats == trace.draw_chats(20_000, seed=1) != trace.draw_chats(20_000, seed=2)
 
 
-def test_short_chats_are_within_their_limits():
-    chats = trace.draw_short(4000, seed=0)
-    assert {r.prompt_tokens for r in chats} == set(range(16, 65))
-    assert {r.output_tokens for r in chats} == set(range(16, 257))
-
-
 # ---- which of them -------------------------------------------------------------------------------
 def test_a_file_is_named_by_a_flag_or_found_in_the_data_folder(tmp_path, csv_file, monkeypatch):
     found = trace.make_workload(parse(f"--simulate --trace {csv_file}"))
@@ -176,13 +156,6 @@ def test_a_file_is_named_by_a_flag_or_found_in_the_data_folder(tmp_path, csv_fil
     again = trace.make_workload(parse("--simulate"))
     assert again.requests == found.requests
     assert again.name.startswith("AzureLLMInferenceTrace_conv_2023, ")
-
-
-def test_without_a_file_the_words_say_that_lengths_are_drawn(no_data):
-    found = trace.make_workload(parse("--simulate --requests 50"))
-    assert found.name == "drawn from the published lengths, filter 1024, requests=50"
-    assert found.sentence.startswith("drawn from the published lengths: ")
-    assert all(r.prompt_tokens + r.output_tokens <= 1024 for r in found.requests)
 
 
 def test_the_real_engine_gets_few_requests_of_a_quarter_of_the_length(no_data):
@@ -215,12 +188,6 @@ def test_a_flag_that_makes_no_sense_is_refused_in_one_sentence(no_data, words, r
 
 
 # ---- when they come ------------------------------------------------------------------------------
-def test_recorded_arrivals_come_a_factor_sooner():
-    requests = [Arrival(10.0, 1, 2), Arrival(12.0, 3, 4), Arrival(18.0, 5, 6)]
-    twice = trace.at_rate(requests, "recorded", 2.0, seed=0)
-    assert twice == [Arrival(0.0, 1, 2), Arrival(1.0, 3, 4), Arrival(4.0, 5, 6)]
-
-
 def test_random_arrivals_have_the_traces_rate_times_the_factor():
     requests = [Arrival(2.0 * i, 1, 1) for i in range(3001)]
     drawn = trace.at_rate(requests, "poisson", 8.0, seed=4)
@@ -253,12 +220,6 @@ def test_the_figures_of_a_run_worked_out_by_hand():
     # Tenths of 0.8 s: in the second, 0.2 s with one and 0.6 s with two.
     tenths = [figures[f"running, mean of tenth {i} of the run", "requests"] for i in range(1, 11)]
     assert tenths == pytest.approx([1, 1.75, 1.5, 1, 1, 1, 1, 1, 1, 1])
-
-
-def test_an_idle_engine_counts_as_nobody_running():
-    run = hand_made_run()
-    idle = Run(run.served, [run.steps[0], Step(10.0, 1000.0, 1, 1, 0, 0, PoolState(3, 0, 1))])
-    assert trace.running_over_time(idle, 10) == pytest.approx([1, 0, 0, 0, 0, 0, 0, 0, 0, 3])
 
 
 # ---- the experiment ------------------------------------------------------------------------------
@@ -299,17 +260,6 @@ def test_the_real_engine_serves_a_trace_on_the_clock_on_the_wall(tmp_path, no_da
     assert {(row.model, row.threads) for row in rows} == {("tiny-gpt2", 1)}
 
 
-def test_the_number_of_threads_is_what_it_was_before(no_data, csv_file):
-    before = torch.get_num_threads()
-    words = f"--trace {csv_file} --requests 2 --shrink 8 --factors 99 --repeats 1 --backend torch"
-    try:
-        torch.set_num_threads(3)
-        rows = list(trace.run(parse(words)))
-        assert torch.get_num_threads() == 3 and rows[0].threads == 1
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_the_cost_is_fitted_to_a_recording_without_its_first_step(tmp_path):
     known, lines = CostModel(2.0, 0.5, 0.01), []
     zeros = dict.fromkeys(("num_waiting", "num_free", "blocks_taken", "blocks_freed"), 0)
@@ -328,3 +278,15 @@ def test_the_cost_is_fitted_to_a_recording_without_its_first_step(tmp_path):
     cost, sentence = trace.cost_model(parse(f"--simulate --cost-from {path}"))
     assert cost == pytest.approx(known)
     assert f"fitted to 4 steps of {path}" in sentence
+
+
+def test_an_idle_engine_counts_as_nobody_running():
+    run = hand_made_run()
+    idle = Run(run.served, [run.steps[0], Step(10.0, 1000.0, 1, 1, 0, 0, PoolState(3, 0, 1))])
+    assert trace.running_over_time(idle, 10) == pytest.approx([1, 0, 0, 0, 0, 0, 0, 0, 0, 3])
+
+
+def test_recorded_arrivals_come_a_factor_sooner():
+    requests = [Arrival(10.0, 1, 2), Arrival(12.0, 3, 4), Arrival(18.0, 5, 6)]
+    twice = trace.at_rate(requests, "recorded", 2.0, seed=0)
+    assert twice == [Arrival(0.0, 1, 2), Arrival(1.0, 3, 4), Arrival(4.0, 5, 6)]

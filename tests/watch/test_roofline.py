@@ -46,12 +46,8 @@ def test_each_floor_is_the_work_divided_by_the_ceiling():
         "launches": 2.5,
         "host": 0.5,
     }
-
-
-@pytest.mark.parametrize("launches, launch_ms", [(None, 0.25), (10, None), (None, None)])
-def test_launches_without_a_count_or_a_time_have_no_floor(launches, launch_ms):
-    floors = floors_ms(Work(6000, 2000, 9000, launches), Ceilings(1000.0, 3000.0, launch_ms))
-    assert list(floors) == ["weights", "KV", "memory", "operations", "host"]
+    assert "launches" not in floors_ms(work._replace(launches=None), ceilings)
+    assert "launches" not in floors_ms(work, ceilings._replace(launch_ms=None))
 
 
 @pytest.mark.parametrize(
@@ -78,13 +74,6 @@ def test_a_timer_makes_each_call_in_order_and_the_first_once_beforehand():
     assert made == [0, 0, 1, 2]
 
 
-def test_a_timer_returns_the_milliseconds_of_one_call():
-    measure = timer(lambda i: time.sleep(0.005), 4, CPU)
-    started = time.perf_counter()
-    time_ms = measure()
-    assert 5 <= time_ms <= (time.perf_counter() - started) * 1e3 / 4
-
-
 # ---- ceilings ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "num_bytes, expected", [(5, 2**20), (3_000_000, 3_000_000), (10**12, 2**22)]
@@ -102,7 +91,8 @@ def test_the_buffer_is_as_large_as_what_the_step_reads_within_bounds(
 def test_products_grow_until_one_takes_long(monkeypatch):
     times_ms = {256: 1.0, 512: 5.0, 1024: 11.0}
     clock = Clock(monkeypatch, lambda result: always(times_ms[len(result)]))
-    assert roofline.product_rate(CPU, torch.float32) == 2 * 1024**3 / 11.0
+    assert roofline.product_rate(CPU, torch.bfloat16) == 2 * 1024**3 / 11.0
+    assert {result.dtype for result in clock.results} == {torch.bfloat16}
     assert [tuple(result.shape) for result in clock.results] == [(n, n) for n in times_ms]
 
 
@@ -112,14 +102,6 @@ def test_the_fastest_try_of_the_best_size_is_the_ceiling(monkeypatch):
     assert roofline.product_rate(CPU, torch.float32) == 2 * 256**3 / 1.0
     Clock(monkeypatch, lambda result: iter([5.0, 4.0, 8.0, 2.0, 8.0, 8.0, 8.0]))
     assert roofline.read_rate(CPU, 2**20) == 2**20 / 2.0
-
-
-def test_products_end_at_the_largest_and_are_of_the_models_type(monkeypatch):
-    monkeypatch.setattr(roofline, "LARGEST_PRODUCT", 512)
-    clock = Clock(monkeypatch, lambda result: always(0.001))
-    roofline.product_rate(CPU, torch.bfloat16)
-    kinds = [(len(result), result.dtype) for result in clock.results]
-    assert kinds == [(256, torch.bfloat16), (512, torch.bfloat16)]
 
 
 def test_the_ceilings_of_a_cpu_take_less_than_two_seconds_and_have_no_launches():
