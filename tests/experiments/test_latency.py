@@ -476,12 +476,6 @@ def test_the_compiled_peer_has_rows_of_its_own_for_the_first_shape(
     }
     (ratio,) = pick(rows, unit="x")
     assert (ratio["contender"], ratio["metric"]) == (RECORDED, f"speed against {COMPILED}")
-    medians = {
-        row["contender"]: row["median"]
-        for row in pick(rows, workload="decode batch=1 context=9 block_size=4")
-        if row["metric"] == "token to token"
-    }
-    assert ratio["median"] == pytest.approx(medians[COMPILED] / medians[RECORDED])
     times = pick(rows, contender=RECORDED, metric="time a step")
     assert len(times) == 2  # one for each batch: measuring beside a peer gives no second row
 
