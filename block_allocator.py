@@ -44,10 +44,12 @@ class BlockAllocator:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        # Two lists of integers are the whole state. The memory itself belongs to kv_cache.py, and
+        # the block tables belong to the sequences.
         # A stack whose top is the end of the list. The block that was freed last is taken first,
         # because its memory is the most likely one to be in a CPU cache.
         self._free = list(range(num_blocks - 1, -1, -1))  # 4 blocks -> [3, 2, 1, 0], 0 goes first
-        self._ref_counts = [0] * num_blocks  # of block 0, 1, 2, ..
+        self._ref_counts = [0] * num_blocks  # entry i: how many tables name block i
 
     def blocks_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens: the ceiling of num_tokens / block_size."""
@@ -68,12 +70,13 @@ class BlockAllocator:
 
         Raises NoFreeBlocks, and takes none, if fewer than `n` are free.
         """
-        if n > len(self._free):
+        if n > len(self._free):  # nothing was taken yet, so the caller has nothing to give back
             raise NoFreeBlocks(f"{n} blocks asked for, {len(self._free)} of {self.num_blocks} free")
-        taken = slice(len(self._free) - n, None)  # the n entries at the top of the stack
+        # The n entries at the top. `-n` would be wrong for n = 0: [-0:] is the whole list.
+        taken = slice(len(self._free) - n, None)  # 5 free, n = 2 -> entries [3, 5)
         block_ids = self._free[taken]
         del self._free[taken]
-        block_ids.reverse()  # top first: the order in which n single pops would give them
+        block_ids.reverse()  # [.., 1, 0] -> [0, 1]: the order of n single pops
         ref_counts = self._ref_counts  # a local name is faster in the loop
         for block_id in block_ids:
             ref_counts[block_id] = 1
@@ -84,7 +87,7 @@ class BlockAllocator:
 
         No memory is copied: two block tables now name the same blocks.
         """
-        self._check_held(block_ids)
+        self._check_held(block_ids)  # all are checked before the first count changes
         for block_id in block_ids:
             self._ref_counts[block_id] += 1
 
@@ -95,18 +98,19 @@ class BlockAllocator:
         the next sequence gets the same blocks in the same order. Raises ValueError, and changes
         nothing, if a block is free already.
         """
-        ref_counts, free, num_blocks = self._ref_counts, self._free, self.num_blocks
-        last_first = reversed(block_ids)
+        ref_counts = self._ref_counts
+        last_first = reversed(block_ids)  # an iterator: it remembers which entries are left
         for block_id in last_first:
             # -1 would be a valid index of a Python list, so the range is checked too.
-            count = ref_counts[block_id] if 0 <= block_id < num_blocks else 0
+            count = ref_counts[block_id] if 0 <= block_id < self.num_blocks else 0
             if count == 1:
                 ref_counts[block_id] = 0
-                free.append(block_id)
-            elif count > 1:
+                self._free.append(block_id)
+            elif count > 1:  # another sequence still reads this block, so it stays allocated
                 ref_counts[block_id] = count - 1
             else:
                 num_before = len(list(last_first))  # entries before this one, not reached yet
+                # [4, 9, 6, 7] with 9 wrong: 7 and 6 were freed, 1 entry is left -> undo [6, 7]
                 self._undo_free(block_ids[num_before + 1 :])
                 raise ValueError(f"block {block_id} is freed twice: it has no holder")
 
@@ -135,11 +139,13 @@ class BlockAllocator:
         `block_tables` are the tables of all sequences that hold blocks. It visits every block, so
         tests and demos call it after every step, and an engine does not.
         """
+        # Count every entry of every table, and compare with the counts that were kept.
         held = Counter(block_id for table in block_tables for block_id in table)
         for block_id, count in enumerate(self._ref_counts):
             tables = held.pop(block_id, 0)
+            # More counts than tables: the block is never freed. Fewer: it is freed while in use.
             assert count == tables, f"block {block_id}: ref_count {count}, {tables} tables name it"
-        # Ids of the pool were popped above; others remain.
+        # The loop popped every id of the pool. What is left is no block of the pool.
         assert not held, f"tables name blocks {sorted(held)}, the pool has {self.num_blocks}"
         free = set(self._free)
         assert len(free) == len(self._free), "a block is on the free list twice"
@@ -152,8 +158,8 @@ class BlockAllocator:
                 raise ValueError(f"block {block_id} is free or unknown: it has no holder")
 
     def _undo_free(self, block_ids: list[int]) -> None:
-        # `free` went from last to first. This goes from first to last, so a block whose count is
-        # zero is on top of the stack.
+        # `free` went from last to first. This goes from first to last, so the block whose count is
+        # zero is always on top of the stack, and `pop` removes exactly this block.
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
                 self._free.pop()
@@ -169,7 +175,8 @@ def draw_pool(owners: dict[str, tuple[list[int], int]], num_blocks: int, block_s
     cells = [" " * block_size] * num_blocks
     for name, (table, num_tokens) in owners.items():
         for i, block_id in enumerate(table):
-            # Logical block i holds tokens [i * block_size, (i + 1) * block_size) of the sequence.
+            # Logical block i holds tokens [i * block_size, (i + 1) * block_size) of the sequence:
+            # 6 tokens, block_size 4 -> 4 in block 0, 2 in block 1, 0 in any further block.
             filled = min(max(num_tokens - i * block_size, 0), block_size)
             cells[block_id] = name * filled + "." * (block_size - filled)
     return "|" + "|".join(cells) + "|"
@@ -184,7 +191,7 @@ def demo():
     """Sequences arrive, grow and leave. D fits only because its blocks need not be adjacent."""
     num_blocks = POOL_TOKENS // BLOCK_SIZE
     allocator = BlockAllocator(num_blocks, BLOCK_SIZE)
-    owners: dict[str, tuple[list[int], int]] = {}
+    owners: dict[str, tuple[list[int], int]] = {}  # name -> (block table, number of tokens)
 
     def resize(name: str, num_tokens: int):
         table, _ = owners.get(name, ([], 0))
@@ -211,6 +218,7 @@ def demo():
     adjacent = f"no {len(table)} adjacent blocks were free, and none were needed"
     print(f"D's block_table = {table}: {adjacent}")
 
+    # B is gone: A has 9 tokens in 3 blocks, C 3 in 1, D 15 in 4.
     num_tokens = sum(num_tokens for _, num_tokens in owners.values())
     held = sum(len(blocks) for blocks, _ in owners.values())
     used = num_tokens / (held * BLOCK_SIZE)
@@ -220,9 +228,9 @@ def demo():
     print(f"reserving 16 tokens for each of A, C and D would use {num_tokens / (3 * 16):.0%}")
     try:
         allocator.free(allocator.allocate(allocator.blocks_needed(5)))
-        print("a sequence of 5 tokens more: it would fit")
+        print("another sequence of 5 tokens: it would fit")
     except NoFreeBlocks as error:
-        print(f"a sequence of 5 tokens more: {error}")
+        print(f"another sequence of 5 tokens: {error}")
     assert table != list(range(table[0], table[0] + len(table))), "D's blocks are adjacent"
     for blocks, _ in owners.values():
         allocator.free(blocks)

@@ -1,4 +1,4 @@
-"""schedule, forward, sample, repeat: the loop that every serving engine comes down to.
+"""schedule, forward, sample, repeat: the loop of a serving engine.
 
 Decoding is bound by reading the model's weights. Ten requests served one after the other read all
 weights once for each token of each request. Served together, one reading gives a token to each of
@@ -10,12 +10,12 @@ step, and requests join and leave between any two steps:
                                    ^       (all sequences at once)       │
                                    └─────────────────────────────────────┘
 
-Two functions are passed in. `forward(batch) -> logits` runs the model: here layer by layer,
-elsewhere as a recorded CUDA graph. And each request has a strategy, which turns the logits of its
-sequences into their continuations: one token each (sampling), several children (beam search), or
-several tokens (an accepted draft). `step()` knows neither of the two. Recorders and progress bars
-are not part of it: they read the `StepOutput` that it returns. A production engine plans the next
-step while the device still runs this one, as speedups/plan_ahead.py does.
+Two functions are passed in. `forward(batch) -> logits` runs the model: layer by layer in this file,
+as a recorded CUDA graph in speedups/cuda_graphs.py. And each request has a strategy, which turns
+the logits of its sequences into their continuations: one token each (sampling), several children
+(beam search), or several tokens (speculative decoding). `step()` is the same for all of them.
+Recorders and progress bars read the `StepOutput` that it returns. vLLM can plan the next step while
+the device still runs this one, as speedups/plan_ahead.py does.
 
 Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI,
 section 3.
@@ -57,6 +57,8 @@ def eager_forward(
 
     def forward(batch: Batch) -> Tensor:
         batch = batch.to(cache.pool.device)
+        # A new `attend` for each step: it holds this batch's slots and block tables. The model gets
+        # only this function, and knows neither the cache nor the batch.
         attend = cache.attend(batch, attention, write)
         return model.logits(model(batch.input_ids, batch.positions, attend, batch.sample_rows))
 
@@ -69,8 +71,8 @@ def rows_to_draw(sequences: list[Sequence]) -> list[SampleRow]:
         SampleRow(
             params=seq.request.params,
             seed=seq.seed,
-            position=len(seq.token_ids),  # of the token that is drawn
-            token_ids=seq.token_ids,
+            position=len(seq.token_ids),  # of the token that is drawn: 20 tokens -> position 20
+            token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
             num_prompt_tokens=seq.num_prompt_tokens,
             eos_token_id=seq.request.eos_token_id,
         )
@@ -101,10 +103,11 @@ def rows_by_strategy(
 
     `counts` are the numbers of rows that the plan's sequences have among the M.
     """
-    sampled = set(plan.sampled)
+    sampled = set(plan.sampled)  # the sequences in the middle of a prompt are not in it
     groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
     end = 0
     for (seq, _, _), count in zip(plan.scheduled, counts, strict=True):
+        # Counts 1, 0, 3 -> rows [0, 1), [1, 1) and [1, 4): the logits have no row for the second.
         end += count  # the sequence's rows are [end - count, end)
         if seq in sampled:
             sequences, rows = groups.setdefault(seq.request.strategy, ([], []))
@@ -125,7 +128,7 @@ class BlockCounts(NamedTuple):
 class InferenceEngine:
     """Owns the loop. `llm.py` builds one; the demo below builds one by hand from its parts."""
 
-    steps_overlap = False  # True in an engine that launches a step before it has read the last one
+    steps_overlap = False  # True in an engine that launches a step before it reads the last tokens
 
     def __init__(
         self,
@@ -138,6 +141,8 @@ class InferenceEngine:
         seed: int = 0,
         draw: Draw = draw_tokens,
     ):
+        # The cache owns the memory of the blocks. The scheduler's allocator decides which sequence
+        # holds which block. Only block ids pass between the two, in the plan.
         self.forward = forward
         self.cache = cache
         self.scheduler = scheduler
@@ -150,7 +155,7 @@ class InferenceEngine:
         self.strategy: Strategy = partial(sample_next, draw=draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
         self._num_requests = 0  # also the next request's id and arrival
-        self._counted = self._count_blocks()
+        self._counted = self._count_blocks()  # the totals that were reported so far
 
     # ---- requests ----
     def add_request(
@@ -185,7 +190,7 @@ class InferenceEngine:
             eos_token_id=self.eos_token_id,
         )
         request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
-        self.scheduler.add(request)
+        self.scheduler.add(request)  # raises ValueError if the pool is too small for it
         self._num_requests += 1
         self.output_processor.add(request, prompt if isinstance(prompt, str) else None)
         return request.request_id
@@ -196,7 +201,7 @@ class InferenceEngine:
         stop_token_ids = set(params.stop_token_ids)
         if self.eos_token_id is not None and not params.ignore_eos:
             stop_token_ids.add(self.eos_token_id)
-        # A hash, not a sum: with seed + index text 2 of seed 1 would be text 1 of seed 2.
+        # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
         seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
         return Sequence(
             request=request,
@@ -218,7 +223,8 @@ class InferenceEngine:
         request = self.output_processor.remove(request_id)
         if request is None:
             return False
-        # A step that is running may still compute these sequences: `update` drops what it drew.
+        # A step that is running may still compute these sequences. Its `update` skips those that
+        # have ended.
         for seq in request.sequences:
             self.scheduler.finish(seq, "abort")
         return True
@@ -227,6 +233,7 @@ class InferenceEngine:
     @torch.inference_mode()
     def step(self) -> StepOutput:
         """Run one step for the sequences that the scheduler picks."""
+        # inference_mode: PyTorch records nothing for gradients, in the whole step.
         started = time.monotonic()
         return self._run(self.scheduler.schedule(), started)
 
@@ -234,17 +241,25 @@ class InferenceEngine:
         """Carry out a plan, from the copies of blocks to the outputs."""
         try:
             self.cache.copy_blocks(plan.copies)  # before the forward writes into the copies
+            # The plan is empty if `step` is called while nothing waits or runs.
             continuations = self._continue(plan) if plan.scheduled else []
-        except BaseException:
-            self.scheduler.undo(plan)  # all that was planned is computed again
+        except BaseException:  # Ctrl-C too
+            # `num_computed_tokens` was advanced when the step was planned, but K and V may not have
+            # been written. So the planned sequences wait again and are computed from their start.
+            self.scheduler.undo(plan)
             raise
         return self._finish(plan, continuations, started)
 
     def _finish(self, plan: Plan, continuations: list[Continuation], started: float) -> StepOutput:
         """Apply the continuations, decode the new text, and report what the step did."""
+        # In this order: the text of a token is decoded after the token was appended. A stop string
+        # found in the text ends its sequence inside `process`.
         self.scheduler.update(plan, continuations)
         outputs = self.output_processor.process(plan, started)
-        before, now = self._counted, self._count_blocks()
+        # Totals now minus totals at the last report: a block freed by `abort` between two steps is
+        # counted in the later one.
+        before = self._counted
+        now = self._count_blocks()
         self._counted = now
         return StepOutput(
             plan=plan,
@@ -267,7 +282,7 @@ class InferenceEngine:
         self.output_processor.collect_prompt_logprobs(plan, counts, logits)
         continuations = []
         for strategy, (sequences, rows) in rows_by_strategy(plan, counts).items():
-            # Nearly always one strategy needs every row: then none is copied.
+            # Usually all requests share one strategy, and it needs every row: then none is copied.
             chosen = logits if len(rows) == len(logits) else logits[rows]
             continuations += strategy(sequences, chosen)
         return continuations
@@ -278,8 +293,8 @@ class InferenceEngine:
 
         `counts` says how many of each sequence's last rows need logits.
         """
-        # Positions [start, start + num_new_tokens) are computed. Their K and V go to the slots that
-        # the block table gives them; what lies before them is read through it.
+        # Positions [start, start + num_new_tokens) are computed. The block table gives them the
+        # slots where their K and V are written. K and V of earlier positions are only read.
         rows = [
             Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
             for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
@@ -300,6 +315,7 @@ class InferenceEngine:
             known = f"ids are integers from 0 to {self.vocab_size - 1}"
             raise ValueError(f"the prompt has token id {unknown[0]!r}: {known}")
         max_seq_len = self.scheduler.max_seq_len
+        # `>=`: a prompt that fills the context leaves no position for a generated token.
         if len(ids) >= max_seq_len:
             found = f"prompt has {len(ids)} tokens, max_seq_len is {max_seq_len}"
             raise ValueError(f"{found}: shorten it")
@@ -330,7 +346,7 @@ class InferenceEngine:
 # --------------------------------------------------------------------------------------------------
 NUM_BLOCKS = 9
 MAX_NUM_BATCHED_TOKENS = 12
-PROMPTS = [[7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]]  # of A, B and C
+PROMPTS = [[7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]]  # of A, B and C: 5, 14 and 2 tokens
 MAX_TOKENS = [8, 5, 9]
 
 
@@ -338,7 +354,8 @@ def demo():
     """Three prompts through one pool, one line a step; then each alone and without any cache."""
     config = GPTConfig(vocab_size=64, max_seq_len=64, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config).init_weights(std=0.2).double().eval()
-    cache = KVCache(2, NUM_BLOCKS, 4, 2, 16, torch.float64)
+    # In float64 the order of a sum changes digits that are too small to change a token.
+    cache = KVCache(2, NUM_BLOCKS, 4, num_kv_heads=2, head_dim=16, dtype=torch.float64)
     allocator = BlockAllocator(NUM_BLOCKS, block_size=4)
     scheduler = Scheduler(allocator, 8, MAX_NUM_BATCHED_TOKENS, max_seq_len=64)
     engine = InferenceEngine(eager_forward(model, cache), cache, scheduler, vocab_size=64)
@@ -358,7 +375,7 @@ def demo():
         assert written[str(i)] == write_alone(model, prompt, max_tokens)
         print(f"{'ABC'[i]} wrote {written[str(i)]}")
     assert allocator.num_free == NUM_BLOCKS
-    print("ok: batched and paged, the tokens are those of one-at-a-time without a cache")
+    print("ok: the batch wrote the same tokens as each prompt alone without a cache")
 
 
 def show_step(number: int, output: StepOutput, scheduler: Scheduler) -> None:

@@ -1,9 +1,9 @@
 """One preallocated tensor; a block table turns a token's position into a slot.
 
 The keys and values of all sequences lie in one pool, cut into blocks of `block_size` tokens. A
-sequence's block table lists its block ids in reading order, as a page table lists the frames of a
-process. For GPT-2 (124M) in 16 bits a token takes 36,864 bytes and a block of 16 takes 589,824: a
-pool of 1 GB holds 27,126 tokens of any sequences.
+sequence's block table lists its block ids in the order of its tokens. (The page table of an
+operating system does the same for the memory of a process.) For GPT-2 (124M) in 16 bits a token
+takes 36,864 bytes and a block of 16 takes 589,824. A pool of 1 GB holds 27,126 tokens.
 
     position of a token      0 1 2 3   4 5 6 7   8 9          block_size 4
     logical block            0         1         2
@@ -103,7 +103,7 @@ def make_batch(rows: list[Row], block_size: int, scratch_block: int) -> Batch:
 
     tables = pad_tables([row.block_table for row in rows], scratch_block)
     sequence = np.repeat(np.arange(len(rows)), counts)  # (N,), which sequence a row belongs to
-    # int64 before the product: slot * (numbers a token) passes 2**31 in a pool of a few GB.
+    # int64 first: in a pool of a few GB a slot times the numbers of one token is above 2**31.
     block_ids = tables[sequence, positions // block_size].astype(np.int64)
     slots = block_ids * block_size + positions % block_size
 
@@ -135,8 +135,10 @@ def last_rows(locs: np.ndarray, counts: list[int]) -> np.ndarray:
     Example: locs [0, 6, 10, 11], counts [1, 0, 1] -> [5, 10].
     """
     num_rows = np.array(counts, dtype=np.int64)
-    ends = np.cumsum(num_rows)  # in the result, sequence i ends before index ends[i] ..
-    return np.arange(num_rows.sum()) + np.repeat(locs[1:] - ends, num_rows)  # .. at row locs[i + 1]
+    # Sequence i's part of the result ends before index ends[i], and its rows end before row
+    # locs[i + 1]. So the difference of the two turns an index of the result into a row.
+    ends = np.cumsum(num_rows)
+    return np.arange(num_rows.sum()) + np.repeat(locs[1:] - ends, num_rows)
 
 
 def to_tensor(array: np.ndarray, dtype: type) -> Tensor:
@@ -159,7 +161,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 class KVCache:
     """The pool and the views of it that a layer reads and writes. It knows no sequences.
 
-    Which block belongs to whom is the allocator's business (`block_allocator.py`).
+    The allocator decides which block belongs to which sequence (`block_allocator.py`).
     """
 
     def __init__(
@@ -225,9 +227,8 @@ class KVCache:
         if copies:
             sources = [source for source, _ in copies]
             destinations = [destination for _, destination in copies]
-            self.pool[:, destinations] = self.pool[
-                :, sources
-            ]  # a list as an index: gather, scatter
+            # A list as an index makes a copy of the sources, which is then written.
+            self.pool[:, destinations] = self.pool[:, sources]
 
     def gather(self, layer: int, block_table: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
         """A sequence's K and V in reading order, (T, H_kv, D) each: copies for demos and tests."""
@@ -242,7 +243,7 @@ TABLE_WHEN_READ = None  # None: read A through the table that it was written thr
 
 
 def demo():
-    """Two sequences in one pool: where each token lies, and that it comes back in order."""
+    """Write two sequences into one pool, print the slot of each token, and read them back."""
     torch.manual_seed(0)
     num_blocks = 32 // BLOCK_SIZE
     cache = KVCache(2, num_blocks, BLOCK_SIZE, num_kv_heads=2, head_dim=3)  # 2 layers

@@ -1,4 +1,4 @@
-"""A GPT-2 that never learns where its keys and values are kept.
+"""A GPT-2 with one socket, `attend`: it does not know where its keys and values are kept.
 
 Attention is the only place where a transformer reads other tokens, so it is the only place that
 needs a cache. Most code bases pass the cache through every layer. Here the caller passes `forward`
@@ -57,8 +57,8 @@ class GPTConfig:
     n_inner: int | None = None  # width of the MLP; None means 4 * n_embd
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True  # scores / sqrt(head_dim)
-    # scores are also divided by layer + 1: Mistral's GPT-2 models were trained so
+    scale_attn_weights: bool = True  # scores are divided by sqrt(head_dim)
+    # Scores are also divided by layer + 1. Stanford's GPT-2 models "Mistral" were trained this way.
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True  # the output head is the input embedding
     eos_token_id: int | None = None  # the token that ends a text; 50256 for GPT-2

@@ -1,4 +1,4 @@
-"""Tokens to text, one at a time: no broken character, nothing sent that a stop string takes back.
+"""Tokens to text, one at a time, without a broken character or a piece of a stop string.
 
 A token of GPT-2 is a run of bytes, and 344 of its 50,256 tokens hold only a part of a character. A
 cat emoji takes three tokens. Decoding each of them alone shows three U+FFFD marks ("?" below) where
@@ -13,14 +13,14 @@ it cannot be the beginning of a stop string.
 
 Each sequence has a `StreamDecoder`, which sees each token once. The `OutputProcessor` keeps the
 decoders. After each step it gives them the new tokens, ends the sequences whose stop string was
-found, and reports to each client its text, reasons, times and log-probabilities. A production
-engine does this in a process of its own, so that decoding text never delays the next step.
+found, and reports to each client its text, reasons, times and log-probabilities. vLLM does this in
+another process than the scheduler's, so that decoding text does not delay the next step.
 
 The names and fields are vLLM's (RequestOutput, CompletionOutput, OutputProcessor).
 Run: python outputs.py
-Try: STOP = "paged " in the demo: its blank counts, and the text ends after 13 tokens.
-Or `keep = len(window)` in `_advance`: nothing is held back, "END" leaves in three pieces and is not
-found, so the assert "the text ends before the stop string" fails.
+Try: STOP = "paged " in the demo: the space belongs to it, and the text ends after 13 tokens.
+Or `keep = len(window)` in `_advance`: nothing is held back, and "END" is sent in three pieces and
+never found, so the assert "the text ends before the stop string" fails.
 """
 
 import codecs
@@ -71,7 +71,8 @@ class StreamDecoder:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         # Python's decoder keeps the bytes of an incomplete character (at most 3) until the rest
-        # comes, and gives U+FFFD for bytes that can never become a character.
+        # comes, and gives U+FFFD for bytes that can never become a character. So two parts of the
+        # text are held back: bytes in `_utf8`, and complete characters in `_held`.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # complete characters that may begin a stop string: fewer than _longest
         self._sent: list[str] = []  # pieces, joined on demand: `text += piece` would copy each time
@@ -103,14 +104,18 @@ class StreamDecoder:
     def _advance(self, new: str) -> str:
         if self._stopped is not None:
             return ""
+        # Text goes from `new` to the window, and from the window to `_sent` or back to `_held`.
         # No stop string begins before `_held`: that text was searched by earlier calls. So the
         # window is short however long the text is: under `_longest` characters, plus the new ones.
         window = self._held + new
+        # `push` has counted this token already: with min_tokens 3 the fourth token is the first
+        # that may end the text.
         found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
         if found:
             start, order = min(found)  # the earliest; of two that begin together the first listed
             self._stopped, self._held = self._stop[order], ""
             return self._send(window[:start])
+        # "a BUST" with the stop string "STOP": "a BU" is sent, "ST" is held.
         keep = self._first_possible_start(window)
         self._held = window[keep:]
         return self._send(window[:keep])
@@ -121,6 +126,7 @@ class StreamDecoder:
         for order, stop in enumerate(self._stop):
             # A match must end in the new text. One that ends in the held text lies within the first
             # `min_tokens` tokens. "END" may begin in the last 2 held characters, not before them.
+            # `max`: a longer stop string may begin anywhere in what is held.
             start = window.find(stop, max(0, len(self._held) - len(stop) + 1))
             if start >= 0:
                 found.append((start, order))
@@ -132,6 +138,7 @@ class StreamDecoder:
         Example: with the stop string "STOP", "a BUST" -> 4 and "a BUSTLE" -> 8.
         """
         # Of a stop string of 4 characters that is still incomplete, at most 3 are in the window.
+        # The leftmost start is returned: all that may belong to a stop string is held.
         for start in range(max(0, len(window) - self._longest + 1), len(window)):
             if any(stop.startswith(window[start:]) for stop in self._stop):
                 return start
@@ -186,11 +193,11 @@ class StepOutput:
     """What one step did. The counts of blocks include what happened since the step before."""
 
     plan: Plan
-    outputs: list[RequestOutput]  # of the requests that got a token in this step
+    outputs: list[RequestOutput]  # of the requests that got a token in this step, not of all
     blocks_taken: int
     blocks_freed: int
     blocks_copied: int
-    # The next three are 0 until the lessons on prefix caching and on swapping are here.
+    # The next three are 0 here. A prefix cache or a swap space would count them.
     blocks_hit: int  # found in the prefix cache
     blocks_evicted: int  # dropped from it
     blocks_swapped: int
@@ -199,13 +206,13 @@ class StepOutput:
 
 # ---- from a step to its outputs ------------------------------------------------------------------
 @dataclass
-class _Followed:
+class _RequestState:
     """What the processor keeps of a request until it ends."""
 
     request: Request
     prompt: str | None
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None  # None where nobody asked for them
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # None if the request did not ask
     decoders: dict[int, StreamDecoder] = field(default_factory=dict)  # by sequence index
     num_pushed: dict[int, int] = field(default_factory=dict)  # tokens that each decoder has seen
 
@@ -219,19 +226,19 @@ class OutputProcessor:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None):
         self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self._followed: dict[str, _Followed] = {}  # by request id
+        self._states: dict[str, _RequestState] = {}  # by request id
 
     def add(self, request: Request, prompt: str | None) -> None:
-        """Begin to follow a request; `prompt` is its text, None if it came as token ids."""
+        """Register a request; `prompt` is its text, None if it came as token ids."""
         metrics = RequestMetrics(arrival_time=time.monotonic())
         # The first entry is None: nothing precedes a prompt's first token, so nothing predicts it.
         scores: list | None = [None] if request.params.prompt_logprobs is not None else None
-        self._followed[request.request_id] = _Followed(request, prompt, metrics, scores)
+        self._states[request.request_id] = _RequestState(request, prompt, metrics, scores)
 
     def remove(self, request_id: str) -> Request | None:
         """Forget a request; None if it has ended or never was."""
-        followed = self._followed.pop(request_id, None)
-        return None if followed is None else followed.request
+        state = self._states.pop(request_id, None)
+        return None if state is None else state.request
 
     # ---- log-probabilities of the prompt ----
     def num_sample_rows(self, entry: Scheduled) -> int:
@@ -240,7 +247,7 @@ class OutputProcessor:
         All while its prompt is scored. None in the middle of a prompt that nobody wants scored.
         """
         seq, start, num_new_tokens = entry
-        scores = self._followed[seq.request.request_id].prompt_logprobs
+        scores = self._states[seq.request.request_id].prompt_logprobs
         if scores is not None and seq.index == 0 and len(scores) < seq.num_prompt_tokens:
             return num_new_tokens
         return int(start + num_new_tokens == len(seq.token_ids))
@@ -253,10 +260,10 @@ class OutputProcessor:
         end = 0
         for (seq, start, _), count in zip(plan.scheduled, counts, strict=True):
             end += count  # the sequence's rows are [end - count, end)
-            followed = self._followed[seq.request.request_id]
-            if followed.prompt_logprobs is not None and seq.index == 0:
+            state = self._states[seq.request.request_id]
+            if state.prompt_logprobs is not None and seq.index == 0:
                 rows = logits[end - count : end]
-                self._score_prompt(seq.request, followed.prompt_logprobs, start, rows)
+                self._score_prompt(seq.request, state.prompt_logprobs, start, rows)
 
     def _score_prompt(self, request: Request, scores: list, start: int, logits: Tensor) -> None:
         """Append to `scores` those of one chunk, with the logits (n, V) of its n positions.
@@ -264,7 +271,8 @@ class OutputProcessor:
         The chunk begins at position `start`. The row of position p scores the token at p + 1.
         """
         # Tokens [0, len(scores)) are scored. After a preemption a chunk may begin before that: its
-        # first rows are skipped. Worked: 5 scored, start 3 -> the row of position 4 comes first.
+        # first rows are skipped. 5 scored, start 3 -> the first row that is used is position 4's,
+        # which is row 1 of the chunk.
         first = len(scores) - 1
         next_ids = request.prompt_token_ids[first + 1 : start + len(logits) + 1]
         if next_ids:
@@ -279,57 +287,61 @@ class OutputProcessor:
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
-        self._note_schedule(plan, started)
+        self._record_times(plan, started)
         now = time.monotonic()
         outputs = []
+        # By request, because several sequences of one request may have got a token. The dict keeps
+        # their order and drops repetitions.
         for request_id in dict.fromkeys(seq.request.request_id for seq in plan.sampled):
-            followed = self._followed[request_id]
-            metrics, sequences = followed.metrics, followed.request.sequences
+            state = self._states[request_id]
+            metrics, sequences = state.metrics, state.request.sequences
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
             for seq in sequences:
-                self._follow(followed, seq)
+                self._update_sequence(state, seq)
+            # Only now: a stop string that was found in the text has ended its sequence above.
             finished = all(seq.status == FINISHED for seq in sequences)
             if finished:
                 metrics.finished_time = now
-                del self._followed[request_id]
-            outputs.append(self._request_output(followed, finished))
+                del self._states[request_id]
+            outputs.append(self._request_output(state, finished))
         return outputs
 
-    def _note_schedule(self, plan: Plan, started: float) -> None:
-        """Enter in the requests' metrics who was preempted and who was scheduled first."""
+    def _record_times(self, plan: Plan, started: float) -> None:
+        """Enter preemptions and first steps in the metrics of the requests."""
         for seq in plan.preempted:
-            self._followed[seq.request.request_id].metrics.num_preemptions += 1
+            self._states[seq.request.request_id].metrics.num_preemptions += 1
         for seq, _, _ in plan.scheduled:
-            metrics = self._followed[seq.request.request_id].metrics
+            metrics = self._states[seq.request.request_id].metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = started
 
-    def _follow(self, followed: _Followed, seq: Sequence) -> None:
-        """Bring a sequence's names, reason and text up to date with its new tokens."""
-        num_pushed = followed.num_pushed.get(seq.index, seq.num_prompt_tokens)
+    def _update_sequence(self, state: _RequestState, seq: Sequence) -> None:
+        """Decode a sequence's new tokens; set its stop reason and the texts of its logprobs."""
+        num_pushed = state.num_pushed.get(seq.index, seq.num_prompt_tokens)
+        # Usually one token. None for a sequence that ended in an earlier step than its request.
         new_ids = seq.token_ids[num_pushed:]
-        followed.num_pushed[seq.index] = len(seq.token_ids)
-        params = followed.request.params
+        state.num_pushed[seq.index] = len(seq.token_ids)
+        params = state.request.params
         if params.logprobs is not None and new_ids:
             self._name_tokens(seq.logprobs[-len(new_ids) :])
         # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary stop token.
-        eos_token_id = None if params.ignore_eos else followed.request.eos_token_id
+        eos_token_id = None if params.ignore_eos else state.request.eos_token_id
         if seq.finish_reason == "stop" and seq.stop_reason is None:
             if seq.token_ids[-1] != eos_token_id:
                 seq.stop_reason = seq.token_ids[-1]
         if self.tokenizer is not None and new_ids:
-            self._decode(self.tokenizer, followed, seq, new_ids)
+            self._decode(self.tokenizer, state, seq, new_ids)
 
     def _decode(
-        self, tokenizer: Tokenizer, followed: _Followed, seq: Sequence, new_ids: list[int]
+        self, tokenizer: Tokenizer, state: _RequestState, seq: Sequence, new_ids: list[int]
     ) -> None:
         """Push new tokens through the sequence's decoder; a stop string ends the sequence."""
-        decoder = followed.decoders.get(seq.index)
+        decoder = state.decoders.get(seq.index)
         if decoder is None:
-            params = followed.request.params
+            params = state.request.params
             decoder = StreamDecoder(tokenizer, params.stop, params.min_tokens)
-            followed.decoders[seq.index] = decoder
+            state.decoders[seq.index] = decoder
         # A stop token adds no text. If the reason is "stop" here, the scheduler has ended the
         # sequence at a stop token, which is the last one: stop strings are found only below.
         ended_by_token = seq.finish_reason == "stop"
@@ -337,33 +349,35 @@ class OutputProcessor:
             decoder.push(token_id)
         if decoder.stopped is not None:
             self.scheduler.finish(seq, "stop")
-            # Also where the scheduler ended it in the same step: the stop string came first.
+            # If the scheduler has ended it in this step too, at max_tokens for example, `finish`
+            # does nothing. The stop string came first, so its reasons replace the others.
             seq.finish_reason, seq.stop_reason = "stop", decoder.stopped
-        elif seq.status == FINISHED:
+        elif seq.status == FINISHED:  # what was held back can become no stop string any more
             decoder.finish()
 
-    def _request_output(self, followed: _Followed, finished: bool) -> RequestOutput:
-        request, scores = followed.request, followed.prompt_logprobs
+    def _request_output(self, state: _RequestState, finished: bool) -> RequestOutput:
+        request, scores = state.request, state.prompt_logprobs
         outputs = []
         for seq in request.sequences:
+            # A strategy drops a sequence without a reason: a beam that lost, for example.
             dropped_by_strategy = seq.status == FINISHED and seq.finish_reason is None
             if not dropped_by_strategy:
-                outputs.append(self._completion(followed, seq))
+                outputs.append(self._completion(state, seq))
         return RequestOutput(
             request_id=request.request_id,
-            prompt=followed.prompt,
+            prompt=state.prompt,
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
             prompt_logprobs=None if scores is None else list(scores),
-            metrics=followed.metrics,
+            metrics=state.metrics,
             finished=finished,
         )
 
-    def _completion(self, followed: _Followed, seq: Sequence) -> CompletionOutput:
-        decoder = followed.decoders.get(seq.index)
+    def _completion(self, state: _RequestState, seq: Sequence) -> CompletionOutput:
+        decoder = state.decoders.get(seq.index)
         generated = seq.token_ids[seq.num_prompt_tokens :]
         output = CompletionOutput(seq.index, decoder.text if decoder else "", generated)
-        if followed.request.params.logprobs is not None:
+        if state.request.params.logprobs is not None:
             output.logprobs = list(seq.logprobs)  # a copy: later steps append to the sequence's
             chosen = zip(seq.logprobs, generated, strict=True)
             output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
@@ -400,7 +414,7 @@ class ByteTokenizer:
 
 
 def demo():
-    """A stand-in for the model writes bytes; the text comes out whole and ends before STOP."""
+    """Bytes are pushed one by one; the text has no broken character and ends before STOP."""
     tokenizer = ByteTokenizer()
     written = tokenizer.encode(WRITTEN)
     scheduler = Scheduler(BlockAllocator(8, 8), 4, 64, 64)

@@ -1,9 +1,9 @@
-"""Attention can read its context block by block, in any order of memory: the online softmax.
+"""The online softmax: attention reads its context block by block, wherever the blocks lie.
 
 A softmax seems to need all scores at once: it divides by the sum of their exponentials, and to
 avoid overflow it first subtracts their maximum. Both can be corrected later. Keep a running maximum
 m, a running denominator l and a running weighted sum of values acc. A new block has scores s and
-values V. It updates the three; the factor e^(m - m') corrects what was summed with the old maximum:
+values V, and updates the three. The factor e^(m - m') corrects the sums made with the old maximum:
 
     m' = max(m, max(s))   l' = l e^(m - m') + sum(e^(s - m'))   acc' = acc e^(m - m') + e^(s - m') V
 
@@ -13,7 +13,7 @@ would move every byte three times instead of once: a read, a write and a second 
 
 This file is plain PyTorch, and the oracle of all kernels, which have the same signature. A sequence
 may have any number of queries, so a prompt, a chunk of a prompt, a decode step and a mixture of
-them are one call. (docs/softmax.svg draws the fold, block by block.)
+them are one call. (The picture docs/softmax.svg shows m, l and acc after each block.)
 
 Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", arXiv:1805.02867,
 algorithm 3; Dao et al. 2022, "FlashAttention", arXiv:2205.14135, section 3.1.
@@ -67,25 +67,22 @@ def paged_attention(
     sequence, are zero. H may be a multiple of H_kv. 16-bit inputs are summed in 32 bits.
     """
     N, H, D = q.shape
-    B, H_kv, block_size = block_tables.shape[0], k_cache.shape[1], k_cache.shape[2]
+    B = block_tables.shape[0]
+    H_kv, block_size = k_cache.shape[1:3]
     out = torch.empty((N, H, D), dtype=q.dtype, device=q.device) if out is None else out
     if N == 0 or B == 0 or max_query_len == 0:
         return out.zero_()
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    T, G = max_query_len, H // H_kv
-    first_rows = query_start_locs[:-1].long()  # (B,), the row of each sequence's query 0
-    query_lens = query_start_locs.diff().long()
+    T = max_query_len
+    G = H // H_kv  # query heads that share one head of K and V
+    query_lens = query_start_locs.diff().long()  # (B,): locs [0, 6, 10] -> 6, 4
     starts = torch.zeros_like(query_lens) if context_starts is None else context_starts.long()
 
-    # Lay the queries out as (B, T). A sequence with fewer than T queries also gets rows of other
-    # sequences, whose results are dropped below. The G query heads that share one head of K and V
-    # become rows too: R = G * T rows read the same blocks.
+    queries = unflatten_queries(q.to(dtype), query_start_locs.long(), T, H_kv) * scale
     t = torch.arange(T, device=q.device)
-    rows = (first_rows[:, None] + t).clamp(max=N - 1)  # (B, T)
-    queries = q[rows].to(dtype).unflatten(2, (H_kv, G)).permute(0, 2, 3, 1, 4)  # B, H_kv, G, T, D
-    queries = queries.reshape(B, H_kv, G * T, D) * scale
     last = (context_lens - query_lens)[:, None] + t  # (B, T): the last position each query may read
 
+    # The R = G * T rows of fold_block: these queries all read the same head of K and V.
     m = torch.full((B, H_kv, G * T), -math.inf, dtype=dtype, device=q.device)
     l = torch.zeros_like(m)
     acc = torch.zeros_like(queries)
@@ -108,6 +105,18 @@ def paged_attention(
     result = acc / l.masked_fill(l == 0, 1)[..., None]  # a row that read nothing: 0 / 1
     result = result.view(B, H_kv, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
     return out.copy_(flatten_queries(result, query_start_locs.long(), num_rows=N))
+
+
+def unflatten_queries(q: Tensor, query_start_locs: Tensor, T: int, H_kv: int) -> Tensor:
+    """(N, H, D) -> (B, H_kv, G * T, D): row g * T + t of a sequence is its query t in head g.
+
+    H = H_kv * G, and query head h reads K and V of head h // G. A sequence with fewer than T
+    queries also gets rows of other sequences; `flatten_queries` drops their results.
+    """
+    t = torch.arange(T, device=q.device)
+    rows = (query_start_locs[:-1, None] + t).clamp(max=len(q) - 1)  # (B, T)
+    by_head = q[rows].unflatten(2, (H_kv, -1)).permute(0, 2, 3, 1, 4)  # (B, H_kv, G, T, D)
+    return by_head.flatten(2, 3)
 
 
 def flatten_queries(result: Tensor, query_start_locs: Tensor, num_rows: int) -> Tensor:
@@ -136,7 +145,9 @@ def demo():
     """One query walks a shuffled table: m, l and the error after each block. Then six queries."""
     torch.manual_seed(0)
     k_cache, v_cache = torch.randn(2, 9, 1, 4, 8, dtype=torch.float64)
-    table, context_len, scale = [6, 1, 4, 3, 0], 18, 8**-0.5
+    table = [6, 1, 4, 3, 0]
+    context_len = 18
+    scale = 8**-0.5
     q = torch.randn(1, 1, 8, dtype=torch.float64)
     # The context in reading order, and the attention that needs all scores at once.
     k, v = (cache[table].transpose(1, 2).flatten(0, 1)[:18, 0] for cache in (k_cache, v_cache))
@@ -172,9 +183,9 @@ def demo():
     heads_first = chunk.transpose(0, 1)
     expected = F.scaled_dot_product_attention(heads_first, k[None], v[None], attn_mask=causal)
     error = (result - expected.transpose(0, 1)).abs().max().item()
-    print(f"\na chunk of 6 queries, NaN in the two slots behind the context: error {error:.1e}")
+    print(f"\na chunk of 6 queries, NaN in the two unwritten slots: error {error:.1e}")
     assert error < 1e-12, f"error of the chunk: {error}"
-    print("ok: block by block the attention is the same as all at once")
+    print("ok: reading block by block gives the same result as reading all tokens at once")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ smallest key runs first; the largest is preempted first:
     arrival      1   2   3   4   5            the pool is full: sequence 3 is preempted, not 1,
                 [running  ] [waiting]         and returns before 4, because its key is smaller
 
-What a key may do: while a sequence waits, its key must not change. The queue is a heap that holds
-the key of the moment when the sequence entered it (so a step costs the same with 100,000 waiting).
-While a sequence runs, its key must not change either: others are entered in the running list by
-binary search, which is right only while the list is sorted by the present keys. A key may change
-between the two, when its sequence starts or is preempted. And the order must be one in which the
-sequence at the front stays there until it ends: otherwise two sequences could take blocks from each
-other for ever, and neither would end.
+Three rules for a key. While a sequence waits, its key must not change: the waiting queue is a heap,
+which stores the key that the sequence had when it entered. While a sequence runs, its key must not
+change either: other sequences enter the running list by binary search, and that needs a list which
+is sorted by the present keys. (A key may change when its sequence starts or is preempted.) And the
+sequence with the smallest key must keep the smallest key until it ends. Otherwise two sequences
+could take blocks from each other for ever, and neither would end.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, section 4.5 (first come first served;
 the latest arrival is preempted first; a sequence's blocks go all or not at all).

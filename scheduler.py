@@ -66,20 +66,26 @@ class Scheduler:
         self.max_seq_len = max_seq_len
         self.reserve = reserve
         self.policy = policy
-        self.running: list[Sequence] = []  # in the order of precedence
+        # A sequence that has not ended is either in `running` or in the heap. `running` is sorted
+        # by the policy's key, so its last entry is the next one to be preempted.
+        self.running: list[Sequence] = []
         self._waiting: list[tuple] = []  # a heap of (key, tie-breaker, sequence)
-        self._pushes = 0  # the tie-breaker: of two equal keys the earlier push comes first
+        # The tie-breaker: of two equal keys the earlier push comes first. Without it the heap would
+        # compare two Sequences, which have no order.
+        self._pushes = 0
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
         # Totals, for statistics:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0  # tokens that were computed, and lost to a preemption
         self.num_blocks_taken = 0
         self.num_blocks_freed = 0
-        self.num_blocks_hit = 0  # found already filled, by `match_prefix`
+        self.num_blocks_hit = 0  # found already filled, by the allocator's `match_prefix`
 
     # ---- in and out ----
     def add(self, request: Request) -> None:
         """Queue a request's sequences. Raises ValueError if the pool is too small for one."""
+        # Alone in the pool, a sequence must be able to reach its end. Then a running sequence that
+        # has preempted all others always gets its blocks.
         for seq in request.sequences:
             needed = self.allocator.blocks_needed(max(self.longest(seq), self.reserve(seq)))
             if needed > self.allocator.num_blocks:
@@ -88,7 +94,7 @@ class Scheduler:
                     f"{needed} blocks of {self.allocator.block_size}, the pool has "
                     f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
                 )
-        for seq in request.sequences:
+        for seq in request.sequences:  # a second loop: if one is refused, none is queued
             self._push(seq)
 
     def has_unfinished(self) -> bool:
@@ -120,14 +126,16 @@ class Scheduler:
     def _continue_running(self, plan: Plan, budget: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
         for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
-            # Preemption takes the last in line first. So if this one was preempted for an earlier
-            # one, then all that follow it were too.
+            # The loop walks over a copy of the list (a slice), because preemption shortens the list
+            # itself, from its end. If this sequence was preempted for an earlier one, then all
+            # that follow it were too.
             if budget == 0 or seq.status != RUNNING:
                 break
-            num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # how far it is behind
+            num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # 1: a decode
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
                 num_new_tokens = budget
-            # 0 behind: its step is still running, and its next token is not known yet.
+            # 0 new tokens: a step that was planned earlier still runs (speedups/plan_ahead.py), and
+            # this sequence's next token is not known yet.
             if num_new_tokens:
                 if not self._make_room(seq, num_new_tokens, plan):
                     break  # it was the last in line, and gave up its own blocks
@@ -137,6 +145,8 @@ class Scheduler:
 
     def _start_waiting(self, plan: Plan, budget: int) -> None:
         """Start waiting sequences in their order, until one does not fit or the budget is used."""
+        # The first that does not fit stops the loop, even if a shorter one behind it would fit.
+        # Otherwise short prompts could overtake a long one for ever.
         while budget and len(self.running) < self.max_num_seqs:
             seq = self._next_waiting()
             if seq is None or not self._start(seq):
@@ -151,20 +161,23 @@ class Scheduler:
         # The same as Scheduled(seq, start, num_new_tokens) in half the time, 256 times a step.
         plan.scheduled.append(tuple.__new__(Scheduled, (seq, start, num_new_tokens)))
         seq.num_computed_tokens = start + num_new_tokens
+        # A prompt of 300 tokens, 64 a step: only the fifth chunk, [256, 300), leads to a token.
         if start + num_new_tokens == len(seq.token_ids):
             plan.sampled.append(seq)  # its newest token is computed, so the next can be drawn
 
     # ---- blocks for a running sequence ----
     def _make_room(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> bool:
-        """Give a sequence the blocks that its next tokens are written to, all of them its own.
+        """Give a sequence the blocks that its next tokens are written to; none of them is shared.
 
-        Where the pool is full, others are preempted. False if the sequence itself had to be.
+        If the pool is full, the last in line is preempted, again and again, until the blocks are
+        there. Returns False if the sequence itself was the last and had to be preempted.
         """
         allocator, block_size = self.allocator, self.allocator.block_size
         start = seq.num_computed_tokens
         end = start + num_new_tokens  # K and V of positions [start, end) are written
         first = start // block_size
-        # Nearly always one block is written, the sequence has it, and nobody shares it.
+        # The common case: one block is written, the sequence has it, and no other sequence shares
+        # it. Position 18 of a decode, block_size 16 -> only logical block 1 is written.
         if end <= (first + 1) * block_size and first < len(seq.block_table):
             if allocator.ref_count(seq.block_table[first]) == 1:
                 return True
@@ -174,6 +187,8 @@ class Scheduler:
                 self._copy_on_write(seq, start, end, plan)
                 return True
             except NoFreeBlocks:
+                # If only step 2 failed, the blocks of step 1 stay in the table, and the next turn
+                # of the loop finds the table long enough.
                 if self._preempt_last(plan) is seq:
                     return False
 
@@ -192,9 +207,11 @@ class Scheduler:
         # Positions 6 to 8 in blocks of 4: the logical blocks 1 and 2 are written, [1, 3).
         written = range(start // allocator.block_size, allocator.blocks_needed(end))
         shared = [i for i in written if allocator.ref_count(table[i]) > 1]
-        new_blocks = allocator.allocate(len(shared))  # all or nothing
+        new_blocks = allocator.allocate(len(shared))  # all or none; usually none is shared
         self.num_blocks_taken += len(new_blocks)
         for i, new_block in zip(shared, new_blocks, strict=True):
+            # The copy is only planned here. The engine makes it before the forward, and only the
+            # forward writes into blocks, so the source still has its content then.
             plan.copies.append((table[i], new_block))
             allocator.free([table[i]])  # the fork that shares it still holds it
             table[i] = new_block
@@ -228,6 +245,8 @@ class Scheduler:
             return False
         self.num_blocks_taken += needed
         self.num_blocks_hit += len(table)
+        # Blocks from a prefix cache are full: 2 of 16 -> tokens [0, 32) are computed already. The
+        # plain allocator finds none, so this is 0.
         seq.num_computed_tokens = len(table) * self.allocator.block_size
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
@@ -239,6 +258,8 @@ class Scheduler:
         self.running.remove(seq)
         self.num_preemptions += 1
         self.num_recomputed_tokens += seq.num_computed_tokens
+        # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and output.
+        # vLLM recomputes too; its first engine could also swap the blocks to host memory.
         seq.num_preemptions += 1
         seq.num_computed_tokens = 0
         self._free(seq)
@@ -246,6 +267,7 @@ class Scheduler:
 
     def undo(self, plan: Plan) -> None:
         """Take back a plan that was not carried out: its sequences lose their blocks and wait."""
+        # In reverse, as in a preemption: the last in line loses its blocks first.
         for seq, start, _ in reversed(plan.scheduled):
             if seq.status == RUNNING:
                 seq.num_computed_tokens = start
@@ -255,7 +277,7 @@ class Scheduler:
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
         """Append the sampled tokens, end what is complete, fork parents of several children.
 
-        A sampled sequence without a continuation is dropped: its strategy has given it up.
+        A sampled sequence without a continuation ends: its strategy (a beam search) dropped it.
         """
         for seq, start, num_new_tokens in plan.scheduled:
             if seq.status == RUNNING:
@@ -286,6 +308,7 @@ class Scheduler:
         for token_id in continuation.token_ids:
             token_ids.append(token_id)
             num_generated = len(token_ids) - seq.num_prompt_tokens
+            # The token that ends a text is kept in token_ids; outputs.py leaves it out of the text.
             if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
                 reason = "stop"
                 break
@@ -315,7 +338,7 @@ class Scheduler:
             stop_token_ids=parent.stop_token_ids,
             seed=parent.seed if continuation.seed is None else continuation.seed,
             num_computed_tokens=parent.num_computed_tokens,
-            block_table=list(parent.block_table),
+            block_table=list(parent.block_table),  # the same block ids in a list of its own
             logprobs=list(parent.logprobs),
         )
         parent.request.sequences.append(child)
@@ -337,8 +360,10 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence | None:
         """The waiting sequence that comes first; it stays in the queue."""
+        # An entry in the middle of a heap is slow to find. So `finish` leaves the entry of an
+        # aborted sequence in the heap, and it is dropped here when it reaches the top.
         while self._waiting and self._waiting[0][2].status != WAITING:
-            heapq.heappop(self._waiting)  # aborted while it waited
+            heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None
 
     def _free(self, seq: Sequence) -> None:
@@ -364,7 +389,7 @@ class Scheduler:
 NUM_BLOCKS = 8
 MAX_NUM_BATCHED_TOKENS = 16
 MAX_NUM_SEQS = 4
-WANTED = {  # prompt tokens, generated tokens
+WANTED = {  # name: (prompt tokens, generated tokens)
     **{"A": (3, 2), "B": (6, 2), "C": (3, 12), "D": (3, 6)},
     **{"E": (5, 4), "F": (5, 9), "G": (5, 5)},
 }

@@ -1,9 +1,9 @@
-"""What a scheduler moves about: requests, their sequences, and the plan of one step.
+"""What a scheduler works with: requests, their sequences, and the plan of one step.
 
 A `Request` is what a client asked for. It owns one or more `Sequence`s, each a list of tokens with
 one block table: three texts for one prompt are three sequences, and a beam that forks becomes two.
-Four fields say how far a sequence is. There is no flag for prefill or decode: the difference of two
-numbers tells them apart.
+Four fields say how far a sequence is. There is no flag for prefill or decode. The number of tokens
+that are not computed yet tells the two apart.
 
     token_ids            [ prompt ............ | generated ...... ]      19 tokens
     num_prompt_tokens    12 ───────────────────┘
@@ -14,9 +14,9 @@ numbers tells them apart.
        ^                  │                            running: has blocks
        └─────preempt──────┘                            finished: has none, has a reason
 
-A `Plan` says what one step does with them, and a `Continuation` says how a sequence goes on. These
-are plain values: no tensor, no tokenizer, no model. vLLM's `Request` holds image embeddings, LoRA
-adapters and the state of a grammar too.
+A `Plan` says what one step does with the sequences. A `Continuation` holds the tokens that follow a
+sequence. These are plain values: no tensor, no tokenizer, no model. vLLM's `Request` also holds
+image embeddings, LoRA adapters and the state of a grammar.
 
 Yu et al. 2022, "Orca", OSDI, section 4.2 (a request's state between two iterations).
 Run: python sequence.py
@@ -44,7 +44,7 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     arrival: int  # rises with every request
-    # These three come to life with the policies of the server, which will read them.
+    # A policy may read these three. The one in policies.py reads none of them.
     priority: int = 0
     user: str | None = None
     deadline: float | None = None
@@ -123,7 +123,7 @@ CHUNK = 8  # tokens of the demo's prompt in its first step
 
 
 def demo():
-    """One sequence through its life: how far behind it is says what the next step must do."""
+    """The life of one sequence: after each event, how many of its tokens are not computed yet."""
     prompt = list(range(12))
     request = Request("0", prompt, arrival=0)
     seq = Sequence(request, 0, list(prompt), num_prompt_tokens=12, max_tokens=3)

@@ -104,7 +104,7 @@ def test_the_figures_in_the_readmes_prose_are_those_of_the_rows():
     figures = tables.equal_memory_figures()
     at_once = {name: row["running at once, mean"] for name, row in figures.items()}
     ratio = at_once["paged"] / at_once["maximum, buddies"]
-    assert f"Equal memory runs {ratio:.2f} times as many requests at once" in text
+    assert f"In the same memory {ratio:.2f} times as many requests run at once" in text
 
 
 def test_equal_memory_is_the_same_bytes_for_all():
