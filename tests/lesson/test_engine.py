@@ -316,7 +316,7 @@ def test_an_abort_at_any_step_frees_the_blocks_and_changes_no_other_text(model, 
             want = dict(enumerate(expected.tokens))
             for prompt in PROMPTS:
                 engine.add_request(prompt, params)
-            seq = engine.output_processor._followed[str(victim)].request.sequences[0]
+            seq = engine.output_processor._states[str(victim)].request.sequences[0]
             finished = {}
             for _ in range(at_step):
                 outputs = engine.step().outputs
