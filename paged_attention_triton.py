@@ -1,8 +1,7 @@
 """Paged attention on a GPU in its simplest form: one program for each query and head.
 
-The PyTorch version starts about 30 small operations for each block of a context. For 1,024 tokens
-in blocks of 16 these are 2,000 launches in every layer, and each launch costs a few microseconds. A
-Triton kernel keeps m, l and acc in registers, reads the block table itself, and is one launch.
+The PyTorch version launches about 30 small operations for each block: 2,000 in every layer for 1,024
+tokens. This kernel keeps m, l and acc in registers, reads the block table, and is one launch.
 
     program (head h, sequence i)       block_table of sequence i = [6, 1, 4]
       q row in registers               ┌────────────┬────────────┬────────────┐
@@ -55,7 +54,8 @@ def simple_attention_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_D: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
     """Program (h, i, t) computes head h of query t of sequence i. In a decode step t is 0."""
-    h, i, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, i = tl.program_id(0), tl.program_id(1)
+    t = tl.program_id(2)
     first_row = tl.load(query_start_locs + i)
     num_queries = tl.load(query_start_locs + i + 1) - first_row
     if t >= num_queries:  # the grid has max_query_len programs for every sequence

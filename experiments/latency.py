@@ -272,7 +272,9 @@ def fill_and_step(
     same ones for all contenders with such blocks. Every slot that was not written is NaN, the one
     that the step must write included, so no contender can use what an earlier one has written.
     """
-    cache, B, T = engine.cache, len(token_ids), len(token_ids[0])
+    cache = engine.cache
+    B = len(token_ids)
+    T = len(token_ids[0])
     cache.pool.fill_(torch.nan)
     blocks_each = -(-T // cache.block_size)
     ids = torch.randperm(cache.scratch_block, generator=torch.Generator().manual_seed(seed))

@@ -53,7 +53,10 @@ from model import GPT
 
 OURS, THEIRS = "paged engine", "transformers DynamicCache"
 STATIC, CONTINUOUS = "transformers StaticCache", "transformers continuous batching"
-FORWARD, PRODUCTS, ATTENTION, KV_READ = "forward", "products", "attention", "KV read once"
+FORWARD = "forward"
+PRODUCTS = "products"
+ATTENTION = "attention"
+KV_READ = "KV read once"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +168,9 @@ def check_equal_work(ours: Ours, theirs: Theirs, prompts: Tensor) -> None:
     first = theirs.logits(prompts[:2])
     chosen = first.argmax(-1, keepdim=True)  # both continue with these: at a tie ours might differ
     second = theirs.logits(chosen)
-    cache, B, T = ours.llm.engine.cache, len(first), prompts.shape[1]
+    cache = ours.llm.engine.cache
+    B = len(first)
+    T = prompts.shape[1]
     blocks_each = -(-(T + 1) // cache.block_size)
     all_ids = torch.cat((prompts[:2], chosen), 1).tolist()
     tables = torch.arange(B * blocks_each).view(B, blocks_each).tolist()

@@ -152,7 +152,9 @@ class SimulatedEngine:
         cost: CostModel,
         look: Callable[[Scheduler], Any] = pool_state,
     ):
-        self.scheduler, self.cost, self.look = scheduler, cost, look
+        self.scheduler = scheduler
+        self.cost = cost
+        self.look = look
         self.now_s = 0.0
         self._num_requests = 0
 

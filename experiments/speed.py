@@ -46,7 +46,9 @@ from kernels.packed_linear import pack
 from llm import LLM, SHIPPED_MODEL, SamplingParams
 from model import GPT
 
-CONTIGUOUS, PAGED, NO_CACHE = "contiguous", "paged", "no cache"
+CONTIGUOUS = "contiguous"
+PAGED = "paged"
+NO_CACHE = "no cache"
 WAYS = {"contiguous": CONTIGUOUS, "paged": PAGED, "no-cache": NO_CACHE, "transformers": THEIRS}
 # The values of flags that are not given: with --full, and without it.
 FULL = {

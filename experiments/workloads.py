@@ -45,7 +45,9 @@ from kernels.triton_fused import can_fuse
 from llm import LLM, SamplingParams
 from model import GPT
 
-SERIAL, AHEAD, AHEAD_FUSED = "serial", "one step ahead", "one step ahead, fused"
+SERIAL = "serial"
+AHEAD = "one step ahead"
+AHEAD_FUSED = "one step ahead, fused"
 STEP_TOKENS = 8192  # a budget so large that steps are bound by the GPU and not by the host
 PROFILED_STEPS = 20
 NUM_LONGEST = 10  # kernels that a profile names
@@ -195,7 +197,9 @@ def time_joining(llm: LLM, prompts: Tensor, long_prompt: list[int], new_tokens: 
 
 def joining(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Rows of a prompt that joins running sequences, for each token budget in turn."""
-    B, T, P = max(args.batches), args.contexts[0], args.join
+    B = max(args.batches)
+    T = args.contexts[0]
+    P = args.join
     if not args.budgets:
         return
     if min(args.budgets) <= B:

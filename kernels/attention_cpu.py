@@ -462,7 +462,9 @@ def paged_attention_cpu(
     # caches, and each line takes about 10 us.
     k, v = flat_memory(k_cache), flat_memory(v_cache)
     layout = (*k_cache.shape[1:3], *k_cache.stride()[:3])
-    tables, locs, lens = block_tables.numpy(), query_start_locs.numpy(), context_lens.numpy()
+    tables = block_tables.numpy()
+    locs = query_start_locs.numpy()
+    lens = context_lens.numpy()
     starts = np.zeros(len(lens), np.int32) if context_starts is None else context_starts.numpy()
     target = result.numpy()
     queries = np.empty(q.shape, target.dtype)
@@ -491,7 +493,11 @@ def demo():
         print("ok: nothing to run without numba")
         return
     generator = torch.Generator().manual_seed(0)
-    B, length, block_size, H, D = 8, 256, 16, 12, 64
+    B = 8
+    length = 256
+    block_size = 16
+    H = 12
+    D = 64
     num_blocks = B * length // block_size
     pool = torch.randn(4, num_blocks + 1, 2, H, block_size, D, generator=generator)
     tables = torch.randperm(num_blocks, generator=generator).view(B, -1).int()

@@ -92,7 +92,9 @@ def multiply_tile(
 
 
 if HAS_NUMBA:
-    I32, I64, BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+    I32 = ir.IntType(32)
+    I64 = ir.IntType(64)
+    BYTES = ir.IntType(8).as_pointer()
     VECTOR, WORDS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
     PREFETCH = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
     FMA = ir.FunctionType(VECTOR, [VECTOR] * 3)
