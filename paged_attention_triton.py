@@ -1,6 +1,6 @@
 """Paged attention on a GPU in its simplest form: one program for each query and head.
 
-The PyTorch version launches about 30 small operations for each block: 2,000 in every layer for 1,024
+The PyTorch version launches about 30 operations for each block: 2,000 in every layer for 1,024
 tokens. This kernel keeps m, l and acc in registers, reads the block table, and is one launch.
 
     program (head h, sequence i)       block_table of sequence i = [6, 1, 4]
