@@ -189,7 +189,7 @@ class AheadEngine(InferenceEngine):
         if self._must_wait_for or not (all_decode and has_room and growing):
             return None
         for seq in growing:
-            seq.token_ids.append(0)  # a placeholder for the token in flight
+            seq.token_ids.append(0)  # stands for the token in flight
         try:
             plan = scheduler.schedule()
             return self._launch(plan, flight) if plan.scheduled else None

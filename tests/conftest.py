@@ -45,7 +45,7 @@ def tiny_gpt():
 
     The weights have std 0.2. With GPT-2's own 0.02 greedy decoding repeats one token whatever the
     cache holds, and every test of token equality passes. A model is built once and shared: it
-    takes no gradients, and whoever wants to change one changes a `copy.deepcopy` of it.
+    takes no gradients, and a test that changes weights changes a `copy.deepcopy`.
     """
 
     @functools.cache

@@ -81,8 +81,7 @@ def test_what_is_appended_comes_back_with_its_provenance(tmp_path):
 def test_a_run_killed_between_two_rows_leaves_a_whole_file(tmp_path):
     path = tmp_path / "rows.csv"
     code = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+import os
 from experiments.results import Measurement, append
 names = ["experiment", "contender", "metric", "unit", "workload", "backend", "dtype"]
 row = dict.fromkeys(names, "a text")
