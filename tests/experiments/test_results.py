@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from experiments import results
 from experiments.results import COLUMNS, Measurement, append, read
