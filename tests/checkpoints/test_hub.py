@@ -63,6 +63,7 @@ class FakeHub:
         self.server.fake = self
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.cdn = self.url.replace("127.0.0.1", "localhost")  # weights come from another host
         self.clear()
 
     def clear(self):
@@ -154,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, headers)
         headers = self.about(hub.commits[repo_id][commit][file], commit)
         if file.endswith(BIG):
-            where = f"{hub.url}/blobs/{repo_id}/{commit}/{file}?signature=of-the-hub"
+            where = f"{hub.cdn}/blobs/{repo_id}/{commit}/{file}?signature=of-the-hub"
             if hub.xet:
                 token = f"<{hub.url}/api/models/{repo_id}/xet-read-token/{commit}>"
                 headers |= {"X-Xet-Hash": "e" * 64, "Link": f'{token}; rel="xet-auth"'}

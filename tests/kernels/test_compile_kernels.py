@@ -133,7 +133,7 @@ def other_triton():
         pytest.skip("PAGEDGPT_OTHER_TRITON is not set: it names a folder with another triton in it")
     if not (Path(folder) / "triton").is_dir():
         pytest.fail(f"PAGEDGPT_OTHER_TRITON is {folder}, which holds no triton")
-    return {"PYTHONPATH": folder}
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
 
 
 def test_another_triton_compiles_the_same_kernels_within_the_same_limits(other_triton, quick):
