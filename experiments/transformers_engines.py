@@ -176,7 +176,7 @@ class Continuous:
         """Room for `batch` sequences of `length` tokens, and for all of their prompts in one step.
 
         The pool has twice the blocks that are needed: if few are free, prompts have to wait. Blocks
-        are not shared, or no round but the first would compute the prompts.
+        are not shared between rounds: each round computes the prompts again.
         """
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig

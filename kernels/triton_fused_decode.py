@@ -103,8 +103,8 @@ def arrive(counter):
 
     The barrier waits until all threads of this program have stored their parts. Then one thread
     adds 1 to the counter. "acq_rel" means two things. Release: a program that reads the new count
-    also sees the stores made before it. Acquire: from here on this program sees what
-    others stored before they added 1. All threads wait for the result of the addition.
+    also sees the stores made before it. Acquire: from here on this program sees the parts that
+    other programs stored before they added 1. All threads wait for the result of the addition.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")

@@ -1,7 +1,7 @@
 """The draw of sampling.py on a GPU: one launch for all rows, no sort, and the host does not wait.
 
-To keep the 50 most likely of 50,257 tokens `sampling.py` sorts all of them, but then it uses one
-number only: the weight of the 50th. A search finds that number without a sort. How many tokens have
+To keep the 50 most likely of 50,257 tokens, `sampling.py` sorts all of them. Of the result it uses
+one number: the weight of the 50th. A search finds that number without a sort. How many tokens have
 a weight of at least 0.5? Too few. At least 0.25? And so on. Positive floats have the same order as
 their bits, and a weight in [0, 1] has 30 bits, so the search ends after 30 such questions. The
 kernel asks eight questions in each walk over the row and so finds three bits a walk:
@@ -194,8 +194,8 @@ def find_cut(row, goal, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr):
     while (shift >= 0) & too_many:
         level, measure = narrow(row, level, shift, goal, BY_MASS, ID_BITS)
         if BY_MASS:
-            # The lightest token at or above the level weighs at least `least`. If the goal is not
-            # reached without so much, no token can be dropped.
+            # The lightest token at or above the level weighs at least `least`. It can be dropped
+            # only if the others still reach the goal.
             least = (level >> ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
             too_many = measure - least.to(tl.float64) >= goal
         else:
