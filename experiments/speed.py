@@ -269,7 +269,7 @@ class Workload(NamedTuple):
 
 
 def make_workload(batch: int, prompt: int, new: int, block_size: int, percent: int) -> Workload:
-    """A workload whose pool has this share of all blocks needed, and at least one sequence's."""
+    """A workload whose pool has `percent` of the blocks that all sequences need, at least one's."""
     if min(batch, prompt, new, block_size, percent) < 1:
         sizes = f"{batch=}, {prompt=}, {new=}, {block_size=}, pool {percent}%"
         raise ValueError(f"{sizes}: each must be at least 1")

@@ -286,7 +286,7 @@ def demo():
     engine = build(AheadEngine, [whole[stop]])
     print(f"A stops after {stop + 1} tokens, which the host cannot foresee; B writes 6, C 9\n")
     print("call   read   launched before that   free blocks")
-    launched: list[str] = []  # by each call, before it read
+    launched: list[str] = []  # the steps that a call launched before it read tokens
 
     def show(output: StepOutput) -> None:
         launched.append(names(engine._in_flight.sampled if engine._in_flight else []))
