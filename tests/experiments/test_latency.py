@@ -599,3 +599,14 @@ def test_the_floor_is_all_weights_and_all_contexts_at_the_speed_of_a_read(tiny, 
     weights = sum(p.numel() for name, p in tiny.named_parameters() if not name.startswith("wpe"))
     looked_up = 2 * 3 * 64
     assert asked[0] == 4 * (weights + looked_up) + 8 * 3 * 1024
+
+
+def test_a_peer_that_takes_five_times_as_long_makes_ours_five_times_as_fast():
+    common = {"experiment": "latency", "workload": "x", "backend": "numba", "dtype": "float32"}
+    common |= {"threads": 1, "device": "a CPU"}
+    times = {
+        RECORDED: latency.Times([1.0], [[2.0, 9.0, 2.0]]),
+        DYNAMIC: latency.Times([], [[10.0, 10.0, 10.0]]),
+    }
+    (row,) = latency.rows_against(DYNAMIC, times, common)
+    assert (row.contender, row.median, row.unit) == (RECORDED, 5.0, "x")
