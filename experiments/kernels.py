@@ -58,11 +58,12 @@ from paged_attention import paged_attention
 
 CONTIGUOUS = "contiguous library kernel"
 GATHER, GATHER_ALONE = "gather, then dense", "gather alone"
-# The contender that the engine decodes with, by device.
+# The contender whose times become a line, by device: the engine's kernel at those sizes.
 BEST = {"cpu": "whole blocks, all heads", "cuda": "tiles over blocks"}
 CPU_SHAPES = ["8x256", "32x256", "32x1000"]
-GPU_SHAPES = ["1x1024", "8x512", "64x512", "64x1024", "256x512"]
-FIT_SHAPES = ["32x512", "64x512", "64x1024", "256x512", "256x1024"]  # 50 to 805 MB in 16 bits
+GPU_SHAPES = ["1x1024", "8x512", "16x1024", "64x512", "64x1024", "256x512"]
+SWEEP_SHAPES = ["1x1024", "16x1024", "64x512", "256x512"]
+FIT_SHAPES = ["64x256", "64x512", "64x1024", "256x512", "256x1024"]  # 50 to 805 MB in 16 bits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", type=int, default=12, help="taken in turn, so that none stays in a cache")
     add("--pool-mb", type=int, help="K and V to cycle through at least; default 1024, GPU 512")
     add("--read-mb", type=int, help="buffer of the plain read; default 1024, on a GPU 8192")
-    add("--chunk-len", type=int, default=256, help="tokens a chunk, of chunks and merge")
+    add("--chunk-len", type=int, help="tokens a chunk, of chunks and merge; default: the engine's")
     add("--only", nargs="+", default=[""], help="contenders whose name has one of these words")
     add("--threads", type=int, nargs="+", help="of the CPU; default: 1 and all")
     add("--repeats", type=int, default=7, help="rounds; each times every contender once")
@@ -90,12 +91,12 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `sweep`."""
     add = parser.add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="cpu: interpreted")
-    add("--shapes", nargs="+", default=["1x1024", "64x512", "256x512"], help="sequences x context")
+    add("--shapes", nargs="+", default=SWEEP_SHAPES, help="sequences x context")
     add("--dtype", default="bfloat16", help="of the pool")
     add("--tiles", type=int, nargs="+", default=[32, 64, 128], help="tokens a tile")
     add("--warps", type=int, nargs="+", default=[4, 8], help="32 threads each, of a program")
     add("--stages", type=int, nargs="+", default=[3, 5], help="loads in flight, tables included")
-    add("--chunks", type=int, nargs="+", default=[0, 256], help="tokens a chunk; 0: no chunks")
+    add("--chunks", type=int, nargs="+", default=[0, 128, 256], help="tokens a chunk; 0: none")
     add("--block-size", type=int, default=16, help="tokens a block")
     add("--heads", type=int, default=12, help="of K, V and the queries")
     add("--head-dim", type=int, default=64, help="numbers a head")
@@ -304,8 +305,8 @@ def paged_call(function: Callable[..., Tensor], **more: Any) -> Call:
     return lambda world, i: world.paged(function, i, **more)
 
 
-def decode_contenders(device: torch.device, chunk_len: int) -> Contenders:
-    """Everything that can decode on this machine."""
+def decode_contenders(device: torch.device, chunk_len: int | None) -> Contenders:
+    """Everything that can decode on this machine; a `chunk_len` of None is the engine's choice."""
     found: Contenders = {GATHER: ("torch", gather_then_dense)}
     found["block by block in PyTorch"] = "torch", paged_call(paged_attention)
     if device.type == "cuda":
@@ -619,7 +620,7 @@ def prepare_variant(
 
 def run_sweep(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of `sweep`."""
-    from kernels.triton_decode import INTERPRETED
+    from kernels.triton_decode import ENOUGH_PROGRAMS, INTERPRETED
 
     device = resolve(args.device)
     if device.type == "cpu" and not INTERPRETED:
@@ -643,7 +644,9 @@ def run_sweep(args: argparse.Namespace) -> Iterator[Measurement]:
         )
         world = World(setting, args.pool_mb << 20, has_slabs=False)
         timers = {"read": reader.measure}
-        grid = itertools.product(args.tiles, args.warps, args.stages, args.chunks)
+        # Where whole contexts are enough programs, chunks are no candidates.
+        chunks = [0] if B * args.heads >= ENOUGH_PROGRAMS else args.chunks
+        grid = itertools.product(args.tiles, args.warps, args.stages, chunks)
         for tile, warps, stages, chunk_len in grid:
             tiles = {"TILE_K": tile, "num_warps": warps, "num_stages": stages}
             measure = prepare_variant(world, tiles, chunk_len)

@@ -4,9 +4,10 @@ This is the fast form of the lesson paged_attention_triton.py, which runs one pr
 (sequence, head). A decode step reads the whole context of each sequence for one query: in GPT-2
 36,864 bytes a token for 18,432 multiplications. So its time is the time to read, and a GPU reads at
 full speed only while all of its processors have loads in progress. A batch of 64 sequences has 768
-programs, which is enough. One sequence of 8,000 tokens has 12, on a chip with room for 800. So a
-long context is cut in chunks of fixed length with a program for each. A program writes three
-partial results for its chunk, and the equations of the online softmax merge them:
+programs, which is enough. 16 sequences have 192, and 132 processors read with one or two each. One
+sequence of 8,000 tokens has 12. So with few sequences a long context is cut in chunks of fixed
+length with a program for each. A program writes three partial results for its chunk, and the
+equations of the online softmax merge them:
 
     chunk 0 |tokens 0..255  | m0 l0 acc0 \\     m = max(m0, m1, ..)
     chunk 1 |tokens 256..511| m1 l1 acc1  >    l = sum(l_c e^(m_c - m))
@@ -49,6 +50,10 @@ from kernels.triton_prefill import (
 from paged_attention import paged_attention
 
 CHUNK_LEN = 256  # tokens, 4 tiles: reading them takes much longer than merging them
+LONG_CONTEXT = 1024  # tokens: as long as GPT-2's
+# A GPU reads at full speed only with about 48 KB of loads in progress on each of its processors.
+# One program has a tile of 16 KB in progress, and a large GPU has 132 processors (an H200) or 148.
+ENOUGH_PROGRAMS = 450
 MAX_GROUP_ROWS = 16  # heads in one product: a tensor core takes the same time for 1 row and for 16
 
 
@@ -176,13 +181,19 @@ def merge_kernel(
 def choose_chunk_len(num_seqs: int, num_kv_heads: int, max_context_len: int) -> int:
     """Tokens a chunk, or 0: one program reads the whole context.
 
-    128 programs keep a chip busy without chunks, and each chunk costs a write and a read of its
-    partial results. vLLM's kernel has the same limit. It is a constant and does not depend on the
-    device, so that the same call computes the same sums on every GPU.
-    Example: 1 sequence, 12 heads, 1,024 tokens -> 256; 11 sequences, 12 heads -> 0.
+    With so few sequences that chunks of CHUNK_LEN would still be too few programs, even for a long
+    context, chunks are half as long. Beside `max_context_len` the lengths of the contexts have no
+    part in it, so a recorded step has one chunk length, and a context is cut in the same places
+    whatever the others are. (Where `max_context_len` is one chunk, the result has the same bits
+    without chunks.) Nor does the device: the same call computes the same sums on every GPU.
+    Example: 12 heads, up to 1,024 tokens: 9 sequences -> 128, 37 sequences -> 256, 38 -> 0.
     """
-    enough_programs = num_seqs * num_kv_heads >= 128
-    return 0 if enough_programs or max_context_len <= CHUNK_LEN else CHUNK_LEN
+    whole_contexts = num_seqs * num_kv_heads  # programs, if none is cut
+    if whole_contexts >= ENOUGH_PROGRAMS:
+        return 0
+    too_few = whole_contexts * LONG_CONTEXT // CHUNK_LEN < ENOUGH_PROGRAMS
+    chunk_len = CHUNK_LEN // 2 if too_few else CHUNK_LEN
+    return 0 if max_context_len <= chunk_len else chunk_len
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:

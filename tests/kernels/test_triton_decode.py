@@ -101,12 +101,23 @@ def test_chunks_of_fixed_length_give_the_same_bits_alone_and_in_a_batch(chunk_le
         assert torch.equal(result[0], together[i]), i
 
 
-def test_chunks_are_for_batches_that_leave_most_of_the_chip_idle():
-    """From 128 programs on, sequences x heads of K and V, each walks its whole context."""
-    assert module.choose_chunk_len(num_seqs=1, num_kv_heads=12, max_context_len=1024) == 256
-    assert module.choose_chunk_len(num_seqs=10, num_kv_heads=12, max_context_len=257) == 256
-    assert module.choose_chunk_len(num_seqs=11, num_kv_heads=12, max_context_len=1024) == 0
-    assert module.choose_chunk_len(num_seqs=1, num_kv_heads=12, max_context_len=256) == 0
+def test_chunks_are_for_batches_that_leave_part_of_the_chip_idle():
+    """From 450 programs on, sequences x heads of K and V, each walks its whole context."""
+    chosen = [module.choose_chunk_len(num_seqs, 12, 1024) for num_seqs in (1, 9, 10, 16, 37, 38)]
+    assert chosen == [128, 128, 256, 256, 256, 0]
+    assert module.choose_chunk_len(num_seqs=16, num_kv_heads=12, max_context_len=257) == 256
+    assert module.choose_chunk_len(num_seqs=16, num_kv_heads=12, max_context_len=256) == 0
+    assert module.choose_chunk_len(num_seqs=1, num_kv_heads=12, max_context_len=128) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_result_does_not_depend_on_how_long_the_other_contexts_are(dtype):
+    """70 tokens are one chunk beside 300 tokens, and no chunk where none is longer than 128."""
+    world = decodes([70, 300], dtype=dtype)
+    long = world.run(paged_decode_triton)
+    shorter = world.arguments()["context_lens"].clamp(max=128)
+    short = world.run(paged_decode_triton, context_lens=shorter, max_context_len=128)
+    assert torch.equal(long[0], short[0]) and not torch.equal(long[1], short[1])
 
 
 # ---- batches for both kernels --------------------------------------------------------------------

@@ -210,8 +210,8 @@ def test_a_context_of_one_chunk_touches_no_counter():
 
 
 def test_one_long_context_is_cut_in_chunks_where_no_length_is_given():
-    """Two chunks count from -5 on, and neither is the last; up to 256 tokens there is one chunk."""
-    for context_len, count in ((256, -5), (257, -3)):
+    """Two chunks count from -5 on, and neither is the last; up to 128 tokens there is one chunk."""
+    for context_len, count in ((128, -5), (129, -3)):
         arrived = torch.tensor([-5], dtype=torch.int32, device=DEVICE)
         run(decodes([context_len], dtype=torch.float32), arrived=arrived)
         assert arrived.tolist() == [count]
