@@ -171,7 +171,8 @@ def linear_tiles(
 
     A GPU's 132 processors need at least one program each. Few outputs a program still mean long
     contiguous reads: 4 x 3,072 or 16 x 768 weights of 16 bits are 24 KB. They are read in pieces of
-    8 KB, and three pieces are in progress at a time.
+    up to 8 KB, three of them in progress at a time. 768 inputs are three pieces at least: of one
+    piece nothing could be fetched ahead.
     Example: 768 inputs, 2,304 outputs, 16 bits -> 16 outputs a program (144 programs), 256 inputs.
     """
     ROWS = triton.next_power_of_2(num_rows)
@@ -185,10 +186,11 @@ def linear_tiles(
     else:  # at most 32 KB of sums: 64 registers of each thread, of the 255 that it may have
         at_most = 32768 // (ROWS * TILE_OUT * max(4, dtype.itemsize))
     TILE_ROW = triton.next_power_of_2(in_features)
+    at_most = min(at_most, TILE_ROW // 4)  # 768 inputs: 256; 3,072 inputs: 1,024
     return {
         "ROWS": ROWS,
         "TILE_OUT": TILE_OUT,
-        "TILE_IN": max(16, min(piece, at_most, TILE_ROW)),
+        "TILE_IN": max(16, min(piece, at_most)),
         "TILE_ROW": TILE_ROW,
         "DOT": DOT,
         "num_warps": 4,

@@ -249,13 +249,15 @@ def test_the_number_of_rows_makes_five_variants_and_three_rows_of_16_bits_use_te
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_tiles_are_powers_of_two_and_their_sums_fit_into_registers(dtype):
+def test_tiles_are_powers_of_two_three_pieces_at_least_and_their_sums_fit_into_registers(dtype):
     for rows in range(1, 17):
         for IN, OUT in ((1, 1), (48, 96), (768, 768), (1600, 6400), (6400, 1600)):
             tiles = linear_tiles(rows, IN, OUT, dtype)
             sizes = [tiles[name] for name in ("ROWS", "TILE_OUT", "TILE_IN", "TILE_ROW")]
             assert all(size & (size - 1) == 0 for size in sizes) and tiles["TILE_ROW"] >= IN
             assert tiles["ROWS"] >= rows and tiles["TILE_IN"] >= 16
+            if IN >= 48:  # while one piece of the weights is multiplied, two are on their way
+                assert -(-IN // tiles["TILE_IN"]) >= 3
             if not tiles["DOT"]:
                 each = tiles["ROWS"] * tiles["TILE_OUT"] * tiles["TILE_IN"] // 128
                 assert each * max(1, dtype.itemsize // 4) <= 64  # registers of 32 bits
