@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for two GPUs on a machine without a GPU, and report what they use.
+"""Compile the Triton kernels for three GPUs on a machine without a GPU, and report what they use.
 
 Triton needs a GPU to run a kernel but not to compile it: `NoGPU` takes the place of its driver and
 names the target. The functions that launch the kernels are called with tensors on the device
@@ -29,8 +29,11 @@ from typing import NamedTuple
 
 import torch
 
-# Bytes of shared memory that one program may have: sm_80 is an A100, sm_90 an H100 or H200.
-SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
+# Bytes of shared memory that one program may have. sm_80 is an A100, sm_90 an H100 or H200, and
+# sm_100 a B200.
+SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+# The instructions of tensor cores: those of an A100, of an H100 for 64 rows or more, and of a B200.
+PRODUCTS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 # Registers that do not fit are spilled to the stack, in slow memory. A few bytes do no harm.
 STACK_LIMIT_BYTES = 64
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -267,11 +270,22 @@ def call_joined(case: Case) -> None:
     small_linear(empty(case.rows, IN), empty(OUT, IN), empty(OUT), **options)
 
 
-def cuobjdump() -> Path:
-    """The program that reads binaries; Triton's package contains it."""
+def tools() -> Path:
+    """The folder of NVIDIA's programs in Triton's package."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def known_targets() -> list[int]:
+    """What this Triton compiles for. Since 3.3 its package has an assembler for sm_100 too."""
+    knows_blackwell = (tools() / "ptxas-blackwell").is_file()
+    return [target for target in SHARED_LIMIT_BYTES if target < 100 or knows_blackwell]
+
+
+def cuobjdump() -> Path:
+    """The program that reads binaries."""
+    tool = tools() / "cuobjdump"
     if not tool.is_file():
         raise FileNotFoundError(f"{tool} is missing: it reads what a kernel uses from its binary")
     return tool
@@ -300,7 +314,7 @@ def describe(kernel, case: Case, target: int) -> Report:
         registers=registers,
         stack_bytes=stack_bytes,
         shared_bytes=kernel.metadata.shared,
-        tensor_core_products=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
+        tensor_core_products=len(re.findall(PRODUCTS, ptx)),
         copies=dict(Counter(int(size, 0) for size in sizes)),
         triton=triton.__version__,
         vocab_size=case.vocab_size,
@@ -331,7 +345,14 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--all", action="store_true", help="the whole matrix instead of a quick choice: minutes")
     add("--json", action="store_true", help="one JSON object a line instead of a table")
-    add("--targets", type=int, nargs="+", default=[80, 90], choices=[80, 90], help="default: both")
+    add(
+        "--targets",
+        type=int,
+        nargs="+",
+        default=known_targets(),
+        choices=known_targets(),
+        help="default: all",
+    )
     add("--kernels", nargs="+", default=KERNELS, choices=KERNELS, help="only these")
     add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="only these")
     add("--head-sizes", type=int, nargs="+", help="only these")
