@@ -85,6 +85,7 @@ class EngineConfig:
     cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")
+    few_rows: int = option(0, "with fused, up to so many sequences multiply by kernels of our own")
     seed: int = option(0, "the seed of requests that bring none")
 
     def __post_init__(self):
@@ -97,6 +98,10 @@ class EngineConfig:
         for name in ("cuda_graphs", "plan_ahead", "fused"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if type(self.few_rows) is not int or self.few_rows < 0:
+            raise ValueError(f"few_rows is {self.few_rows!r}: it must be an integer of at least 0")
+        if self.few_rows and not self.fused:
+            raise ValueError(f"few_rows is {self.few_rows}: it needs fused=True")
         mb = self.kv_cache_mb
         if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
             raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
@@ -351,7 +356,8 @@ class LLM:
             raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
         from kernels.triton_fused import fused_forward  # for fused=True only
 
-        return fused_forward(self.model, cache, otherwise=eager)  # prefill steps stay eager
+        # Prefill steps stay eager.
+        return fused_forward(self.model, cache, otherwise=eager, few_rows=self.config.few_rows)
 
     # ---- recorded steps: on a GPU only ----
     def _rehearse_steps(self) -> object:

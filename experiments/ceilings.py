@@ -1,11 +1,14 @@
 """What this machine can do at most: read, copy, multiply, launch. Kernels are compared with it.
 
 A datasheet's bandwidth is never reached, so the ceilings are measured in the same run: a loop that
-reads memory once and adds, a copy, GPT-2's four matrix products of a layer and its logits at
-several numbers of rows, and on a GPU an empty kernel in a recorded chain. Decode attention reads
-every byte of K and V once, so it cannot be much faster than the plain read. (A kernel that
-prefetches can be a little faster than this loop.) A decode step takes at least as long as all its
-launches.
+reads memory once and adds, a copy, GPT-2's four linear layers and its logits at several numbers of
+rows, and on a GPU an empty kernel in a recorded chain. Decode attention reads every byte of K and V
+once, so it cannot be much faster than the plain read. (A kernel that prefetches can be a little
+faster than this loop.) A decode step takes at least as long as all its launches.
+
+The products are called as the model calls them, the layers' with a bias. So the times at 1 row and
+at 2 say whether one row loses the fused bias (FEWEST_ROWS in speedups/cuda_graphs.py). The logits
+are computed for both vocabularies: 50,257 rows of weights, and padded to a multiple of 64.
 
 How a call is timed: see watch/roofline.py. On a GPU many calls over different memory are recorded
 as one graph. Flushing a cache between calls is then unnecessary, and so is timing its write-back.
@@ -18,6 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.results import Measurement, device_name
@@ -33,14 +37,17 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+LOGITS = "logits"  # the names of products without a bias begin with this
 # name: (columns in, columns out) of a layer's products and of the logits, in GPT-2's 124M shape
 PRODUCTS = {
     "QKV": (768, 2304),
     "attention projection": (768, 768),
     "MLP up": (768, 3072),
     "MLP down": (3072, 768),
-    "logits": (768, 50257),
+    f"{LOGITS} of 50257": (768, 50257),
+    f"{LOGITS} of 50304": (768, 50304),
 }
+ROWS = [1, 2, 8, 64, 256]  # of the products
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU if any")
     add("--read-mb", type=int, help="buffer to read, in MB; default 1024, on a GPU 8192")
-    add("--rows", type=int, nargs="*", default=[1, 8, 64, 256], help="of the products; none: skip")
+    add("--rows", type=int, nargs="*", default=ROWS, help="of the products; none: skip")
     add("--dtypes", nargs="+", help="of the products; default bfloat16, on a CPU float32 too")
     add("--layers", type=int, default=12, help="weights to take in turn")
     add("--threads", type=int, help="of the CPU; default: all")
@@ -198,9 +205,9 @@ def time_empty_kernel(
     yield Measurement.of(times_us, **columns)
 
 
-def product(weights: list[Tensor], x: Tensor, i: int) -> Tensor:
-    """Product number i of a chain: x (rows, in) times the weight (out, in) of the next layer."""
-    return x @ weights[i % len(weights)].T
+def product(weights: list[Tensor], bias: Tensor | None, x: Tensor, i: int) -> Tensor:
+    """Product number i of a chain: x (rows, in), the weight (out, in) of the next layer."""
+    return F.linear(x, weights[i % len(weights)], bias)
 
 
 def time_products(
@@ -210,16 +217,18 @@ def time_products(
     default = ["bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
     for dtype_name in args.dtypes or default:
         for name, (num_in, num_out) in PRODUCTS.items():
-            num_weights = 1 if name == "logits" else args.layers
+            is_head = name.startswith(LOGITS)
+            num_weights = 1 if is_head else args.layers
             weights = [
                 torch.randn(num_out, num_in, dtype=getattr(torch, dtype_name), device=device)
                 for _ in range(num_weights)
             ]
+            bias = None if is_head else torch.randn_like(weights[0][:, 0])
             num_calls = num_weights * (10 if device.type == "cuda" else 1)
             timers = {}
             for M in args.rows:
                 x = torch.randn(M, num_in, device=device).to(weights[0].dtype)
-                timers[M] = timer(partial(product, weights, x), num_calls, device)
+                timers[M] = timer(partial(product, weights, bias, x), num_calls, device)
             for M, times_ms in in_turn(timers, args.repeats).items():
                 columns = {"contender": f"{name}, {M} rows", "workload": "products"}
                 columns |= {"dtype": dtype_name} | common

@@ -41,17 +41,24 @@ from sampling import LOW_32, SampleRow
 # Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and
 # attention skips padded rows, so more sizes would save little. Each size takes a recording.
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+# One sequence runs as 2 rows, one of them padding. PyTorch (up to 2.11) adds the bias and computes
+# the GELU in the product's own kernel only for more than one row (`isInputCompliesAddmmCudaLt`).
+# With one row a linear layer is two launches, and a step of GPT-2 197 instead of 149.
+# `python benchmark.py ceilings` decides: it times a layer's products at 1 row and at 2. If 1 row
+# takes no longer, this can be 1.
+FEWEST_ROWS = 2
 ALIGNMENT = 16  # bytes: from such an address a GPU's thread can load 16 bytes at a time
 
 
 def recorded_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes to record for up to `max_num_seqs` sequences: 20 -> [1, 2, 4, 8, 16, 20].
+    """The sizes to record for up to `max_num_seqs` sequences: 20 -> [2, 4, 8, 16, 20], 1 -> [2].
 
     Raises ValueError for fewer than 1.
     """
     if max_num_seqs < 1:
         raise ValueError(f"max_num_seqs is {max_num_seqs}: it must be at least 1")
-    return [*(size for size in SIZES if size < max_num_seqs), max_num_seqs]
+    largest = max(max_num_seqs, FEWEST_ROWS)
+    return [*(size for size in SIZES if FEWEST_ROWS <= size < largest), largest]
 
 
 # ---- how to record, and how to copy --------------------------------------------------------------

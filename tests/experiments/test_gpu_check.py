@@ -301,7 +301,7 @@ def test_the_table_of_a_whole_run_has_under_60_lines(tmp_path):
         return Measurement.of([1234.5, 0.0123], metric=metric, unit=unit, **what)
 
     ceilings = [row("ceilings", f"read {i}", "memory", "bandwidth", "GB/s") for i in range(4)]
-    for name in ("QKV", "attention projection", "MLP up", "MLP down", "logits"):
+    for name in ("QKV", "attention projection", "MLP up", "MLP down", "logits of 50257"):
         for M in (1, 8, 64, 256):
             product = f"{name}, {M} rows", "products", "time a call", "ms"
             ceilings.append(row("ceilings", *product))

@@ -12,12 +12,26 @@ TINY_KERNELS = "--heads 2 --head-dim 16 --layers 2 --pool-mb 1 --read-mb 8 --rep
 
 # ---- ceilings ------------------------------------------------------------------------------------
 def test_ceilings_reads_copies_and_multiplies(tmp_path, monkeypatch):
-    monkeypatch.setattr(ceilings, "PRODUCTS", {"QKV": (16, 48), "logits": (16, 100)})
+    assert ceilings.ROWS == [1, 2, 8, 64, 256]
+    monkeypatch.setattr(ceilings, "PRODUCTS", {"QKV": (16, 48), "logits of 100": (16, 100)})
     rows = run(tmp_path, "ceilings --read-mb 8 --rows 1 4 --layers 2 --repeats 2 --threads 1")
     names = {row["contender"] for row in pick(rows, metric="bandwidth")}
     assert {"read, torch", "copy, torch"} <= names
     dtypes = {row["dtype"] for row in pick(rows, contender="QKV, 4 rows")}
     assert dtypes == ({"bfloat16"} if DEVICE.type == "cuda" else {"float32", "bfloat16"})
+
+
+def test_a_layers_products_have_a_bias_and_the_logits_have_none(tmp_path, monkeypatch):
+    given = []
+
+    def linear(x, weight, bias=None):
+        given.append((*weight.shape, None if bias is None else tuple(bias.shape)))
+        return x.new_zeros(len(x), len(weight))
+
+    monkeypatch.setattr(ceilings.F, "linear", linear)
+    monkeypatch.setattr(ceilings, "PRODUCTS", {"QKV": (16, 48), "logits of 100": (16, 100)})
+    run(tmp_path, "ceilings --read-mb 8 --rows 2 --dtypes float32 --layers 2 --repeats 1")
+    assert set(given) == {(48, 16, (48,)), (100, 16, None)}
 
 
 def test_contenders_run_in_turn_and_the_first_round_is_not_counted():

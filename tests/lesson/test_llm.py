@@ -221,6 +221,9 @@ def test_auto_is_the_gpu_where_there_is_one_and_bfloat16_where_it_has_it(monkeyp
         ({"plan_ahead": 1}, "plan_ahead is 1: it must be True or False"),
         ({"fused": "yes"}, "fused is 'yes': it must be True or False"),
         ({"backend": "torch", "fused": True}, "fused is for backend triton, it is torch"),
+        ({"few_rows": True}, "few_rows is True: it must be an integer of at least 0"),
+        ({"few_rows": -1}, "few_rows is -1: it must be an integer of at least 0"),
+        ({"few_rows": 2}, "few_rows is 2: it needs fused=True"),
     ],
     ids=str,
 )
@@ -476,6 +479,18 @@ def test_steps_that_are_planned_ahead_or_joined_write_the_same_texts(folder, opt
         assert llm.config.fused == config.get("fused", False)
         assert_nothing_left(llm)
     assert texts[0] == texts[1] and len({token for text in texts[0] for token in text}) > 8
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
+def test_few_rows_reach_the_joined_forward(monkeypatch, folder):
+    given = []
+    monkeypatch.setattr(
+        "kernels.triton_fused.fused_forward",
+        lambda model, cache, otherwise, few_rows: given.append(few_rows) or otherwise,
+    )
+    for few_rows in (0, 2, 16):
+        LLM(folder, backend="triton", num_blocks=8, fused=True, few_rows=few_rows)
+    assert given == [0, 2, 16]
 
 
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="Triton's interpreter is needed")
