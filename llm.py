@@ -49,7 +49,7 @@ from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
 
 if TYPE_CHECKING:
-    from speedups.cuda_graphs import GraphForward
+    from speedups.cuda_graphs import Calls, GraphForward, Graphs
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
 
@@ -255,7 +255,8 @@ class LLM:
         if self.max_seq_len > shape.max_seq_len:
             most = shape.max_seq_len
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
-        num_blocks = self._choose_pool_size()
+        launcher = self._choose_launcher()
+        num_blocks = self._choose_pool_size(launcher)
         # From now on the config says what was chosen: a size in blocks.
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
@@ -269,7 +270,7 @@ class LLM:
         )
         cache = self._build_cache(num_blocks)
         eager = self._build_forward(cache)
-        recorded = self._record_steps(cache, eager) if self._records_steps() else None
+        recorded = self._record_steps(cache, eager, launcher) if launcher else None
         engine_class, options = self._choose_engine(recorded)
         return engine_class(
             forward=recorded or eager,
@@ -284,9 +285,13 @@ class LLM:
         )
 
     # ---- which parts ----
-    def _records_steps(self) -> bool:
-        """Whether decode steps are recorded as CUDA graphs."""
-        return self.config.cuda_graphs and can_record(self.backend, self.device)
+    def _choose_launcher(self) -> "Calls | Graphs | None":
+        """What records decode steps as CUDA graphs; None if they are not recorded."""
+        if not (self.config.cuda_graphs and can_record(self.backend, self.device)):
+            return None
+        from speedups.cuda_graphs import choose_launcher  # for a GPU only
+
+        return choose_launcher(self.device)
 
     def _draws_on_gpu(self) -> bool:
         """Whether a Triton kernel draws the tokens. It computes in 32 bits, so not for float64."""
@@ -313,12 +318,12 @@ class LLM:
             return AheadEngine, {"decode": recorded.decode}
         return AheadEngine, {}
 
-    def _choose_pool_size(self) -> int:
+    def _choose_pool_size(self, launcher: "Calls | Graphs | None") -> int:
         """The number of blocks in the pool, with room left for the recorded steps."""
         # A recording holds the address of the pool that it reads, so the real recordings are made
         # after the pool. They take memory of their own, which the pool must leave free. Therefore
         # one recording is made first, over a pool of one block, and kept while memory is measured.
-        rehearsal = self._rehearse_steps() if self._records_steps() else None
+        rehearsal = self._rehearse_steps(launcher) if launcher else None
         config = self.config
         num_blocks = choose_num_blocks(
             self.model.config.kv_bytes_per_token(self.dtype) * config.block_size,
@@ -329,7 +334,7 @@ class LLM:
             gpu_memory_utilization=config.gpu_memory_utilization,
             device=self.device,
         )
-        del rehearsal  # its memory is free again
+        del rehearsal  # the recordings take its memory over
         return num_blocks
 
     def _build_cache(self, num_blocks: int) -> KVCache:
@@ -360,15 +365,17 @@ class LLM:
         return fused_forward(self.model, cache, otherwise=eager, few_rows=self.config.few_rows)
 
     # ---- recorded steps: on a GPU only ----
-    def _rehearse_steps(self) -> object:
+    def _rehearse_steps(self, launcher: "Calls | Graphs") -> object:
         """Hold as much memory as `_record_steps` will take, for as long as the result is kept."""
         from speedups.cuda_graphs import recorded_sizes, rehearse  # for a GPU only
 
         cache = self._build_cache(1)
         sizes = recorded_sizes(self.config.max_num_seqs)
-        return rehearse(cache, self._build_forward(cache), sizes, self.max_seq_len)
+        return rehearse(cache, self._build_forward(cache), sizes, self.max_seq_len, launcher)
 
-    def _record_steps(self, cache: KVCache, eager: Forward) -> "GraphForward":
+    def _record_steps(
+        self, cache: KVCache, eager: Forward, launcher: "Calls | Graphs"
+    ) -> "GraphForward":
         """A forward that replays decode steps; other steps run eagerly."""
         from speedups.cuda_graphs import GraphForward, recorded_sizes  # for a GPU only
 
@@ -382,6 +389,7 @@ class LLM:
             eager,
             recorded_sizes(self.config.max_num_seqs),
             self.max_seq_len,
+            launcher,
             progress=partial(tqdm, desc="recording decode steps", unit="size", disable=None),
             sampler=sampler,
         )

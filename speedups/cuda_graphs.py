@@ -27,6 +27,7 @@ PyTorch: docs.pytorch.org, "CUDA semantics", section "CUDA Graphs".
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -78,12 +79,19 @@ class Calls:
 
 
 class Graphs:
-    """The launcher on a GPU. All graphs share one memory pool, because no two run at a time."""
+    """The launcher on a GPU. All graphs share one memory pool, because no two run at a time.
+
+    A rehearsal and the recordings after it are given one object. Libraries take a workspace for
+    each stream on which they run, and PyTorch has 32 streams: object 33 gets the first one's.
+    """
 
     def __init__(self):
         self.memory = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
         self.sent = torch.cuda.Event()  # recorded after each copy
+        # A pool whose graphs are all gone is closed: PyTorch refuses to record into it again. So
+        # the last graph is kept until there is another.
+        self.last_graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Capture the launches of a function; calling the result replays them.
@@ -107,6 +115,7 @@ class Graphs:
         with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
             result = function()
         assert result.is_cuda, "the pool is on the GPU, the model is not"
+        self.last_graph = graph
 
         def replay() -> Tensor:
             graph.replay()
@@ -123,6 +132,11 @@ class Graphs:
         """Return when the source of the last copy may be overwritten; mostly it may be already."""
         if not self.sent.query():
             self.sent.synchronize()
+
+
+def choose_launcher(device: torch.device) -> Calls | Graphs:
+    """What records steps on a device."""
+    return Graphs() if device.type == "cuda" else Calls()
 
 
 # ---- the inputs of a step, packed ----------------------------------------------------------------
@@ -176,7 +190,17 @@ def views_of(
     return views
 
 
-class RecordedStep(NamedTuple):
+def split_drawn(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids (n,) int64 and peaks (n,) float32 that share the bytes of `drawn`, (12 n,) uint8.
+
+    The bytes may be those of a GraphForward, or a copy of them in host memory.
+    """
+    num_rows = len(drawn) // 12
+    return drawn[: 8 * num_rows].view(torch.int64), drawn[8 * num_rows :].view(torch.float32)
+
+
+@dataclass
+class RecordedStep:
     """A recorded decode step of one size."""
 
     host: dict[str, np.ndarray]  # its inputs in host memory, where each step is written
@@ -184,6 +208,9 @@ class RecordedStep(NamedTuple):
     source: Tensor  # (num_bytes,) uint8: the bytes of `host`
     target: Tensor  # (num_bytes,) uint8: the bytes of `batch`
     replay: Callable[[], Tensor]  # -> logits (size, V)
+    # What the last batch has used of `host`. All rows and table columns after it are padding.
+    num_rows: int
+    num_columns: int
 
 
 def run_and_draw(
@@ -207,9 +234,12 @@ class GraphForward:
     `max_seq_len` is the longest context. The largest size is recorded first, so that the smaller
     ones fit into the memory that it has allocated; `progress` wraps the sizes in that order.
     `sampler`, a function like `sample_triton`, is recorded after the logits; `decode` needs it.
-    Raises ValueError for no sizes, and for sizes or lengths below 1.
+    `launcher` None is the device's own. Raises ValueError for no sizes, and for sizes or lengths
+    below 1.
 
-    On a GPU any later step may overwrite the logits of a replay: the graphs share their memory.
+    Logits are valid until the next call: any next step, of any size, may overwrite them, because
+    the graphs share their memory. `drawn` (12 x the largest size,) uint8 holds the tokens and peaks
+    of the last `decode` on the device, so one copy brings both to the host (see `split_drawn`).
     """
 
     @torch.inference_mode()
@@ -227,18 +257,17 @@ class GraphForward:
             given = f"sizes are {sizes}, max_seq_len is {max_seq_len}"
             raise ValueError(f"{given}: give at least one size, and none below 1")
         device = cache.pool.device
-        on_gpu = device.type == "cuda"
         self.forward = forward
         self.sizes = sorted(sizes)
         self.max_seq_len = max_seq_len
         self.max_blocks = -(-max_seq_len // cache.block_size)
-        self.launcher = launcher or (Graphs() if on_gpu else Calls())
+        self.launcher = launcher or choose_launcher(device)
         self.sampler = sampler
         self.draw_inputs = tuple(ROW_INPUTS) if sampler else ()
         most_rows = self.sizes[-1]
         # The drawn tokens stay on the device: the next step can read them without the host.
-        self.token_ids = torch.zeros(most_rows, dtype=torch.int64, device=device)
-        self.peaks = torch.zeros(most_rows, dtype=torch.float32, device=device)
+        self.drawn = torch.zeros(12 * most_rows, dtype=torch.uint8, device=device)
+        self.token_ids, self.peaks = split_drawn(self.drawn)
         # The inputs of a padded row.
         self.padding = {
             "input_ids": 0,
@@ -247,10 +276,9 @@ class GraphForward:
             "context_lens": 0,
             "block_tables": cache.scratch_block,
         }
-        # All sizes share one buffer. Each begins at its first byte, and a step copies only the
-        # bytes that its size needs.
+        # On the device all sizes share one buffer. Each begins at its first byte, and a step copies
+        # only the bytes that its size needs.
         _, num_bytes = plan_layout(most_rows, self.max_blocks, self.draw_inputs)
-        self.packed_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self.packed = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.steps = {size: self._record(size) for size in progress(self.sizes[::-1])}
 
@@ -268,13 +296,18 @@ class GraphForward:
 
         The result is that of `draw_tokens_triton` on the logits. Where the step is recorded, so is
         the draw, which takes the logits unedited: for rows with a bias or penalties call the object
-        itself. Both tensors are overwritten by the next step.
+        itself. Both tensors are views of `drawn`, which the next step overwrites. (More rows than
+        were recorded do not fit into it: they get tensors of their own.)
         """
         size = self.recorded_size(batch)
-        if size is None or self.sampler is None:
-            return draw_tokens_triton(self(batch), rows)
-        self._replay(self.steps[size], batch, rows)
-        return self.token_ids[: len(rows)], self.peaks[: len(rows)]
+        token_ids, peaks = self.token_ids[: len(rows)], self.peaks[: len(rows)]
+        if size is not None and self.sampler is not None:
+            self._replay(self.steps[size], batch, rows)
+            return token_ids, peaks
+        drawn = draw_tokens_triton(self(batch), rows)
+        if len(rows) > len(token_ids):
+            return drawn
+        return token_ids.copy_(drawn[0]), peaks.copy_(drawn[1])
 
     def recorded_size(self, batch: Batch) -> int | None:
         """The size to replay for a batch, or None if it has to run eagerly.
@@ -297,8 +330,8 @@ class GraphForward:
 
     def _record(self, size: int) -> RecordedStep:
         layout, num_bytes = plan_layout(size, self.max_blocks, self.draw_inputs)
-        source = self.packed_host[:num_bytes]
         target = self.packed[:num_bytes]
+        source = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=target.is_cuda)
         host = {name: view.numpy() for name, view in views_of(source, layout).items()}
         views = views_of(target, layout)
         sampler_arguments = {name: views.pop(f"draw {name}") for name in self.draw_inputs}
@@ -309,64 +342,80 @@ class GraphForward:
             max_query_len=1,
             max_context_len=self.max_seq_len,  # an upper bound, the same in every step
         )
-        self.launcher.wait()
-        self._clear(host)
+        for name, value in self.padding.items():
+            host[name].fill(value)
+        # A padded row has one query too, so a kernel sees a pure decode step.
+        host["query_start_locs"][:] = np.arange(size + 1)
         # The runs before the capture read one token a row, in the scratch block. With a context of
         # 0 tokens they would not run all of the attention kernel.
         host["context_lens"].fill(1)
+        self.launcher.wait()
         self.launcher.send(target, source)
         # `run` holds no reference to this object: a cycle would keep its memory from being freed
         # until the garbage collector runs.
         run = partial(run_and_draw, self.forward, batch, self.sampler, sampler_arguments)
-        return RecordedStep(host, batch, source, target, self.launcher.record(run))
+        replay = self.launcher.record(run)
+        return RecordedStep(host, batch, source, target, replay, num_rows=size, num_columns=0)
 
     def _replay(
         self, step: RecordedStep, batch: Batch, rows: list[SampleRow] | None = None
     ) -> Tensor:
         """Logits (size, V) of a batch's rows and the padded ones; `rows` if tokens are wanted."""
         self.launcher.wait()  # the copy of the step before may still be reading the host's bytes
-        self._fill(step.host, batch)
-        if rows is not None:
-            # The vocabulary's size is not known here; any top_k of 31 bits will do.
-            columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))
-            for name, column in zip(self.draw_inputs, columns, strict=True):
-                step.host[f"draw {name}"][: len(rows)] = column.numpy()
+        if self.sampler is not None:
+            self._fill_draws(step, rows or [])
+        self._fill(step, batch)
         self.launcher.send(step.target, step.source)
         if batch.input_ids.device.type != "cpu":  # drawn by the step before, unknown to the host
             step.batch.input_ids[: len(batch.input_ids)] = batch.input_ids
         return step.replay()
 
-    def _clear(self, host: dict[str, np.ndarray]) -> None:
-        """Make all rows padded ones."""
-        for name, value in self.padding.items():
-            host[name].fill(value)
-        for name in self.draw_inputs:
-            host[f"draw {name}"].fill(0)  # a temperature of 0 is greedy
-        # A padded row has one query too, so a kernel sees a pure decode step.
-        host["query_start_locs"][:] = np.arange(len(host["query_start_locs"]))
+    def _fill(self, step: RecordedStep, batch: Batch) -> None:
+        """Write a batch's rows over the first ones; what only the last batch had becomes padding.
 
-    def _fill(self, host: dict[str, np.ndarray], batch: Batch) -> None:
-        """Clear all rows, then write the batch's rows over the first ones."""
-        self._clear(host)
+        5 rows after 7: rows 0 to 4 are written, rows 5 and 6 are padded, the others were already.
+        """
+        num_rows = len(batch.context_lens)
+        # A reservation may have given a sequence more blocks than max_seq_len needs.
+        tables = batch.block_tables.numpy()[:, : self.max_blocks]
+        num_columns = tables.shape[1]
         for name in ("input_ids", "positions", "slot_mapping", "context_lens"):
             values = getattr(batch, name)
             if values.device.type == "cpu":
-                host[name][: len(values)] = values.numpy()
-        # A reservation may have given a sequence more blocks than max_seq_len needs.
-        tables = batch.block_tables.numpy()[:, : self.max_blocks]
-        host["block_tables"][: tables.shape[0], : tables.shape[1]] = tables
+                step.host[name][:num_rows] = values.numpy()
+        step.host["block_tables"][:num_rows, :num_columns] = tables
+        scratch = self.padding["block_tables"]
+        step.host["block_tables"][:num_rows, num_columns : step.num_columns] = scratch
+        for name, value in self.padding.items():
+            step.host[name][num_rows : step.num_rows] = value
+        step.num_rows = num_rows
+        step.num_columns = num_columns
+
+    def _fill_draws(self, step: RecordedStep, rows: list[SampleRow]) -> None:
+        """Write what the sampler needs; rows that draw no token get zeros, which are greedy."""
+        # The vocabulary's size is not known here; any top_k of 31 bits will do.
+        columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))
+        for name, column in zip(self.draw_inputs, columns, strict=True):
+            values = step.host[f"draw {name}"]
+            values[: len(rows)] = column.numpy()
+            values[len(rows) : step.num_rows] = 0
 
 
 @torch.inference_mode()
 def rehearse(
-    cache: KVCache, forward: Callable[[Batch], Tensor], sizes: list[int], max_seq_len: int
+    cache: KVCache,
+    forward: Callable[[Batch], Tensor],
+    sizes: list[int],
+    max_seq_len: int,
+    launcher: Calls | Graphs,
 ) -> tuple[GraphForward, Tensor]:
     """Hold the memory that recording all sizes will take, for as long as the result is kept.
 
-    `llm.py` measures the pool's size meanwhile. `cache` may be of one block. Only the largest size
-    is recorded, because the smaller ones will work in the memory that it has allocated. But each
-    size keeps logits of its own, and room for those is held too: (the sum of the others' rows, V).
+    `llm.py` measures the pool's size meanwhile. `cache` may be of one block, `launcher` is the one
+    that will record. Only the largest size is recorded, because the smaller ones will work in the
+    memory that it has allocated. But each size keeps logits of its own, and room for those is held
+    too: (the sum of the others' rows, V).
     """
-    largest = GraphForward(cache, forward, [max(sizes)], max_seq_len)
+    largest = GraphForward(cache, forward, [max(sizes)], max_seq_len, launcher)
     logits = largest.steps[max(sizes)].replay()  # (largest size, V)
     return largest, logits.new_empty(sum(sizes) - max(sizes), logits.shape[1])

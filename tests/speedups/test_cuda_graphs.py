@@ -8,6 +8,7 @@ writes to a source before its copy is done. What only graphs can show stands at 
 Only the tests with an engine need more than torch, numpy and pytest: they import it themselves.
 """
 
+import gc
 import random
 import weakref
 from collections import Counter
@@ -25,6 +26,7 @@ from kernels.triton_prefill import write_kv_triton
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
+from sampling import SampleRow, SamplingParams, draw_tokens
 from speedups import cuda_graphs
 from speedups.cuda_graphs import (
     SIZES,
@@ -34,6 +36,7 @@ from speedups.cuda_graphs import (
     plan_layout,
     recorded_sizes,
     rehearse,
+    split_drawn,
     views_of,
 )
 
@@ -136,9 +139,9 @@ class Bench:
         changed = (self.bits() != bits).flatten(2, 3).any(-1).any(2).any(0)  # (blocks, block_size)
         return {tuple(place) for place in changed.nonzero().tolist()}
 
-    def padded_by_hand(self, size) -> Batch:
+    def padded_by_hand(self, size, rows=None) -> Batch:
         """The decode step as it has to look when it runs as `size` rows, on the pool's device."""
-        batch, scratch = self.batch(), self.cache.scratch_block
+        batch, scratch = self.batch(rows), self.cache.scratch_block
         B, (num_seqs, width) = size, batch.block_tables.shape
         zeros = torch.zeros(B - num_seqs, dtype=torch.int64)
         tables = torch.full((B, self.graphs.max_blocks), scratch, dtype=torch.int32)
@@ -321,6 +324,21 @@ def test_a_step_writes_its_sequences_slots_and_scratch_and_nothing_else(model, b
     assert bench.changed_since(before) == slots
 
 
+def test_what_a_larger_step_left_behind_is_padding_in_the_next_ones(model):
+    """Rows and table columns, also where steps of another size came between."""
+    bench = Bench(model, [3, 9, 6, 12, 1, 30, 4, 8], [4, 8], KERNELS["torch"])
+    assert [len(row.block_table) for row in bench.rows] == [1, 3, 2, 4, 1, 8, 2, 3]
+    orders = [range(8), [0, 4, 1], [5], range(5), [4], [0, 2, 4, 6], range(1, 8), [0, 4]]
+    for order in orders * 2:
+        rows = [bench.rows[i] for i in order]
+        bench.graphs(bench.batch(rows))
+        size = 4 if len(rows) <= 4 else 8
+        want, got = bench.padded_by_hand(size, rows), bench.seen[-1]
+        for name, tensor in vars(want).items():
+            if isinstance(tensor, torch.Tensor) and name != "sample_rows":
+                assert getattr(got, name).tolist() == tensor.tolist(), (order, name)
+
+
 def test_a_table_that_reserves_more_than_the_longest_context_is_cut(model):
     bench = Bench(model, [5, 9], [4], KERNELS["torch"], max_seq_len=16)
     want = bench.graphs(bench.batch()).clone()
@@ -380,13 +398,57 @@ def test_while_a_step_is_recorded_its_rows_read_and_write_the_scratch_block_alon
 def test_a_rehearsal_holds_the_largest_step_and_the_logits_of_the_others(model):
     cache = KVCache(2, 1, 4, 2, 16, torch.float64)
     forward = plain_forward(model, cache, paged_attention, write_kv)
-    largest, room = rehearse(cache, forward, [1, 2, 4, 8], 64)
+    largest, room = rehearse(cache, forward, [1, 2, 4, 8], 64, Calls())
     assert list(largest.steps) == [8]
     assert room.shape == (1 + 2 + 4, 97) and room.dtype == torch.float64
     assert cache.pool[:, 0].abs().sum() == 0  # its one block was never written
 
 
-# ---- how a graph is recorded ---------------------------------------------------------------------
+# ---- the draw ------------------------------------------------------------------------------------
+class Sampler:
+    """Draws the most likely token, with the arguments of `sample_triton`, and keeps its inputs."""
+
+    def __call__(self, logits, seeds, temperatures, out, peaks, **others):
+        self.seeds, self.temperatures = seeds.tolist(), temperatures.tolist()
+        torch.max(logits, 1, out=(values := torch.empty_like(logits[:, 0]), out))
+        peaks.copy_(values)
+
+
+def draws(*temperatures):
+    """Rows to draw at these temperatures, with the seeds 1, 2, ..."""
+    params = [SamplingParams(temperature=temperature) for temperature in temperatures]
+    return [SampleRow(p, seed, 9, [0], 1) for seed, p in enumerate(params, start=1)]
+
+
+def test_one_copy_of_the_bytes_brings_tokens_and_peaks(model, monkeypatch):
+    """Of a recorded step, and of one that was not: there are 3 sequences, then 2 and a prompt."""
+    monkeypatch.setattr(cuda_graphs, "draw_tokens_triton", draw_tokens)
+    bench = Bench(model, [5, 9, 2], [4], KERNELS["torch"])
+    options = [4], 64, StrictCalls()
+    graphs = GraphForward(bench.cache, bench.forward, *options, sampler=Sampler())
+    prompt = Row([3, 1, 4, 1], 0, 4, [bench.cache.scratch_block], 1)
+    for rows in (bench.rows, [*bench.rows[:2], prompt]):
+        logits = graphs(bench.batch(rows)).clone()
+        token_ids, peaks = graphs.decode(bench.batch(rows), draws(0, 0, 0))
+        assert token_ids.tolist() == logits.argmax(1).tolist() and len(set(token_ids.tolist())) > 1
+        assert peaks.tolist() == logits.amax(1).float().tolist()
+        assert graphs.drawn.shape == (4 * 12,) and graphs.drawn.dtype == torch.uint8
+        copied_ids, copied_peaks = split_drawn(graphs.drawn.clone())
+        assert torch.equal(copied_ids[:3], token_ids) and torch.equal(copied_peaks[:3], peaks)
+    assert graphs.launcher.replays == [4, 4]
+
+
+def test_rows_that_draw_no_token_are_greedy(model):
+    """What a larger draw left behind is gone, and a call without a draw leaves nothing either."""
+    bench, sampler = Bench(model, [5, 9, 2], [4], KERNELS["torch"]), Sampler()
+    options = [4], 64, StrictCalls()
+    graphs = GraphForward(bench.cache, bench.forward, *options, sampler=sampler)
+    graphs.decode(bench.batch(), draws(0.5, 1, 2))
+    assert (sampler.seeds, sampler.temperatures) == ([1, 2, 3, 0], [0.5, 1, 2, 0])
+    graphs.decode(bench.batch(bench.rows[:1]), draws(1))
+    assert (sampler.seeds, sampler.temperatures) == ([1, 0, 0, 0], [1, 0, 0, 0])
+    graphs(bench.batch())
+    assert (sampler.seeds, sampler.temperatures) == ([0] * 4, [0] * 4)
 
 
 # ---- copies --------------------------------------------------------------------------------------
@@ -599,13 +661,14 @@ def test_an_llm_that_records_writes_the_same_texts(recording_llm, model):
 
 def test_a_pool_is_measured_while_a_rehearsal_holds_its_memory(recording_llm, monkeypatch, model):
     """And the rehearsal is gone before the pool is made."""
-    happened, rehearsals = [], []
+    happened, rehearsals, launchers = [], [], []
     choose, make = recording_llm.choose_num_blocks, recording_llm.KVCache
 
     def rehearse_and_tell(cache, *args):
         assert cache.pool.shape[1] == 2 and not happened  # one block, and scratch
         held = rehearse(cache, *args)
         rehearsals.append(weakref.ref(held[0]))
+        launchers.append(held[0].launcher)
         happened.append("rehearsed")
         return held
 
@@ -625,8 +688,9 @@ def test_a_pool_is_measured_while_a_rehearsal_holds_its_memory(recording_llm, mo
     monkeypatch.setattr("speedups.cuda_graphs.rehearse", rehearse_and_tell)
     monkeypatch.setattr(recording_llm, "choose_num_blocks", choose_and_tell)
     monkeypatch.setattr(recording_llm, "KVCache", make_and_tell)
-    recording_llm.LLM(model, block_size=4, max_num_seqs=3)
+    llm = recording_llm.LLM(model, block_size=4, max_num_seqs=3)
     assert happened == ["rehearsed", "measured", "made"]
+    assert launchers == [llm.engine.forward.launcher]  # one stream and one pool of graphs
 
 
 @pytest.mark.slow
@@ -721,6 +785,14 @@ def test_a_decode_step_is_one_copy_one_launch_and_no_synchronisation():
 
 
 @needs_gpu
+def test_a_launcher_records_again_when_its_graphs_are_gone():
+    launcher, x = Graphs(), torch.zeros(4, device=DEVICE)
+    for _ in range(3):
+        assert launcher.record(lambda: x + 1)().tolist() == [1, 1, 1, 1]
+        gc.collect()
+
+
+@needs_gpu
 def test_a_rehearsal_holds_what_recording_takes():
     model = GPT(GPTConfig(**GPT2)).init_weights(std=0.2).bfloat16().to(DEVICE)
     model.requires_grad_(False).eval()
@@ -733,12 +805,11 @@ def test_a_rehearsal_holds_what_recording_takes():
         return torch.cuda.mem_get_info()[0]
 
     GraphForward(cache, forward, [256], 1024)  # kernels are loaded, workspaces taken
-    before = free_bytes()
-    held = rehearse(cache, forward, recorded_sizes(256), 1024)
+    before, launcher = free_bytes(), Graphs()
+    held = rehearse(cache, forward, recorded_sizes(256), 1024, launcher)
     promised = before - free_bytes()
     del held
-    assert free_bytes() >= before - 2**26
-    graphs = GraphForward(cache, forward, recorded_sizes(256), 1024)
+    graphs = GraphForward(cache, forward, recorded_sizes(256), 1024, launcher)
     taken = before - free_bytes()
     assert len(graphs.steps) == 13 and 0 < promised
     assert isinstance(graphs.launcher, Graphs)
