@@ -13,7 +13,8 @@ The same rules read what transformers writes now and wrote in the past, what tor
 (`_orig_mod.`), and nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
 that names the file and the tensor, because a model that is loaded in part writes plausible
 nonsense. `random:gpt2` (-medium, -large, -xl) builds the real shapes with random weights, to
-measure speed without a download; `weights_kind` says so beside every figure.
+measure speed without a download; `weights_kind` says so beside every figure. On a GPU the output
+head is padded (`PaddedHead`).
 
 The tests load each layout and compare tensors bit by bit, and logits with transformers.
 
@@ -28,8 +29,9 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.untrusted import MOST_SHOWN, read_json, shown
 from checkpoints.weight_files import Stored, catalogue, model_args, read
@@ -40,6 +42,7 @@ MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # these endings do not match
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # int8 needs scales too
 LARGEST_SIZE = 10_000_000  # far above every GPT-2; a product of two still fits in 64 bits
 LEAST_TENSORS_A_LAYER = 6  # two LayerNorms and four matrices; with biases there are 12
+HEAD_ROWS = 64  # on a GPU the head has a multiple of so many rows; 50,257 -> 50,304
 END_OF_TEXT_ID = 50256  # in GPT-2's vocabulary, which nanoGPT uses too
 
 RANDOM_SHAPES = {  # name: (n_layer, n_head, n_embd)
@@ -122,7 +125,45 @@ def load_model(
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight  # assign=True has replaced the shared one
-    return model.requires_grad_(False).eval()
+    return finish(model)
+
+
+class PaddedHead(nn.Linear):
+    """An output head (V, C) whose product has more rows, a multiple of 64, and hides their logits.
+
+    GPT-2 has 50,257 tokens, an odd number: rows of so many logits do not begin at multiples of 16
+    bytes, so a GPU cannot store or load them 16 bytes at a time. `weight` is a view of the V rows
+    that a checkpoint has, so the others (zeros) are never counted or saved.
+    """
+
+    def __init__(self, weight: Tensor):  # (V, C)
+        V, C = weight.shape
+        super().__init__(C, V, bias=False, device="meta")  # without memory
+        padded = weight.new_zeros(-(-V // HEAD_ROWS) * HEAD_ROWS, C)
+        padded[:V] = weight.detach()
+        self.register_buffer("padded", padded, persistent=False)  # not in the state_dict
+        self.weight = nn.Parameter(padded[:V], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, V), a view: its rows are as far apart as the padded ones."""
+        return F.linear(x, self.padded)[:, : self.out_features]
+
+
+def pad_vocabulary(model: GPT) -> GPT:
+    """Give a model on a GPU a `PaddedHead`; returns the same model, which computes the same logits.
+
+    An embedding that is tied to the head stays tied.
+    """
+    model.lm_head = PaddedHead(model.lm_head.weight)
+    if model.config.tie_word_embeddings:
+        model.wte.weight = model.lm_head.weight
+    return model
+
+
+def finish(model: GPT) -> GPT:
+    """Make a model with weights ready to serve."""
+    model.requires_grad_(False).eval()
+    return pad_vocabulary(model) if model.wte.weight.is_cuda else model
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> GPT:
@@ -132,7 +173,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> 
         raise ValueError(f"no shape {shape!r} to fill at random: choose one of {known}")
     sizes = dict(zip(("n_layer", "n_head", "n_embd"), RANDOM_SHAPES[shape], strict=True))
     model = GPT(GPTConfig(**sizes, eos_token_id=END_OF_TEXT_ID))
-    return model.init_weights().to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return finish(model.init_weights().to(device=device, dtype=dtype))
 
 
 def read_config(path: Path) -> GPTConfig:

@@ -414,8 +414,9 @@ def rehearse(
     `llm.py` measures the pool's size meanwhile. `cache` may be of one block, `launcher` is the one
     that will record. Only the largest size is recorded, because the smaller ones will work in the
     memory that it has allocated. But each size keeps logits of its own, and room for those is held
-    too: (the sum of the others' rows, V).
+    too: (the sum of the others' rows, V or the padded V).
     """
     largest = GraphForward(cache, forward, [max(sizes)], max_seq_len, launcher)
     logits = largest.steps[max(sizes)].replay()  # (largest size, V)
-    return largest, logits.new_empty(sum(sizes) - max(sizes), logits.shape[1])
+    # The row stride is V, or more where the head is padded (checkpoints/load.py).
+    return largest, logits.new_empty(sum(sizes) - max(sizes), logits.stride(0))

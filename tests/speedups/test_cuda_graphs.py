@@ -404,6 +404,16 @@ def test_a_rehearsal_holds_the_largest_step_and_the_logits_of_the_others(model):
     assert cache.pool[:, 0].abs().sum() == 0  # its one block was never written
 
 
+def test_a_rehearsal_holds_room_for_rows_of_logits_that_are_padded(model):
+    cache = KVCache(2, 1, 4, 2, 16, torch.float64)
+
+    def forward(batch):
+        return torch.zeros(len(batch.input_ids), 128)[:, :97]
+
+    _, room = rehearse(cache, forward, [2, 8], 64, Calls())
+    assert room.shape == (2, 128)
+
+
 # ---- the draw ------------------------------------------------------------------------------------
 class Sampler:
     """Draws the most likely token, with the arguments of `sample_triton`, and keeps its inputs."""

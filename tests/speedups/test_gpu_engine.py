@@ -207,6 +207,15 @@ def test_logits_are_those_of_float64_to_a_bound(shipped, way, dtype):
         assert error <= BOUNDS[dtype] * want.abs().max(), f"{error:.1e} of {want.abs().max():.1f}"
 
 
+@needs_gpu
+def test_on_a_gpu_a_loaded_models_rows_of_logits_begin_at_multiples_of_16_bytes():
+    model = load_model("random:gpt2", torch.bfloat16, DEVICE)
+    with torch.inference_mode():
+        logits = model.logits(torch.randn(3, 768, dtype=torch.bfloat16, device=DEVICE))
+    assert logits.shape == (3, 50257) and logits.stride() == (50304, 1)
+    assert model.num_parameters() == 124_439_808 and model.wte.weight.shape == (50257, 768)
+
+
 # ---- bits ----------------------------------------------------------------------------------------
 def recorded_engine(model, launcher, max_num_seqs, max_seq_len):
     """An engine whose decode steps the launcher records, in a pool of its own."""
