@@ -35,6 +35,7 @@ WAYS = {
     "eager": {"cuda_graphs": False},
     "recorded": {},
     "joined": {"fused": True},
+    "small linears": {"fused": True, "few_rows": 16},
     "ahead": {"plan_ahead": True},
     "joined and ahead": {"fused": True, "plan_ahead": True},
 }
