@@ -3,6 +3,7 @@
 `python benchmark.py NAME` runs them. No lesson needs this wing. A file imports only files above it.
 
     results               rows with their provenance, appended to a CSV file, shown as tables
+    names                 contenders that more than one file has to know
     reservations          contiguous memory under the paged engine: buddies and three reservations
     simulate              the real scheduler and allocator under a simulated clock
     ceilings              what the machine can do at most: read, copy, multiply, launch
@@ -17,5 +18,7 @@
     latency               a decode step in each way to run it, beside its floor
     trace                 requests that arrive over time, under eight memory plans
     concurrency           how many requests run at once in equal memory
+    gpu_tests             a plugin of pytest: which tests come first, an outcome a line
+    gpu_summary           the table of a run on a GPU, and the defaults that it recommends
     gpu_check             one command on a machine with a GPU
 """

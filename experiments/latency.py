@@ -5,22 +5,27 @@
     recorded, fused                  fewer kernels that do more each (kernels/triton_fused.py)
     recorded, fused, small linears   and matrix products of our own, for up to 16 rows
     recorded, contiguous             as recorded, over slabs: the price of paging
+    .., ahead                        an engine that launches a step before it reads the last one
     transformers DynamicCache        a loop around transformers' model
-    transformers StaticCache, compiled    the same, its step recorded by torch.compile
+    transformers generate            its own loop
+    transformers StaticCache, compiled    the first loop, its step recorded by torch.compile
 
-Each of ours is an engine, and only its forward differs. A slab is a block as long as the longest
-sequence, read by the same kernel through a table with one entry, so the difference between blocks
-and slabs is paging alone. All contenders share two pools: they run one after the other, and each
-begins with prompts.
+Each of ours is an engine, and only its forward differs, or its loop. A slab is a block as long as
+the longest sequence, read by the same kernel through a table with one entry, so the difference
+between blocks and slabs is paging alone. All contenders share two pools: they run one after the
+other, and each begins with prompts.
 
 A step has two times. "time a step" is the device's: on a GPU several replays between two events,
 with contexts of exactly the length that the row names. "token to token" is what a client waits: the
-engine's whole step on the host's clock, sampling included, while the contexts grow up to that
-length. A step of transformers keeps its tokens on the device. The first time has its share of the
-byte floor beside it: all weights, and K and V of all contexts, at the speed of a plain read.
+host's clock over many whole steps, sampling included, divided by their number, while the contexts
+grow up to that length. It is no sum of parts: an engine that is ahead overlaps them. A step of
+transformers keeps its tokens on the device, and only its last step is waited for. The first time
+has its share of the byte floor beside it: all weights, and K and V of all contexts, at the speed of
+a plain read.
 
 Equal work is checked before anything is timed: prompts are computed into a pool full of NaN, then
-one step, and the logits of all contenders must be equal.
+one step. The logits of the first contender must be near those of the same weights in float64, and
+all others at most three times as far away.
 
 On a CPU nothing is recorded, and the same code calls instead of replaying. Weights are used as they
 were loaded, without the CPU's packed form. The compiled step comes last and for one shape alone,
@@ -28,12 +33,13 @@ because it compiles for a minute. After the steps come whole workloads and a pro
 """
 
 import argparse
+import copy
 import importlib.util
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +51,11 @@ from engine import Forward, InferenceEngine, eager_forward
 from experiments import peers, transformers_engines, workloads
 from experiments.ceilings import Columns, set_threads, warm_up
 from experiments.kernels import parse_shape
+from experiments.names import AHEAD_OF, CONTIGUOUS, FUSED, RECORDED, SMALL
 from experiments.peers import logits_bound, random_ids
 from experiments.results import Measurement, device_name, percentile
 from experiments.speed import model_columns, threads_for
-from experiments.transformers_engines import Compiled, Theirs
+from experiments.transformers_engines import Compiled, Generate, Theirs
 from kernels.backends import (
     BACKENDS,
     DTYPES,
@@ -59,36 +66,38 @@ from kernels.backends import (
 )
 from kernels.device_memory import preallocate
 from kernels.triton_fused import can_fuse, fused_forward
-from kernels.triton_sampling import draw_tokens_triton
+from kernels.triton_sampling import draw_tokens_triton, sample_triton
 from kernels.triton_small_linear import MOST_ROWS
 from kv_cache import Batch, KVCache, Row, make_batch
 from llm import SHIPPED_MODEL
-from model import GPT
+from model import GPT, attend_one_sequence
 from sampling import draw_tokens
 from scheduler import Scheduler
 from speedups.cuda_graphs import GraphForward, recorded_sizes
+from speedups.plan_ahead import AheadEngine
 from watch.explain import count_launches, weight_bytes
 from watch.roofline import read_rate
 
 EAGER = "eager"
-RECORDED = "recorded"
-FUSED = "recorded, fused"
-SMALL = "recorded, fused, small linears"
-CONTIGUOUS = "recorded, contiguous"
 DYNAMIC, COMPILED = peers.THEIRS, "transformers StaticCache, compiled"
+GENERATE = "transformers generate"
 # The names on the command line: engines of ours, and transformers'.
 OURS = {"eager": EAGER, "recorded": RECORDED, "fused": FUSED, "small": SMALL}
-OURS |= {"contiguous": CONTIGUOUS}
-PEERS = {"transformers": DYNAMIC, "compiled": COMPILED}
+OURS |= {"contiguous": CONTIGUOUS, "ahead": AHEAD_OF[RECORDED], "fused-ahead": AHEAD_OF[FUSED]}
+OURS |= {"small-ahead": AHEAD_OF[SMALL]}
+PEERS = {"transformers": DYNAMIC, "generate": GENERATE, "compiled": COMPILED}
+PEERS |= {"continuous": peers.CONTINUOUS}  # serves the requests, and has no steps of its own
 FLOOR = "byte floor"
 MOST_PROMPT_TOKENS = 2**16  # in one forward that fills the pool
+EDGE_STEPS = 2  # before and after the timed ones: an engine that is ahead begins and ends alone
+NUM_EXACT = 4  # sequences of a batch that are computed in float64 too
+WORSE = 3  # times as far from float64 as the first contender: what another one may be
 # The values of flags that are not given.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "model": str(SHIPPED_MODEL),
         "contenders": [*OURS],
-        "batches": [1, 8],
-        "contexts": [128],
+        "shapes": ["1x128", "8x128"],
         "steps": 8,
         "requests": 0,
         "prefill": [],
@@ -96,8 +105,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "model": "random:gpt2",
         "contenders": [*OURS, *PEERS],
-        "batches": [1, 8, 64, 256],
-        "contexts": [128, 512, 1024],
+        "shapes": [f"{B}x{T}" for B in (1, 8, 64, 256) for T in (128, 512, 1024)],
         "steps": 32,
         "requests": 256,
         "prefill": ["16x512"],
@@ -113,8 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of weights, K and V")
     names = [*OURS, *PEERS]
     add("--contenders", nargs="+", choices=names, help="default: all; on a CPU without the peers")
-    add("--batches", type=int, nargs="+", help="sequences in a step; default 1 8, GPU 1 8 64 256")
-    add("--contexts", type=int, nargs="+", help="tokens of each; default 128, GPU 128 512 1024")
+    add("--shapes", nargs="+", help="sequences in a step x tokens of each, as in 64x512")
     add("--steps", type=int, help="timed in a round, of each kind; default 8, on a GPU 32")
     add("--rounds", type=int, default=5, help="each times every contender once")
     add("--block-size", type=int, default=16, help="tokens in a block; slabs have their own")
@@ -138,15 +145,33 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.threads = threads_for(args.model, given.get("threads"))
     if args.profile and device.type == "cpu":
         raise ValueError("a profile is of what a GPU does, the device is cpu: leave out --profile")
-    if min(*args.batches, args.steps, args.rounds, args.block_size, args.lengths[0]) < 1:
-        raise ValueError("batches, steps, rounds, block size and lengths must all be at least 1")
+    args.shapes = [parse_shape(text) for text in args.shapes]
+    if min(args.steps, args.rounds, args.block_size, args.lengths[0]) < 1:
+        raise ValueError("steps, rounds, block size and lengths must all be at least 1")
     shortest, longest = args.lengths
     if args.requests < 0 or shortest > longest:
         raise ValueError(f"{args.requests} requests of {shortest}..{longest} tokens: impossible")
-    if min(args.contexts) < args.steps + 2:
-        sizes = f"a context of {min(args.contexts)} tokens and {args.steps} steps that lead to it"
-        raise ValueError(f"{sizes}: a prompt of at least 1 token comes before, lower --steps")
+    shortest_context = min(T for _, T in args.shapes)
+    if prompt_len(shortest_context, args) < 1:
+        sizes = f"a context of {shortest_context} tokens, {args.steps} steps that lead to it"
+        untimed = f"and {2 * EDGE_STEPS} that are not timed"
+        raise ValueError(f"{sizes} {untimed}: a prompt comes before, lower --steps")
     return args
+
+
+def most_sequences(args: argparse.Namespace) -> int:
+    """The largest batch of all shapes."""
+    return max(B for B, _ in args.shapes)
+
+
+def num_steps(args: argparse.Namespace) -> int:
+    """Steps of a round, with those that are not timed."""
+    return args.steps + 2 * EDGE_STEPS
+
+
+def prompt_len(T: int, args: argparse.Namespace) -> int:
+    """Tokens of the prompts from which a round's steps lead to contexts of T tokens."""
+    return T - 1 - num_steps(args)
 
 
 def check_lengths(args: argparse.Namespace, model: GPT) -> None:
@@ -154,7 +179,7 @@ def check_lengths(args: argparse.Namespace, model: GPT) -> None:
     limit = model.config.max_seq_len
     prompts = [parse_shape(text)[1] for text in args.prefill]
     requests = [2 * args.lengths[1]] if args.requests else []
-    longest = max(*args.contexts, *[n + 1 for n in prompts], *requests, 0)
+    longest = max(*[T for _, T in args.shapes], *[n + 1 for n in prompts], *requests, 0)
     if longest > limit:
         raise ValueError(f"{longest} tokens in a sequence: the model has {limit} positions")
 
@@ -162,7 +187,7 @@ def check_lengths(args: argparse.Namespace, model: GPT) -> None:
 # ---- the contenders ------------------------------------------------------------------------------
 def why_not(name: str, model: GPT, device: torch.device) -> str | None:
     """Why a contender can't run here, in a few words; None if it can."""
-    if name in (FUSED, SMALL):
+    if name.startswith(FUSED):
         return can_fuse(model)
     if name in PEERS.values() and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
@@ -187,8 +212,8 @@ def choose(args: argparse.Namespace, model: GPT) -> tuple[list[str], list[str]]:
             (ours if flag in OURS else others).append(name)
     if not ours:
         raise ValueError(f"{', '.join(args.contenders)}: none of ours is among them and runs here")
-    if ours == [SMALL] and max(args.batches) > MOST_ROWS:
-        limits = f"small linears serve {MOST_ROWS} rows, a batch has {max(args.batches)}"
+    if all(name.startswith(SMALL) for name in ours) and most_sequences(args) > MOST_ROWS:
+        limits = f"small linears serve {MOST_ROWS} rows, a batch has {most_sequences(args)}"
         raise ValueError(f"{limits}: name another contender too")
     return ours, others
 
@@ -206,7 +231,9 @@ def make_pools(model: GPT, args: argparse.Namespace) -> dict[bool, KVCache]:
     config, pools = model.config, {}
     for has_slabs in (False, True):
         block_size = config.max_seq_len if has_slabs else args.block_size
-        num_blocks = max(args.batches) * -(-max(args.contexts) // block_size)
+        num_blocks = max(B * -(-T // block_size) for B, T in args.shapes)
+        # A step is planned ahead only if there is a free block for each sequence.
+        num_blocks += 0 if has_slabs else most_sequences(args)
         pools[has_slabs] = KVCache(
             config.n_layer,
             num_blocks,
@@ -224,26 +251,35 @@ def make_pools(model: GPT, args: argparse.Namespace) -> dict[bool, KVCache]:
 def build(name: str, model: GPT, cache: KVCache, args: argparse.Namespace) -> Contender:
     """An engine over a pool with the contender's forward, recorded here for all batch sizes."""
     kernels, max_seq_len = BACKENDS[args.backend], model.config.max_seq_len
-    most_rows, recording = max(args.batches), None
+    most_rows, recording = most_sequences(args), None
+    # As in `LLM`: the GPU's sampling kernel has no 64-bit form.
+    on_device = can_record(args.backend, args.device) and args.dtype != torch.float64
+    is_ahead = name in AHEAD_OF.values()
+    sampler = sample_triton if is_ahead and on_device else None
     forward: Forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
-    if name in (FUSED, SMALL):
-        few_rows = MOST_ROWS if name == SMALL else 0
+    if name.startswith(FUSED):
+        few_rows = MOST_ROWS if name.startswith(SMALL) else 0
         forward = fused_forward(model, cache, forward, few_rows)
-        most_rows = min(most_rows, MOST_ROWS) if name == SMALL else most_rows
+        most_rows = min(most_rows, MOST_ROWS) if few_rows else most_rows
     if name != EAGER:
-        free, started = free_bytes(args.device), time.perf_counter()
-        forward = GraphForward(cache, forward, recorded_sizes(most_rows), max_seq_len)
+        free, started, sizes = (
+            free_bytes(args.device),
+            time.perf_counter(),
+            recorded_sizes(most_rows),
+        )
+        forward = GraphForward(cache, forward, sizes, max_seq_len, sampler=sampler)
         if args.device.type == "cuda":  # on a CPU nothing is recorded
             taken = free - free_bytes(args.device)  # waits for the device
             recording = time.perf_counter() - started, taken / 1e6
     allocator = BlockAllocator(cache.scratch_block, cache.block_size)
-    budget = most_rows * max(args.contexts)  # all prompts in one step
+    budget = max(B * T for B, T in args.shapes)  # all prompts in one step
     scheduler = Scheduler(allocator, most_rows, budget, max_seq_len)
-    # As in `LLM`: the GPU's sampling kernel has no 64-bit form.
-    on_device = can_record(args.backend, args.device) and args.dtype != torch.float64
-    draw = draw_tokens_triton if on_device else draw_tokens
-    engine = InferenceEngine(forward, cache, scheduler, model.config.vocab_size, draw=draw)
-    return Contender(engine, most_rows, recording)
+    arguments = {"vocab_size": model.config.vocab_size}
+    arguments |= {"draw": draw_tokens_triton if on_device else draw_tokens}
+    if sampler is not None:
+        arguments |= {"decode": forward.decode}
+    kind = AheadEngine if is_ahead else InferenceEngine
+    return Contender(kind(forward, cache, scheduler, **arguments), most_rows, recording)
 
 
 def build_all(names: list[str], model: GPT, args: argparse.Namespace) -> dict[str, Contender]:
@@ -289,33 +325,63 @@ def fill_and_step(
     return batch, engine.forward(batch).clone()  # a replay would overwrite the logits
 
 
-def check_equal(logits: dict[str, Tensor], workload: str) -> None:
-    """Raise ValueError unless all logits (B, V) are finite and equal to the first contender's.
+@torch.inference_mode()
+def exact_logits(model: GPT, token_ids: list[list[int]]) -> Tensor:
+    """Logits (B, V) after each text, in float64, nothing cached, from the model's own weights."""
+    exact = copy.deepcopy(model).double()
+    device = model.wte.weight.device
+    logits = []
+    for ids in token_ids:
+        positions = torch.arange(len(ids), device=device)
+        hidden = exact(torch.tensor(ids, device=device), positions, attend_one_sequence)
+        logits.append(exact.logits(hidden[-1:]))
+    return torch.cat(logits)
 
-    `peers.logits_bound` says how nearly: other kernels sum in another order, and fused ones round
-    less often.
+
+def check_near(name: str, found: Tensor, other: str, expected: Tensor, bound: float) -> float:
+    """How far two tensors of logits (n, V) are apart. Raises ValueError if beyond the bound."""
+    error = (found.double() - expected.double()).abs().max().item()
+    if not error <= bound:  # true for NaN as well
+        reason = f"differ from {other} by {error:.1e}, {bound:.1e} is allowed"
+        raise ValueError(f"the logits of {name!r} {reason}")
+    return error
+
+
+def check_equal(logits: dict[str, Tensor], exact: Tensor) -> None:
+    """Raise ValueError unless all logits (B, V) are finite and right.
+
+    `exact` (n, V) are those of the first n rows in float64. The first contender may be away from
+    them by `peers.logits_bound`. Another one sums in another order, and rounds elsewhere if it is
+    joined: it may be 3 times as far away as the first, and a quarter of that bound. All its rows
+    may differ from the first contender's by twice that.
     """
-    first, expected = next(iter(logits.items()))
-    bound = logits_bound(expected.double().abs().max().item(), expected.dtype.itemsize)
     for name, found in logits.items():
         if not found.isfinite().all():
-            raise ValueError(f"the logits of {name!r} are not all numbers: {workload}")
-        error = (found.double() - expected.double()).abs().max().item()
-        if error > bound:
-            reason = f"differ from those of {first!r} by {error:.1e}, {bound:.1e} is allowed"
-            raise ValueError(f"the logits of {name!r} {reason}: {workload}")
+            raise ValueError(f"the logits of {name!r} are not all numbers")
+    n = len(exact)
+    (first, expected), *others = logits.items()
+    bound = logits_bound(exact.abs().max().item(), expected.dtype.itemsize)
+    error = check_near(first, expected[:n], "float64", exact, bound)
+    for name, found in others:
+        allowed = WORSE * error + bound / 4
+        check_near(name, found[:n], "float64", exact, allowed)
+        check_near(name, found, f"those of {first!r}", expected, 2 * allowed)
 
 
 @torch.inference_mode()
 def check_and_prepare(
-    contenders: dict[str, Contender], ids: Tensor, workload: str, args: argparse.Namespace
+    model: GPT, contenders: dict[str, Contender], ids: Tensor, workload: str, seed: int
 ) -> dict[str, Batch]:
     """The decode step of each contender over the same contexts (B, T), once their logits agree."""
+    texts = ids.tolist()
     steps = {
-        name: fill_and_step(contender.engine, ids.tolist(), args.seed)
-        for name, contender in contenders.items()
+        name: fill_and_step(contender.engine, texts, seed) for name, contender in contenders.items()
     }
-    check_equal({name: logits for name, (_, logits) in steps.items()}, workload)
+    logits = {name: logits for name, (_, logits) in steps.items()}
+    try:
+        check_equal(logits, exact_logits(model, texts[:NUM_EXACT]))
+    except ValueError as error:
+        raise ValueError(f"{error}: {workload}") from None
     return {name: batch for name, (batch, _) in steps.items()}
 
 
@@ -356,15 +422,42 @@ def step_timer(
 
 
 class Times(NamedTuple):
-    """Milliseconds of a contender in each round: a step on the device, and all whole steps."""
+    """Milliseconds of a contender in each round."""
 
-    step_ms: list[float]
-    token_ms: list[list[float]]
+    step_ms: list[float]  # a step on the device
+    token_ms: list[float]  # from token to token: the mean of whole steps
+    gaps_ms: list[list[float]]  # each single gap between two tokens, where the host reads them
 
-    @property
-    def medians_ms(self) -> list[float]:
-        """The median of the whole steps of each round."""
-        return [statistics.median(steps) for steps in self.token_ms]
+
+@torch.inference_mode()
+def time_tokens(loop: Any, prompts: Tensor, steps: int) -> tuple[float, list[float]]:
+    """The mean milliseconds from token to token over many steps, and each gap between two tokens.
+
+    A step of ours returns with tokens that the host has read, and the next step may be running.
+    The tokens of transformers' steps stay on the device: the last of them is waited for, and there
+    are no single gaps.
+    """
+    if isinstance(loop, Generate):
+        return loop.ms_a_token(prompts, steps), []
+    is_ours = isinstance(loop, peers.Ours)
+    must_wait = prompts.device.type == "cuda" and not is_ours
+    loop.start(prompts)
+    for _ in range(EDGE_STEPS):
+        loop.step()
+    if must_wait:
+        torch.cuda.synchronize()
+    stamps = [time.perf_counter()]
+    for _ in range(steps):
+        loop.step()
+        stamps.append(time.perf_counter())
+    if must_wait:
+        torch.cuda.synchronize()
+    mean_ms = (time.perf_counter() - stamps[0]) * 1e3 / steps
+    for _ in range(EDGE_STEPS):
+        loop.step()
+    loop.finish()
+    gaps_ms = [(after - before) * 1e3 for before, after in pairwise(stamps)]
+    return mean_ms, gaps_ms if is_ours else []
 
 
 def time_in_turn(
@@ -375,16 +468,18 @@ def time_in_turn(
 ) -> dict[str, Times]:
     """All contenders in turn. One round before them warms up.
 
-    The `loops` decode from the prompts (B, P) until the context is full. Ours have a timer as well.
+    The `loops` decode from the prompts (B, P) until the context is full. Ours that wait for their
+    tokens have a timer as well.
     """
-    times = {name: Times([], []) for name in loops}
+    times = {name: Times([], [], []) for name in loops}
     for number in range(args.rounds + 1):
         for name, loop in loops.items():
             step_ms = [timers[name]()] if name in timers else []
-            token_ms = peers.time_steps(loop, prompts, args.steps)
+            token_ms, gaps_ms = time_tokens(loop, prompts, args.steps)
             if number > 0:
                 times[name].step_ms.extend(step_ms)
                 times[name].token_ms.append(token_ms)
+                times[name].gaps_ms.append(gaps_ms)
     return times
 
 
@@ -400,14 +495,16 @@ def time_shape(
     workload = f"decode batch={B} context={T} block_size={args.block_size}"
     able = {name: one for name, one in contenders.items() if B <= one.most_rows}
     ids = random_ids(model, B, T, args.seed)
-    batches = check_and_prepare(able, ids, workload, args)
-    prompts = ids[:, : T - 1 - args.steps]
-    ours = {name: peers.Ours(contender, 1 + args.steps) for name, contender in able.items()}
+    batches = check_and_prepare(model, able, ids, workload, args.seed)
+    prompts = ids[:, : prompt_len(T, args)]
+    ours = {name: peers.Ours(contender, 1 + num_steps(args)) for name, contender in able.items()}
     for peer in theirs.values():
         peers.check_equal_work(next(iter(ours.values())), peer, prompts)
+    # The device does the same for an engine that is ahead.
     timers = {
         name: step_timer(able[name].engine, batch, args.steps, args.device)
         for name, batch in batches.items()
+        if name not in AHEAD_OF.values()
     }
     return time_in_turn(timers, {**ours, **theirs}, prompts, args), batches, workload
 
@@ -424,7 +521,7 @@ def rows_of_steps(times: dict[str, Times], floor: float, common: Columns) -> Ite
     """Rows of the device's times and of their floor; and of blocks against slabs."""
     columns = common | {"contender": FLOOR, "backend": "torch"}
     yield Measurement.of([floor], metric="time a step", unit="ms", **columns)
-    steps = {name: step_ms for name, (step_ms, _) in times.items() if step_ms}
+    steps = {name: found.step_ms for name, found in times.items() if found.step_ms}
     for name, step_ms in steps.items():
         columns = common | {"contender": name}
         yield Measurement.of(step_ms, metric="time a step", unit="ms", **columns)
@@ -435,24 +532,22 @@ def rows_of_steps(times: dict[str, Times], floor: float, common: Columns) -> Ite
         yield Measurement.ratio_of(steps[CONTIGUOUS], steps[RECORDED], **against, **common)
 
 
-def rows_of_tokens(
-    name: str, token_ms: list[list[float]], common: Columns
-) -> Iterator[Measurement]:
-    """A contender's whole steps: over all of them, and the 99th percentile of each round."""
+def rows_of_tokens(name: str, times: Times, common: Columns) -> Iterator[Measurement]:
+    """A contender's whole steps: their mean, and the 99th percentile of each round's gaps."""
     columns = common | {"contender": name}
     if name in PEERS.values():
         columns |= {"backend": "torch"}
-    all_ms = [t for steps in token_ms for t in steps]
-    yield Measurement.of(all_ms, metric="token to token", unit="ms", **columns)
-    p99_ms = [percentile(steps, 99) for steps in token_ms]
-    yield Measurement.of(p99_ms, metric="token to token p99", unit="ms", **columns)
+    yield Measurement.of(times.token_ms, metric="token to token", unit="ms", **columns)
+    if all(times.gaps_ms):
+        p99_ms = [percentile(gaps, 99) for gaps in times.gaps_ms]
+        yield Measurement.of(p99_ms, metric="token to token p99", unit="ms", **columns)
 
 
 def rows_against(peer: str, times: dict[str, Times], common: Columns) -> Iterator[Measurement]:
     """How many times as fast as transformers each of ours is, from token to token."""
     for name in (name for name in times if name in OURS.values()):
         against = {"contender": name, "metric": f"speed against {peer}", "unit": "x"}
-        theirs_ms, ours_ms = times[peer].medians_ms, times[name].medians_ms
+        theirs_ms, ours_ms = times[peer].token_ms, times[name].token_ms
         yield Measurement.ratio_of(theirs_ms, ours_ms, **against, **common)
 
 
@@ -483,33 +578,33 @@ def decode(
     """Rows of all batches and contexts."""
     contenders = build_all(ours, model, args)
     yield from rows_of_recording(contenders, common)
-    for B in args.batches:
-        for T in args.contexts:
-            times, batches, workload = time_shape(model, contenders, theirs, B, T, args)
-            columns = common | {"workload": workload}
-            yield from rows_of_steps(times, floor_ms(model, B, T, args), columns)
-            for name in times:
-                yield from rows_of_tokens(name, times[name].token_ms, columns)
-            for peer in theirs:
-                yield from rows_against(peer, times, columns)
-            # The number of launches does not depend on the contexts' length.
-            if args.device.type == "cuda" and T == args.contexts[0]:
-                for name, batch in batches.items():
-                    count = {"contender": name, "metric": "launches a step", "unit": "launches"}
-                    yield Measurement.of([launches(contenders[name], batch)], **count, **columns)
+    counted: set[int] = set()  # the number of launches depends on the batch alone
+    for B, T in args.shapes:
+        times, batches, workload = time_shape(model, contenders, theirs, B, T, args)
+        columns = common | {"workload": workload}
+        yield from rows_of_steps(times, floor_ms(model, B, T, args), columns)
+        for name in times:
+            yield from rows_of_tokens(name, times[name], columns)
+        for peer in theirs:
+            yield from rows_against(peer, times, columns)
+        if args.device.type == "cuda" and B not in counted:
+            counted.add(B)
+            for name, batch in batches.items():
+                count = {"contender": name, "metric": "launches a step", "unit": "launches"}
+                yield Measurement.of([launches(contenders[name], batch)], **count, **columns)
 
 
 def against_compiled(
     model: GPT, ours: list[str], args: argparse.Namespace, common: Columns
 ) -> Iterator[Measurement]:
-    """Rows of the compiled step, and of ours against it, for the first batch and context."""
-    B, T = args.batches[0], args.contexts[0]
-    args = argparse.Namespace(**(vars(args) | {"batches": [B], "contexts": [T]}))
+    """Rows of the compiled step, and of ours against it, for the first shape."""
+    B, T = args.shapes[0]
+    args = argparse.Namespace(**(vars(args) | {"shapes": [(B, T)]}))
     contenders = build_all(ours, model, args)
     theirs: dict[str, Theirs] = {COMPILED: Compiled(transformers_engines.as_transformers(model), T)}
     times, _, workload = time_shape(model, contenders, theirs, B, T, args)
     columns = common | {"workload": workload}
-    yield from rows_of_tokens(COMPILED, times[COMPILED].token_ms, columns)
+    yield from rows_of_tokens(COMPILED, times[COMPILED], columns)
     yield from rows_against(COMPILED, times, columns)
 
 
@@ -527,12 +622,16 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         common |= {"backend": args.backend, "dtype": str(args.dtype)[6:], "seed": args.seed}
         common |= {"threads": args.threads}
         warm_up(args.device)
-        theirs = {}
-        if DYNAMIC in others:
-            theirs[DYNAMIC] = Theirs(transformers_engines.as_transformers(model))
+        kinds = {DYNAMIC: Theirs, GENERATE: Generate}
+        theirs = {
+            name: kind(transformers_engines.as_transformers(model))
+            for name, kind in kinds.items()
+            if name in others
+        }
         yield from decode(model, ours, theirs, args, common)
         if args.requests:
-            yield from workloads.throughput(model, args, common)
+            has_peer = peers.CONTINUOUS in others
+            yield from workloads.throughput(model, args, common, has_peer)
         yield from workloads.prefill(model, args, common)
         yield from workloads.joining(model, args, common)
         if args.profile:

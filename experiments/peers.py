@@ -9,7 +9,7 @@
 Our time is what a user waits: `InferenceEngine.step()` with schedule, batch, forward, sampling,
 update and detokenising. Theirs is the loop in transformers_engines.py. Before anything is timed
 both must give the same logits, for a prompt and for one step after it: within 1e-3 in float32,
-within 2% of the largest in 16 bits. `--also static continuous` adds transformers' StaticCache (just
+within 3% of the largest in 16 bits. `--also static continuous` adds transformers' StaticCache (just
 long enough, not compiled: each step reads its whole length) and its continuous batching. These two
 compute the prompts themselves.
 
@@ -153,9 +153,10 @@ def random_ids(model: GPT, B: int, T: int, seed: int) -> Tensor:
 def logits_bound(largest: float, itemsize: int) -> float:
     """How far logits of equal work may differ: other kernels sum in another order.
 
-    2% of the largest in 16 bits, 1e-3 in 32 and 1e-9 in 64.
+    3% of the largest in 16 bits, 1e-3 in 32 and 1e-9 in 64. (In bfloat16 each of two ways is up to
+    1.1% away from float64 in GPT-2's shape, and the two up to 1.4% from each other.)
     """
-    return {2: 0.02 * largest, 4: 1e-3, 8: 1e-9}[itemsize]
+    return {2: 0.03 * largest, 4: 1e-3, 8: 1e-9}[itemsize]
 
 
 @torch.inference_mode()
@@ -263,7 +264,9 @@ def time_all(
         if "continuous" in args.also:
             # It needs a model of its own, because it may change how its model attends.
             own_model = transformers_engines.as_transformers(model)
-            manager = Continuous(own_model, len(prompts), length, args.block_size)
+            num_blocks = 2 * len(prompts) * -(-length // args.block_size) + 1
+            step_tokens = len(prompts) * length  # all prompts in one step
+            manager = Continuous(own_model, num_blocks, step_tokens, args.block_size)
             stack.enter_context(manager)
             check_equal_tokens(manager, theirs, prompts)
             contenders[CONTINUOUS], backends[CONTINUOUS] = manager.time_steps, manager.backend

@@ -1,10 +1,11 @@
 """transformers' own ways to decode, with our weights: the engines that ours is compared with.
 
     Theirs      a loop around the model and its DynamicCache, or a StaticCache of a given length
+    Generate    its own loop, `generate()`, as a user calls it
     Compiled    the same loop over a StaticCache, its decode step compiled and recorded by PyTorch
     Continuous  transformers' continuous batching, which is a paged engine like ours
 
-A comparison is fair only against the fastest form of the other side. So `Theirs` has no
+A comparison is fair only against the fastest form of the other side. So `Theirs` is a loop without
 `generate()` around it, computes logits of the last position only (`logits_to_keep=1`, as
 `generate()` does too), and takes an arg max on the device.
 
@@ -134,6 +135,30 @@ class Theirs:
         del self.cache, self.next_ids
 
 
+class Generate(Theirs):
+    """transformers' own loop, with all that `generate()` does around each step."""
+
+    def ms_a_token(self, prompts: Tensor, steps: int) -> float:
+        """Milliseconds of 1 + steps tokens for prompts (B, T), less those of 1, over the steps."""
+        whole_ms, first_ms = (self._time_ms(prompts, n) for n in (1 + steps, 1))
+        return (whole_ms - first_ms) / steps
+
+    def _time_ms(self, prompts: Tensor, new_tokens: int) -> float:
+        from transformers import GenerationConfig
+
+        # No token ends a text: -1 is none.
+        sizes = {"max_new_tokens": new_tokens, "eos_token_id": -1, "pad_token_id": 0}
+        config = GenerationConfig(do_sample=False, **sizes)
+        started = time.perf_counter()
+        mask = torch.ones_like(prompts)
+        found = self.model.generate(prompts, attention_mask=mask, generation_config=config)
+        if prompts.is_cuda:
+            torch.cuda.synchronize()
+        taken_ms = (time.perf_counter() - started) * 1e3
+        assert found.shape[1] == prompts.shape[1] + new_tokens, "generate() stopped early"
+        return taken_ms
+
+
 class Compiled(Theirs):
     """The loop over a StaticCache, with a decode step that PyTorch compiles and records.
 
@@ -172,19 +197,19 @@ class Compiled(Theirs):
 class Continuous:
     """transformers' continuous batching as a context manager. The model must be its own."""
 
-    def __init__(self, model: torch.nn.Module, batch: int, length: int, block_size: int):
-        """Room for `batch` sequences of `length` tokens, and for all of their prompts in one step.
+    def __init__(self, model: torch.nn.Module, num_blocks: int, step_tokens: int, block_size: int):
+        """A pool of `num_blocks` blocks, and steps of at most `step_tokens` tokens.
 
-        The pool has twice the blocks that are needed: if few are free, prompts have to wait. Blocks
-        are not shared between rounds: each round computes the prompts again.
+        The pool should have twice the blocks that are needed: if few are free, prompts have to
+        wait. Blocks are not shared between rounds: each round computes the prompts again.
         """
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         fields = ContinuousBatchingConfig.__dataclass_fields__
         sizes = {"page_size" if "page_size" in fields else "block_size": block_size}
-        sizes |= {"num_blocks": 2 * batch * -(-length // block_size) + 1}
-        sizes |= {"max_batch_tokens": batch * length, "allow_block_sharing": False}
+        sizes |= {"num_blocks": num_blocks, "max_batch_tokens": step_tokens}
+        sizes |= {"allow_block_sharing": False}
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self.manager = model.init_continuous_batching(
             generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**sizes)
@@ -219,14 +244,20 @@ class Continuous:
         return ", ".join(["torch", attention, f"page_size={self.block_size}", *settings])
 
     def generate(self, prompts: Tensor, new_tokens: int) -> list:
-        """Serve the prompts (B, T) to their end; its outputs, in the order of the prompts.
+        """Serve the prompts (B, T) to their end; its outputs, in the order of the prompts."""
+        return self.serve([(prompt, new_tokens) for prompt in prompts.tolist()])
+
+    def serve(self, requests: list[tuple[list[int], int]]) -> list:
+        """Serve (prompt, tokens to write) pairs to their end; the outputs in their order.
 
         Raises ValueError if the manager fails or gives no result for ten minutes.
         """
         manager = self.manager
         with getattr(manager, "pause", nullcontext)():  # older versions cannot pause
-            options = {"max_new_tokens": new_tokens, "record_timestamps": True}
-            ids = [manager.add_request(prompt, **options) for prompt in prompts.tolist()]
+            ids = [
+                manager.add_request(prompt, max_new_tokens=n, record_timestamps=True)
+                for prompt, n in requests
+            ]
         outputs: dict[str, Any] = {}
         deadline = time.monotonic() + WAIT_S
         while len(outputs) < len(ids):

@@ -4,7 +4,8 @@
 
 Mixed requests are all there at the start. They are served in each way in turn: one step after the
 other, planned one step ahead (speedups/plan_ahead.py), and planned ahead with fused kernels if the
-GPU has them. Each way must write as many tokens as were asked for, and nearly the same tokens.
+GPU has them. The last way is also tried with a smaller token budget, or against transformers'
+continuous batching. Each must write as many tokens as were asked for, and nearly the same tokens.
 
 A prompt joins running sequences: a step computes their next tokens and as much of the prompt as the
 token budget allows. A large budget makes this step long, and every running sequence waits for it.
@@ -27,6 +28,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,17 +40,15 @@ from torch import Tensor
 from experiments import peers
 from experiments.ceilings import Columns
 from experiments.kernels import parse_shape
-from experiments.peers import random_ids
+from experiments.names import AHEAD, AHEAD_FUSED, FEW, FEW_STEP_TOKENS, SERIAL, STEP_TOKENS
+from experiments.peers import CONTINUOUS, random_ids
 from experiments.results import Measurement
 from experiments.speed import Trial, check_equal_work
+from experiments.transformers_engines import Continuous, as_transformers
 from kernels.triton_fused import can_fuse
 from llm import LLM, SamplingParams
 from model import GPT
 
-SERIAL = "serial"
-AHEAD = "one step ahead"
-AHEAD_FUSED = "one step ahead, fused"
-STEP_TOKENS = 8192  # a budget so large that steps are bound by the GPU and not by the host
 PROFILED_STEPS = 20
 NUM_LONGEST = 10  # kernels that a profile names
 MARK = "the steps that are counted"
@@ -100,40 +100,71 @@ def serve(llm: LLM, requests: list[tuple[list[int], int]]) -> Trial:
     return trial
 
 
-def throughput(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
-    """Rows of mixed requests, served in each way in turn."""
+def serve_theirs(manager: Continuous, requests: list[tuple[list[int], int]]) -> Trial:
+    """Serve (prompt, tokens to write) pairs by transformers' continuous batching."""
+    trial = Trial([])
+
+    def work() -> None:
+        trial.token_ids = [output.generated_tokens for output in manager.serve(requests)]
+
+    trial.seconds = peers.time_ms(work, torch.device("cpu")) / 1e3  # the tokens are on the host
+    assert [len(token_ids) for token_ids in trial.token_ids] == [n for _, n in requests]
+    return trial
+
+
+def throughput(
+    model: GPT, args: argparse.Namespace, common: Columns, has_peer: bool = False
+) -> Iterator[Measurement]:
+    """Rows of mixed requests, served in each way in turn; with a peer, only the last way and it."""
     requests = mixed_requests(model.config.vocab_size, args)
     blocks = sum(-(-(len(prompt) + n) // args.block_size) for prompt, n in requests)
-    llms = {
-        name: LLM(
-            model,
-            block_size=args.block_size,
+    ways = ways_to_serve(model, args.device)
+    fastest = list(ways)[-1]
+    small = {"max_num_batched_tokens": FEW_STEP_TOKENS}
+    ways = {fastest: ways[fastest]} if has_peer else ways | {fastest + FEW: ways[fastest] | small}
+    servers: dict[str, Callable[[], Trial]] = {}
+    for name, options in ways.items():
+        sizes = {
+            "block_size": args.block_size,
             # A step is planned ahead only if there is a free block for each sequence.
-            num_blocks=blocks + len(requests),
-            max_num_seqs=min(256, len(requests)),
-            max_num_batched_tokens=STEP_TOKENS,
-            **options,
-        )
-        for name, options in ways_to_serve(model, args.device).items()
-    }
-    trials: dict[str, list[Trial]] = {name: [] for name in llms}
-    for _ in range(args.rounds + 1):  # the first round warms up
-        for name, llm in llms.items():
-            trial = serve(llm, requests)
-            trials[name].append(trial)
-            check_equal_work(name, trial, trials[SERIAL][0], args.dtype.itemsize)
+            "num_blocks": blocks + len(requests),
+            "max_num_seqs": min(256, len(requests)),
+            "max_num_batched_tokens": STEP_TOKENS,
+        }
+        servers[name] = partial(serve, LLM(model, **(sizes | options)), requests)
+    with ExitStack() as stack:
+        columns = dict.fromkeys(servers, common)
+        if has_peer:
+            manager = Continuous(as_transformers(model), 2 * blocks, STEP_TOKENS, args.block_size)
+            servers[CONTINUOUS] = partial(serve_theirs, stack.enter_context(manager), requests)
+            columns[CONTINUOUS] = common | {"backend": manager.backend}
+        trials: dict[str, list[Trial]] = {name: [] for name in servers}
+        for _ in range(args.rounds + 1):  # the first round warms up
+            for name, server in servers.items():
+                trials[name].append(server())
+                first = next(iter(trials.values()))[0]
+                check_equal_work(name, trials[name][-1], first, args.dtype.itemsize)
+    yield from rows_of_requests(trials, columns, args)
+
+
+def rows_of_requests(
+    trials: dict[str, list[Trial]], columns: dict[str, Columns], args: argparse.Namespace
+) -> Iterator[Measurement]:
+    """Output tokens a second of each way; its speed against the first, or the peer's against it."""
     shortest, longest = args.lengths
-    workload = f"requests={len(requests)} prompts and texts of {shortest}..{longest} tokens"
-    columns = common | {"workload": workload}
+    workload = f"requests={args.requests} prompts and texts of {shortest}..{longest} tokens"
     seconds = {name: [trial.seconds for trial in ts[1:]] for name, ts in trials.items()}
-    num_tokens = sum(n for _, n in requests)
+    first, *others = seconds
+    num_tokens = sum(map(len, trials[first][0].token_ids))
     for name, taken in seconds.items():
         rates = [num_tokens / s for s in taken]
-        columns |= {"contender": name}
-        yield Measurement.of(rates, metric="output tokens", unit="tokens/s", **columns)
-        if name != SERIAL:
-            against = {"metric": f"speed against {SERIAL}", "unit": "x"}
-            yield Measurement.ratio_of(seconds[SERIAL], taken, **against, **columns)
+        own = columns[name] | {"workload": workload, "contender": name}
+        yield Measurement.of(rates, metric="output tokens", unit="tokens/s", **own)
+    for name in others:
+        slower, faster = (name, first) if name == CONTINUOUS else (first, name)
+        against = {"contender": faster, "metric": f"speed against {slower}", "unit": "x"}
+        own = columns[faster] | {"workload": workload} | against
+        yield Measurement.ratio_of(seconds[slower], seconds[faster], **own)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -197,8 +228,8 @@ def time_joining(llm: LLM, prompts: Tensor, long_prompt: list[int], new_tokens: 
 
 def joining(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Rows of a prompt that joins running sequences, for each token budget in turn."""
-    B = max(args.batches)
-    T = args.contexts[0]
+    B = max(batch for batch, _ in args.shapes)
+    T = args.shapes[0][1]
     P = args.join
     if not args.budgets:
         return
@@ -356,7 +387,8 @@ def profile_llm(llm: LLM, prompts: Tensor) -> Profile:
 
 def profiles(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Rows of a step's profile, for the smallest and the largest batch; its text in a file."""
-    T, max_batch = args.contexts[0], max(args.batches)
+    batches = [batch for batch, _ in args.shapes]
+    T, max_batch = args.shapes[0][1], max(batches)
     prompt_len = max(1, T - PROFILED_STEPS - 8)
     blocks = -(-(prompt_len + PROFILED_STEPS + 8) // args.block_size) + 1  # one stays free
     lines: list[str] = []
@@ -369,7 +401,7 @@ def profiles(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[
             max_num_batched_tokens=max_batch * prompt_len,
             **options,
         )
-        for B in sorted({min(args.batches), max_batch}):
+        for B in sorted({min(batches), max_batch}):
             profile = profile_llm(llm, random_ids(model, B, prompt_len, args.seed))
             workload = f"profile batch={B} context={T}"
             lines += [*lines_of(f"{name}, {workload}, {PROFILED_STEPS} steps", profile), ""]

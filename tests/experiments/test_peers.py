@@ -37,7 +37,7 @@ def test_peers_times_the_engine_and_transformers_on_equal_work(tmp_path, shipped
     "words",
     [
         f"peers --batches 2 {TINY_PEERS}",
-        "latency --device cpu --batches 1 --contexts 9 --steps 2 --contenders eager transformers",
+        "latency --device cpu --shapes 1x9 --steps 2 --contenders eager transformers",
     ],
 )
 def test_peers_with_other_weights_are_refused(tmp_path, monkeypatch, shipped_model_folder, words):
@@ -206,7 +206,7 @@ def test_all_prompts_of_continuous_batching_start_in_one_step(shipped_model_fold
     pytest.importorskip("transformers")
     model = transformers_engines.as_transformers(load_model(shipped_model_folder))
     prompts = torch.randint(512, (4, 9), generator=torch.Generator().manual_seed(0))
-    with Continuous(model, batch=4, length=16, block_size=4) as manager:
+    with Continuous(model, num_blocks=33, step_tokens=64, block_size=4) as manager:
         add = manager.manager.add_request
 
         def slow(*arguments, **options):
