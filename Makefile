@@ -30,8 +30,11 @@ bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: b
 notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, else the committed rows
 	PYTHONPATH=.:tests $(RUN) tests/plots/test_notebook.py
 
-gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 8 minutes at most
+gpu-check:  ## on a machine with a GPU, no .venv: OUT=folder for the results, 570 seconds at most
 	$(PYTHON) -m experiments.gpu_check
+
+gpu-rehearsal: $(VENV)/tests  ## its stages on a CPU, with few numbers: half a minute
+	$(RUN) -m experiments.gpu_check --rehearse
 
 train: $(VENV)/runs  ## make the shipped model again: make train TEXT=folder_of_txt (an hour or more)
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=34359738368 \
@@ -54,4 +57,4 @@ $(VENV)/triton-3.6.0: $(VENV)/tests
 	mkdir -p $@
 	touch $@
 
-.PHONY: help demo test check test-gpt2 bench notebook gpu-check train
+.PHONY: help demo test check test-gpt2 bench notebook gpu-check gpu-rehearsal train

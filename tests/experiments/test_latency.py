@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -504,7 +505,7 @@ def test_on_a_gpu_replays_are_timed_and_what_was_not_recorded_is_called(tiny, mo
         engine.forward = called
     else:
         forward = engine.forward
-        recorded = {size: step._replace(replay=called) for size, step in forward.steps.items()}
+        recorded = {size: replace(step, replay=called) for size, step in forward.steps.items()}
         monkeypatch.setattr(forward, "steps", recorded)
         monkeypatch.setattr(GraphForward, "__call__", lambda self, batch: filled.append(batch))
     measure = latency.step_timer(engine, batch, 5, torch.device("cuda"))

@@ -28,7 +28,7 @@ from kernels.device_memory import free_memory_bytes
 from kernels.triton_decode import paged_attention_triton, paged_decode_triton
 from kernels.triton_prefill import HAS_TRITON
 
-pytestmark = needs_triton(HAS_TRITON)
+pytestmark = [needs_triton(HAS_TRITON), pytest.mark.device]
 CHUNK_LENS = [0, 33, 64, 100]  # no chunks, less than a tile, a tile, more than one
 
 

@@ -574,6 +574,7 @@ def test_a_batch_larger_than_the_recorded_ones_leaves_their_counters_alone():
         del garbage
 
 
+@pytest.mark.alone
 @needs_gpu
 @pytest.mark.parametrize("few_rows, num_seqs, a_layer, more", [(0, 8, 7, 4), (2, 2, 5, 5)])
 def test_the_profiler_counts_as_many_launches_as_were_promised(few_rows, num_seqs, a_layer, more):

@@ -28,7 +28,7 @@ from kernels.device_memory import free_memory_bytes
 from kernels.triton_prefill import HAS_TRITON, paged_prefill_triton, write_kv_triton
 from kv_cache import KVCache, write_kv
 
-pytestmark = needs_triton(HAS_TRITON)
+pytestmark = [needs_triton(HAS_TRITON), pytest.mark.device]
 
 
 class TestPrefill(ReaderRules):

@@ -319,6 +319,7 @@ def launched_by(call):
     return [event.name for event in profiler.events() if event.device_type == on_gpu]
 
 
+@pytest.mark.alone
 @needs_gpu
 def test_a_call_is_one_launch():
     call = Call(2, 768, 3072, torch.bfloat16, "norm gelu residual")

@@ -32,6 +32,7 @@ from paged_attention_triton import paged_attention_triton_simple, write_kv_trito
 from sampling import SamplingParams
 from scheduler import Scheduler
 
+pytestmark = pytest.mark.device
 needs_triton = pytest.mark.skipif(not module.HAS_TRITON, reason="triton exists for Linux only")
 
 

@@ -741,6 +741,7 @@ def test_a_replay_gives_the_bits_of_the_eager_step_of_the_same_size(num_seqs, si
     assert len(got.unique(dim=0)) == num_seqs
 
 
+@pytest.mark.alone
 @needs_gpu
 def test_ten_thousand_replays_give_the_same_bits_and_take_no_memory():
     bench = gpu_bench(LENGTHS[:9], [1, 8, 16])
@@ -773,6 +774,7 @@ def test_replays_of_all_sizes_in_turn_do_not_disturb_each_other():
         assert got.data_ptr() == places[bench.graphs.recorded_size(batch)]
 
 
+@pytest.mark.alone
 @needs_gpu
 def test_a_decode_step_is_one_copy_one_launch_and_no_synchronisation():
     from torch.profiler import ProfilerActivity, profile
@@ -794,6 +796,7 @@ def test_a_decode_step_is_one_copy_one_launch_and_no_synchronisation():
     assert sum(n for name, n in names.items() if name.startswith("cudaLaunchKernel")) == 0, names
 
 
+@pytest.mark.alone
 @needs_gpu
 def test_a_launcher_records_again_when_its_graphs_are_gone():
     launcher, x = Graphs(), torch.zeros(4, device=DEVICE)

@@ -319,6 +319,7 @@ def test_ten_thousand_replays_of_a_joined_step_give_the_same_bits(few_rows, leng
 
 
 # ---- what a step costs ---------------------------------------------------------------------------
+@pytest.mark.alone
 @needs_gpu
 @pytest.mark.parametrize("way", ["recorded", "joined and ahead"])
 def test_a_thousand_steps_take_no_memory(shipped, way):
@@ -338,6 +339,7 @@ def test_a_thousand_steps_take_no_memory(shipped, way):
         llm.engine.abort(request_id)
 
 
+@pytest.mark.alone
 @needs_gpu
 def test_a_step_is_one_launch_one_copy_and_one_wait(shipped):
     """One that is planned ahead; any recorded one is a single launch and allocates nothing."""
