@@ -9,6 +9,7 @@ and allocates, against what it is said to.
 What is said of single recordings, without an engine, stands in test_cuda_graphs.py.
 """
 
+import copy
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from block_allocator import BlockAllocator
 from checkpoints.load import load_model
 from engine import InferenceEngine, eager_forward, sample_next
 from experiments.latency import fill_and_step
+from experiments.peers import Ours
 from experiments.workloads import profile_llm
 from kernels.triton_decode import paged_attention_triton
 from kernels.triton_fused import fused_forward
@@ -40,11 +42,18 @@ WAYS = {
     "joined and ahead": {"fused": True, "plan_ahead": True},
 }
 EACH_WAY = pytest.mark.parametrize("way", WAYS)
+IN_FP32 = pytest.mark.parametrize("dtype", [torch.float32], ids=str)  # tests in 16 bits come first
 # How near two candidates may be in float64 for fp32 to choose the other one. Logits of the shipped
-# model are up to 13, and fp32 moves them by some 4e-6. A logit that is off by e moves the end of a
-# token, as a share of all weights, by less than e.
-MOST_LOGITS_APART = MOST_SHARE_APART = 1e-4
-MOST_TIES = 2  # of 40 texts: that many in a run would be luck
+# model are up to 13, and fp32 moves them by some 4e-6. The GELU of a library's product may move
+# them by 1e-4 of that. A logit that is off by e moves the end of a token, as a share of all
+# weights, by less than e.
+MOST_APART = {way: 3e-3 if "fused" in options else 1e-4 for way, options in WAYS.items()}
+# Of 40 texts. Each difference is a proven tie, but so many of them would be no luck.
+MOST_TIES = {way: 8 if "fused" in options else 2 for way, options in WAYS.items()}
+# How many times as far from float64 as the plain step a joined one may be. It rounds elsewhere: in
+# GPT-2's shape and 16 bits each is up to 1.1% of the largest logit away (on a CPU, the joined
+# step's roundings in PyTorch), and of single rows one is up to 2.6 times as far as the other.
+WORSE = 3
 
 
 @pytest.fixture(autouse=True)
@@ -89,26 +98,26 @@ def serve_in(way, model, **options):
 def scores_after(model, token_ids):
     """The logits (V,) of the token after some others, in float64, dense, nothing cached."""
     with torch.inference_mode():
-        ids = torch.tensor(token_ids)
-        hidden = model(ids, torch.arange(len(ids)), attend_one_sequence)
+        ids = torch.tensor(token_ids, device=model.wte.weight.device)
+        hidden = model(ids, torch.arange(len(ids), device=ids.device), attend_one_sequence)
         return model.logits(hidden[-1:])[0]
 
 
-def check_tie(scores, row, want, got):
+def check_tie(scores, row, want, got, most_apart):
     """Assert that `got` could have come instead of `want` from scores (V,) a little off these."""
     if row.params.greedy:
         apart = (scores[want] - scores[got]).item()
-        assert 0 <= apart < MOST_LOGITS_APART, f"tokens {want} and {got} are {apart:.1e} apart"
+        assert 0 <= apart < most_apart, f"tokens {want} and {got} are {apart:.1e} apart"
         return
     weights = draw_weights(scores[None], [row])[0]
     ends, total = weights.cumsum(0), weights.sum()
     u = uniform(torch.tensor([row.seed]), torch.tensor([row.position])).double()
     target = u * total
     outside = torch.maximum(ends[got] - weights[got] - target, target - ends[got]) / total
-    assert outside < MOST_SHARE_APART, f"u is {outside.item():.1e} outside of token {got}"
+    assert outside < most_apart, f"u is {outside.item():.1e} outside of token {got}"
 
 
-def count_ties(model, requests, wanted, given):
+def count_ties(model, requests, wanted, given, most_apart):
     """How many texts differ; AssertionError unless each first difference is a tie."""
     ties = 0
     for (prompt, params), want, got in zip(requests, wanted, given, strict=True):
@@ -121,7 +130,7 @@ def count_ties(model, requests, wanted, given):
         # n is 1: the one sequence has its request's seed, hashed.
         seed = child_seed(params.seed or 0, 0)
         row = SampleRow(params, seed, len(before), before, len(prompt))
-        check_tie(scores_after(model, before), row, want[i], got[i])
+        check_tie(scores_after(model, before), row, want[i], got[i], most_apart)
     return ties
 
 
@@ -152,19 +161,22 @@ def forty(shipped):
 
 
 @needs_gpu
+@IN_FP32
 @EACH_WAY
-def test_forty_texts_are_those_of_float64_on_the_cpu_but_for_ties(shipped, forty, way):
+def test_forty_texts_are_those_of_float64_on_the_cpu_but_for_ties(shipped, forty, way, dtype):
     requests, wanted = forty
-    given = texts_of(serve_in(way, shipped(torch.float32, DEVICE)), requests)
-    assert count_ties(shipped(), requests, wanted, given) <= MOST_TIES
+    given = texts_of(serve_in(way, shipped(dtype, DEVICE)), requests)
+    ties = count_ties(shipped(), requests, wanted, given, MOST_APART[way])
+    assert ties <= MOST_TIES[way]
     assert len({token for text in given for token in text}) > 100
 
 
 @needs_gpu
-def test_an_abort_in_flight_changes_no_other_text_and_keeps_no_block(shipped):
+@IN_FP32
+def test_an_abort_in_flight_changes_no_other_text_and_keeps_no_block(shipped, dtype):
     requests, oracle = some_requests(12, seed=SEED + 1, ignore_eos=True), shipped()
     wanted = texts_of(LLM(oracle, num_blocks=512, backend="torch"), requests)
-    llm = serve_in("ahead", shipped(torch.float32, DEVICE))
+    llm = serve_in("ahead", shipped(dtype, DEVICE))
     engine, texts = llm.engine, {}
     ids = [engine.add_request(prompt, params) for prompt, params in requests]
     gone = {3: ids[2], 4: ids[7], 9: ids[0]}
@@ -181,31 +193,35 @@ def test_an_abort_in_flight_changes_no_other_text_and_keeps_no_block(shipped):
         [requests[i] for i in kept],
         [wanted[i] for i in kept],
         [texts[ids[i]] for i in kept],
+        MOST_APART["ahead"],
     )
-    assert ties <= 1 and engine.num_wasted_tokens >= len(gone)
+    assert ties <= MOST_TIES["ahead"] and engine.num_wasted_tokens >= len(gone)
     assert engine.scheduler.allocator.num_free == llm.config.num_blocks
 
 
 # ---- logits --------------------------------------------------------------------------------------
 # Of the largest logit, about four times what a CPU in these types is off; sums in another order
-# should cost no more. In fp32 that is 3e-7: there the bound is for products rounded to TF32, 1e-3.
+# should cost no more. In fp32 that is 3e-7: there the bound is for products rounded to TF32, 1e-3,
+# or for a library that computes the GELU of a joined product more coarsely.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 0.003, torch.bfloat16: 0.03}
+JOINED_BOUNDS = BOUNDS | {torch.float32: 1e-4}
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("way", ["eager", "recorded", "joined"])
+@pytest.mark.parametrize("way", ["eager", "recorded", "joined", "small linears"])
 def test_logits_are_those_of_float64_to_a_bound(shipped, way, dtype):
     """Of prompts and a decode step over them, with the weights rounded as they are there."""
     oracle = shipped(torch.float64, "cpu", rounded_to=dtype)
     llm = serve_in(way, shipped(dtype, DEVICE), max_num_seqs=9)
     numbers = random.Random(SEED)
+    bound = (JOINED_BOUNDS if "fused" in WAYS[way] else BOUNDS)[dtype]
     for B, T in ((1, 300), (3, 150), (9, 40)):
         token_ids = [[numbers.randrange(3000) for _ in range(T)] for _ in range(B)]
         _, logits = fill_and_step(llm.engine, token_ids, SEED)
         want = torch.stack([scores_after(oracle, ids) for ids in token_ids])
         error = (logits.double().cpu() - want).abs().max()
-        assert error <= BOUNDS[dtype] * want.abs().max(), f"{error:.1e} of {want.abs().max():.1f}"
+        assert error <= bound * want.abs().max(), f"{error:.1e} of {want.abs().max():.1f}"
 
 
 @needs_gpu
@@ -287,7 +303,8 @@ GPT2 = {"vocab_size": 1000, "max_seq_len": 1024, "n_layer": 2, "n_head": 12, "n_
 @pytest.mark.parametrize("lengths", [[1000], [900, 3, 257, 256, 40, 700, 511, 17, 1]], ids=len)
 def test_ten_thousand_replays_of_a_joined_step_give_the_same_bits(few_rows, lengths):
     """Programs of one launch wait for each other in it: a race would show in some of them."""
-    model = GPT(GPTConfig(**GPT2)).init_weights(std=0.2).to(DEVICE, torch.bfloat16)
+    # With larger weights 16 bits would say little: with std 0.2 all ways are 15% from float64.
+    model = GPT(GPTConfig(**GPT2)).init_weights(std=0.05).to(DEVICE, torch.bfloat16)
     model.requires_grad_(False).eval()
     blocks = [length // 16 + 1 for length in lengths]
     cache = KVCache(2, sum(blocks), 16, 12, 64, torch.bfloat16, DEVICE)
@@ -314,8 +331,11 @@ def test_ten_thousand_replays_of_a_joined_step_give_the_same_bits(few_rows, leng
             same.logical_and_((graphs(batch) == first).all())
         bits = torch.int16  # in which a NaN equals itself
         assert same.item() and torch.equal(pool.view(bits), cache.pool[:, :-1].view(bits))
-        want = eager(batch)
-    assert (first.double() - want.double()).abs().max() <= 0.02 * want.abs().max()
+        plain = eager(batch)
+    exact = copy.deepcopy(model).double()
+    want = torch.stack([scores_after(exact, text) for text in texts])
+    plain_error, error = ((logits.double() - want).abs().max() for logits in (plain, first))
+    assert plain_error <= 0.03 * want.abs().max() and error <= WORSE * plain_error
 
 
 # ---- what a step costs ---------------------------------------------------------------------------
@@ -341,7 +361,7 @@ def test_a_thousand_steps_take_no_memory(shipped, way):
 
 @pytest.mark.alone
 @needs_gpu
-def test_a_step_is_one_launch_one_copy_and_one_wait(shipped):
+def test_a_step_is_one_launch_and_one_copy(shipped):
     """One that is planned ahead; any recorded one is a single launch and allocates nothing."""
     found = {}
     for way in WAYS:
@@ -352,9 +372,42 @@ def test_a_step_is_one_launch_one_copy_and_one_wait(shipped):
             assert profile.allocations == 0, (way, profile)
             assert profile.graphs == (0 if way == "eager" else 1), (way, profile)
             if "ahead" in way:
-                assert profile.waits <= 1 and profile.copies_to_device <= 1, (way, profile)
+                assert profile.copies_to_device <= 1, (way, profile)
     # Seven launches a layer instead of eleven, in 6 layers; the library may cut some products
     # otherwise, which costs it a launch more.
     for B in (1, 8, 33):
         for joined, written in (("joined", "recorded"), ("joined and ahead", "ahead")):
             assert found[joined, B].kernels <= found[written, B].kernels - 3 * 6, found
+
+
+@pytest.mark.alone
+@needs_gpu
+@pytest.mark.parametrize("way", ["ahead", "joined and ahead"])
+def test_a_step_ahead_waits_for_the_tokens_of_the_step_before_it_and_for_nothing_else(
+    shipped, way, monkeypatch
+):
+    """Waits are counted: ten for ten steps, whatever the time. The buffer of the inputs is waited
+    for too, where its last copy has not ended; that depends on how busy the host is.
+    """
+    llm = serve_in(way, shipped(torch.bfloat16, DEVICE), max_num_seqs=8)
+    ours = Ours(llm, 1 + 3 + 10 + 1)
+    ours.start(torch.randint(3000, (8, 20), generator=torch.Generator().manual_seed(SEED)))
+    for _ in range(3):
+        ours.step()
+    waited, wait = [], torch.cuda.Event.synchronize
+
+    def watched(event):
+        waited.append(event)
+        wait(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", watched)
+    torch.cuda.set_sync_debug_mode("error")  # any other wait raises
+    try:
+        for _ in range(10):
+            ours.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    buffer_sent = llm.engine.forward.launcher.sent
+    assert len([event for event in waited if event is not buffer_sent]) == 10
+    ours.step()
+    ours.finish()

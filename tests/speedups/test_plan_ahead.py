@@ -825,12 +825,13 @@ def test_recorded_steps_draw_the_same_while_the_batch_grows_and_shrinks():
 
 # ---- only a GPU can say --------------------------------------------------------------------------
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("num_blocks", [400, 24])
-def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, num_blocks):
+def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, num_blocks, dtype):
     """In float64, so that the shape of a batch decides no token; the sampler gets 32 bits."""
     from checkpoints.load import load_model
 
-    model = load_model(shipped_model_folder, torch.float64, DEVICE)
+    model = load_model(shipped_model_folder, dtype, DEVICE)
     tokenizer, config = load_tokenizer(shipped_model_folder), model.config
     words = "Once upon a time there lived in a great forest an old woman and her goats".split()
     numbers = random.Random(SEED)
@@ -843,7 +844,7 @@ def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, 
 
     def serve(engine_class):
         shape = (config.n_layer, num_blocks, 16, config.n_head, config.head_dim)
-        cache = KVCache(*shape, torch.float64, DEVICE)
+        cache = KVCache(*shape, dtype, DEVICE)
         eager = eager_forward(model, cache, paged_attention_triton, write_kv_triton)
         scheduler = Scheduler(BlockAllocator(num_blocks, 16), 12, 512, 256)
 
