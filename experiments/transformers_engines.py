@@ -210,6 +210,8 @@ class Continuous:
         sizes = {"page_size" if "page_size" in fields else "block_size": block_size}
         sizes |= {"num_blocks": num_blocks, "max_batch_tokens": step_tokens}
         sizes |= {"allow_block_sharing": False}
+        if "auto_switch_to_flash" in fields:
+            sizes |= {"auto_switch_to_flash": False}  # another library, which it would fetch
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         self.manager = model.init_continuous_batching(
             generation_config=greedy, continuous_batching_config=ContinuousBatchingConfig(**sizes)

@@ -436,12 +436,17 @@ def test_from_token_to_token_is_wall_clock_over_many_steps_without_the_first_and
     assert mean_ms == pytest.approx((3 * 3 + 9 + 7) / 4) and gaps_ms == []
 
 
+@pytest.mark.parametrize("draws_on_gpu", [False, True], ids=["host draws", "the draw is recorded"])
 def test_an_engine_that_is_ahead_is_so_in_every_timed_step_and_is_timed_by_tokens_alone(
-    tmp_path, tiny, monkeypatch
+    tmp_path, tiny, monkeypatch, draws_on_gpu
 ):
+    if draws_on_gpu:  # here the kernel that draws is interpreted
+        pytest.importorskip("triton")
+        monkeypatch.setattr(latency, "can_record", lambda backend, device: True)
     in_flight, step = [], AheadEngine.step
 
     def watched(engine):
+        assert (engine.forward.sampler is not None) is draws_on_gpu
         output = step(engine)
         in_flight.append((output.plan.num_tokens, engine._in_flight is not None))
         return output
