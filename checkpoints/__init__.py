@@ -2,7 +2,7 @@
 
 No lesson needs this wing: `llm.py` calls it. A file imports only files above it.
 
-    untrusted      check files from strangers before they are read
+    untrusted      open files from strangers, checked before they are read
     weight_files   the tensors of a checkpoint, one by one
     hub            from a model's name to a folder on disk
     load           from a folder to a `GPT`: names, transposes, refusals

@@ -7,7 +7,7 @@ four small rules are enough, instead of a table of 148 entries (for the 124M mod
                 h.0.attn.c_attn.weight  (2304, 768)     in the model: nn.Linear is (out, in)
     └ 1. drop the prefixes              └ 2. transpose these four, where the file has (in, out)
     3. skip `h.N.attn.bias`: the causal mask, which old files store as if it were a weight
-    4. skip `lm_head.weight` if the head is tied to the embedding
+    4. skip `lm_head.weight` if it is the same as the embedding, to which the head is tied
 
 The same rules read what transformers writes now and wrote in the past, what torch.compile wraps
 (`_orig_mod.`), and nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
@@ -24,8 +24,12 @@ Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a m
 
 import importlib.util
 import json
+import math
 import os
+import shutil
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,11 +38,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints.untrusted import MOST_SHOWN, read_json, shown
-from checkpoints.weight_files import Stored, catalogue, model_args, read
+from checkpoints.weight_files import Stored, catalogue, read
+from kernels.device_memory import free_memory_bytes
 from model import GPT, GPTConfig, attend_one_sequence
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # these endings do not match `.c_attn.bias`
+HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # int8 needs scales too
 LARGEST_SIZE = 10_000_000  # far above every GPT-2; a product of two still fits in 64 bits
 LEAST_TENSORS_A_LAYER = 6  # two LayerNorms and four matrices; with biases there are 12
@@ -67,6 +73,16 @@ CONFIG_FIELDS = {
     "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", bool),
     "tie_word_embeddings": ("tie_word_embeddings", bool),
     "eos_token_id": ("eos_token_id", int),
+}
+SECOND_NAMES = {  # transformers' names of the same fields in all its models
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
+GELUS = {  # transformers' other names, and ours: the tanh approximation or the exact function
+    **dict.fromkeys(("gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), "gelu_new"),
+    **{"gelu_python_tanh": "gelu_new", "gelu_python": "gelu"},
 }
 REFUSED_FIELDS = ("add_cross_attention", "quantization_config")  # they change inference
 # Name in config.json -> name in nanoGPT's `model_args`.
@@ -102,28 +118,36 @@ def load_model(
     name = str(name)
     if name.startswith("random:"):
         return random_model(name.removeprefix("random:"), dtype, device)
-    path = local_path(name)
     # The config and the tensors' shapes come first. Numbers are read only if the two agree.
-    config = read_config(path / "config.json") if (path / "config.json").exists() else None
-    stored = catalogue(path)
-    has_biases = True
-    if config is None:
-        config, has_biases = read_nanogpt_config(stored[0].path)
+    stored, model_args = catalogue(local_path(name))
+    file, has_biases = stored[0].path, True
+    if model_args is None:
+        config = read_config(file.parent / "config.json")
+    else:
+        config, has_biases = read_nanogpt_config(model_args, file)
     if config.n_layer * LEAST_TENSORS_A_LAYER > len(stored):  # before ten million layers are built
         problem = f"n_layer is {config.n_layer}, and the {len(stored)} tensors are too few for that"
-        raise ValueError(f"{stored[0].path}: {problem}")
-    with torch.device("meta"):  # a model of shapes without memory; the weights are assigned below
-        model = GPT(config)
-    state = read_tensors(place(stored, model), model, dtype, device)
-    wanted = model.state_dict()
+        raise ValueError(f"{file}: {problem}")
+    wanted = shapes_of(config)
+    placed = place(stored, wanted)
+    check_memory(file, placed, dtype, device)
+    state = read_tensors(placed, wanted, config.tie_word_embeddings, dtype, device)
     if not has_biases:  # nanoGPT with bias=False: biases of zero change nothing
         biases = [key for key in wanted if key.endswith(".bias") and key not in state]
-        state |= {k: torch.zeros(wanted[k].shape, dtype=dtype, device=device) for k in biases}
+        state |= {k: torch.zeros(wanted[k], dtype=dtype, device=device) for k in biases}
     if missing := [key for key in wanted if key not in state]:
         first = f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
-        raise ValueError(f"{stored[0].path}: {first}")
+        raise ValueError(f"{file}: {first}")
+    return assemble(state, config)
+
+
+def assemble(state: dict[str, Tensor], config: GPTConfig) -> GPT:
+    """A model of these tensors, with its head tied if head and embedding are one tensor."""
+    is_tied = config.tie_word_embeddings and state[HEAD] is state[EMBEDDING]
+    with torch.device("meta"):  # a model of shapes without memory; the weights are assigned below
+        model = GPT(replace(config, tie_word_embeddings=is_tied))
     model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
+    if is_tied:
         model.lm_head.weight = model.wte.weight  # assign=True has replaced the shared one
     return finish(model)
 
@@ -179,7 +203,8 @@ def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> 
 def read_config(path: Path) -> GPTConfig:
     """Read `config.json`. Raises ValueError that names the field which is not supported."""
     fields = read_json(path)
-    if (kind := fields.get("model_type")) != "gpt2":
+    is_gpt2 = {"n_layer", "n_head", "n_embd"} <= fields.keys()  # configs of 2019 do not say it
+    if (kind := fields.get("model_type")) != "gpt2" and not (kind is None and is_gpt2):
         raise ValueError(f"{path}: model_type is {shown(kind)}, only 'gpt2' is served")
     for name in REFUSED_FIELDS:
         if fields.get(name):
@@ -187,15 +212,16 @@ def read_config(path: Path) -> GPTConfig:
     return to_config(fields, path)
 
 
-def read_nanogpt_config(path: Path) -> tuple[GPTConfig, bool]:
-    """The config of a nanoGPT checkpoint, and whether it has biases. Source: its `model.py`."""
-    args = model_args(path)
-    if args is None:
-        raise ValueError(f"{path.parent / 'config.json'} is missing: it says the model's shape")
+def read_nanogpt_config(args: dict, path: Path) -> tuple[GPTConfig, bool]:
+    """The config in a nanoGPT checkpoint, and whether it has biases. Source: its `model.py`.
+
+    Its GELU was the tanh approximation until June 2023. Until January 2023 `model_args` had no
+    `bias`; what was saved between is taken for exact, so its logits are off by about a thousandth.
+    """
     fields = {ours: args.get(theirs) for ours, theirs in NANOGPT_FIELDS.items()}
     if absent := [NANOGPT_FIELDS[name] for name, value in fields.items() if value is None]:
         raise ValueError(f"{path}: model_args has no {absent[0]}")
-    fields["activation_function"] = "gelu"  # nanoGPT's is exact; OpenAI's is the tanh approximation
+    fields["activation_function"] = "gelu" if "bias" in args else "gelu_new"
     fields["eos_token_id"] = END_OF_TEXT_ID  # `to_config` drops it from a smaller vocabulary
     return to_config(fields, path), args.get("bias") is not False
 
@@ -204,7 +230,12 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
     """Turn Hugging Face's fields into a GPTConfig and check their types; errors name `path`."""
     known = {}
     for theirs, (ours, kind) in CONFIG_FIELDS.items():
-        value = fields.get(theirs)
+        value, second = fields.get(theirs), SECOND_NAMES.get(theirs, theirs)
+        if value is None:
+            value = fields.get(second)
+        elif (other := fields.get(second)) not in (None, value):
+            values = f"{theirs} is {shown(value)} and {second} is {shown(other)}"
+            raise ValueError(f"{path}: {values}, two names of one field")
         if value is None:
             continue
         # In Python a bool is an int too. An epsilon written as an integer is accepted.
@@ -214,7 +245,7 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
         if kind is not str and abs(value) > LARGEST_SIZE:
             limit = f"at most {LARGEST_SIZE} is accepted"
             raise ValueError(f"{path}: {theirs} is {shown(value)}, {limit}")
-        known[ours] = value
+        known[ours] = GELUS.get(value, value) if kind is str else value
     # Small test models keep GPT-2's end-of-text id, which their vocabulary does not have. The model
     # can never draw that id, so it is dropped.
     if not 0 <= known.get("eos_token_id", 0) < known.get("vocab_size", GPTConfig.vocab_size):
@@ -232,33 +263,53 @@ def plain_name(stored: str) -> str:
     return name.removeprefix("module.").removeprefix("transformer.")
 
 
-def place(stored: list[Stored], model: GPT) -> dict[str, Stored]:
-    """Map each of the model's names to its stored tensor. Masks and a tied head are left out.
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of each tensor of a model."""
+    with torch.device("meta"):  # without memory
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+
+
+def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Map each of the model's names to its stored tensor. Masks are left out, the head is last.
 
     Raises ValueError if a stored tensor belongs nowhere, or if two belong to one name.
     """
-    wanted = model.state_dict()
-    is_tied = model.config.tie_word_embeddings
     placed: dict[str, Stored] = {}
     for tensor in stored:
         name = plain_name(tensor.name)
-        if name.endswith(MASK_BUFFERS) or (name == "lm_head.weight" and is_tied):
+        if name.endswith(MASK_BUFFERS) and len(tensor.shape) in (0, 4):  # (1, 1, T, T)
             continue
         if name not in wanted or name in placed:  # unknown, or stored with and without a prefix
             problem = f"tensor {shown(tensor.name)} has no place in this model"
             raise ValueError(f"{tensor.path}: {problem}")
         placed[name] = tensor
-    return placed
+    return dict(sorted(placed.items(), key=lambda item: item[0] == HEAD))
+
+
+def check_memory(
+    file: Path, placed: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Raise ValueError if the weights are larger than the device's free memory."""
+    counts = [math.prod(one.shape) for name, one in placed.items() if name != HEAD]
+    needed = dtype.itemsize * sum(counts)
+    if needed > (free := free_memory_bytes(device)):
+        sizes = f"{needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}"
+        raise ValueError(f"{file}: the weights take {sizes}")
 
 
 def read_tensors(
-    placed: dict[str, Stored], model: GPT, dtype: torch.dtype, device: str | torch.device
+    placed: dict[str, Stored],
+    wanted: dict[str, tuple[int, ...]],
+    is_tied: bool,
+    dtype: torch.dtype,
+    device: str | torch.device,
 ) -> dict[str, Tensor]:
     """Read the weights: transposed, cast to `dtype`, moved to `device`, checked to be finite.
 
-    Returns a dict from the model's names to tensors. Raises ValueError for a wrong shape or dtype.
+    Returns a dict from the model's names to tensors. A tied head is the embedding itself, unless
+    the file has both and they differ: then transformers does not tie them either. Raises ValueError
+    for a wrong shape or dtype.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # c_attn is never square, so its shape tells whether the file stores (out, in) or (in, out).
     fused = "h.0.attn.c_attn.weight"  # (3C, C) in the model
     is_linear = fused in placed and placed[fused].shape == wanted[fused]
@@ -274,6 +325,8 @@ def read_tensors(
         if tuple(tensor.shape) != wanted[name]:
             found = tuple(tensor.shape) if tensor.ndim <= 4 else f"{tensor.ndim} dimensions"
             raise ValueError(f"{subject} has shape {found}, its config asks for {wanted[name]}")
+        if name == HEAD and is_tied and EMBEDDING in state and is_copy(tensor, state[EMBEDDING]):
+            continue
         # Always a copy: `tensor` is a view of the mapped file, which somebody may rewrite.
         tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
         # aminmax() returns NaN if there is one, and needs no mask of the tensor's size. It is
@@ -282,27 +335,58 @@ def read_tensors(
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{subject} holds NaN or infinity as {dtype}")
         state[name] = tensor.to(device)
-    if model.config.tie_word_embeddings and "wte.weight" in state:
-        state["lm_head.weight"] = state["wte.weight"]
+    for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        if is_tied and other in state:  # a file may hold either of the two names
+            state.setdefault(name, state[other])
     return state
+
+
+def is_copy(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two matrices hold the same numbers, once both have the type of `other`."""
+    rows = zip(tensor.split(1024), other.split(1024), strict=True)  # casts 1,024 rows at a time
+    return all(torch.equal(part.to(own), own) for part, own in rows)
 
 
 def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` as transformers does, weights in `dtype`."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == HEAD and model.config.tie_word_embeddings:
             continue  # safetensors refuses one tensor under two names
         # In Hugging Face's layout the head stands outside of `transformer`.
-        stored = name if name == "lm_head.weight" else "transformer." + name
+        stored = name if name == HEAD else "transformer." + name
         tensor = tensor.detach().to(dtype)
         tensors[stored] = (tensor.t() if name.endswith(CONV1D) else tensor).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fields = {theirs: getattr(model.config, ours) for theirs, (ours, _) in CONFIG_FIELDS.items()}
+    fields = transformers_fields(model.config)
     fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     fields |= {"bos_token_id": model.config.eos_token_id, "dtype": str(dtype)[len("torch.") :]}
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        save_file(tensors, Path(name) / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(fields, indent=2) + "\n"
+        (Path(name) / "config.json").write_text(text, encoding="utf-8")
+        move_together(Path(name), folder)
+
+
+def transformers_fields(config: GPTConfig) -> dict:
+    """The fields of a config under the names of transformers."""
+    return {theirs: getattr(config, ours) for theirs, (ours, _) in CONFIG_FIELDS.items()}
+
+
+def move_together(source: Path, folder: Path) -> None:
+    """Move all files of a new model into a folder, whose other files stay.
+
+    The old weights go first and the new ones come last: whoever is stopped in between leaves a
+    folder without weights, not one with the weights of another tokenizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrived = []
+    for file in source.iterdir():  # from another disk this takes a while, so the old ones stay
+        arrived.append(Path(shutil.move(file, folder / f".{file.name}.new")))
+    weights = folder / "model.safetensors"
+    weights.unlink(missing_ok=True)
+    for file in sorted(arrived, key=lambda file: weights.name in file.name):
+        file.replace(folder / file.name[1 : -len(".new")])
 
 
 def describe(name: str) -> None:
@@ -320,36 +404,44 @@ def describe(name: str) -> None:
     num_sequences = 1e9 / kv_bytes / longest
     print(f"1 GB of KV     {num_sequences:.1f} sequences of {longest:,} tokens, in 16 bits")
     if weights_kind(name) == "trained weights":
-        path = local_path(name)
-        stored = catalogue(path)
+        stored, model_args = catalogue(local_path(name))
         files = ", ".join(sorted({tensor.path.name for tensor in stored}))
         print(f"files          {len(stored)} tensors in {files}, in {stored[0].path.parent}")
-        print(f"transformers   {compare(path, model)}")
+        is_nanogpt = "not compared: transformers reads no nanoGPT checkpoints"
+        print(f"transformers   {is_nanogpt if model_args else compare(stored, model)}")
 
 
-def compare(path: Path, model: GPT) -> str:
-    """Compare our logits with transformers' on the same folder; return the result as one line.
+def compare(stored: list[Stored], model: GPT) -> str:
+    """Compare our logits with transformers' on the same tensors; return the result as one line.
 
-    Raises ValueError if they differ by more than a thousandth of the largest logit.
+    transformers reads no file: the tensors are given to it under their own names, and its config is
+    made from ours, since a stranger's config.json may name code on the hub. Raises ValueError if
+    the logits differ by more than a thousandth of the largest one.
     """
-    if not (path / "config.json").exists():
-        return "not compared: transformers reads no nanoGPT checkpoints"
     if importlib.util.find_spec("transformers") is None:
         return "not installed, so not compared (pip install transformers)"
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    theirs = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
+    config = GPT2Config(**transformers_fields(model.config), bos_token_id=None)
+    tensors = {plain_name(one.name): tensor.clone() for one, tensor in read(stored)}
+    named = {name if name == HEAD else "transformer." + name: t for name, t in tensors.items()}
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=named, **options)
+    except RuntimeError:  # matrices in the layout of nn.Linear
+        return "not compared: transformers does not know this layout"
     length = min(64, model.config.max_seq_len)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
     with torch.inference_mode():
-        want = theirs(ids[None]).logits[0]  # (T, V)
+        want = theirs.eval()(ids[None]).logits[0]  # (T, V)
         got = model.logits(model(ids, torch.arange(length), attend_one_sequence))
     error, size = (got - want).abs().max().item(), want.abs().max().item()
     if not error <= 1e-3 * size:  # `not <=` also catches NaN
-        raise ValueError(f"{path}: logits differ from transformers' by {error:.1e} of {size:.1f}")
+        file, sizes = stored[0].path, f"{error:.1e} of {size:.1f}"
+        raise ValueError(f"{file}: logits differ from transformers' by {sizes}")
     return f"the same logits for {length} tokens, to {error:.1e} (the largest is {size:.1f})"
 
 

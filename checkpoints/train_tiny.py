@@ -14,7 +14,8 @@ covers two phases:
 
 Every thirtieth tale is held out: neither the model nor the tokenizer sees it in training. A
 checkpoint is written every few minutes. `--resume` goes on from the last checkpoint and ends with
-the same weights as a run that was never stopped, because a batch is a function of (seed, step).
+the same weights as a run that was never stopped, because a batch is a function of (seed, step). The
+finished files move to `--out` together: a run that is stopped leaves the old model as it was.
 
 Run: python -m checkpoints.train_tiny --text FOLDER_OF_TXT --out assets/tiny-gpt2
 """
@@ -23,6 +24,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from block_allocator import BlockAllocator
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model, move_together, save_model
 from checkpoints.tokenizer import load_tokenizer
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
@@ -351,8 +353,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     training, held_out, names = split_tales(args)
-    args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(training, args.vocab_size, args.out)
+    model_folder = args.work / "model"  # the finished model moves to --out, all files together
+    shutil.rmtree(model_folder, ignore_errors=True)
+    tokenizer = train_tokenizer(training, args.vocab_size, model_folder)
     end = tokenizer.token_to_id(END_OF_TEXT)
     encoded = tokenizer.encode_batch(training)
     stream = torch.tensor([end] + [i for tale in encoded for i in (*tale.ids, end)])
@@ -372,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     num_tokens = args.steps * args.tokens_per_step
     print(f"{model.num_parameters():,} parameters, {num_tokens:,} tokens to train on")
     loss = train(model, stream, args, args.work / "checkpoint.pt")
-    save_model(model, args.out, torch.float16)
+    save_model(model, model_folder, torch.float16)
     report = {"training_loss_nats_per_token": loss, **held_out_losses(model, held_out, tokenizer)}
     for name, value in report.items():
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
@@ -380,10 +383,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     settings |= {"files": names, "characters_seen": characters}
     text = json.dumps({**settings, **report}, indent=1) + "\n"
-    (args.out / "training.json").write_text(text, encoding="utf-8")
+    (model_folder / "training.json").write_text(text, encoding="utf-8")
     settings["notes"] = args.notes.read_text(encoding="utf-8") if args.notes.is_file() else ""
     report |= {"parameters": model.num_parameters(), "vocab_size": config.vocab_size}
-    write_model_card(args.out, settings, report, write_samples(args.out, held_out))
+    write_model_card(model_folder, settings, report, write_samples(model_folder, held_out))
+    move_together(model_folder, args.out)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ list of names and shapes; the caller chooses from it before any number is read.
     pytorch_model.bin, its index -> shards    ├─>     │ the caller chooses
     ckpt.pt (nanoGPT)                         ┘   read: one tensor after the other
 
-Files may come from strangers, so nothing in them is believed. Refused are: an index that points
-outside its folder, a tensor that stands in two files, and a tensor whose stride of 0 turns one
-number into a million. (safetensors' library checks its own headers; `untrusted.py` checks pickles.)
-The tests load damaged and hostile files and expect a ValueError for each.
+`safetensors` and `torch.load(weights_only=True)` read the files. PyTorch's reader runs no code from
+a pickle, but a pickle of a hundred bytes may still ask it for any amount of memory or time. Refused
+here are: an index that points outside its folder, a tensor that stands in two files, a tensor with
+more numbers than its file, and an archive whose records two readers could take for each other.
 
 A tensor is a view of the memory-mapped file. The mapping is closed after every 32 MiB. If it stayed
 open, the pages that were read would stay in memory beside the copies made from them: 1 GB for a
-model of 0.5 GB.
+model of 0.5 GB. Pickles from before PyTorch 1.6 cannot be mapped and are read whole.
 
 Formats: github.com/huggingface/safetensors; docs.pytorch.org, `torch.load`; nanoGPT's `train.py`.
 """
@@ -24,19 +24,24 @@ Formats: github.com/huggingface/safetensors; docs.pytorch.org, `torch.load`; nan
 import math
 import os
 import re
-from collections.abc import Iterator
-from itertools import groupby
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.untrusted import read_json, require_file, shown, unpickle
+from checkpoints.untrusted import MOST_SHOWN, name_of, opened, read_json, shown
+from kernels.device_memory import free_memory_bytes
 
 # If a folder holds several of these, they are copies of the same weights: the first is read. The
-# order is that of trust: a safetensors file cannot run code.
+# order is that of trust: a safetensors file holds nothing but numbers.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -44,8 +49,16 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "ckpt.pt",
 )
+OTHER_WEIGHTS = {  # a name, and what such a file is
+    "adapter_config.json": "a PEFT adapter: save the whole model, after `merge_and_unload()`",
+    "*.gguf": "weights for llama.cpp: give a folder in Hugging Face's layout",
+    "*.h5": "TensorFlow's weights: save the model with PyTorch first",
+    "*.ckpt.index": "TensorFlow's weights: save the model with PyTorch first",
+    "*.msgpack": "Flax's weights: save the model with PyTorch first",
+}
 PLAIN_NAME = re.compile(r"\w[\w.-]{,200}")  # a file name without a folder or ".."
 MAPPED_BYTES = 32 << 20  # read through one mapping before it is closed
+MOST_PROGRAM_BYTES = 4 << 20  # of a pickle without its numbers; GPT-2 XL's has 0.1 MB
 
 
 class Stored(NamedTuple):
@@ -54,35 +67,71 @@ class Stored(NamedTuple):
     path: Path
     name: str  # as it stands in the file
     shape: tuple[int, ...]
+    is_mapped: bool  # or else its file has to be read whole
+    stamp: tuple[int, ...]  # which file this was: its bytes, its number, its time
 
 
-def catalogue(path: Path) -> list[Stored]:
+class Held(NamedTuple):
+    """What an open file of weights holds."""
+
+    shapes: dict[str, tuple[int, ...]]
+    get: Callable[[str], Tensor]
+    model_args: dict | None = None  # the shape of nanoGPT's model
+    is_mapped: bool = True
+
+
+def catalogue(path: Path) -> tuple[list[Stored], dict | None]:
     """List the tensors of a folder, or of a single file of weights, without reading the numbers.
 
-    Raises ValueError, naming the file, if a file is missing or damaged, would run code, or holds
-    anything other than plain tensors.
+    Returns them and the `model_args` of a nanoGPT checkpoint; None for any other. Raises
+    ValueError, naming the file, if one is missing, damaged, or holds more than plain tensors.
     """
-    if path.is_dir():
-        found = [name for name in WEIGHT_FILES if os.path.lexists(path / name)]
-        if not found:
-            raise ValueError(f"{path} holds no weights: {', '.join(WEIGHT_FILES)} are looked for")
-        path = path / found[0]
+    path = find_weights(path)
     # file -> tensors that the index says it holds; a single file needs no index
     indexed = read_index(path) if path.suffix == ".json" else {path: set()}
     stored: dict[str, Stored] = {}
+    model_args = None
     for file, names in indexed.items():
-        shapes = dict(names_and_shapes(file))
-        if missing := names - shapes.keys():
-            raise ValueError(
-                f"{file}: tensor {shown(min(missing))} is not there, {path.name} says it is"
-            )
-        if duplicates := stored.keys() & shapes.keys():
+        with opened(file) as open_file, held_in(file, open_file) as held:
+            found = {
+                name: Stored(file, name, shape, held.is_mapped, stamp_of(open_file))
+                for name, shape in held.shapes.items()
+            }
+            model_args = held.model_args
+        if missing := names - found.keys():
+            problem = f"tensor {shown(min(missing))} is not there, {path.name} says it is"
+            raise ValueError(f"{file}: {problem}")
+        if duplicates := stored.keys() & found.keys():
             name = min(duplicates)
             raise ValueError(f"{file}: tensor {shown(name)} is in {stored[name].path.name} too")
-        stored |= {name: Stored(file, name, shape) for name, shape in shapes.items()}
+        stored |= found
     if not stored:
         raise ValueError(f"{path} holds no tensors")
-    return list(stored.values())
+    return list(stored.values()), model_args
+
+
+def find_weights(path: Path) -> Path:
+    """The file or index with the weights of a folder; of a shard, the index that names it."""
+    others = other_weights(os.listdir(path) if path.is_dir() else [path.name])
+    if path.is_dir():
+        found = next((path / name for name in WEIGHT_FILES if os.path.lexists(path / name)), None)
+        # What transformers makes of an adapter beside a model depends on what is installed.
+        if found is None or "PEFT" in others:
+            looked_for = f"no weights: {', '.join(WEIGHT_FILES)} are looked for"
+            raise ValueError(f"{path} holds {others or looked_for}")
+        return found
+    if others:
+        raise ValueError(f"{path}: {others}")
+    for index in path.parent.glob("*.index.json"):
+        if re.search(r"-\d+-of-\d+\.", path.name) and path in read_index(index):
+            return index
+    return path
+
+
+def other_weights(names: Iterable[str]) -> str:
+    """What these files are, if one of them is a kind of weights that is not read; else ""."""
+    kinds = (kind for name in names for one, kind in OTHER_WEIGHTS.items() if fnmatch(name, one))
+    return min(kinds, default="")
 
 
 def read_index(index: Path) -> dict[Path, set[str]]:
@@ -108,27 +157,77 @@ def read_index(index: Path) -> dict[Path, set[str]]:
     return indexed
 
 
-def names_and_shapes(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """The name and shape of each tensor in one file."""
+# ---- one file ------------------------------------------------------------------------------------
+def stamp_of(file: BinaryIO) -> tuple[int, ...]:
+    """Which file this is, and which version of it; its size comes first."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+@contextmanager
+def held_in(path: Path, file: BinaryIO) -> Iterator[Held]:
+    """What an open file holds, by its ending. Raises ValueError, naming it, if it is damaged."""
     if path.suffix != ".safetensors":
-        return [(name, tuple(tensor.shape)) for name, tensor in tensors_of(path).items()]
-    require_file(path)
+        yield read_pickle(path, file)
+        return
     try:
-        with safe_open(path, framework="pt") as file:
-            return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]
-    except (SafetensorError, OSError) as error:
+        with safe_open(name_of(file, path), framework="pt") as held:
+            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}
+            yield Held(shapes, held.get_tensor)
+    # `get_tensor` too raises the first, for types that PyTorch lacks; the last two mean that a file
+    # of this size cannot be mapped.
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error)[:200]  # the message may quote a name of a megabyte
         raise ValueError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, by name. Raises ValueError if it holds anything else."""
-    content = unpickle(path)
-    if "model_args" in content:  # nanoGPT stores the optimizer's state and more beside the model
-        content = content.get("model")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dictionary of tensors")
-    for name, tensor in content.items():
+def read_pickle(path: Path, file: BinaryIO) -> Held:
+    """The tensors of a `.bin` or `.pt` file by name, and nanoGPT's `model_args` if it has them."""
+    is_zip = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6
+    records: Counter[int] | None = None
+    try:
+        if is_zip:
+            records = check_archive(file)
+        elif (size := stamp_of(file)[0]) > (free := free_memory_bytes("cpu")):
+            raise ValueError(f"it has {size:,} bytes, and {free:,} bytes of memory are free")
+        name = name_of(file, path)  # PyTorch maps a file only by its name
+        held = torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged file makes the readers stumble over anything
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        reason = f"{kind}{reason}".split("\n")[0][:MOST_SHOWN]
+        raise ValueError(f"{path} is refused, or damaged: {reason}") from None
+    model_args = held.get("model_args") if isinstance(held, dict) else None
+    if model_args is not None:  # nanoGPT stores the optimizer's state and more beside the model
+        held = held.get("model")
+    if not (isinstance(held, dict) and isinstance(model_args, dict | None)):
+        raise ValueError(f"{path} holds no dictionary of tensors, or model_args that are none")
+    check_tensors(path, held, records)
+    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    return Held(shapes, held.__getitem__, model_args, is_zip)
+
+
+def check_archive(file: BinaryIO) -> Counter[int]:
+    """Refuse a zip that PyTorch would not write; return the sizes of its records of numbers."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if any(record.compress_type or record.flag_bits & 1 for record in records):
+        raise ValueError("its records are compressed or encrypted, PyTorch writes none such")
+    # PyTorch looks a record up without regard to case; Python ends a name at a NUL.
+    names = [record.orig_filename.casefold() for record in records]
+    if len(set(names)) < len(names) or any("\0" in name for name in names):
+        raise ValueError("two of its records have the same name, or one has a name with a NUL")
+    (program,) = [record for record in records if record.filename.split("/")[1:] == ["data.pkl"]]
+    if program.file_size > MOST_PROGRAM_BYTES:
+        problem = f"its data.pkl has {program.file_size:,} bytes"
+        raise ValueError(f"{problem}, at most {MOST_PROGRAM_BYTES:,} are read")
+    return Counter(r.file_size for r in records if r.filename.split("/")[1:2] == ["data"])
+
+
+def check_tensors(path: Path, held: dict, records: Counter[int] | None) -> None:
+    """Refuse what is no plain tensor, or no tensor in the file's records."""
+    storages: dict[int, int] = {}  # its place in memory, and its bytes
+    for name, tensor in held.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             kinds = f"{type(name).__name__} to {type(tensor).__name__}"
             raise ValueError(f"{path}: entry {shown(name)} maps {kinds}, not name to tensor")
@@ -136,71 +235,38 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         if not is_plain or tensor.device.type != "cpu":  # the "meta" device has no numbers
             problem = "is sparse, quantised or without numbers"
             raise ValueError(f"{path}: tensor {shown(name)} {problem}")
+        storage = tensor.untyped_storage()
         # With a stride of 0, one stored number is repeated a million times.
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
             raise ValueError(f"{path}: tensor {shown(name)} has more numbers than the file holds")
-    return content
-
-
-def model_args(path: Path) -> dict | None:
-    """The `model_args` of a nanoGPT checkpoint: the model's shape. None for any other file."""
-    if path.suffix == ".safetensors":
-        return None
-    content = unpickle(path)
-    args = content.get("model_args")
-    if "model_args" in content and not isinstance(args, dict):
-        raise ValueError(f"{path}: model_args is a {type(args).__name__}, not fields")
-    return args
+        storages[storage.data_ptr()] = storage.nbytes()
+    # PyTorch believes the pickle's word for a record's length, and maps what comes after it too.
+    if records is not None and (strange := Counter(storages.values()) - records):
+        problem = f"no record has the {max(strange):,} bytes of a tensor's storage"
+        raise ValueError(f"{path} is refused, or damaged: {problem}")
 
 
 # ---- the numbers ---------------------------------------------------------------------------------
 def read(stored: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
     """Yield each tensor with its numbers, as a view of the mapped file: the caller copies it.
 
-    A file is mapped anew for every `MAPPED_BYTES`. Raises ValueError if tensors share their bytes
-    so often that copies of them would be far larger than the file.
+    A file is mapped anew for every `MAPPED_BYTES`. Raises ValueError if it was replaced since it
+    was listed, or if tensors share bytes so often that copies of them would be far larger than it.
     """
-    for path, group in groupby(stored, key=lambda tensor: tensor.path):
-        read_batch = read_safetensors if path.suffix == ".safetensors" else read_pickle
-        # Twice the file: torch.save may store a tied head as a second name of wte's bytes.
-        bytes_left = 2 * path.stat().st_size
-        for batch in batches(list(group)):
-            for one, tensor in read_batch(path, batch):
-                bytes_left -= tensor.numel() * tensor.itemsize
-                if bytes_left < 0:
+    # The batch of each tensor: its file, and how many times 32 MiB lie before its end.
+    ends = accumulate(4 * math.prod(one.shape) for one in stored)
+    batches = [(one.path, one.is_mapped and end // MAPPED_BYTES) for one, end in zip(stored, ends)]
+    # Twice the file: torch.save may store a tied head as a second name of wte's bytes.
+    bytes_left = {one.path: 2 * one.stamp[0] for one in stored}
+    for (path, _), pairs in groupby(zip(batches, stored), key=lambda pair: pair[0]):
+        batch = [one for _, one in pairs]
+        with opened(path) as file, held_in(path, file) as held:
+            if stamp_of(file) != batch[0].stamp:
+                raise ValueError(f"{path} was changed while it was read: load it again")
+            for one in batch:
+                tensor = held.get(one.name)
+                bytes_left[path] -= tensor.numel() * tensor.itemsize
+                if bytes_left[path] < 0:
                     name = shown(one.name)
                     raise ValueError(f"{path}: its tensors are larger than the file, at {name}")
                 yield one, tensor
-
-
-def read_pickle(path: Path, batch: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """Yield some tensors of one pickle. Its mapping is closed when the last of them is deleted."""
-    tensors = tensors_of(path)
-    for one in batch:
-        yield one, tensors[one.name]
-
-
-def read_safetensors(path: Path, batch: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """Yield some tensors of one safetensors file, which is mapped until the last of them."""
-    with safe_open(path, framework="pt") as file:
-        for one in batch:
-            try:
-                tensor = file.get_tensor(one.name)
-            except SafetensorError as error:  # a type that PyTorch lacks: 6 or 4 bits
-                raise ValueError(f"{path}: tensor {shown(one.name)}: {str(error)[:200]}") from None
-            yield one, tensor
-
-
-def batches(stored: list[Stored]) -> Iterator[list[Stored]]:
-    """Cut a list of tensors into runs of about `MAPPED_BYTES`, counted as 4 bytes a number."""
-    batch: list[Stored] = []
-    batch_bytes = 0
-    for tensor in stored:
-        batch.append(tensor)
-        batch_bytes += 4 * math.prod(tensor.shape)
-        if batch_bytes >= MAPPED_BYTES:
-            yield batch
-            batch = []
-            batch_bytes = 0
-    if batch:
-        yield batch

@@ -246,13 +246,18 @@ LAYOUTS = {
 }
 
 
+@torch.inference_mode()
+def their_logits_of(folder, dtype=torch.float32):
+    """What transformers computes from a folder: (32, 61)."""
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return theirs.eval()(torch.arange(32)[None]).logits[0]
+
+
 @pytest.fixture(scope="module")
 def their_logits(model, tmp_path_factory):
-    """What transformers computes with the small model's weights: (32, 61)."""
     folder = tmp_path_factory.mktemp("theirs")
     save_model(model, folder, torch.float32)
-    with torch.inference_mode():
-        return GPT2LMHeadModel.from_pretrained(folder).eval()(torch.arange(32)[None]).logits[0]
+    return their_logits_of(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -274,6 +279,44 @@ def test_separate_heads_are_read_from_every_kind_of_file(layout, model, folder):
     loaded = load_model(folder)
     assert torch.equal(loaded.lm_head.weight, head)
     assert torch.equal(loaded.wte.weight, model.wte.weight)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy", "safetensors in shards"])
+@pytest.mark.parametrize("tied", [True, ...], ids=["tied", "not said"])
+def test_a_stored_head_that_differs_is_used_whatever_the_config_says(tied, layout, model, folder):
+    """As in transformers. A head that is the embedding again stays tied to it."""
+    (folder / "model.safetensors").unlink()
+    edit_config(folder, tie_word_embeddings=tied)
+    head = torch.randn(61, 48, generator=torch.Generator().manual_seed(1))
+    save = save_file if "safetensors" in layout else torch.save
+    if layout == "safetensors in shards":
+        shards(in_the_file(model) | {"lm_head.weight": head}, folder, "model", ".safetensors", save)
+    else:
+        LAYOUTS[layout](in_the_file(model) | {"lm_head.weight": head}, folder)
+    want = their_logits_of(folder)
+    loaded = load_model(folder)
+    torch.testing.assert_close(logits_of(loaded, torch.arange(32)), want, rtol=0, atol=1e-4)
+    assert torch.equal(loaded.lm_head.weight, head) and torch.equal(
+        loaded.wte.weight, model.wte.weight
+    )
+    assert not loaded.config.tie_word_embeddings
+    half = load_model(folder, dtype=torch.bfloat16)
+    assert torch.equal(half.lm_head.weight, head.bfloat16())
+
+
+def test_a_tied_model_may_be_stored_under_the_name_of_its_head(model, folder):
+    """safetensors' own `save_model` keeps the first name in alphabetical order."""
+    name = "transformer.wte.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(name)}))
+    assert_same_weights(load_model(folder), model)
+    want = their_logits_of(folder)
+    got = logits_of(load_model(folder), torch.arange(32))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_bias_under_the_name_of_a_mask_is_no_mask(model, folder):
+    edit_tensors(folder, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(144)}))
+    assert refusal(folder).endswith("'transformer.h.0.attn.bias' has no place in this model")
 
 
 def test_a_folder_that_mixes_the_two_layouts_is_refused(model, folder):
@@ -317,7 +360,7 @@ def nanogpt_args(config, bias):
     return shape | more | {"dropout": 0.0}
 
 
-def nanogpt_logits(state, args, ids):
+def nanogpt_logits(state, args, ids, gelu="none"):
     """nanoGPT's forward, from its model.py: exact GELU, LayerNorm and Linear with or without bias.
 
     `state` has its own names, `ids` (T,); computed in float64, returns (T, V).
@@ -340,7 +383,8 @@ def nanogpt_logits(state, args, ids):
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1)
         x = x + linear(mixed, h + ".attn.c_proj")
-        x = x + linear(F.gelu(linear(norm(x, h + ".ln_2"), h + ".mlp.c_fc")), h + ".mlp.c_proj")
+        inner = F.gelu(linear(norm(x, h + ".ln_2"), h + ".mlp.c_fc"), approximate=gelu)
+        x = x + linear(inner, h + ".mlp.c_proj")
     return norm(x, "transformer.ln_f") @ state["lm_head.weight"].t()
 
 
@@ -360,6 +404,19 @@ def test_nanogpts_checkpoint_computes_what_nanogpt_does(bias, prefix, model, tmp
     biases = {n: t for n, t in loaded.state_dict().items() if n.endswith(".bias")}
     assert len(biases) == 2 * 6 + 1
     assert all((tensor == 0).all() for tensor in biases.values()) == (not bias)
+
+
+def test_nanogpt_of_2022_has_a_separate_head_and_the_tanh_gelu(model, tmp_path):
+    """Its `model_args` had no `bias` yet, and its head was not tied."""
+    state, args = nanogpt_state(model, True), nanogpt_args(CONFIG, True)
+    state["lm_head.weight"] = torch.randn(61, 48, generator=torch.Generator().manual_seed(1))
+    del args["bias"]
+    save_nanogpt(state, args, tmp_path / "ckpt.pt")
+    want = nanogpt_logits(state, args, torch.arange(32), gelu="tanh")
+    exact = nanogpt_logits(state, args, torch.arange(32))
+    got = logits_of(load_model(tmp_path, dtype=torch.float64), torch.arange(32))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    assert (want - exact).abs().max() > 1e-4
 
 
 def test_nanogpts_padded_vocabulary_stays_padded(tmp_path):
@@ -422,6 +479,26 @@ def test_a_config_means_what_it_means_in_transformers(changes, tmp_path):
     got = logits_of(load_model(tmp_path, dtype=dtype), ids)
     torch.testing.assert_close(got, want, rtol=0, atol=atol)
     assert want.abs().max() > 1
+
+
+WRITTEN_OTHERWISE = [  # changes to the config of the small model
+    {"n_embd": ..., "hidden_size": 48},
+    {"n_head": ..., "num_attention_heads": 3},
+    {"n_layer": ..., "num_hidden_layers": 2},
+    {"n_positions": ..., "max_position_embeddings": 32},
+    {"n_embd": 48, "hidden_size": 48},
+    {"model_type": ..., "architectures": ...},
+    *[{"activation_function": f"gelu_{x}"} for x in ("fast", "accurate", "python", "pytorch_tanh")],
+    {"activation_function": "gelu_python_tanh"},
+]
+
+
+@pytest.mark.parametrize("changes", WRITTEN_OTHERWISE, ids=str)
+def test_other_names_of_the_same_thing_mean_what_they_mean_in_transformers(changes, folder):
+    edit_config(folder, **changes)
+    want = their_logits_of(folder, torch.float64)
+    got = logits_of(load_model(folder, dtype=torch.float64), torch.arange(32))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 
 
 # ---- the 124M shape, and the memory it takes -----------------------------------------------------
@@ -500,6 +577,31 @@ def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, model, monk
     assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out
 
 
+LAYOUTS_TO_COMPARE = {
+    "zip, module._orig_mod.transformer.": "the same logits for 32 tokens",
+    "safetensors, no prefix": "the same logits for 32 tokens",
+    "legacy, masks and head": "the same logits for 32 tokens",
+    "safetensors, nn.Linear": "not compared: transformers does not know this layout",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_TO_COMPARE)
+def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(layout, model, folder, capsys):
+    (folder / "model.safetensors").unlink()
+    LAYOUTS[layout](in_the_file(model), folder)
+    load.describe(str(folder))
+    assert re.search(rf"transformers +{LAYOUTS_TO_COMPARE[layout]}", capsys.readouterr().out)
+
+
+def test_nothing_of_a_strangers_config_reaches_transformers(folder, monkeypatch, capsys):
+    """Its code would build 100 million labels, and look for somebody's attention on the hub."""
+    edit_config(folder, num_labels=10**8, _attn_implementation="someone/kernel")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    (folder / "generation_config.json").write_text("no JSON")
+    load.describe(str(folder / "model.safetensors"))
+    assert "the same logits for 32 tokens" in capsys.readouterr().out
+
+
 def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, capsys):
     spoiled = copy.deepcopy(load_model(folder))
     spoiled.h[1].mlp.c_proj.weight.mul_(1.1)
@@ -549,6 +651,23 @@ def test_a_loaded_model_does_not_change_when_its_file_is_rewritten(dtype, folder
     with open(path, "r+b") as file:  # in place; a shorter file would kill the process
         file.write(bytes(path.stat().st_size))
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_save_that_is_stopped_leaves_the_old_model_or_none(folder, tiny_gpt, monkeypatch):
+    """Never the config or the tokenizer of one model and the weights of another."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(load, "save_file", stopped)
+        save_model(tiny_gpt(), folder, torch.float32)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopped)
+        save_model(tiny_gpt(), folder, torch.float32)
+    assert refusal(folder).startswith(f"{folder} holds no weights")
 
 
 # ---- random weights ------------------------------------------------------------------------------
@@ -674,19 +793,33 @@ def refusal(folder, **options):
     return str(raised.value)
 
 
+def test_a_config_that_does_not_say_its_type_has_to_have_gpt2s_fields(folder):
+    edit_config(folder, model_type=..., n_embd=..., hidden_size=48)
+    message = refusal(folder)
+    assert message.endswith("config.json: model_type is None, only 'gpt2' is served")
+
+
+def test_weights_larger_than_the_free_memory_are_refused_before_they_are_read(folder, monkeypatch):
+    monkeypatch.setattr(load, "free_memory_bytes", lambda device: 244_415)
+    message = refusal(folder)  # 61,104 parameters, of 4 bytes each in float32
+    assert "the weights take 0.0 GB as torch.float32, and 0.0 GB are free on cpu" in message
+    assert load_model(folder, dtype=torch.float16).num_parameters() == 61_104
+
+
 def test_a_folder_that_does_not_exist_or_has_no_config_is_refused(folder):
     message = refusal(folder / "nowhere")
     assert message.startswith("no folder") and repr(str(folder / "nowhere")) in message
     assert refusal(folder / "config.json").startswith(str(folder / "config.json"))
     (folder / "config.json").unlink()
-    assert refusal(folder).startswith(f"{folder / 'config.json'} is missing: ")
+    assert refusal(folder) == f"{folder / 'config.json'} is missing"
 
 
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
         ("model_type", "llama", "model_type is 'llama', only 'gpt2' is served"),
-        ("model_type", ..., "model_type is None, only 'gpt2' is served"),
+        ("num_attention_heads", 4, "n_head is 3 and num_attention_heads is 4, two names of one"),
+        ("hidden_size", 64, "n_embd is 48 and hidden_size is 64, two names of one field"),
         ("add_cross_attention", True, "add_cross_attention is set"),
         ("activation_function", "swish", "activation_function is 'swish': choose one of gelu_new"),
         ("n_layer", "2", "n_layer is '2', not of type int"),

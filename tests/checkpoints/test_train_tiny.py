@@ -377,10 +377,13 @@ def test_a_run_killed_between_two_checkpoints_goes_on_from_the_last_one(tmp_path
             raise KeyboardInterrupt
         return batch_at(stream, step, *rest)
 
+    older = run(tmp_path, "parts", "--vocab-size", "290")
+    files = {path.name: path.read_bytes() for path in older.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(train_tiny, "batch_at", killed_at_step_4)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "parts", "--save-every-s", "0", steps=6)  # a checkpoint after each step
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == files
     parts = run(tmp_path, "parts", "--resume", steps=6)
     assert weights(parts) == weights(whole)
 
