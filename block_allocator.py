@@ -44,12 +44,16 @@ class BlockAllocator:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Take back all blocks, whoever holds them: the block tables of all sequences are void."""
         # Two lists of integers are the whole state. The memory itself belongs to kv_cache.py, and
         # the block tables belong to the sequences.
         # A stack whose top is the end of the list. The block that was freed last is taken first,
         # because its memory is the most likely one to be in a CPU cache.
-        self._free = list(range(num_blocks - 1, -1, -1))  # 4 blocks -> [3, 2, 1, 0], 0 goes first
-        self._ref_counts = [0] * num_blocks  # entry i: how many tables name block i
+        self._free = list(range(self.num_blocks - 1, -1, -1))  # 4 blocks -> [3, 2, 1, 0]: 0 first
+        self._ref_counts = [0] * self.num_blocks  # entry i: how many tables name block i
 
     def blocks_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens: the ceiling of num_tokens / block_size."""

@@ -25,26 +25,35 @@ NUM_BLOCKS = 7: B and C are preempted, compute their tokens again, and write the
 """
 
 import time
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from kv_cache import Batch, KVCache, Row, make_batch, write_kv
+from kv_cache import Batch, KVCache, Row, advance, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
-from outputs import OutputProcessor, StepOutput, Tokenizer
+from outputs import BlockCounts, OutputProcessor, StepOutput, Timings, Tokenizer
 from paged_attention import paged_attention
-from sampling import SampleRow, SamplingParams, child_seed, collect_logprobs, draw_tokens
+from sampling import (
+    SampleRow,
+    SampleRows,
+    SamplingParams,
+    child_seed,
+    collect_logprobs,
+    draw_tokens,
+)
 from scheduler import Scheduler
 from sequence import Continuation, Plan, Request, Sequence
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of the M rows in batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
-# logits (M, V), a SampleRow for each -> token ids (M,), largest logits (M,): `draw_tokens`
-Draw = Callable[[Tensor, list[SampleRow]], tuple[Tensor, Tensor]]
+# logits (M, V), their M rows -> token ids (M,), largest logits (M,): `draw_tokens`
+Draw = Callable[[Tensor, SampleRows], tuple[Tensor, Tensor]]
 
 
 def eager_forward(
@@ -65,50 +74,147 @@ def eager_forward(
     return forward
 
 
-def rows_to_draw(sequences: list[Sequence]) -> list[SampleRow]:
+# ---- strategies ----------------------------------------------------------------------------------
+def rows_to_draw(sequences: list[Sequence]) -> SampleRows:
     """What a sampler needs to draw each sequence's next token."""
-    return [
-        SampleRow(
-            params=seq.request.params,
-            seed=seq.seed,
-            position=len(seq.token_ids),  # of the token that is drawn: 20 tokens -> position 20
-            token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
-            num_prompt_tokens=seq.num_prompt_tokens,
-            eos_token_id=seq.request.eos_token_id,
-        )
-        for seq in sequences
-    ]
+    return SampleRows(
+        [
+            SampleRow(
+                params=seq.request.params,
+                seed=seq.seed,
+                position=len(seq.token_ids),  # of the token that is drawn: 20 tokens -> position 20
+                token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
+                num_prompt_tokens=seq.num_prompt_tokens,
+                eos_token_id=seq.request.eos_token_id,
+            )
+            for seq in sequences
+        ]
+    )
 
 
 def sample_next(
-    sequences: list[Sequence], logits: Tensor, draw: Draw = draw_tokens
+    sequences: list[Sequence],
+    logits: Tensor,  # (B, V), one row a sequence
+    draw: Draw = draw_tokens,
+    rows: SampleRows | None = None,
 ) -> list[Continuation]:
-    """The strategy of ordinary requests: one token for each sequence, in one vectorised call.
-
-    `logits` is (B, V), one row a sequence.
-    """
-    rows = rows_to_draw(sequences)
+    """The strategy of ordinary requests: one token for each sequence, in one vectorised call."""
+    rows = rows or rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = collect_logprobs(logits, rows, token_ids, peaks)
+    return one_token_each(sequences, token_ids, peaks, logprobs)
+
+
+def one_token_each(
+    sequences: list[Sequence],
+    token_ids: Tensor,  # (B,) int64
+    peaks: Tensor,  # (B,), each row's largest logit
+    logprobs: list | None = None,
+) -> list[Continuation]:
+    """A continuation for each sequence: its token, or an error if its logits were not finite."""
+    ids = token_ids.tolist()
+    if not bool(peaks.isfinite().all()):
+        error = "the logits are NaN, +inf or all -inf: there is no token to choose"
+        return [
+            Continuation(seq, [token_id], logprob and [logprob])
+            if is_finite
+            else Continuation(seq, [], error=error)
+            for seq, token_id, logprob, is_finite in zip(
+                sequences, ids, logprobs or [None] * len(ids), peaks.isfinite().tolist()
+            )
+        ]
+    if logprobs is not None and any(logprobs):
+        pairs = zip(sequences, ids, logprobs, strict=True)
+        return [Continuation(seq, [i], logprob and [logprob]) for seq, i, logprob in pairs]
+    # The same as Continuation(seq, [token_id]) in half the time, 256 times a step.
+    new, rest = tuple.__new__, (None, None, None, None)
     return [
-        Continuation(seq, [token_id], None if logprob is None else [logprob])
-        for seq, token_id, logprob in zip(sequences, token_ids.tolist(), logprobs, strict=True)
+        new(Continuation, (seq, [token_id], *rest))
+        for seq, token_id in zip(sequences, ids, strict=True)
     ]
 
 
-def rows_by_strategy(
-    plan: Plan, counts: list[int]
-) -> dict[Strategy, tuple[list[Sequence], list[int]]]:
-    """Each strategy's sequences that get a token, and which of the M rows of logits it comes from.
+class Sampler:
+    """`sample_next`, with rows that are kept while the same sequences are drawn."""
+
+    def __init__(self, draw: Draw = draw_tokens):
+        self.draw = draw
+        self._kept: tuple[list[Sequence], SampleRows] = ([], SampleRows([]))
+
+    def rows(self, sequences: list[Sequence]) -> SampleRows:
+        """The rows of sequences that are sampled in the step that was planned last."""
+        if self._kept[0] != sequences:
+            self._kept = (list(sequences), rows_to_draw(sequences))
+        rows = self._kept[1]
+        for row, seq in zip(rows.rows, sequences, strict=True):
+            # All tokens before it are computed in this step. (It is not len(token_ids): a token may
+            # be in flight, see speedups/plan_ahead.py.)
+            row.position = seq.num_computed_tokens
+        return rows
+
+    def __call__(self, sequences: list[Sequence], logits: Tensor) -> list[Continuation]:
+        """The strategy: `logits` (B, V) has one row a sequence."""
+        return sample_next(sequences, logits, self.draw, self.rows(sequences))
+
+
+def ask(
+    strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
+) -> list[Continuation]:
+    """The continuations of a strategy that came with a request, checked.
+
+    If it raises, or returns what cannot be applied, its own sequences end with an error.
+    """
+    try:
+        continuations = list(strategy(sequences, logits))
+        for continuation in continuations:
+            check_continuation(continuation, sequences, vocab_size)
+        for request in dict.fromkeys(seq.request for seq in sequences):
+            check_not_lost(request, continuations)
+        return continuations
+    except Exception as error:
+        sentence = f"the request's strategy failed: {type(error).__name__}: {error}"
+        return [Continuation(seq, [], error=sentence) for seq in sequences]
+
+
+def check_continuation(c: Continuation, sequences: list[Sequence], vocab_size: int) -> None:
+    """Raise ValueError unless a continuation can be applied to one of these sequences."""
+    if not isinstance(c, Continuation) or c.parent not in sequences:
+        raise ValueError(f"{c!r} is no Continuation of one of its sequences")
+    if not isinstance(c.token_ids, list) or not (c.token_ids or c.error):
+        raise ValueError(f"token_ids is {c.token_ids!r}: a list of at least one id is needed")
+    unknown = [i for i in c.token_ids if type(i) is not int or not 0 <= i < vocab_size]
+    if unknown:
+        raise ValueError(f"token id {unknown[0]!r}: ids are integers from 0 to {vocab_size - 1}")
+    if c.logprobs is not None and len(c.logprobs) != len(c.token_ids):
+        raise ValueError(f"{len(c.logprobs)} logprobs for {len(c.token_ids)} tokens")
+    if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
+        raise ValueError("logprobs is None, and the request asked for them")
+    if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
+        raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
+
+
+def check_not_lost(request: Request, continuations: list[Continuation]) -> None:
+    """Raise ValueError if a request has no sequence left that goes on or has written a text."""
+    goes_on = any(c.parent.request is request for c in continuations)
+    if not goes_on and not any(seq.finish_reason for seq in request.sequences):
+        raise ValueError("it returned no continuation for any sequence of the request")
+
+
+# Each strategy's sequences that get a token, and which of the M rows of logits it comes from.
+Groups = dict[Strategy, tuple[list[Sequence], list[int]]]
+
+
+def rows_by_strategy(plan: Plan, counts: list[int]) -> Groups:
+    """Which rows of the logits each strategy gets.
 
     `counts` are the numbers of rows that the plan's sequences have among the M.
     """
     sampled = set(plan.sampled)  # the sequences in the middle of a prompt are not in it
-    groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
+    groups: Groups = {}
     end = 0
-    for (seq, _, _), count in zip(plan.scheduled, counts, strict=True):
+    for (seq, _, _), count_of_rows in zip(plan.scheduled, counts, strict=True):
         # Counts 1, 0, 3 -> rows [0, 1), [1, 1) and [1, 4): the logits have no row for the second.
-        end += count  # the sequence's rows are [end - count, end)
+        end += count_of_rows  # the sequence's rows are [end - count, end)
         if seq in sampled:
             sequences, rows = groups.setdefault(seq.request.strategy, ([], []))
             sequences.append(seq)
@@ -116,19 +222,40 @@ def rows_by_strategy(
     return groups
 
 
-class BlockCounts(NamedTuple):
-    """Totals of the scheduler and its allocator since the start, in blocks."""
+# ---- the engine ----------------------------------------------------------------------------------
+class Clock:
+    """Milliseconds of the parts of a step, which follow one another."""
 
-    taken: int
-    freed: int
-    hit: int
-    evicted: int
+    def __init__(self):
+        self.started = self._last = time.monotonic()
+        self.laps_ms: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The part of this name ends, and the next one begins."""
+        now = time.monotonic()
+        self.laps_ms[name] = (now - self._last) * 1e3
+        self._last = now
+
+
+class Inputs(NamedTuple):
+    """What a step is computed from."""
+
+    sequences: list[Sequence]  # that get a token
+    batch: Batch
+    groups: Groups
+    counts: list[int] | None  # rows of logits of each sequence; None: one each
+
+
+Watcher = Callable[[StepOutput], object]
 
 
 class InferenceEngine:
-    """Owns the loop. `llm.py` builds one; the demo below builds one by hand from its parts."""
+    """Owns the loop. `llm.py` builds one; the demo below builds one by hand from its parts.
 
-    steps_overlap = False  # True in an engine that launches a step before it reads the last tokens
+    One thread calls `step`. Any thread may call `add_request` and `abort` at any time, also while a
+    step runs: both take effect when the next step begins. `watchers` are functions that see the
+    output of each step, in the thread that steps; one that raises is removed, with a warning.
+    """
 
     def __init__(
         self,
@@ -140,6 +267,7 @@ class InferenceEngine:
         eos_token_id: int | None = None,
         seed: int = 0,
         draw: Draw = draw_tokens,
+        watchers: Iterable[Watcher] = (),
     ):
         # The cache owns the memory of the blocks. The scheduler's allocator decides which sequence
         # holds which block. Only block ids pass between the two, in the plan.
@@ -152,10 +280,23 @@ class InferenceEngine:
         is_drawable = eos_token_id is not None and 0 <= eos_token_id < vocab_size
         self.eos_token_id = eos_token_id if is_drawable else None
         self.seed = seed
-        self.strategy: Strategy = partial(sample_next, draw=draw)
+        self.sampler = Sampler(draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
-        self._num_requests = 0  # also the next request's id and arrival
-        self._counted = self._count_blocks()  # the totals that were reported so far
+        self.watchers: list[Watcher] = list(watchers)
+        # Requests from their arrival to their end, by id; and those that the next step has to look
+        # at, because they are new or aborted. Other threads write to both, in one operation each.
+        self.requests: dict[str, Request] = {}
+        self._inbox: deque[Request] = deque()
+        self._numbers = count()  # of requests: the next id and arrival
+        # Between two steps: what the next output reports.
+        self._added: list[Request] = []
+        self._aborted: list[Request] = []
+        self._counted = self._totals = self._count_blocks()  # reported so far, and now
+        # Inside a step:
+        self._is_whole = True  # False in a step, and after an exception until the repair
+        self._plan: Plan | None = None  # of the step that runs
+        self._output: StepOutput | None = None  # of a step that is done and not handed over
+        self._carried: Inputs | None = None  # of the last decode step; the next may change them
 
     # ---- requests ----
     def add_request(
@@ -176,23 +317,33 @@ class InferenceEngine:
         the pool.
         """
         params = SamplingParams() if params is None else params
-        # Both checks, of the prompt here and of the pool in `scheduler.add`, come before anything
-        # is kept: a refused request leaves no trace.
+        if strategy is not None:
+            hash(strategy)  # the engine groups requests by it
+        prompt_token_ids = self._check_prompt(prompt, params)
+        number = next(self._numbers)
         request = Request(
-            request_id=str(self._num_requests),
-            prompt_token_ids=self._check_prompt(prompt, params),
-            arrival=self._num_requests,
+            request_id=str(number),
+            prompt_token_ids=prompt_token_ids,
+            arrival=number,
             priority=priority,
             user=user,
             deadline=deadline,
             params=params,
-            strategy=strategy or self.strategy,
+            strategy=strategy or self.sampler,
             eos_token_id=self.eos_token_id,
+            prompt=prompt if isinstance(prompt, str) else None,
         )
+        if params.prompt_logprobs is not None:
+            # Nothing precedes a prompt's first token, so nothing predicts it.
+            request.prompt_logprobs = [None]
         request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
-        self.scheduler.add(request)  # raises ValueError if the pool is too small for it
-        self._num_requests += 1
-        self.output_processor.add(request, prompt if isinstance(prompt, str) else None)
+        self.scheduler.check(request)
+        try:
+            self.requests[request.request_id] = request
+            self._inbox.append(request)
+        except BaseException:  # Ctrl-C: the caller gets no id, so nothing is kept
+            self.requests.pop(request.request_id, None)
+            raise
         return request.request_id
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
@@ -216,91 +367,203 @@ class InferenceEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a further `step()` has anything to do."""
-        return self.scheduler.has_unfinished()
+        return bool(self.requests or self._inbox or self._output)
 
     def abort(self, request_id: str) -> bool:
-        """End a request in any state and free its blocks at once; False if it has ended already."""
-        request = self.output_processor.remove(request_id)
-        if request is None:
+        """End a request in any state; False if it has ended already, or never was.
+
+        After True no output of it is returned. Its blocks are freed when the next step begins.
+        """
+        request = self.requests.get(request_id)
+        if request is None or request.end:
             return False
-        # A step that is running may still compute these sequences. Its `update` skips those that
-        # have ended.
-        for seq in request.sequences:
-            self.scheduler.finish(seq, "abort")
+        # The step may end the same request in this moment. Only one of the two may have done it.
+        if request.end.setdefault("by", "abort") != "abort":
+            return False
+        self._inbox.append(request)
         return True
 
+    def _take_requests(self) -> None:
+        """Let the scheduler know what was added and aborted. `step` begins with it."""
+        while self._inbox:
+            # An interruption may come at any line. The entry goes last, so that it is taken again.
+            request = self._inbox[0]
+            if request.end:
+                self._drop(request)
+            elif request.request_id in self.requests and not request.is_queued:
+                self._queue(request)
+            self._inbox.popleft()
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.enqueue(request)
+        request.is_queued = True
+        self._added.append(request)
+
+    def _drop(self, request: Request) -> None:
+        for seq in request.sequences:
+            self.scheduler.finish(seq, "abort")
+        if self.requests.pop(request.request_id, None) is not None and request.is_queued:
+            self._aborted.append(request)
+
     # ---- the loop ----
-    @torch.inference_mode()
-    def step(self) -> StepOutput:
-        """Run one step for the sequences that the scheduler picks."""
-        # inference_mode: PyTorch records nothing for gradients, in the whole step.
-        started = time.monotonic()
-        return self._run(self.scheduler.schedule(), started)
-
-    def _run(self, plan: Plan, started: float) -> StepOutput:
-        """Carry out a plan, from the copies of blocks to the outputs."""
-        try:
+    def run_step(self) -> StepOutput:
+        """The loop's body: one step for the sequences that the scheduler picks. `step` calls it."""
+        clock = Clock()
+        self._take_requests()
+        plan = self._plan = self.scheduler.schedule()
+        clock.lap("schedule")
+        if plan.scheduled:  # empty if nothing waits or runs
             self.cache.copy_blocks(plan.copies)  # before the forward writes into the copies
-            # The plan is empty if `step` is called while nothing waits or runs.
-            continuations = self._continue(plan) if plan.scheduled else []
-        except BaseException:  # Ctrl-C too
-            # `num_computed_tokens` was advanced when the step was planned, but K and V may not have
-            # been written. So the planned sequences wait again and are computed from their start.
-            self.scheduler.undo(plan)
-            raise
-        return self._finish(plan, continuations, started)
+            inputs = self._inputs_of(plan)
+            logits = self.forward(inputs.batch)  # (M, V), one row for each that gets a token
+            clock.lap("forward")
+            continuations = self._continue(plan, inputs, logits)
+            clock.lap("sample")
+            continuations = self.output_processor.find_stops(continuations)
+            self.scheduler.update(plan, continuations)
+        return self._report(plan, clock)
 
-    def _finish(self, plan: Plan, continuations: list[Continuation], started: float) -> StepOutput:
-        """Apply the continuations, decode the new text, and report what the step did."""
-        # In this order: the text of a token is decoded after the token was appended. A stop string
-        # found in the text ends its sequence inside `process`.
-        self.scheduler.update(plan, continuations)
-        outputs = self.output_processor.process(plan, started)
-        # Totals now minus totals at the last report: a block freed by `abort` between two steps is
-        # counted in the later one.
-        before = self._counted
-        now = self._count_blocks()
-        self._counted = now
-        return StepOutput(
-            plan=plan,
-            outputs=outputs,
-            blocks_taken=now.taken - before.taken,
-            blocks_freed=now.freed - before.freed,
-            blocks_copied=len(plan.copies),
-            blocks_hit=now.hit - before.hit,
-            blocks_evicted=now.evicted - before.evicted,
-            blocks_swapped=len(plan.swap_in) + len(plan.swap_out),
-            milliseconds=(time.monotonic() - started) * 1e3,
-        )
+    def _inputs_of(self, plan: Plan, in_flight: bool = False) -> Inputs:
+        """A plan's tokens as tensors in host memory; the forward moves them to its device.
 
-    def _continue(self, plan: Plan) -> list[Continuation]:
-        """Run the model, then ask each strategy how its sequences continue."""
+        While the same sequences decode step after step, the batch of the step before is changed in
+        place. `in_flight`: the tokens of that step are not known yet, so any number stands for one.
+        """
+        sequences = plan.sampled
+        block_size, scratch_block = self.cache.block_size, self.cache.scratch_block
+        is_decode = plan.num_tokens == len(sequences) == len(plan.scheduled)
+        inputs = self._carried
+        is_same = inputs is not None and inputs.sequences == sequences
+        if inputs is not None and is_same and is_decode and not (plan.started or plan.copies):
+            token_ids = None if in_flight else [seq.token_ids[-1] for seq in sequences]
+            tables = [seq.block_table for seq in sequences]
+            advance(inputs.batch, token_ids, tables, block_size, scratch_block)
+            return inputs
+        self._carried = None
         # 1 row of logits for a decode or the end of a prompt, 0 for a chunk before that, and all
         # rows of a prompt whose log-probabilities were asked for.
         counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
-        logits = self.forward(self._batch_of(plan, counts))  # (M, V), M = sum(counts)
-        self.output_processor.collect_prompt_logprobs(plan, counts, logits)
+        rows = []
+        for (seq, start, num_new_tokens), num_rows in zip(plan.scheduled, counts, strict=True):
+            # Positions [start, start + num_new_tokens) are computed. The block table gives them the
+            # slots where their K and V are written. K and V of earlier positions are only read.
+            ids = [*seq.token_ids, 0] if start == len(seq.token_ids) else seq.token_ids
+            rows.append(Row(ids, start, num_new_tokens, seq.block_table, num_rows))
+        batch = make_batch(rows, block_size, scratch_block)
+        groups = rows_by_strategy(plan, counts)
+        if is_decode:
+            self._carried = Inputs(sequences, batch, groups, None)
+        return Inputs(sequences, batch, groups, counts)
+
+    def _continue(self, plan: Plan, inputs: Inputs, logits: Tensor) -> list[Continuation]:
+        """Ask each strategy how its sequences continue."""
+        if inputs.counts is not None:
+            self.output_processor.score_prompts(plan, inputs.counts, logits)
         continuations = []
-        for strategy, (sequences, rows) in rows_by_strategy(plan, counts).items():
+        for strategy, (sequences, rows) in inputs.groups.items():
             # Usually all requests share one strategy, and it needs every row: then none is copied.
             chosen = logits if len(rows) == len(logits) else logits[rows]
-            continuations += strategy(sequences, chosen)
+            if strategy is self.sampler:
+                continuations += self.sampler(sequences, chosen)
+            else:
+                continuations += ask(strategy, sequences, chosen, self.vocab_size)
         return continuations
 
-    # ---- small parts ----
-    def _batch_of(self, plan: Plan, counts: list[int]) -> Batch:
-        """A plan's tokens as tensors in host memory; the forward moves them to its device.
-
-        `counts` says how many of each sequence's last rows need logits.
-        """
-        # Positions [start, start + num_new_tokens) are computed. The block table gives them the
-        # slots where their K and V are written. K and V of earlier positions are only read.
-        rows = [
-            Row(seq.token_ids, start, num_new_tokens, seq.block_table, count)
-            for (seq, start, num_new_tokens), count in zip(plan.scheduled, counts, strict=True)
+    def _report(self, plan: Plan, clock: Clock) -> StepOutput:
+        """The output of a step after its update."""
+        processor = self.output_processor
+        deltas, ended = processor.report(plan, clock.started)
+        finished = [
+            processor.request_output(request)
+            for request in ended
+            if request.end.setdefault("by", "step") == "step"  # otherwise it was just aborted
         ]
-        return make_batch(rows, self.cache.block_size, self.cache.scratch_block)
+        # Totals now minus totals at the last report: a block freed by an abort between two steps is
+        # counted in the later one.
+        self._totals = self._count_blocks()
+        blocks = BlockCounts(*(now - before for now, before in zip(self._totals, self._counted)))
+        blocks = blocks._replace(
+            copied=len(plan.copies), swapped=len(plan.swap_in) + len(plan.swap_out)
+        )
+        clock.lap("update")
+        return StepOutput(
+            plan=plan,
+            deltas=deltas,
+            finished=finished,
+            added=list(self._added),
+            aborted=list(self._aborted),
+            blocks=blocks,
+            timings=Timings(**clock.laps_ms),
+        )
 
+    # ---- a step is done as a whole, or not at all ----
+    def step(self) -> StepOutput:
+        """Run one step; an exception, Ctrl-C at any line for example, undoes all of it.
+
+        The tokens of the step are taken back and the books are made again. The next call repeats
+        the step and draws the same tokens, because a draw has no random state. An output is kept
+        until it is handed over: after an exception behind the update the next call returns it.
+        """
+        if not self._is_whole:  # the repair after an exception was interrupted too
+            self._repair()
+        self._is_whole = False
+        output = None
+        try:
+            if self._output is None:
+                with torch.inference_mode():  # nothing is recorded for gradients
+                    self._output = self.run_step()
+                self._show(self._output)
+            self._commit(self._output)
+            self._is_whole = True
+            # No call between here and the caller's assignment: Python looks for a signal at calls.
+            output, self._output = self._output, None
+            return output
+        except BaseException as error:
+            self._output = self._output or output
+            self._repair()
+            # Numba wraps a Ctrl-C that meets one of its functions.
+            if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
+
+    def _commit(self, output: StepOutput) -> None:
+        """Forget what the output of a step has reported. Running it twice is harmless."""
+        self._plan = None
+        for finished in output.finished:
+            self.requests.pop(finished.request_id, None)
+        self._added = [request for request in self._added if request not in output.added]
+        self._aborted = [request for request in self._aborted if request not in output.aborted]
+        self._counted = self._totals
+
+    def _show(self, output: StepOutput) -> None:
+        """Call the watchers. They see each output once at most."""
+        for watcher in list(self.watchers):
+            try:
+                watcher(output)
+            except Exception as error:
+                self.watchers.remove(watcher)
+                warnings.warn(f"{watcher} raised {error!r}: it no longer watches", stacklevel=2)
+
+    def _repair(self) -> None:
+        """Make the books right after an exception. Nothing is lost; running it twice is harmless.
+
+        The requests and their tokens are the truth. All else is made again from them: the queues,
+        the block tables, the decoders of texts.
+        """
+        self._is_whole = False
+        if self._output is None and self._plan is not None:
+            self.scheduler.take_back(self._plan)
+        self._plan = self._carried = None
+        requests = [request for request in self.requests.values() if request.is_queued]
+        for request in requests:
+            if request.end.get("by") == "step" and self._output is None:
+                request.end.clear()  # that step is undone
+            for seq in request.sequences:
+                seq.decoder = None
+        self.scheduler.rebuild(requests)
+        self._is_whole = True
+
+    # ---- small parts ----
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
         """A prompt's token ids, if it can be served; otherwise a ValueError in one sentence."""
         if not isinstance(params, SamplingParams):
@@ -334,6 +597,7 @@ class InferenceEngine:
         return prompt
 
     def _count_blocks(self) -> BlockCounts:
+        """Totals of the scheduler and its allocator since the start."""
         scheduler = self.scheduler
         return BlockCounts(
             taken=scheduler.num_blocks_taken,
@@ -369,7 +633,7 @@ def demo():
         output = engine.step()
         num_steps += 1
         show_step(num_steps, output, scheduler)
-        written |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+        written |= {o.request_id: o.outputs[0].token_ids for o in output.finished}
 
     for i, (prompt, max_tokens) in enumerate(zip(PROMPTS, MAX_TOKENS, strict=True)):
         assert written[str(i)] == write_alone(model, prompt, max_tokens)

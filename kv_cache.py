@@ -120,6 +120,37 @@ def make_batch(rows: list[Row], block_size: int, scratch_block: int) -> Batch:
     )
 
 
+def advance(
+    batch: Batch,
+    token_ids: list[int] | None,
+    block_tables: list[list[int]],
+    block_size: int,
+    scratch_block: int,
+) -> None:
+    """Turn the batch of a decode step into that of the next one, in place.
+
+    The same B sequences decode one more token each. So each position rises by 1, and only a
+    sequence that begins a new block has a new table entry: one sequence in `block_size`. The B
+    new `token_ids` are None if the host does not know them. The batch is in host memory, and no
+    step may still be reading it.
+    """
+    positions, tables = batch.positions.numpy(), batch.block_tables.numpy()
+    positions += 1
+    columns, offsets = positions // block_size, positions % block_size
+    if columns.max() == tables.shape[1]:
+        # Four columns at once, so that this is rare.
+        tables = np.pad(tables, ((0, 0), (0, 4)), constant_values=scratch_block)
+        batch.block_tables = torch.from_numpy(tables)
+    for i in np.flatnonzero(offsets == 0):  # position 32, block_size 16 -> entry 2
+        tables[i, columns[i]] = block_tables[i][columns[i]]
+    block_ids = tables[np.arange(len(tables)), columns].astype(np.int64)
+    batch.slot_mapping.numpy()[:] = block_ids * block_size + offsets
+    batch.context_lens.numpy()[:] += 1
+    batch.max_context_len += 1
+    if token_ids is not None:
+        batch.input_ids.numpy()[:] = token_ids
+
+
 def pad_tables(block_tables: list[list[int]], scratch_block: int) -> np.ndarray:
     """All tables as one (B, max_blocks) int32; short ones are filled up with the scratch block."""
     max_blocks = max(map(len, block_tables))

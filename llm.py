@@ -307,7 +307,7 @@ class LLM:
 
     def _choose_engine(
         self, recorded: "GraphForward | None"
-    ) -> tuple[type[InferenceEngine], dict[str, Callable]]:
+    ) -> tuple[type[InferenceEngine], dict[str, Any]]:
         """The engine's class, and what it takes beside the plain engine's arguments."""
         if not self.config.plan_ahead:
             return InferenceEngine, {}
@@ -418,12 +418,14 @@ class LLM:
                 request_ids.append(self.engine.add_request(prompt, params))
             with tqdm(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
                 while self.engine.has_unfinished():
-                    ended = [o for o in self.engine.step().outputs if o.finished]
-                    outputs |= {output.request_id: output for output in ended}
-                    bar.update(len(ended))
+                    finished = self.engine.step().finished
+                    outputs |= {output.request_id: output for output in finished}
+                    bar.update(len(finished))
         except BaseException:  # a refused prompt or Ctrl-C: leave no request in the engine
             for request_id in request_ids:
                 self.engine.abort(request_id)
+            while self.engine.has_unfinished():  # nothing is computed: it frees their blocks
+                self.engine.step()
             raise
         return [outputs[request_id] for request_id in request_ids]
 

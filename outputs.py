@@ -25,16 +25,25 @@ never found, so the assert "the text ends before the stop string" fails.
 
 import codecs
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from block_allocator import BlockAllocator
 from sampling import Logprob, SamplingParams, prompt_logprobs
 from scheduler import Scheduler
-from sequence import FINISHED, Continuation, Plan, Request, Scheduled, Sequence
+from sequence import (
+    FINISHED,
+    Continuation,
+    Plan,
+    Request,
+    RequestMetrics,
+    Scheduled,
+    Sequence,
+)
 
 
 class Tokenizer(Protocol):
@@ -69,56 +78,53 @@ class StreamDecoder:
             raise ValueError("a stop string is empty, which every text contains: leave it out")
         self._longest = max(map(len, self._stop), default=0)  # characters
         self._min_tokens = min_tokens
-        self._num_tokens = 0
         # Python's decoder keeps the bytes of an incomplete character (at most 3) until the rest
         # comes, and gives U+FFFD for bytes that can never become a character. So two parts of the
         # text are held back: bytes in `_utf8`, and complete characters in `_held`.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # complete characters that may begin a stop string: fewer than _longest
-        self._sent: list[str] = []  # pieces, joined on demand: `text += piece` would copy each time
-        self._stopped: str | None = None
+        self.pieces: list[str] = []  # the text sent with each token, often ""
+        self.tail: str | None = None  # the text sent by `finish`; None before it
+        self.stopped: str | None = None  # the stop string that was found
 
     @property
     def text(self) -> str:
         """All text sent so far; after `finish` the whole text, or what precedes the stop string."""
-        if len(self._sent) > 1:
-            self._sent = ["".join(self._sent)]  # the next call joins only what is new
-        return self._sent[0] if self._sent else ""
-
-    @property
-    def stopped(self) -> str | None:
-        """The stop string that was found, or None."""
-        return self._stopped
+        return "".join(self.pieces) + (self.tail or "")
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that has become final with it, often ""."""
-        self._num_tokens += 1
-        return self._advance(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        # With min_tokens 3 the fourth token is the first that may end the text.
+        may_stop = len(self.pieces) >= self._min_tokens
+        new = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self.pieces.append(self._advance(new, may_stop))
+        return self.pieces[-1]
 
     def finish(self) -> str:
         """No token will follow: return what was held back, an incomplete character as U+FFFD."""
-        last = self._advance(self._utf8.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return last + self._send(held)
+        if self.tail is None:
+            new = self._utf8.decode(b"", final=True)
+            self.tail = self._advance(new, may_stop=len(self.pieces) > self._min_tokens)
+            self.tail += self._held
+        return self.tail
 
-    def _advance(self, new: str) -> str:
-        if self._stopped is not None:
+    def _advance(self, new: str, may_stop: bool) -> str:
+        """The text to send when `new` is decoded. `may_stop`: a stop string may end in it."""
+        if self.stopped is not None:
             return ""
-        # Text goes from `new` to the window, and from the window to `_sent` or back to `_held`.
+        # Text goes from `new` to the window, and from the window to a piece or back to `_held`.
         # No stop string begins before `_held`: that text was searched by earlier calls. So the
         # window is short however long the text is: under `_longest` characters, plus the new ones.
         window = self._held + new
-        # `push` has counted this token already: with min_tokens 3 the fourth token is the first
-        # that may end the text.
-        found = self._find_stops(window) if self._num_tokens > self._min_tokens else []
+        found = self._find_stops(window) if may_stop else []
         if found:
             start, order = min(found)  # the earliest; of two that begin together the first listed
-            self._stopped, self._held = self._stop[order], ""
-            return self._send(window[:start])
+            self.stopped, self._held = self._stop[order], ""
+            return window[:start]
         # "a BUST" with the stop string "STOP": "a BU" is sent, "ST" is held.
         keep = self._first_possible_start(window)
         self._held = window[keep:]
-        return self._send(window[:keep])
+        return window[:keep]
 
     def _find_stops(self, window: str) -> list[tuple[int, int]]:
         """(first character, order in the list) of each stop string that ends in the new text."""
@@ -144,40 +150,25 @@ class StreamDecoder:
                 return start
         return len(window)
 
-    def _send(self, text: str) -> str:
-        if text:
-            self._sent.append(text)
-        return text
-
 
 # ---- what a client gets --------------------------------------------------------------------------
 @dataclass
 class CompletionOutput:
-    """One sequence's text so far. `token_ids` includes the token that ended it, `text` does not."""
+    """One sequence's text. `token_ids` includes the token that ended it, `text` does not."""
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
-    finish_reason: str | None = None  # "stop", "length", or None while it runs
+    finish_reason: str | None = None  # "stop", "length", "error", or None while it runs
     stop_reason: int | str | None = None  # the stop token or stop string that ended it
-
-
-@dataclass
-class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic()`."""
-
-    arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-    num_preemptions: int = 0
+    error: str | None = None  # for "error": what happened, in a sentence
 
 
 @dataclass
 class RequestOutput:
-    """Everything known about a request after a step."""
+    """Everything known about a request, at its end or when somebody asks."""
 
     request_id: str
     prompt: str | None
@@ -188,33 +179,106 @@ class RequestOutput:
     finished: bool
 
 
+@dataclass(slots=True)
+class Delta:
+    """What one step added to one sequence: the tokens [first, end) of `seq.token_ids`."""
+
+    seq: Sequence
+    first: int
+    end: int
+    finish_reason: str | None  # None while the sequence runs
+    tokenizer: Tokenizer | None
+
+    @property
+    def request_id(self) -> str:
+        """The id of the request that the sequence belongs to."""
+        return self.seq.request.request_id
+
+    @property
+    def index(self) -> int:
+        """The sequence's index among those of its request."""
+        return self.seq.index
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens; of a sequence that was forked in this step all that it has written."""
+        return self.seq.token_ids[self.first : self.end]
+
+    @property
+    def text(self) -> str:
+        """The text that became final with these tokens; "" without a tokenizer.
+
+        It is decoded when it is read, so that tokens which nobody reads cost nothing. Read it in
+        the thread that calls `step`.
+        """
+        if self.tokenizer is None:
+            return ""
+        decoder = decode(self.tokenizer, self.seq, self.end)
+        num_prompt_tokens = self.seq.num_prompt_tokens
+        first, end = self.first - num_prompt_tokens, self.end - num_prompt_tokens
+        text = "".join(decoder.pieces[first:end])
+        return text if self.finish_reason is None else text + decoder.finish()
+
+
+class BlockCounts(NamedTuple):
+    """Blocks of the pool, counted over some steps."""
+
+    taken: int = 0
+    freed: int = 0
+    copied: int = 0
+    # The next three are 0 here. A prefix cache or a swap space would count them.
+    hit: int = 0  # found in the prefix cache
+    evicted: int = 0  # dropped from it
+    swapped: int = 0
+
+
+class Timings(NamedTuple):
+    """Where the time of a step went on the host's clock, in milliseconds.
+
+    On a GPU the forward is only launched in `forward`; `sample` waits for its result.
+    """
+
+    schedule: float = 0.0
+    forward: float = 0.0  # the batch is built, the model runs
+    sample: float = 0.0
+    update: float = 0.0  # tokens are applied, stop strings looked for, outputs built
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self)
+
+
 @dataclass
 class StepOutput:
-    """What one step did. The counts of blocks include what happened since the step before."""
+    """What one step did: the value that callers of `step` and watchers get."""
 
     plan: Plan
-    outputs: list[RequestOutput]  # of the requests that got a token in this step, not of all
-    blocks_taken: int
-    blocks_freed: int
-    blocks_copied: int
-    # The next three are 0 here. A prefix cache or a swap space would count them.
-    blocks_hit: int  # found in the prefix cache
-    blocks_evicted: int  # dropped from it
-    blocks_swapped: int
-    milliseconds: float
+    deltas: list[Delta]  # one for each sequence that got tokens or ended
+    finished: list[RequestOutput]  # of the requests that ended in this step
+    added: list[Request]  # that came to the scheduler since the step before
+    aborted: list[Request]  # since the step before
+    blocks: BlockCounts  # since the step before
+    timings: Timings
 
 
 # ---- from a step to its outputs ------------------------------------------------------------------
-@dataclass
-class _RequestState:
-    """What the processor keeps of a request until it ends."""
-
-    request: Request
-    prompt: str | None
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None  # None if the request did not ask
-    decoders: dict[int, StreamDecoder] = field(default_factory=dict)  # by sequence index
-    num_pushed: dict[int, int] = field(default_factory=dict)  # tokens that each decoder has seen
+def decode(tokenizer: Tokenizer, seq: Sequence, end: int) -> StreamDecoder:
+    """The decoder of a sequence, after it has seen at least `seq.token_ids` up to `end`."""
+    params = seq.request.params
+    # A token that ended the text adds nothing to it. (A stop string is a `str`.)
+    ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+    if ended_by_token and end == len(seq.token_ids):
+        end -= 1
+    decoder = seq.decoder or StreamDecoder(tokenizer, params.stop, params.min_tokens)
+    num_seen = seq.num_prompt_tokens + len(decoder.pieces)
+    if num_seen < end:
+        # An interruption in this loop leaves no decoder, and the next call begins a new one.
+        seq.decoder = None
+        for token_id in seq.token_ids[num_seen:end]:
+            decoder.push(token_id)
+    seq.decoder = decoder
+    return decoder
 
 
 class OutputProcessor:
@@ -226,19 +290,6 @@ class OutputProcessor:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None):
         self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self._states: dict[str, _RequestState] = {}  # by request id
-
-    def add(self, request: Request, prompt: str | None) -> None:
-        """Register a request; `prompt` is its text, None if it came as token ids."""
-        metrics = RequestMetrics(arrival_time=time.monotonic())
-        # The first entry is None: nothing precedes a prompt's first token, so nothing predicts it.
-        scores: list | None = [None] if request.params.prompt_logprobs is not None else None
-        self._states[request.request_id] = _RequestState(request, prompt, metrics, scores)
-
-    def remove(self, request_id: str) -> Request | None:
-        """Forget a request; None if it has ended or never was."""
-        state = self._states.pop(request_id, None)
-        return None if state is None else state.request
 
     # ---- log-probabilities of the prompt ----
     def num_sample_rows(self, entry: Scheduled) -> int:
@@ -247,12 +298,12 @@ class OutputProcessor:
         All while its prompt is scored. None in the middle of a prompt that nobody wants scored.
         """
         seq, start, num_new_tokens = entry
-        scores = self._states[seq.request.request_id].prompt_logprobs
+        scores = seq.request.prompt_logprobs
         if scores is not None and seq.index == 0 and len(scores) < seq.num_prompt_tokens:
             return num_new_tokens
-        return int(start + num_new_tokens == len(seq.token_ids))
+        return int(start + num_new_tokens >= len(seq.token_ids))
 
-    def collect_prompt_logprobs(self, plan: Plan, counts: list[int], logits: Tensor) -> None:
+    def score_prompts(self, plan: Plan, counts: list[int], logits: Tensor) -> None:
         """Score the prompts of the requests that asked for it, with the step's logits (M, V).
 
         `counts` are the numbers of rows that `num_sample_rows` gave for the plan's sequences.
@@ -260,19 +311,22 @@ class OutputProcessor:
         end = 0
         for (seq, start, _), count in zip(plan.scheduled, counts, strict=True):
             end += count  # the sequence's rows are [end - count, end)
-            state = self._states[seq.request.request_id]
-            if state.prompt_logprobs is not None and seq.index == 0:
-                rows = logits[end - count : end]
-                self._score_prompt(seq.request, state.prompt_logprobs, start, rows)
+            if seq.request.prompt_logprobs is not None and seq.index == 0:
+                try:
+                    self._score_prompt(seq.request, start, logits[end - count : end])
+                except ValueError as error:  # NaN: this sequence ends, the others do not
+                    seq.error = f"the prompt cannot be scored: {error}"
 
-    def _score_prompt(self, request: Request, scores: list, start: int, logits: Tensor) -> None:
-        """Append to `scores` those of one chunk, with the logits (n, V) of its n positions.
+    def _score_prompt(self, request: Request, start: int, logits: Tensor) -> None:
+        """Append the scores of one chunk of a prompt, with the logits (n, V) of its n positions.
 
         The chunk begins at position `start`. The row of position p scores the token at p + 1.
         """
         # Tokens [0, len(scores)) are scored. After a preemption a chunk may begin before that: its
         # first rows are skipped. 5 scored, start 3 -> the first row that is used is position 4's,
         # which is row 1 of the chunk.
+        scores = request.prompt_logprobs
+        assert scores is not None
         first = len(scores) - 1
         next_ids = request.prompt_token_ids[first + 1 : start + len(logits) + 1]
         if next_ids:
@@ -281,107 +335,120 @@ class OutputProcessor:
             self._name_tokens(new_scores)
             scores += new_scores
 
-    # ---- after each step ----
-    def process(self, plan: Plan, started: float) -> list[RequestOutput]:
-        """Decode the new tokens, look for stop strings, report each request that got a token.
+    # ---- before the update ----
+    def find_stops(self, continuations: list[Continuation]) -> list[Continuation]:
+        """Decode new tokens where a stop string may end a text, and cut behind the one it ends at.
+
+        Only requests with stop strings are decoded here.
+        """
+        if self.tokenizer is None or not any(c.parent.request.params.stop for c in continuations):
+            return continuations
+        num_children = Counter(c.parent for c in continuations)
+        return [
+            self._cut(self.tokenizer, c, num_children[c.parent] > 1)
+            if c.parent.request.params.stop
+            else c
+            for c in continuations
+        ]
+
+    def _cut(self, tokenizer: Tokenizer, c: Continuation, is_fork: bool) -> Continuation:
+        """A continuation that ends with the token that completes a stop string, if one does."""
+        seq = c.parent
+        decoder = decode(tokenizer, seq, len(seq.token_ids))
+        # The tokens below are not the sequence's yet. If the step is interrupted, or if they become
+        # those of a forked child, the sequence has to be decoded from its start again.
+        seq.decoder = None
+        num_kept, reason = self.scheduler.find_end(seq, c.token_ids)
+        num_decoded = num_kept - (reason == "stop")  # a stop token adds no text
+        for count, token_id in enumerate(c.token_ids[:num_decoded], start=1):
+            decoder.push(token_id)
+            if decoder.stopped is not None:
+                logprobs = None if c.logprobs is None else c.logprobs[:count]
+                kept = c.token_ids[:count]
+                c = c._replace(token_ids=kept, logprobs=logprobs, stop_string=decoder.stopped)
+                break
+        if not is_fork:
+            seq.decoder = decoder
+        return c
+
+    # ---- after the update ----
+    def report(self, plan: Plan, started: float) -> tuple[list[Delta], list[Request]]:
+        """What each sequence of a step got, and the requests that have ended with it.
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
         self._record_times(plan, started)
-        now = time.monotonic()
-        outputs = []
-        # By request, because several sequences of one request may have got a token. The dict keeps
-        # their order and drops repetitions.
-        for request_id in dict.fromkeys(seq.request.request_id for seq in plan.sampled):
-            state = self._states[request_id]
-            metrics, sequences = state.metrics, state.request.sequences
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-            for seq in sequences:
-                self._update_sequence(state, seq)
-            # Only now: a stop string that was found in the text has ended its sequence above.
-            finished = all(seq.status == FINISHED for seq in sequences)
-            if finished:
-                metrics.finished_time = now
-                del self._states[request_id]
-            outputs.append(self._request_output(state, finished))
-        return outputs
+        for seq, first in plan.extended:
+            if seq.logprobs:
+                self._name_tokens(seq.logprobs[first - seq.num_prompt_tokens :])
+        for seq in plan.ended:
+            # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary token.
+            request = seq.request
+            if seq.stop_reason == request.eos_token_id and not request.params.ignore_eos:
+                seq.stop_reason = None
+        forked = set(plan.forked)
+        deltas = [
+            Delta(
+                seq,
+                seq.num_prompt_tokens if seq in forked else first,
+                len(seq.token_ids),
+                seq.finish_reason,
+                self.tokenizer,
+            )
+            for seq, first in plan.extended
+            if seq.request.end.get("by") != "abort"
+        ]
+        return deltas, self._ended_requests(plan)
+
+    def _ended_requests(self, plan: Plan) -> list[Request]:
+        # By request, because several sequences of one request may have ended. The dict keeps their
+        # order and drops repetitions.
+        requests = dict.fromkeys(seq.request for seq in plan.ended)
+        return [r for r in requests if all(seq.status == FINISHED for seq in r.sequences)]
 
     def _record_times(self, plan: Plan, started: float) -> None:
-        """Enter preemptions and first steps in the metrics of the requests."""
+        """Enter preemptions, first steps, first tokens and ends in the metrics of the requests."""
+        now = time.monotonic()
         for seq in plan.preempted:
-            self._states[seq.request.request_id].metrics.num_preemptions += 1
-        for seq, _, _ in plan.scheduled:
-            metrics = self._states[seq.request.request_id].metrics
+            seq.request.metrics.num_preemptions += 1
+        for seq in plan.started:
+            metrics = seq.request.metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = started
+        for seq, first in plan.extended:
+            if first == seq.num_prompt_tokens and seq.request.metrics.first_token_time is None:
+                seq.request.metrics.first_token_time = now
 
-    def _update_sequence(self, state: _RequestState, seq: Sequence) -> None:
-        """Decode a sequence's new tokens; set its stop reason and the texts of its logprobs."""
-        num_pushed = state.num_pushed.get(seq.index, seq.num_prompt_tokens)
-        # Usually one token. None for a sequence that ended in an earlier step than its request.
-        new_ids = seq.token_ids[num_pushed:]
-        state.num_pushed[seq.index] = len(seq.token_ids)
-        params = state.request.params
-        if params.logprobs is not None and new_ids:
-            self._name_tokens(seq.logprobs[-len(new_ids) :])
-        # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary stop token.
-        eos_token_id = None if params.ignore_eos else state.request.eos_token_id
-        if seq.finish_reason == "stop" and seq.stop_reason is None:
-            if seq.token_ids[-1] != eos_token_id:
-                seq.stop_reason = seq.token_ids[-1]
-        if self.tokenizer is not None and new_ids:
-            self._decode(self.tokenizer, state, seq, new_ids)
-
-    def _decode(
-        self, tokenizer: Tokenizer, state: _RequestState, seq: Sequence, new_ids: list[int]
-    ) -> None:
-        """Push new tokens through the sequence's decoder; a stop string ends the sequence."""
-        decoder = state.decoders.get(seq.index)
-        if decoder is None:
-            params = state.request.params
-            decoder = StreamDecoder(tokenizer, params.stop, params.min_tokens)
-            state.decoders[seq.index] = decoder
-        # A stop token adds no text. If the reason is "stop" here, the scheduler has ended the
-        # sequence at a stop token, which is the last one: stop strings are found only below.
-        ended_by_token = seq.finish_reason == "stop"
-        for token_id in new_ids[:-1] if ended_by_token else new_ids:
-            decoder.push(token_id)
-        if decoder.stopped is not None:
-            self.scheduler.finish(seq, "stop")
-            # If the scheduler has ended it in this step too, at max_tokens for example, `finish`
-            # does nothing. The stop string came first, so its reasons replace the others.
-            seq.finish_reason, seq.stop_reason = "stop", decoder.stopped
-        elif seq.status == FINISHED:  # what was held back can become no stop string any more
-            decoder.finish()
-
-    def _request_output(self, state: _RequestState, finished: bool) -> RequestOutput:
-        request, scores = state.request, state.prompt_logprobs
+    def request_output(self, request: Request) -> RequestOutput:
+        """Everything known about a request now."""
         outputs = []
         for seq in request.sequences:
             # A strategy drops a sequence without a reason: a beam that lost, for example.
             dropped_by_strategy = seq.status == FINISHED and seq.finish_reason is None
             if not dropped_by_strategy:
-                outputs.append(self._completion(state, seq))
+                outputs.append(self._completion(seq))
+        scores = request.prompt_logprobs
         return RequestOutput(
             request_id=request.request_id,
-            prompt=state.prompt,
+            prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
             prompt_logprobs=None if scores is None else list(scores),
-            metrics=state.metrics,
-            finished=finished,
+            metrics=request.metrics,
+            finished=all(seq.status == FINISHED for seq in request.sequences),
         )
 
-    def _completion(self, state: _RequestState, seq: Sequence) -> CompletionOutput:
-        decoder = state.decoders.get(seq.index)
-        generated = seq.token_ids[seq.num_prompt_tokens :]
-        output = CompletionOutput(seq.index, decoder.text if decoder else "", generated)
-        if state.request.params.logprobs is not None:
+    def _completion(self, seq: Sequence) -> CompletionOutput:
+        whole = Delta(
+            seq, seq.num_prompt_tokens, len(seq.token_ids), seq.finish_reason, self.tokenizer
+        )
+        output = CompletionOutput(seq.index, whole.text, whole.token_ids)
+        if seq.request.params.logprobs is not None:
             output.logprobs = list(seq.logprobs)  # a copy: later steps append to the sequence's
-            chosen = zip(seq.logprobs, generated, strict=True)
+            chosen = zip(seq.logprobs, whole.token_ids, strict=True)
             output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
         output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
+        output.error = seq.error
         return output
 
     def _name_tokens(self, entries: list[dict[int, Logprob]]) -> None:
@@ -422,24 +489,25 @@ def demo():
     request = Request("0", [65], arrival=0, params=SamplingParams(stop=STOP, max_tokens=60))
     request.sequences = [Sequence(request, 0, [65], num_prompt_tokens=1, max_tokens=60)]
     scheduler.add(request)
-    processor.add(request, "A")
 
     texts: list[str] = []  # after each step
     print("step  token  alone  text so far")
     while scheduler.has_unfinished():
         plan = scheduler.schedule()
         token_id = written[len(texts)]
-        scheduler.update(plan, [Continuation(seq, [token_id]) for seq in plan.sampled])
-        (output,) = processor.process(plan, time.monotonic())
-        texts.append(output.outputs[0].text)
+        continuations = [Continuation(seq, [token_id]) for seq in plan.sampled]
+        scheduler.update(plan, processor.find_stops(continuations))
+        ((delta,), _) = processor.report(plan, time.monotonic())
+        texts.append("".join(texts[-1:]) + delta.text)
         alone = tokenizer.token_text(token_id)
         print(f"{len(texts):4}  {token_id:5}  {alone:5}  {texts[-1]!r}")
         if len(texts) == len(written):
             break
+    output = processor.request_output(request)
     (completion,) = output.outputs
     print(f"finish_reason {completion.finish_reason!r}, stop_reason {completion.stop_reason!r}")
     before_stop = WRITTEN[: WRITTEN.index(STOP)]
-    assert completion.text == before_stop, "the text ends before the stop string"
+    assert completion.text == texts[-1] == before_stop, "the text ends before the stop string"
     assert all(before_stop.startswith(text) for text in texts)
     assert output.finished and scheduler.allocator.num_free == 8
     print("ok: no character was broken, and the text ends exactly before the stop string")

@@ -25,7 +25,7 @@ strip of top_p then has no c, because a and b reach 0.65 together.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class SamplingParams:
 # name: (type, smallest, largest, in words). The bounds of temperature and repetition_penalty keep
 # scores in 32 bits finite. math.ulp(0.0) is the smallest number above 0. NaN fails each comparison.
 RULES: dict[str, tuple[Any, float, float, str]] = {
-    "n": (int, 1, math.inf, "an integer of at least 1"),
+    "n": (int, 1, 1024, "an integer from 1 to 1024"),
     "temperature": (int | float, 0, 1e6, "a number from 0 (greedy) to 1e6"),
     "top_k": (int, -1, math.inf, "an integer of at least 1, or 0 or -1 for all tokens"),
     "top_p": (int | float, math.ulp(0.0), 1, "a number above 0 and at most 1 (1 is all tokens)"),
@@ -213,7 +213,8 @@ def child_seed(seed: int, index: int) -> int:
 
 
 # ---- The draw ------------------------------------------------------------------------------------
-class SampleRow(NamedTuple):
+@dataclass(slots=True)
+class SampleRow:
     """What one row of the logits needs to become a token."""
 
     params: SamplingParams
@@ -239,6 +240,35 @@ class SampleRow(NamedTuple):
         return [*biases, *((token_id, -math.inf) for token_id in forbidden)]
 
 
+class SampleRows:
+    """M rows, and what can be read off them once while the same sequences are drawn step by step.
+
+    Only `position` (and the length of `token_ids`) may change between two draws.
+    """
+
+    def __init__(self, rows: list[SampleRow]):
+        self.rows = rows
+        self.drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        # The rows whose logits may be edited.
+        self.biased = [i for i, r in enumerate(rows) if r.params.logit_bias or r.params.min_tokens]
+        self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
+        self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
+        self.kept: dict = {}  # a sampler may keep tensors of these rows from draw to draw here
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def positions(self) -> np.ndarray:
+        """The positions of the tokens that are drawn now, (M,) int64."""
+        return np.fromiter((row.position for row in self.rows), np.int64, len(self.rows))
+
+
+def as_rows(rows: "SampleRows | list[SampleRow]") -> SampleRows:
+    """The rows as `SampleRows`."""
+    return rows if isinstance(rows, SampleRows) else SampleRows(rows)
+
+
 def sample(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, list["Logprobs | None"]]:
     """Draw one token for each of M rows of logits (M, V), which are only read.
 
@@ -247,34 +277,44 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, list["Logprob
     +inf, or nothing but -inf. It waits for the device to find that out.
     """
     token_ids, peaks = draw_tokens(logits, rows)
+    refuse(~peaks.isfinite())
     return token_ids, collect_logprobs(logits, rows, token_ids, peaks)
 
 
-def draw_tokens(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor,  # (M, V)
+    rows: SampleRows | list[SampleRow],
+) -> tuple[Tensor, Tensor]:
     """Draw without waiting for the device: token ids (M,) and peaks (M,).
 
     A peak is the largest edited logit of its row. If it is not finite, the row had no token to
     choose and its token id means nothing. The caller checks that when it reads the tokens.
     """
+    rows = as_rows(rows)
     assert logits.ndim == 2 and len(rows) == logits.shape[0], (logits.shape, len(rows))
     scores = edit_logits(logits, rows)
     # The arg max, of equal logits the lowest id. For greedy rows this is the result.
     peaks, token_ids = scores.max(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    drawn = rows.drawn
     if drawn:
-        drawn_rows = [rows[i] for i in drawn]
-        weights = draw_weights(scores[drawn], drawn_rows)
-        token_ids[drawn] = _draw(weights, drawn_rows, token_ids[drawn])
+        weights = draw_weights(scores[drawn], [rows.rows[i] for i in drawn])
+        # Hashed on the host, which has both numbers: on a GPU it would be about forty launches.
+        u = uniform(torch.from_numpy(rows.seeds), torch.from_numpy(rows.positions()))
+        token_ids[drawn] = _draw(weights, u[drawn], token_ids[drawn])
     return token_ids, peaks
 
 
-def edit_logits(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def edit_logits(
+    logits: Tensor,  # (M, V)
+    rows: SampleRows | list[SampleRow],
+) -> Tensor:
     """logit_bias, then min_tokens, then penalties: a new (M, V), or `logits` if no row has any.
 
     They can change the arg max, so greedy rows need them too.
     """
-    added = [(i, *pair) for i, row in enumerate(rows) for pair in row.additions()]
-    penalised = [(i, row) for i, row in enumerate(rows) if row.params.penalises]
+    rows = as_rows(rows)
+    added = [(i, *pair) for i in rows.biased for pair in rows.rows[i].additions()]
+    penalised = [(i, rows.rows[i]) for i in rows.penalised]
     scores = logits.to(_wide(logits), copy=True) if added or penalised else logits
     if added:  # (row, token id, value) of each addition -> three tensors
         i, ids, values = (torch.as_tensor(np.array(c), device=scores.device) for c in zip(*added))
@@ -379,14 +419,12 @@ def _largest(values: Tensor, smallest_kept: Tensor, count: Tensor | int) -> Tens
     return larger | (equal & (equal.cumsum(dim=-1) <= num_equal_kept))
 
 
-def _draw(weights: Tensor, rows: list[SampleRow], best: Tensor) -> Tensor:
-    """The first token at which the cumulated weights exceed u times their total, (M,).
+def _draw(weights: Tensor, u: Tensor, best: Tensor) -> Tensor:
+    """The first token at which the cumulated weights (M, V) exceed u times their total: (M,).
 
-    `best` (M,) is the most likely token of each row.
+    `u` (M,) is in host memory; `best` (M,) is the most likely token of each row.
     """
-    # Hashed on the host, which has both numbers: on a GPU it would be about forty small launches.
-    seeds, positions = torch.tensor([(row.seed, row.position) for row in rows]).unbind(dim=1)
-    u = uniform(seeds, positions).to(weights.device, torch.float64)[:, None]  # (M, 1)
+    u = u.to(weights.device, torch.float64)[:, None]  # (M, 1)
     # float64, so that a device which adds in another order does not draw another token.
     cumulated = weights.cumsum(dim=-1, dtype=torch.float64)
     # u <= 1 - 2**-24, so the target is below the total. The clamp is for a row of NaN.
@@ -411,23 +449,19 @@ Logprobs = dict[int, Logprob]  # token id -> Logprob, best rank first
 
 
 def collect_logprobs(
-    logits: Tensor, rows: list[SampleRow], token_ids: Tensor, peaks: Tensor
+    logits: Tensor, rows: SampleRows | list[SampleRow], token_ids: Tensor, peaks: Tensor
 ) -> list[Logprobs | None]:
     """The log-probabilities of each row that asked for them, None for the others: M entries.
 
-    `token_ids` and `peaks` (M,) come from `draw_tokens`. An entry always holds the drawn token.
-    Raises ValueError for a row without a token to choose. Waits for the device.
+    `token_ids` and `peaks` (M,) come from `draw_tokens`. An entry always holds the drawn token. A
+    row without a token to choose (its peak is not finite) gets None. Waits for the device.
     """
-    refuse(~peaks.isfinite())
+    rows = as_rows(rows)
     answers: list[Logprobs | None] = [None] * len(rows)
-    asked: list[int] = []  # rows that asked, and for how many of the most likely tokens
-    counts: list[int] = []
-    for i, row in enumerate(rows):
-        count = row.params.logprobs
-        if count is not None:
-            asked.append(i)
-            counts.append(count)
-    if asked:
+    if rows.asking:
+        is_good = peaks.isfinite().tolist()
+        asked = [i for i in rows.asking if is_good[i]]
+        counts = [rows.rows[i].params.logprobs or 0 for i in asked]
         found = token_logprobs(logits[asked], token_ids[asked], counts)
         for i, answer in zip(asked, found, strict=True):
             answers[i] = answer

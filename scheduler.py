@@ -26,8 +26,10 @@ Or NUM_BLOCKS = 12: nothing is preempted, so the assert "one preemption" fails.
 """
 
 import heapq
+import numbers
 from bisect import insort
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from block_allocator import BlockAllocator, NoFreeBlocks
@@ -40,12 +42,24 @@ def reserve_now(seq: Sequence) -> int:
     return len(seq.token_ids)
 
 
+def key_shape(key: Any) -> Any:
+    """What two keys must have in common to be comparable: (3, "a") -> (Real, str).
+
+    Raises TypeError for a key that has no order: None, or a NaN.
+    """
+    if isinstance(key, tuple):
+        return tuple(key_shape(part) for part in key)
+    if not key <= key:  # raises TypeError for None; a NaN is not even equal to itself
+        raise TypeError(f"{key!r} has no order")
+    return numbers.Real if isinstance(key, numbers.Real) else type(key)
+
+
 class Scheduler:
     """Decides which sequences run, and which blocks each of them holds.
 
     `reserve(seq)` says for how many tokens a sequence needs memory, `policy(seq)` its place in
-    the order of precedence (see policies.py). A sequence holds its blocks from its start until it
-    ends or is preempted. Raises ValueError for a limit below 1.
+    the order of precedence (see policies.py); it is asked once for each sequence. A sequence holds
+    its blocks from its start until it ends or is preempted. Raises ValueError for a limit below 1.
     """
 
     def __init__(
@@ -73,6 +87,7 @@ class Scheduler:
         # The tie-breaker: of two equal keys the earlier push comes first. Without it the heap would
         # compare two Sequences, which have no order.
         self._pushes = 0
+        self._key_shape: Any = None  # of the first key; all others must have the same
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
         # Totals, for statistics:
         self.num_preemptions = 0
@@ -82,20 +97,43 @@ class Scheduler:
         self.num_blocks_hit = 0  # found already filled, by the allocator's `match_prefix`
 
     # ---- in and out ----
-    def add(self, request: Request) -> None:
-        """Queue a request's sequences. Raises ValueError if the pool is too small for one."""
-        # Alone in the pool, a sequence must be able to reach its end. Then a running sequence that
-        # has preempted all others always gets its blocks.
+    def check(self, request: Request) -> None:
+        """Ask the policy for the keys of a request's sequences, and see whether the pool suffices.
+
+        Raises ValueError if the pool is too small for one of them, or if `reserve` or the policy
+        fails. It changes no queue, so any thread may call it.
+        """
         for seq in request.sequences:
-            needed = self.allocator.blocks_needed(max(self.longest(seq), self.reserve(seq)))
+            try:
+                reserved = self.reserve(seq)
+                seq.key = self.policy(seq)
+                shape = key_shape(seq.key)
+            except Exception as error:
+                raise ValueError(f"the policy or reserve function failed: {error!r}") from error
+            if type(reserved) is not int:
+                raise ValueError(f"the reserve function returned {reserved!r}: an int is needed")
+            if self._key_shape not in (None, shape):
+                raise ValueError(f"the policy's key {seq.key!r} cannot be compared with the others")
+            # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
+            # that has preempted all others always gets its blocks.
+            needed = self.allocator.blocks_needed(max(self.longest(seq), reserved))
             if needed > self.allocator.num_blocks:
                 raise ValueError(
                     f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
                     f"{needed} blocks of {self.allocator.block_size}, the pool has "
                     f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
                 )
-        for seq in request.sequences:  # a second loop: if one is refused, none is queued
+
+    def enqueue(self, request: Request) -> None:
+        """Let the sequences of a request wait; `check` has been called for it."""
+        for seq in request.sequences:
+            self._key_shape = key_shape(seq.key)
             self._push(seq)
+
+    def add(self, request: Request) -> None:
+        """Check a request and queue it. Raises ValueError as `check` does, and then queues none."""
+        self.check(request)
+        self.enqueue(request)
 
     def has_unfinished(self) -> bool:
         """Whether any sequence waits or runs."""
@@ -107,23 +145,33 @@ class Scheduler:
             self.running.remove(seq)
             self._free(seq)
         elif seq.status == WAITING:
-            self.num_waiting -= 1  # its entry is dropped when it reaches the heap's top
+            self.num_waiting -= 1
         else:
             return
         seq.status, seq.finish_reason = FINISHED, reason
+        # An entry in the middle of a heap is slow to find, so the entry of a sequence that was
+        # aborted while it waited stays there. When most entries are such, the heap is built again.
+        if len(self._waiting) > 2 * self.num_waiting + 8:
+            self._waiting = [entry for entry in self._waiting if entry[2].status == WAITING]
+            heapq.heapify(self._waiting)
 
     # ---- the plan ----
-    def schedule(self) -> Plan:
-        """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`."""
+    def schedule(self, in_flight: int = 0) -> Plan:
+        """Choose who runs in this step, give them blocks, advance their `num_computed_tokens`.
+
+        `in_flight` is 1 if the step before is launched and its tokens are not read yet: a sequence
+        that is 0 tokens behind then has one more token, which the host does not know. (See
+        speedups/plan_ahead.py.)
+        """
         plan = Plan()
-        budget = self._continue_running(plan, self.max_num_batched_tokens)
+        budget = self._continue_running(plan, self.max_num_batched_tokens, in_flight)
         # After a preemption nothing starts. The first that waits is the preempted sequence, and it
         # could only take back blocks that the running ones need in the next steps.
         if not plan.preempted:
             self._start_waiting(plan, budget)
         return plan
 
-    def _continue_running(self, plan: Plan, budget: int) -> int:
+    def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
         for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
             # The loop walks over a copy of the list (a slice), because preemption shortens the list
@@ -134,13 +182,15 @@ class Scheduler:
             num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # 1: a decode
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
                 num_new_tokens = budget
-            # 0 new tokens: a step that was planned earlier still runs (speedups/plan_ahead.py), and
-            # this sequence's next token is not known yet.
-            if num_new_tokens:
-                if not self._make_room(seq, num_new_tokens, plan):
-                    break  # it was the last in line, and gave up its own blocks
-                self._advance(seq, num_new_tokens, plan)
-                budget -= num_new_tokens
+            if num_new_tokens == 0:
+                # Its next token is in flight. If that is the last one it may get, it has no more.
+                if not in_flight or len(seq.token_ids) + in_flight >= self.longest(seq):
+                    continue
+                num_new_tokens = in_flight
+            if not self._make_room(seq, num_new_tokens, plan):
+                break  # it was the last in line, and gave up its own blocks
+            self._advance(seq, num_new_tokens, plan)
+            budget -= num_new_tokens
         return budget
 
     def _start_waiting(self, plan: Plan, budget: int) -> None:
@@ -151,6 +201,7 @@ class Scheduler:
             seq = self._next_waiting()
             if seq is None or not self._start(seq):
                 break
+            plan.started.append(seq)
             num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
             self._advance(seq, num_new_tokens, plan)
             budget -= num_new_tokens
@@ -162,7 +213,8 @@ class Scheduler:
         plan.scheduled.append(tuple.__new__(Scheduled, (seq, start, num_new_tokens)))
         seq.num_computed_tokens = start + num_new_tokens
         # A prompt of 300 tokens, 64 a step: only the fifth chunk, [256, 300), leads to a token.
-        if start + num_new_tokens == len(seq.token_ids):
+        # (With a token in flight, the end is one more than the tokens that are known.)
+        if start + num_new_tokens >= len(seq.token_ids):
             plan.sampled.append(seq)  # its newest token is computed, so the next can be drawn
 
     # ---- blocks for a running sequence ----
@@ -227,9 +279,13 @@ class Scheduler:
         plan.preempted.append(victim)
         return victim
 
-    def _blocks_wanted(self, seq: Sequence, num_tokens: int = 0) -> int:
+    def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool."""
-        wanted = self.allocator.blocks_needed(max(num_tokens, self.reserve(seq)))
+        try:
+            wanted = self.allocator.blocks_needed(max(num_tokens, self.reserve(seq)))
+        except Exception as error:  # a caller's function: it ends this sequence, and no other
+            seq.error = f"the reserve function failed: {error!r}"
+            wanted = self.allocator.blocks_needed(num_tokens)
         return min(wanted, self.allocator.num_blocks)
 
     def _start(self, seq: Sequence) -> bool:
@@ -237,7 +293,7 @@ class Scheduler:
         # Its last token is always computed, even if a cache has it: the next token is drawn from
         # the logits of that token's query.
         table = self.allocator.match_prefix(seq.token_ids[:-1])
-        needed = self._blocks_wanted(seq) - len(table)
+        needed = self._blocks_wanted(seq, len(seq.token_ids)) - len(table)
         try:
             seq.block_table = table + self.allocator.allocate(needed)
         except NoFreeBlocks:
@@ -265,19 +321,12 @@ class Scheduler:
         self._free(seq)
         self._push(seq)
 
-    def undo(self, plan: Plan) -> None:
-        """Take back a plan that was not carried out: its sequences lose their blocks and wait."""
-        # In reverse, as in a preemption: the last in line loses its blocks first.
-        for seq, start, _ in reversed(plan.scheduled):
-            if seq.status == RUNNING:
-                seq.num_computed_tokens = start
-                self.preempt(seq)
-
     # ---- after the forward ----
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
         """Append the sampled tokens, end what is complete, fork parents of several children.
 
         A sampled sequence without a continuation ends: its strategy (a beam search) dropped it.
+        This is the only place where a sequence ends, except for `abort`.
         """
         for seq, start, num_new_tokens in plan.scheduled:
             if seq.status == RUNNING:
@@ -290,42 +339,62 @@ class Scheduler:
                 first[parent] = continuation
             elif parent.status == RUNNING:
                 # One more child. It is forked now, before the parent itself gets its new tokens.
-                self._extend(self._fork(parent, continuation), continuation)
+                self._extend(self._fork(parent, continuation, plan), continuation, plan)
         for seq in plan.sampled:
             if seq.status != RUNNING:
                 continue  # aborted or preempted since the plan was made
             if seq in first:
-                self._extend(seq, first[seq])
+                self._extend(seq, first[seq], plan)
             else:
-                self.finish(seq, None)
+                self._end(seq, None, plan)
 
-    def _extend(self, seq: Sequence, continuation: Continuation) -> None:
+    def _extend(self, seq: Sequence, continuation: Continuation, plan: Plan) -> None:
         """Append a continuation's tokens one by one until one of them ends the sequence."""
         token_ids = seq.token_ids
         num_before = len(token_ids)
-        longest = self.longest(seq)
-        reason = None
-        for token_id in continuation.token_ids:
-            token_ids.append(token_id)
-            num_generated = len(token_ids) - seq.num_prompt_tokens
-            # The token that ends a text is kept in token_ids; outputs.py leaves it out of the text.
-            if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
-                reason = "stop"
-                break
-            if len(token_ids) >= longest:
-                reason = "length"
-                break
+        plan.extended.append((seq, num_before))
+        num_kept, reason = self.find_end(seq, continuation.token_ids)
+        token_ids += continuation.token_ids[:num_kept]
         if continuation.logprobs is not None:
-            # Tokens after the end were not appended, so their log-probabilities are not either.
-            seq.logprobs += continuation.logprobs[: len(token_ids) - num_before]
+            seq.logprobs += continuation.logprobs[:num_kept]
+        if continuation.error or seq.error:
+            seq.error = continuation.error or seq.error
+            reason = "error"
+        elif continuation.stop_string is not None:
+            # It is found in the text up to the last token. If that token ends the sequence too, at
+            # max_tokens for example, the stop string's reason replaces the other one.
+            reason, seq.stop_reason = "stop", continuation.stop_string
+        elif reason == "stop":
+            seq.stop_reason = token_ids[-1]
         if reason is not None:
-            self.finish(seq, reason)
+            self._end(seq, reason, plan)
+
+    def find_end(self, seq: Sequence, new_token_ids: list[int]) -> tuple[int, str | None]:
+        """How many of a sequence's new tokens are kept, and why it ends with the last of them.
+
+        The token that ends a text is kept in `token_ids`; outputs.py leaves it out of the text.
+        The reason is None if the sequence goes on.
+        """
+        num_tokens = len(seq.token_ids)
+        longest = self.longest(seq)
+        for num_kept, token_id in enumerate(new_token_ids, start=1):
+            num_generated = num_tokens + num_kept - seq.num_prompt_tokens
+            if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
+                return num_kept, "stop"
+            if num_tokens + num_kept >= longest:
+                return num_kept, "length"
+        return len(new_token_ids), None
+
+    def _end(self, seq: Sequence, reason: str | None, plan: Plan) -> None:
+        """End a sequence, and note it in the plan first."""
+        plan.ended.append(seq)
+        self.finish(seq, reason)
 
     def longest(self, seq: Sequence) -> int:
         """Tokens that a sequence may have at most, its prompt included."""
         return min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
 
-    def _fork(self, parent: Sequence, continuation: Continuation) -> Sequence:
+    def _fork(self, parent: Sequence, continuation: Continuation, plan: Plan) -> Sequence:
         """A second sequence with the same tokens. It shares all blocks until one of them writes."""
         self.allocator.fork(parent.block_table)
         child = Sequence(
@@ -341,27 +410,66 @@ class Scheduler:
             block_table=list(parent.block_table),  # the same block ids in a list of its own
             logprobs=list(parent.logprobs),
         )
+        try:
+            child.key = self.policy(child)
+            if key_shape(child.key) != self._key_shape:
+                raise TypeError(f"the key {child.key!r} cannot be compared with the others")
+        except Exception as error:  # as in `_blocks_wanted`
+            child.key, child.error = parent.key, f"the policy failed: {error!r}"
+        plan.forked.append(child)
         parent.request.sequences.append(child)
         self._run(child)
         return child
+
+    # ---- after an interruption ----
+    def take_back(self, plan: Plan) -> None:
+        """Undo what `update` did with the tokens of a plan, also if it was interrupted half-way.
+
+        The queues and blocks are not right then: `rebuild` has to follow.
+        """
+        for seq, num_before in plan.extended:
+            del seq.token_ids[num_before:]
+            del seq.logprobs[max(0, num_before - seq.num_prompt_tokens) :]
+        for seq in plan.ended:
+            seq.status = WAITING
+            seq.finish_reason = seq.stop_reason = seq.error = None
+        for child in plan.forked:
+            if child in child.request.sequences:
+                child.request.sequences.remove(child)
+
+    def rebuild(self, requests: list[Request]) -> None:
+        """Make all books again from the requests: each unfinished sequence waits, with no blocks.
+
+        The books are the queues, the block tables and the allocator's counts. An exception in the
+        middle of a step (Ctrl-C, for example) may leave them half written. The tokens of a sequence
+        are enough to make them again, and a sequence that waits computes its tokens again.
+        """
+        self.allocator.reset()
+        self.num_blocks_freed = self.num_blocks_taken
+        self.running, self._waiting, self.num_waiting = [], [], 0
+        for request in requests:
+            for seq in request.sequences:
+                if seq.status != FINISHED:
+                    self.num_recomputed_tokens += seq.num_computed_tokens
+                    seq.block_table, seq.num_computed_tokens = [], 0
+                    self._push(seq)
 
     # ---- the queues ----
     def _run(self, seq: Sequence) -> None:
         """Enter a sequence among the running ones, at its place in the order of precedence."""
         seq.status = RUNNING
-        insort(self.running, seq, key=self.policy)
+        insort(self.running, seq, key=attrgetter("key"))
 
     def _push(self, seq: Sequence) -> None:
         """Enter a sequence in the waiting queue."""
         seq.status = WAITING
         self._pushes += 1
-        heapq.heappush(self._waiting, (self.policy(seq), self._pushes, seq))
+        heapq.heappush(self._waiting, (seq.key, self._pushes, seq))
         self.num_waiting += 1
 
     def _next_waiting(self) -> Sequence | None:
         """The waiting sequence that comes first; it stays in the queue."""
-        # An entry in the middle of a heap is slow to find. So `finish` leaves the entry of an
-        # aborted sequence in the heap, and it is dropped here when it reaches the top.
+        # `finish` leaves the entry of an aborted sequence in the heap: it is dropped at the top.
         while self._waiting and self._waiting[0][2].status != WAITING:
             heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None

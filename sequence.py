@@ -24,6 +24,7 @@ Try: CHUNK = 5 in the demo: the prompt of 12 tokens is 7 behind after the first 
 CHUNK = 12: the whole prompt is computed in one step, and the row of the chunk is missing.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,12 +34,23 @@ RUNNING = "running"
 FINISHED = "finished"
 
 
+@dataclass
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic()`."""
+
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """What a client asked for; it owns its sequences.
 
-    The scheduler does not read `params` (a `SamplingParams`) and `strategy`: they are for the
-    sampler and the engine.
+    The scheduler does not read `params` (a `SamplingParams`), `strategy` and what stands below
+    `sequences`: they are for the sampler, the engine and the outputs.
     """
 
     request_id: str
@@ -52,6 +64,13 @@ class Request:
     strategy: Any = None
     eos_token_id: int | None = None  # for the sampler; a sequence ends at its stop_token_ids
     sequences: list["Sequence"] = field(default_factory=list)
+    prompt: str | None = None  # its text; None if it came as token ids
+    prompt_logprobs: list | None = None  # one entry per prompt token, where asked for
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    is_queued: bool = False  # the scheduler has it
+    # Who ended it, "step" or "abort", under the key "by". The first one wins, in any thread:
+    # dict.setdefault is one step of the interpreter.
+    end: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -70,10 +89,14 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: str = WAITING
-    finish_reason: str | None = None  # "stop", "length", "abort", or None while it runs
+    key: Any = None  # its place in the order of precedence, from the scheduler's policy
+    # "stop", "length", "abort", "error"; None while it runs, or if a strategy dropped it
+    finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token (not EOS) or stop string that ended it
+    error: str | None = None  # a sentence, if it has to end with "error"
     logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
     num_preemptions: int = 0
+    decoder: Any = None  # turns its tokens into text (outputs.py); the scheduler does not read it
 
     @property
     def num_generated(self) -> int:
@@ -96,12 +119,19 @@ class Plan:
     scheduled: list[Scheduled] = field(default_factory=list)
     # Sequences whose newest token is computed in this step: each gets a next token.
     sampled: list[Sequence] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)  # from waiting to running
     preempted: list[Sequence] = field(default_factory=list)
     # Empty until the lesson on swapping (swap.py) is here: pairs (block id, host block id).
     swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
     # Pairs of block ids (from, to), for copy-on-write.
     copies: list[tuple[int, int]] = field(default_factory=list)
+    # What `Scheduler.update` did after the forward: each sequence that got tokens, with the number
+    # of tokens that it had before; those that ended; those that are new. With these three lists an
+    # interrupted step can be taken back.
+    extended: list[tuple[Sequence, int]] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+    forked: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +146,8 @@ class Continuation(NamedTuple):
     token_ids: list[int]
     logprobs: list | None = None  # one entry a token
     seed: int | None = None  # of a forked child; None keeps the parent's
+    stop_string: str | None = None  # found in the text of these tokens: the sequence ends
+    error: str | None = None  # a sentence: there is no token to append, and the sequence ends
 
 
 # --------------------------------------------------------------------------------------------------

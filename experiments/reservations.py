@@ -59,11 +59,12 @@ class BuddyAllocator(BlockAllocator):
     just the block that it writes into. Reference counts are those of `BlockAllocator`.
     """
 
-    def __init__(self, num_blocks: int, block_size: int = 16):
-        super().__init__(num_blocks, block_size)
+    def reset(self) -> None:
+        """Take back all blocks: the regions of a new pool."""
+        super().reset()
         self._held: dict[int, int] = {}  # first block of an allocation -> blocks asked for
         self._free_regions: dict[int, int] = {}  # first block of a free region -> its size
-        for block_id in range(num_blocks):
+        for block_id in range(self.num_blocks):
             self._release(block_id, 1)  # they merge: 12 blocks are a region of 8 and one of 4
 
     def blocks_needed(self, num_tokens: int) -> int:

@@ -45,7 +45,9 @@ from kv_cache import to_device
 from sampling import (
     GREEDY_BELOW,
     SampleRow,
+    SampleRows,
     SamplingParams,
+    as_rows,
     draw_tokens,
     draw_weights,
     edit_logits,
@@ -367,33 +369,44 @@ def sample_triton(
     return out
 
 
-def row_tensors(rows: list[SampleRow], vocab_size: int, device: torch.device) -> list[Tensor]:
+def row_tensors(
+    rows: SampleRows | list[SampleRow], vocab_size: int, device: torch.device
+) -> list[Tensor]:
     """The tensors of ROW_INPUTS for M rows, in that order: six of shape (M,) on the device.
 
-    Six small copies from the host to the device, none of which waits for the device.
+    The first call for some rows makes six small copies from the host to the device, none of which
+    waits for the device. Later calls copy the positions only: nothing else changes.
     """
-    columns = {
-        "seeds": [row.seed for row in rows],
-        "positions": [row.position for row in rows],
-        "temperatures": [row.params.temperature for row in rows],
-        # A caller may give any integer; the kernel's is of 32 bits.
-        "top_ks": [min(row.params.top_k, vocab_size) for row in rows],
-        "top_ps": [row.params.top_p for row in rows],
-        "min_ps": [row.params.min_p for row in rows],
-    }
-    tensors = [torch.tensor(columns[name], dtype=types[0]) for name, types in ROW_INPUTS.items()]
-    return [to_device(tensor, device) for tensor in tensors]
+    rows = as_rows(rows)
+    if (vocab_size, device) not in rows.kept:
+        params = [row.params for row in rows.rows]
+        columns = {
+            "seeds": rows.seeds.tolist(),
+            "temperatures": [p.temperature for p in params],
+            # A caller may give any integer; the kernel's is of 32 bits.
+            "top_ks": [min(p.top_k, vocab_size) for p in params],
+            "top_ps": [p.top_p for p in params],
+            "min_ps": [p.min_p for p in params],
+        }
+        rows.kept[vocab_size, device] = {
+            name: to_device(torch.tensor(column, dtype=ROW_INPUTS[name][0]), device)
+            for name, column in columns.items()
+        }
+    positions = to_device(torch.from_numpy(rows.positions()), device)
+    tensors = rows.kept[vocab_size, device] | {"positions": positions}
+    return [tensors[name] for name in ROW_INPUTS]
 
 
 def draw_tokens_triton(
     logits: Tensor,  # (M, V)
-    rows: list[SampleRow],
+    rows: SampleRows | list[SampleRow],
 ) -> tuple[Tensor, Tensor]:
     """`draw_tokens` of sampling.py by the kernel: token ids (M,) and peaks (M,).
 
     Logits of rows with a bias, min_tokens or penalties are edited before the launch by the code of
     sampling.py. A peak that is not finite means that its row has no token to choose.
     """
+    rows = as_rows(rows)
     assert logits.ndim == 2 and len(rows) == logits.shape[0], (logits.shape, len(rows))
     scores = edit_logits(logits, rows)
     peaks = torch.empty(len(rows), dtype=torch.float32, device=logits.device)

@@ -29,7 +29,6 @@ vLLM's "async scheduling"; Zheng et al., "SGLang v0.4: Zero-Overhead Batch Sched
 Run: python -m speedups.plan_ahead
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -38,16 +37,16 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from engine import Draw, InferenceEngine, eager_forward, rows_to_draw
+from engine import Clock, Draw, InferenceEngine, eager_forward, one_token_each
 from kv_cache import Batch, KVCache, to_device
 from model import GPT, GPTConfig
 from outputs import StepOutput
-from sampling import SampleRow, SamplingParams, draw_tokens, refuse
+from sampling import SampleRows, SamplingParams, draw_tokens
 from scheduler import Scheduler
-from sequence import FINISHED, RUNNING, Continuation, Plan, Sequence
+from sequence import FINISHED, RUNNING, Continuation, Plan, Request, Sequence
 
 # A batch and its rows -> token ids (M,) and peaks (M,), as `draw_tokens` returns them.
-Decode = Callable[[Batch, list[SampleRow]], tuple[Tensor, Tensor]]
+Decode = Callable[[Batch, SampleRows], tuple[Tensor, Tensor]]
 
 
 # A step planned ahead is launched before the host has read the last tokens. These fields of
@@ -79,7 +78,7 @@ class InFlight(NamedTuple):
     """A step that is launched and whose tokens are not read yet."""
 
     plan: Plan
-    sampled: list[Sequence]  # the sequences whose tokens it draws, in the order of its rows
+    sequences: list[Sequence]  # whose tokens it draws, in the order of its rows
     token_ids: Tensor  # (M,) on the device, where the next step reads them
     arriving: tuple[Tensor, Tensor]  # token ids and peaks, (M,) each, copied to the host
     arrival: torch.cuda.Event | None  # recorded after the copy; None on a CPU
@@ -94,160 +93,120 @@ class AheadEngine(InferenceEngine):
     from the logits of `forward`. The token ids must stay valid until the next call of `decode`.
     """
 
-    steps_overlap = True
-
     def __init__(self, *args, draw: Draw = draw_tokens, decode: Decode | None = None, **kwargs):
         super().__init__(*args, draw=draw, **kwargs)
         self.decode = decode or (lambda batch, rows: draw(self.forward(batch), rows))
         self.num_wasted_tokens = 0  # computed for sequences that had ended
-        self._in_flight: InFlight | None = None
+        self._flight: InFlight | None = None
         self._must_wait_for: set[str] = set()  # ids of requests that forbid a step ahead
 
     # ---- requests ----
-    def add_request(
-        self, prompt: str | list[int], params: SamplingParams | None = None, **options
-    ) -> str:
-        """As `InferenceEngine.add_request`."""
-        request_id = super().add_request(prompt, params, **options)
-        if options.get("strategy") or not needs_no_past(params or SamplingParams()):
-            self._must_wait_for.add(request_id)
-        return request_id
+    def _queue(self, request: Request) -> None:
+        super()._queue(request)
+        if request.strategy is not self.sampler or not needs_no_past(request.params):
+            self._must_wait_for.add(request.request_id)
 
-    def abort(self, request_id: str) -> bool:
-        """As `InferenceEngine.abort`; what a step in flight computes for it is dropped."""
-        self._must_wait_for.discard(request_id)
-        return super().abort(request_id)
+    def _repair(self) -> None:
+        self._flight = None  # its rows are computed again; what it still writes is overwritten
+        super()._repair()
+        self._must_wait_for = set()
+        for request in self.requests.values():
+            if request.is_queued and (
+                request.strategy is not self.sampler or not needs_no_past(request.params)
+            ):
+                self._must_wait_for.add(request.request_id)
 
     # ---- the loop ----
-    @torch.inference_mode()
-    def step(self) -> StepOutput:
+    def run_step(self) -> StepOutput:
         """Launch the next step if it can be planned ahead, then read the one before it."""
-        started = time.monotonic()
-        flight = self._without_ended(self._in_flight)  # aborts may have ended some since
-        self._in_flight = None
-        if flight is None:
-            plan = self.scheduler.schedule()
-            if self._must_wait_for or not plan.scheduled:
-                return self._forget_ended(self._run(plan, started))
+        self._take_requests()
+        self._must_wait_for &= self.requests.keys()
+        clock = Clock()
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._drop_ended(flight.plan)  # aborts may have ended some since the launch
+        if flight is None or not flight.plan.scheduled:
+            if self._must_wait_for:
+                return super().run_step()
+            plan = self._plan = self.scheduler.schedule()
+            if not plan.scheduled:
+                return self._report(plan, clock)
             flight = self._launch(plan)
-        try:
-            self._in_flight = self._launch_next(flight)
-            continuations = self._read(flight)
-        except BaseException:
-            # Interrupted: both steps are undone, the younger first, and will be computed again.
-            younger = self._in_flight
-            self._in_flight = None
-            if younger is not None:
-                self.scheduler.undo(younger.plan)
-            self.scheduler.undo(flight.plan)
-            raise
-        # Planning the step ahead may have preempted a sequence. Its token is not applied: it will
-        # be drawn again when the sequence is back.
-        self._without_ended(flight)
-        output = self._finish(flight.plan, continuations, started)
-        self._in_flight = self._without_ended(self._in_flight)  # some have just ended
-        return self._forget_ended(output)
+        self._plan = flight.plan
+        scheduler = self.scheduler
+        # One more token takes each sequence at most one block. With fewer free blocks the plan
+        # might preempt a sequence. A sequence that ends in this step may free enough: wait for it.
+        if not self._must_wait_for and scheduler.allocator.num_free >= len(scheduler.running):
+            plan = scheduler.schedule(in_flight=1)
+            clock.lap("schedule")
+            self._flight = self._launch(plan, flight) if plan.scheduled else None
+        clock.lap("forward")
+        continuations = self._read(flight)
+        clock.lap("sample")
+        scheduler.update(flight.plan, self.output_processor.find_stops(continuations))
+        if self._flight is not None:
+            self._drop_ended(self._flight.plan)  # some have just ended
+        return self._report(flight.plan, clock)
 
     def _launch(self, plan: Plan, before: InFlight | None = None) -> InFlight:
         """Run the model over a plan without waiting for the device.
 
-        `before` is the step that is still in flight: its tokens are inputs of this one. If the
-        launch fails the plan is undone.
+        `before` is the step that is still in flight: its tokens are inputs of this one.
         """
-        try:
-            self.cache.copy_blocks(plan.copies)
-            counts = [self.output_processor.num_sample_rows(entry) for entry in plan.scheduled]
-            batch = self._batch_of(plan, counts)
-            if before is not None:
-                batch = self._take_tokens(batch, plan, before)
-            token_ids, peaks = self.decode(batch, rows_to_draw(plan.sampled))
-            # Copies to the host, in the stream's order: after this step and before the next one.
-            arriving = (
-                token_ids.to("cpu", non_blocking=True, copy=True),
-                peaks.to("cpu", non_blocking=True, copy=True),
-            )
-            arrival = torch.cuda.Event() if token_ids.is_cuda else None
-            if arrival is not None:
-                arrival.record(torch.cuda.current_stream(token_ids.device))
-            return InFlight(plan, plan.sampled, token_ids, arriving, arrival)
-        except BaseException:
-            self.scheduler.undo(plan)
-            raise
-
-    def _launch_next(self, flight: InFlight) -> InFlight | None:
-        """Plan and launch the step after one that is in flight; None if it has to wait."""
-        scheduler = self.scheduler
-        running = scheduler.running
-        all_decode = len(running) == len(flight.plan.sampled)
-        # One more token takes each sequence at most one block. With fewer free blocks the plan
-        # might preempt a sequence. A sequence that ends in this step may free enough: wait for it.
-        has_room = scheduler.allocator.num_free >= len(running)
-        # A sequence that reaches its longest length with the token in flight gets no further step.
-        growing = [
-            seq for seq in flight.plan.sampled if len(seq.token_ids) + 1 < scheduler.longest(seq)
-        ]
-        if self._must_wait_for or not (all_decode and has_room and growing):
-            return None
-        for seq in growing:
-            seq.token_ids.append(0)  # stands for the token in flight
-        try:
-            plan = scheduler.schedule()
-            return self._launch(plan, flight) if plan.scheduled else None
-        finally:
-            for seq in growing:
-                seq.token_ids.pop()
-
-    def _take_tokens(self, batch: Batch, plan: Plan, before: InFlight) -> Batch:
-        """Replace the placeholders in a batch by the tokens of the step before, on the device."""
-        still_running = set(before.plan.sampled)  # some may have left since the launch
-        row_before = {seq: i for i, seq in enumerate(before.sampled) if seq in still_running}
-        source_rows = [row_before[seq] for seq, _, _ in plan.scheduled if seq in row_before]
-        drawn = before.token_ids
-        if source_rows != list(range(len(drawn))):
-            drawn = drawn[to_device(torch.tensor(source_rows), drawn.device)]
-        if len(source_rows) == len(plan.scheduled):
-            return replace(batch, input_ids=drawn)
-        # Prompts have joined, whose tokens are in the batch already: overwrite only the others.
-        has_placeholder = torch.tensor([entry.seq in row_before for entry in plan.scheduled])
-        rows = batch.query_start_locs[:-1][has_placeholder].long()
-        input_ids = to_device(batch.input_ids, drawn.device)
-        input_ids[to_device(rows, drawn.device)] = drawn
-        return replace(batch, input_ids=input_ids)
+        self.cache.copy_blocks(plan.copies)
+        batch = self._inputs_of(plan, in_flight=before is not None).batch
+        if before is not None:
+            batch = take_tokens(batch, plan, before)
+        token_ids, peaks = self.decode(batch, self.sampler.rows(plan.sampled))
+        # Copies to the host, in the stream's order: after this step and before the next one.
+        arriving = (
+            token_ids.to("cpu", non_blocking=True, copy=True),
+            peaks.to("cpu", non_blocking=True, copy=True),
+        )
+        arrival = torch.cuda.Event() if token_ids.is_cuda else None
+        if arrival is not None:
+            arrival.record(torch.cuda.current_stream(token_ids.device))
+        return InFlight(plan, plan.sampled, token_ids, arriving, arrival)
 
     def _read(self, flight: InFlight) -> list[Continuation]:
         """Wait for a step's tokens: a continuation for each sequence that still runs.
 
-        Raises ValueError if the logits of such a sequence were not finite. Those of a sequence that
-        has ended or was preempted since the launch do not matter.
+        One that was preempted since the launch draws its token again when it is back.
         """
         if flight.arrival is not None:
             flight.arrival.synchronize()
-        token_ids, peaks = flight.arriving
-        # The plan has lost those that left before this call. Planning the next step may have
-        # preempted more, and may have resumed one that left: so both conditions are needed.
-        in_plan = set(flight.plan.sampled)
-        runs = [seq in in_plan and seq.status == RUNNING for seq in flight.sampled]
-        refuse(~peaks.isfinite() & torch.tensor(runs, dtype=torch.bool))
-        drawn = zip(flight.sampled, token_ids.tolist(), runs, strict=True)
-        return [Continuation(seq, [token_id]) for seq, token_id, still_runs in drawn if still_runs]
+        self._drop_ended(flight.plan)  # planning ahead may have preempted some
+        continuations = one_token_each(flight.sequences, *flight.arriving)
+        if len(flight.plan.sampled) == len(continuations):
+            return continuations
+        still_running = set(flight.plan.sampled)
+        return [c for c in continuations if c.parent in still_running]
 
-    # ---- small parts ----
-    def _without_ended(self, flight: InFlight | None) -> InFlight | None:
-        """Take sequences that no longer run out of a step's plan; None if none is left."""
-        if flight is None:
-            return None
-        plan = flight.plan
+    def _drop_ended(self, plan: Plan) -> None:
+        """Take sequences that no longer run out of a step's plan."""
+        if all(entry.seq.status == RUNNING for entry in plan.scheduled):
+            return
         ended = [entry for entry in plan.scheduled if entry.seq.status == FINISHED]
         self.num_wasted_tokens += sum(entry.num_new_tokens for entry in ended)
         plan.scheduled = [entry for entry in plan.scheduled if entry.seq.status == RUNNING]
         plan.sampled = [seq for seq in plan.sampled if seq.status == RUNNING]
-        plan.preempted = [seq for seq in plan.preempted if seq.status != FINISHED]
-        return flight if plan.scheduled else None
 
-    def _forget_ended(self, output: StepOutput) -> StepOutput:
-        """Requests that have ended no longer forbid a step ahead."""
-        self._must_wait_for -= {o.request_id for o in output.outputs if o.finished}
-        return output
+
+def take_tokens(batch: Batch, plan: Plan, before: InFlight) -> Batch:
+    """A batch with the tokens that the step before has drawn; they are on its device already."""
+    # A row without a token to choose holds any number: its sequence ends when the step is read.
+    drawn = before.token_ids
+    if plan.sampled == before.sequences and len(plan.scheduled) == len(plan.sampled):
+        return replace(batch, input_ids=drawn)
+    row_before = {seq: row for row, seq in enumerate(before.sequences)}
+    # The known tokens of a sequence end where the one in flight begins.
+    is_unknown = [start >= len(seq.token_ids) for seq, start, _ in plan.scheduled]
+    sources = [row_before[e.seq] for e, unknown in zip(plan.scheduled, is_unknown) if unknown]
+    rows = batch.query_start_locs[:-1][torch.tensor(is_unknown)].long()
+    input_ids = to_device(batch.input_ids, drawn.device)
+    sources_there = to_device(torch.tensor(sources, dtype=torch.int64), drawn.device)
+    input_ids[to_device(rows, drawn.device)] = drawn[sources_there]
+    return replace(batch, input_ids=input_ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,7 +232,7 @@ def demo():
         while engine.has_unfinished():
             output = engine.step()
             after_step(output)
-            texts |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+            texts |= {o.request_id: o.outputs[0].token_ids for o in output.finished}
         return texts
 
     def names(sequences: list[Sequence]) -> str:
@@ -289,7 +248,7 @@ def demo():
     launched: list[str] = []  # the steps that a call launched before it read tokens
 
     def show(output: StepOutput) -> None:
-        launched.append(names(engine._in_flight.sampled if engine._in_flight else []))
+        launched.append(names(engine._flight.plan.sampled if engine._flight else []))
         num_free = engine.scheduler.allocator.num_free
         row = f"{len(launched):4}   {names(output.plan.sampled):4}   {launched[-1]:20}"
         print(f"{row} {num_free:13}")
