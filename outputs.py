@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -254,12 +255,29 @@ class StepOutput:
     """What one step did: the value that callers of `step` and watchers get."""
 
     plan: Plan
-    deltas: list[Delta]  # one for each sequence that got tokens or ended
     finished: list[RequestOutput]  # of the requests that ended in this step
     added: list[Request]  # that came to the scheduler since the step before
     aborted: list[Request]  # since the step before
     blocks: BlockCounts  # since the step before
     timings: Timings
+    tokenizer: Tokenizer | None = None  # for the texts of the deltas
+
+    @cached_property
+    def deltas(self) -> list[Delta]:
+        """One for each sequence that got tokens; built when it is read, like their texts."""
+        ended, forked = set(self.plan.ended), set(self.plan.forked)
+        return [
+            Delta(
+                seq,
+                # A fork is new to the client: it has sent none of its tokens yet.
+                seq.num_prompt_tokens if seq in forked else start,
+                end,
+                seq.finish_reason if seq in ended else None,
+                self.tokenizer,
+            )
+            for seq, start, end in self.plan.extended
+            if seq.request.end.get("by") != "abort"
+        ]
 
 
 # ---- from a step to its outputs ------------------------------------------------------------------
@@ -372,35 +390,20 @@ class OutputProcessor:
         return c
 
     # ---- after the update ----
-    def report(self, plan: Plan, started: float) -> tuple[list[Delta], list[Request]]:
-        """What each sequence of a step got, and the requests that have ended with it.
+    def finish_step(self, plan: Plan, started: float) -> list[Request]:
+        """Complete what a step wrote about its sequences; returns the requests that have ended.
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
         self._record_times(plan, started)
-        for seq, first in plan.extended:
+        for seq, start, _ in plan.extended:
             if seq.logprobs:
-                self._name_tokens(seq.logprobs[first - seq.num_prompt_tokens :])
+                self._name_tokens(seq.logprobs[start - seq.num_prompt_tokens :])
         for seq in plan.ended:
             # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary token.
             request = seq.request
             if seq.stop_reason == request.eos_token_id and not request.params.ignore_eos:
                 seq.stop_reason = None
-        forked = set(plan.forked)
-        deltas = [
-            Delta(
-                seq,
-                seq.num_prompt_tokens if seq in forked else first,
-                len(seq.token_ids),
-                seq.finish_reason,
-                self.tokenizer,
-            )
-            for seq, first in plan.extended
-            if seq.request.end.get("by") != "abort"
-        ]
-        return deltas, self._ended_requests(plan)
-
-    def _ended_requests(self, plan: Plan) -> list[Request]:
         # By request, because several sequences of one request may have ended. The dict keeps their
         # order and drops repetitions.
         requests = dict.fromkeys(seq.request for seq in plan.ended)
@@ -415,8 +418,8 @@ class OutputProcessor:
             metrics = seq.request.metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = started
-        for seq, first in plan.extended:
-            if first == seq.num_prompt_tokens and seq.request.metrics.first_token_time is None:
+        for seq, start, _ in plan.extended:
+            if start == seq.num_prompt_tokens and seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
 
     def request_output(self, request: Request) -> RequestOutput:
@@ -497,8 +500,8 @@ def demo():
         token_id = written[len(texts)]
         continuations = [Continuation(seq, [token_id]) for seq in plan.sampled]
         scheduler.update(plan, processor.find_stops(continuations))
-        ((delta,), _) = processor.report(plan, time.monotonic())
-        texts.append("".join(texts[-1:]) + delta.text)
+        processor.finish_step(plan, time.monotonic())
+        texts.append(processor.request_output(request).outputs[0].text)
         alone = tokenizer.token_text(token_id)
         print(f"{len(texts):4}  {token_id:5}  {alone:5}  {texts[-1]!r}")
         if len(texts) == len(written):

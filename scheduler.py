@@ -173,13 +173,15 @@ class Scheduler:
 
     def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
+        block_size, ref_count = self.allocator.block_size, self.allocator.ref_count
         for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
             # The loop walks over a copy of the list (a slice), because preemption shortens the list
             # itself, from its end. If this sequence was preempted for an earlier one, then all
             # that follow it were too.
             if budget == 0 or seq.status != RUNNING:
                 break
-            num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens  # 1: a decode
+            start, table = seq.num_computed_tokens, seq.block_table
+            num_new_tokens = len(seq.token_ids) - start  # 1: a decode
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
                 num_new_tokens = budget
             if num_new_tokens == 0:
@@ -187,7 +189,11 @@ class Scheduler:
                 if not in_flight or len(seq.token_ids) + in_flight >= self.longest(seq):
                     continue
                 num_new_tokens = in_flight
-            if not self._make_room(seq, num_new_tokens, plan):
+            # The common case: one token is written, to a block that the sequence has and shares
+            # with no other. Position 18, block_size 16 -> logical block 1.
+            first = start // block_size
+            has_room = first < len(table) and ref_count(table[first]) == 1
+            if not (num_new_tokens == 1 and has_room or self._make_room(seq, num_new_tokens, plan)):
                 break  # it was the last in line, and gave up its own blocks
             self._advance(seq, num_new_tokens, plan)
             budget -= num_new_tokens
@@ -224,15 +230,8 @@ class Scheduler:
         If the pool is full, the last in line is preempted, again and again, until the blocks are
         there. Returns False if the sequence itself was the last and had to be preempted.
         """
-        allocator, block_size = self.allocator, self.allocator.block_size
         start = seq.num_computed_tokens
         end = start + num_new_tokens  # K and V of positions [start, end) are written
-        first = start // block_size
-        # The common case: one block is written, the sequence has it, and no other sequence shares
-        # it. Position 18 of a decode, block_size 16 -> only logical block 1 is written.
-        if end <= (first + 1) * block_size and first < len(seq.block_table):
-            if allocator.ref_count(seq.block_table[first]) == 1:
-                return True
         while True:
             try:
                 self._grow(seq, end)
@@ -332,29 +331,28 @@ class Scheduler:
             if seq.status == RUNNING:
                 # What this plan computed; a later plan may have advanced the sequence already.
                 self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
-        first: dict[Sequence, Continuation] = {}  # of each parent
-        for continuation in continuations:
-            parent = continuation.parent
-            if parent not in first:
-                first[parent] = continuation
-            elif parent.status == RUNNING:
-                # One more child. It is forked now, before the parent itself gets its new tokens.
-                self._extend(self._fork(parent, continuation, plan), continuation, plan)
+        # In reverse, so that of several children the first remains: it goes on as the parent.
+        first = {c.parent: c for c in reversed(continuations)}
+        if len(first) < len(continuations):
+            for c in continuations:
+                # The others are forked now, before the parent itself gets its new tokens.
+                if c is not first[c.parent] and c.parent.status == RUNNING:
+                    self._extend(self._fork(c.parent, c, plan), c, plan)
         for seq in plan.sampled:
-            if seq.status != RUNNING:
-                continue  # aborted or preempted since the plan was made
-            if seq in first:
-                self._extend(seq, first[seq], plan)
-            else:
-                self._end(seq, None, plan)
+            if seq.status == RUNNING:  # otherwise it was preempted since the plan was made
+                continuation = first.get(seq)
+                if continuation is None:
+                    self._end(seq, None, plan)
+                else:
+                    self._extend(seq, continuation, plan)
 
     def _extend(self, seq: Sequence, continuation: Continuation, plan: Plan) -> None:
-        """Append a continuation's tokens one by one until one of them ends the sequence."""
-        token_ids = seq.token_ids
-        num_before = len(token_ids)
-        plan.extended.append((seq, num_before))
-        num_kept, reason = self.find_end(seq, continuation.token_ids)
-        token_ids += continuation.token_ids[:num_kept]
+        """Append a continuation's tokens up to the one that ends the sequence, and end it then."""
+        new_token_ids = continuation.token_ids
+        num_before = len(seq.token_ids)
+        num_kept, reason = self.find_end(seq, new_token_ids)
+        plan.extended.append((seq, num_before, num_before + num_kept))
+        seq.token_ids += new_token_ids[:num_kept]
         if continuation.logprobs is not None:
             seq.logprobs += continuation.logprobs[:num_kept]
         if continuation.error or seq.error:
@@ -365,7 +363,7 @@ class Scheduler:
             # max_tokens for example, the stop string's reason replaces the other one.
             reason, seq.stop_reason = "stop", continuation.stop_string
         elif reason == "stop":
-            seq.stop_reason = token_ids[-1]
+            seq.stop_reason = seq.token_ids[-1]
         if reason is not None:
             self._end(seq, reason, plan)
 
@@ -377,12 +375,13 @@ class Scheduler:
         """
         num_tokens = len(seq.token_ids)
         longest = self.longest(seq)
-        for num_kept, token_id in enumerate(new_token_ids, start=1):
-            num_generated = num_tokens + num_kept - seq.num_prompt_tokens
-            if token_id in seq.stop_token_ids and num_generated >= seq.min_tokens:
-                return num_kept, "stop"
-            if num_tokens + num_kept >= longest:
-                return num_kept, "length"
+        for token_id in new_token_ids:
+            num_tokens += 1
+            if token_id in seq.stop_token_ids:
+                if num_tokens - seq.num_prompt_tokens >= seq.min_tokens:
+                    return num_tokens - len(seq.token_ids), "stop"
+            if num_tokens >= longest:
+                return num_tokens - len(seq.token_ids), "length"
         return len(new_token_ids), None
 
     def _end(self, seq: Sequence, reason: str | None, plan: Plan) -> None:
@@ -392,7 +391,8 @@ class Scheduler:
 
     def longest(self, seq: Sequence) -> int:
         """Tokens that a sequence may have at most, its prompt included."""
-        return min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
+        longest = seq.num_prompt_tokens + seq.max_tokens
+        return longest if longest < self.max_seq_len else self.max_seq_len  # faster than `min`
 
     def _fork(self, parent: Sequence, continuation: Continuation, plan: Plan) -> Sequence:
         """A second sequence with the same tokens. It shares all blocks until one of them writes."""
@@ -427,7 +427,7 @@ class Scheduler:
 
         The queues and blocks are not right then: `rebuild` has to follow.
         """
-        for seq, num_before in plan.extended:
+        for seq, num_before, _ in plan.extended:
             del seq.token_ids[num_before:]
             del seq.logprobs[max(0, num_before - seq.num_prompt_tokens) :]
         for seq in plan.ended:

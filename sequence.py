@@ -26,6 +26,7 @@ CHUNK = 12: the whole prompt is computed in one step, and the row of the chunk i
 
 import time
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 # The states of a sequence: see the picture above.
@@ -126,17 +127,16 @@ class Plan:
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
     # Pairs of block ids (from, to), for copy-on-write.
     copies: list[tuple[int, int]] = field(default_factory=list)
-    # What `Scheduler.update` did after the forward: each sequence that got tokens, with the number
-    # of tokens that it had before; those that ended; those that are new. With these three lists an
-    # interrupted step can be taken back.
-    extended: list[tuple[Sequence, int]] = field(default_factory=list)
+    # What `Scheduler.update` did after the forward. Sequences that got their tokens [start, end);
+    # those that ended; those that are new. With these lists an interrupted step can be taken back.
+    extended: list[tuple[Sequence, int, int]] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
     forked: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """New tokens of all sequences: the rows that the model computes."""
-        return sum(entry.num_new_tokens for entry in self.scheduled)
+        return sum(map(itemgetter(2), self.scheduled))
 
 
 class Continuation(NamedTuple):
