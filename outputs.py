@@ -395,22 +395,6 @@ class OutputProcessor:
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
-        self._record_times(plan, started)
-        for seq, start, _ in plan.extended:
-            if seq.logprobs:
-                self._name_tokens(seq.logprobs[start - seq.num_prompt_tokens :])
-        for seq in plan.ended:
-            # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary token.
-            request = seq.request
-            if seq.stop_reason == request.eos_token_id and not request.params.ignore_eos:
-                seq.stop_reason = None
-        # By request, because several sequences of one request may have ended. The dict keeps their
-        # order and drops repetitions.
-        requests = dict.fromkeys(seq.request for seq in plan.ended)
-        return [r for r in requests if all(seq.status == FINISHED for seq in r.sequences)]
-
-    def _record_times(self, plan: Plan, started: float) -> None:
-        """Enter preemptions, first steps, first tokens and ends in the metrics of the requests."""
         now = time.monotonic()
         for seq in plan.preempted:
             seq.request.metrics.num_preemptions += 1
@@ -421,6 +405,20 @@ class OutputProcessor:
         for seq, start, _ in plan.extended:
             if start == seq.num_prompt_tokens and seq.request.metrics.first_token_time is None:
                 seq.request.metrics.first_token_time = now
+            if seq.logprobs:
+                self._name_tokens(seq.logprobs[start - seq.num_prompt_tokens :])
+        for seq in plan.ended:
+            # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary token.
+            request = seq.request
+            if seq.stop_reason == request.eos_token_id and not request.params.ignore_eos:
+                seq.stop_reason = None
+        # By request, because several sequences of one request may have ended. The dict keeps their
+        # order and drops repetitions.
+        requests = dict.fromkeys(seq.request for seq in plan.ended)
+        ended = [r for r in requests if all(seq.status == FINISHED for seq in r.sequences)]
+        for request in ended:
+            request.metrics.finished_time = now
+        return ended
 
     def request_output(self, request: Request) -> RequestOutput:
         """Everything known about a request now."""

@@ -104,6 +104,7 @@ class Scheduler:
         fails. It changes no queue, so any thread may call it.
         """
         for seq in request.sequences:
+            seq.longest = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
             try:
                 reserved = self.reserve(seq)
                 seq.key = self.policy(seq)
@@ -116,7 +117,7 @@ class Scheduler:
                 raise ValueError(f"the policy's key {seq.key!r} cannot be compared with the others")
             # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
             # that has preempted all others always gets its blocks.
-            needed = self.allocator.blocks_needed(max(self.longest(seq), reserved))
+            needed = self.allocator.blocks_needed(max(seq.longest, reserved))
             if needed > self.allocator.num_blocks:
                 raise ValueError(
                     f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
@@ -186,7 +187,7 @@ class Scheduler:
                 num_new_tokens = budget
             if num_new_tokens == 0:
                 # Its next token is in flight. If that is the last one it may get, it has no more.
-                if not in_flight or len(seq.token_ids) + in_flight >= self.longest(seq):
+                if not in_flight or len(seq.token_ids) + in_flight >= seq.longest:
                     continue
                 num_new_tokens = in_flight
             # The common case: one token is written, to a block that the sequence has and shares
@@ -374,13 +375,12 @@ class Scheduler:
         The reason is None if the sequence goes on.
         """
         num_tokens = len(seq.token_ids)
-        longest = self.longest(seq)
         for token_id in new_token_ids:
             num_tokens += 1
             if token_id in seq.stop_token_ids:
                 if num_tokens - seq.num_prompt_tokens >= seq.min_tokens:
                     return num_tokens - len(seq.token_ids), "stop"
-            if num_tokens >= longest:
+            if num_tokens >= seq.longest:
                 return num_tokens - len(seq.token_ids), "length"
         return len(new_token_ids), None
 
@@ -388,11 +388,6 @@ class Scheduler:
         """End a sequence, and note it in the plan first."""
         plan.ended.append(seq)
         self.finish(seq, reason)
-
-    def longest(self, seq: Sequence) -> int:
-        """Tokens that a sequence may have at most, its prompt included."""
-        longest = seq.num_prompt_tokens + seq.max_tokens
-        return longest if longest < self.max_seq_len else self.max_seq_len  # faster than `min`
 
     def _fork(self, parent: Sequence, continuation: Continuation, plan: Plan) -> Sequence:
         """A second sequence with the same tokens. It shares all blocks until one of them writes."""
@@ -403,6 +398,7 @@ class Scheduler:
             token_ids=list(parent.token_ids),
             num_prompt_tokens=parent.num_prompt_tokens,
             max_tokens=parent.max_tokens,
+            longest=parent.longest,
             min_tokens=parent.min_tokens,
             stop_token_ids=parent.stop_token_ids,
             seed=parent.seed if continuation.seed is None else continuation.seed,

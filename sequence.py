@@ -83,6 +83,7 @@ class Sequence:
     token_ids: list[int]  # prompt and generated; K and V of the newest are not written yet
     num_prompt_tokens: int
     max_tokens: int  # generated tokens at which it ends
+    longest: int = 0  # tokens that it may have at most, its prompt included; the scheduler sets it
     min_tokens: int = 0  # generated tokens before which no stop token ends it
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0

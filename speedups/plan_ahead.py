@@ -124,7 +124,8 @@ class AheadEngine(InferenceEngine):
         clock = Clock()
         flight, self._flight = self._flight, None
         if flight is not None:
-            self._drop_ended(flight.plan)  # aborts may have ended some since the launch
+            if self._aborted:  # since the launch
+                self._drop_ended(flight.plan)
         if flight is None or not flight.plan.scheduled:
             if self._must_wait_for:
                 return super().run_step()
@@ -138,14 +139,16 @@ class AheadEngine(InferenceEngine):
         # might preempt a sequence. A sequence that ends in this step may free enough: wait for it.
         if not self._must_wait_for and scheduler.allocator.num_free >= len(scheduler.running):
             plan = scheduler.schedule(in_flight=1)
+            if plan.preempted:  # their tokens are drawn again when they are back
+                self._drop_ended(flight.plan)
             clock.lap("schedule")
             self._flight = self._launch(plan, flight) if plan.scheduled else None
         clock.lap("forward")
         continuations = self._read(flight)
         clock.lap("sample")
         scheduler.update(flight.plan, self.output_processor.find_stops(continuations))
-        if self._flight is not None:
-            self._drop_ended(self._flight.plan)  # some have just ended
+        if self._flight is not None and flight.plan.ended:
+            self._drop_ended(self._flight.plan)
         return self._report(flight.plan, clock)
 
     def _launch(self, plan: Plan, before: InFlight | None = None) -> InFlight:
@@ -169,13 +172,9 @@ class AheadEngine(InferenceEngine):
         return InFlight(plan, plan.sampled, token_ids, arriving, arrival)
 
     def _read(self, flight: InFlight) -> list[Continuation]:
-        """Wait for a step's tokens: a continuation for each sequence that still runs.
-
-        One that was preempted since the launch draws its token again when it is back.
-        """
+        """Wait for a step's tokens: a continuation for each sequence that still runs."""
         if flight.arrival is not None:
             flight.arrival.synchronize()
-        self._drop_ended(flight.plan)  # planning ahead may have preempted some
         continuations = one_token_each(flight.sequences, *flight.arriving)
         if len(flight.plan.sampled) == len(continuations):
             return continuations
@@ -184,8 +183,6 @@ class AheadEngine(InferenceEngine):
 
     def _drop_ended(self, plan: Plan) -> None:
         """Take sequences that no longer run out of a step's plan."""
-        if all(entry.seq.status == RUNNING for entry in plan.scheduled):
-            return
         ended = [entry for entry in plan.scheduled if entry.seq.status == FINISHED]
         self.num_wasted_tokens += sum(entry.num_new_tokens for entry in ended)
         plan.scheduled = [entry for entry in plan.scheduled if entry.seq.status == RUNNING]
