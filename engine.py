@@ -24,10 +24,9 @@ Try: MAX_NUM_BATCHED_TOKENS = 4 in the demo: B's prompt of 14 tokens arrives in 
 NUM_BLOCKS = 7: B and C are preempted, compute their tokens again, and write the same texts.
 """
 
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import count
 from typing import NamedTuple
 
@@ -38,7 +37,7 @@ from torch import Tensor
 from block_allocator import BlockAllocator
 from kv_cache import Batch, KVCache, Row, advance, make_batch, write_kv
 from model import GPT, GPTConfig, attend_one_sequence
-from outputs import BlockCounts, OutputProcessor, StepOutput, Timings, Tokenizer
+from outputs import BlockCounts, Clock, OutputProcessor, StepOutput, Timings, Tokenizer
 from paged_attention import paged_attention
 from sampling import (
     SampleRow,
@@ -49,7 +48,7 @@ from sampling import (
     draw_tokens,
 )
 from scheduler import Scheduler
-from sequence import Continuation, Plan, Request, Sequence
+from sequence import Continuation, Plan, Request, Sequence, check_continuations
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of the M rows in batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
@@ -130,6 +129,22 @@ def one_token_each(
     ]
 
 
+def ask(
+    strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
+) -> list[Continuation]:
+    """The continuations of a strategy that came with a request, checked.
+
+    If it raises, or returns what cannot be applied, its own sequences end with an error.
+    """
+    try:
+        continuations = list(strategy(sequences, logits))
+        check_continuations(continuations, sequences, vocab_size)
+        return continuations
+    except Exception as error:
+        sentence = f"the request's strategy failed: {type(error).__name__}: {error}"
+        return [Continuation(seq, [], error=sentence) for seq in sequences]
+
+
 class Sampler:
     """`sample_next`, with rows that are kept while the same sequences are drawn."""
 
@@ -151,49 +166,6 @@ class Sampler:
     def __call__(self, sequences: list[Sequence], logits: Tensor) -> list[Continuation]:
         """The strategy: `logits` (B, V) has one row a sequence."""
         return sample_next(sequences, logits, self.draw, self.rows(sequences))
-
-
-def ask(
-    strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
-) -> list[Continuation]:
-    """The continuations of a strategy that came with a request, checked.
-
-    If it raises, or returns what cannot be applied, its own sequences end with an error.
-    """
-    try:
-        continuations = list(strategy(sequences, logits))
-        for continuation in continuations:
-            check_continuation(continuation, sequences, vocab_size)
-        for request in dict.fromkeys(seq.request for seq in sequences):
-            check_not_lost(request, continuations)
-        return continuations
-    except Exception as error:
-        sentence = f"the request's strategy failed: {type(error).__name__}: {error}"
-        return [Continuation(seq, [], error=sentence) for seq in sequences]
-
-
-def check_continuation(c: Continuation, sequences: list[Sequence], vocab_size: int) -> None:
-    """Raise ValueError unless a continuation can be applied to one of these sequences."""
-    if not isinstance(c, Continuation) or c.parent not in sequences:
-        raise ValueError(f"{c!r} is no Continuation of one of its sequences")
-    if not isinstance(c.token_ids, list) or not (c.token_ids or c.error):
-        raise ValueError(f"token_ids is {c.token_ids!r}: a list of at least one id is needed")
-    unknown = [i for i in c.token_ids if type(i) is not int or not 0 <= i < vocab_size]
-    if unknown:
-        raise ValueError(f"token id {unknown[0]!r}: ids are integers from 0 to {vocab_size - 1}")
-    if c.logprobs is not None and len(c.logprobs) != len(c.token_ids):
-        raise ValueError(f"{len(c.logprobs)} logprobs for {len(c.token_ids)} tokens")
-    if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
-        raise ValueError("logprobs is None, and the request asked for them")
-    if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
-        raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
-
-
-def check_not_lost(request: Request, continuations: list[Continuation]) -> None:
-    """Raise ValueError if a request has no sequence left that goes on or has written a text."""
-    goes_on = any(c.parent.request is request for c in continuations)
-    if not goes_on and not any(seq.finish_reason for seq in request.sequences):
-        raise ValueError("it returned no continuation for any sequence of the request")
 
 
 # Each strategy's sequences that get a token, and which of the M rows of logits it comes from.
@@ -219,20 +191,6 @@ def rows_by_strategy(plan: Plan, counts: list[int]) -> Groups:
 
 
 # ---- the engine ----------------------------------------------------------------------------------
-class Clock:
-    """Milliseconds of the parts of a step, which follow one another."""
-
-    def __init__(self):
-        self.started = self._last = time.monotonic()
-        self.laps_ms: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The part of this name ends, and the next one begins."""
-        now = time.monotonic()
-        self.laps_ms[name] = (now - self._last) * 1e3
-        self._last = now
-
-
 class Inputs(NamedTuple):
     """What a step is computed from."""
 
@@ -293,113 +251,6 @@ class InferenceEngine:
         self._plan: Plan | None = None  # of the step that runs
         self._output: StepOutput | None = None  # of a step that is done and not handed over
         self._carried: Inputs | None = None  # of the last decode step; the next may change them
-
-    # ---- requests ----
-    def add_request(
-        self,
-        prompt: str | list[int],
-        params: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        user: str | None = None,
-        deadline: float | None = None,
-        strategy: Strategy | None = None,
-    ) -> str:
-        """Queue a prompt, text or token ids; returns the request's id.
-
-        `strategy` None is sampling. `priority`, `user` and `deadline` are for a policy to read;
-        first come first served reads none of them. Raises ValueError, and keeps nothing, if the
-        prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
-        the pool.
-        """
-        params = SamplingParams() if params is None else params
-        if strategy is not None:
-            hash(strategy)  # the engine groups requests by it
-        prompt_token_ids = self._check_prompt(prompt, params)
-        number = next(self._numbers)
-        request = Request(
-            request_id=str(number),
-            prompt_token_ids=prompt_token_ids,
-            arrival=number,
-            priority=priority,
-            user=user,
-            deadline=deadline,
-            params=params,
-            strategy=strategy or self.sampler,
-            eos_token_id=self.eos_token_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-        )
-        if params.prompt_logprobs is not None:
-            # Nothing precedes a prompt's first token, so nothing predicts it.
-            request.prompt_logprobs = [None]
-        request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
-        self.scheduler.check(request)
-        try:
-            self.requests[request.request_id] = request
-            self._inbox.append(request)
-        except BaseException:  # Ctrl-C: the caller gets no id, so nothing is kept
-            self.requests.pop(request.request_id, None)
-            raise
-        return request.request_id
-
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
-        """The sequence of one of the `n` texts that a request asks for."""
-        params, prompt = request.params, request.prompt_token_ids
-        stop_token_ids = set(params.stop_token_ids)
-        if self.eos_token_id is not None and not params.ignore_eos:
-            stop_token_ids.add(self.eos_token_id)
-        # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
-        seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
-        return Sequence(
-            request=request,
-            index=index,
-            token_ids=list(prompt),  # a copy: the sequence appends to it
-            num_prompt_tokens=len(prompt),
-            max_tokens=params.max_tokens or self.scheduler.max_seq_len - len(prompt),
-            min_tokens=params.min_tokens,
-            stop_token_ids=frozenset(stop_token_ids),
-            seed=child_seed(seed, index),
-        )
-
-    def has_unfinished(self) -> bool:
-        """Whether a further `step()` has anything to do."""
-        return bool(self.requests or self._inbox or self._output)
-
-    def abort(self, request_id: str) -> bool:
-        """End a request in any state; False if it has ended already, or never was.
-
-        After True no output of it is returned. Its blocks are freed when the next step begins.
-        """
-        request = self.requests.get(request_id)
-        if request is None or request.end:
-            return False
-        # The step may end the same request in this moment. Only one of the two may have done it.
-        if request.end.setdefault("by", "abort") != "abort":
-            return False
-        self._inbox.append(request)
-        return True
-
-    def _take_requests(self) -> None:
-        """Let the scheduler know what was added and aborted. `step` begins with it."""
-        while self._inbox:
-            # An interruption may come at any line. The entry goes last, so that it is taken again.
-            request = self._inbox[0]
-            if request.end:
-                self._drop(request)
-            elif request.request_id in self.requests and not request.is_queued:
-                self._queue(request)
-            self._inbox.popleft()
-
-    def _queue(self, request: Request) -> None:
-        self.scheduler.enqueue(request)
-        request.is_queued = True
-        self._added.append(request)
-
-    def _drop(self, request: Request) -> None:
-        for seq in request.sequences:
-            self.scheduler.finish(seq, "abort")
-        if self.requests.pop(request.request_id, None) is not None and request.is_queued:
-            self._aborted.append(request)
 
     # ---- the loop ----
     def run_step(self) -> StepOutput:
@@ -557,6 +408,113 @@ class InferenceEngine:
                 seq.decoder = None
         self.scheduler.rebuild(requests)
         self._is_whole = True
+
+    # ---- requests ----
+    def add_request(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        user: str | None = None,
+        deadline: float | None = None,
+        strategy: Strategy | None = None,
+    ) -> str:
+        """Queue a prompt, text or token ids; returns the request's id.
+
+        `strategy` None is sampling. `priority`, `user` and `deadline` are for a policy to read;
+        first come first served reads none of them. Raises ValueError, and keeps nothing, if the
+        prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
+        the pool.
+        """
+        params = SamplingParams() if params is None else params
+        if strategy is not None and not (callable(strategy) and isinstance(strategy, Hashable)):
+            raise ValueError(f"strategy is {strategy!r}: it must be callable and hashable")
+        prompt_token_ids = self._check_prompt(prompt, params)
+        number = next(self._numbers)
+        request = Request(
+            request_id=str(number),
+            prompt_token_ids=prompt_token_ids,
+            arrival=number,
+            priority=priority,
+            user=user,
+            deadline=deadline,
+            params=params,
+            strategy=strategy or self.sampler,
+            eos_token_id=self.eos_token_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+        if params.prompt_logprobs is not None:
+            # Nothing precedes a prompt's first token, so nothing predicts it.
+            request.prompt_logprobs = [None]
+        request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
+        self.scheduler.check(request)
+        try:
+            self.requests[request.request_id] = request
+            self._inbox.append(request)
+        except BaseException:  # Ctrl-C: the caller gets no id, so nothing is kept
+            self.requests.pop(request.request_id, None)
+            raise
+        return request.request_id
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        """The sequence of one of the `n` texts that a request asks for."""
+        params, prompt = request.params, request.prompt_token_ids
+        stop_token_ids = set(params.stop_token_ids)
+        if self.eos_token_id is not None and not params.ignore_eos:
+            stop_token_ids.add(self.eos_token_id)
+        # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
+        seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
+        return Sequence(
+            request=request,
+            index=index,
+            token_ids=list(prompt),  # a copy: the sequence appends to it
+            num_prompt_tokens=len(prompt),
+            max_tokens=params.max_tokens or self.scheduler.max_seq_len - len(prompt),
+            min_tokens=params.min_tokens,
+            stop_token_ids=frozenset(stop_token_ids),
+            seed=child_seed(seed, index),
+        )
+
+    def has_unfinished(self) -> bool:
+        """Whether a further `step()` has anything to do."""
+        return bool(self.requests or self._inbox or self._output)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in any state; False if it has ended already, or never was.
+
+        After True no output of it is returned. Its blocks are freed when the next step begins.
+        """
+        request = self.requests.get(request_id)
+        if request is None or request.end:
+            return False
+        # The step may end the same request in this moment. Only one of the two may have done it.
+        if request.end.setdefault("by", "abort") != "abort":
+            return False
+        self._inbox.append(request)
+        return True
+
+    def _take_requests(self) -> None:
+        """Let the scheduler know what was added and aborted. `step` begins with it."""
+        for _ in range(len(self._inbox)):  # what comes meanwhile is for the next step
+            # An interruption may come at any line. The entry goes last, so that it is taken again.
+            request = self._inbox[0]
+            if request.end:
+                self._drop(request)
+            elif request.request_id in self.requests and not request.is_queued:
+                self._queue(request)
+            self._inbox.popleft()
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.enqueue(request)
+        request.is_queued = True
+        self._added.append(request)
+
+    def _drop(self, request: Request) -> None:
+        for seq in request.sequences:
+            self.scheduler.finish(seq, "abort")
+        if self.requests.pop(request.request_id, None) is not None and request.is_queued:
+            self._aborted.append(request)
 
     # ---- small parts ----
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:

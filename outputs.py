@@ -250,6 +250,20 @@ class Timings(NamedTuple):
         return sum(self)
 
 
+class Clock:
+    """Milliseconds of the parts of a step, which follow one another."""
+
+    def __init__(self):
+        self.started = self._last = time.monotonic()
+        self.laps_ms: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The part of this name ends, and the next one begins."""
+        now = time.monotonic()
+        self.laps_ms[name] = (now - self._last) * 1e3
+        self._last = now
+
+
 @dataclass
 class StepOutput:
     """What one step did: the value that callers of `step` and watchers get."""

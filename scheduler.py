@@ -87,7 +87,7 @@ class Scheduler:
         # The tie-breaker: of two equal keys the earlier push comes first. Without it the heap would
         # compare two Sequences, which have no order.
         self._pushes = 0
-        self._key_shape: Any = None  # of the first key; all others must have the same
+        self._key_shape: dict[str, Any] = {}  # "of all": the first key's; all must have the same
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
         # Totals, for statistics:
         self.num_preemptions = 0
@@ -103,18 +103,17 @@ class Scheduler:
         Raises ValueError if the pool is too small for one of them, or if `reserve` or the policy
         fails. It changes no queue, so any thread may call it.
         """
+        shapes = []
         for seq in request.sequences:
             seq.longest = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
             try:
                 reserved = self.reserve(seq)
                 seq.key = self.policy(seq)
-                shape = key_shape(seq.key)
+                shapes.append(key_shape(seq.key))
             except Exception as error:
                 raise ValueError(f"the policy or reserve function failed: {error!r}") from error
             if type(reserved) is not int:
                 raise ValueError(f"the reserve function returned {reserved!r}: an int is needed")
-            if self._key_shape not in (None, shape):
-                raise ValueError(f"the policy's key {seq.key!r} cannot be compared with the others")
             # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
             # that has preempted all others always gets its blocks.
             needed = self.allocator.blocks_needed(max(seq.longest, reserved))
@@ -124,11 +123,13 @@ class Scheduler:
                     f"{needed} blocks of {self.allocator.block_size}, the pool has "
                     f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
                 )
+        # The first key of all decides which keys can be compared with it.
+        if any(self._key_shape.setdefault("of all", shape) != shape for shape in shapes):
+            raise ValueError(f"the policy's key {seq.key!r} cannot be compared with other keys")
 
     def enqueue(self, request: Request) -> None:
         """Let the sequences of a request wait; `check` has been called for it."""
         for seq in request.sequences:
-            self._key_shape = key_shape(seq.key)
             self._push(seq)
 
     def add(self, request: Request) -> None:
@@ -408,7 +409,7 @@ class Scheduler:
         )
         try:
             child.key = self.policy(child)
-            if key_shape(child.key) != self._key_shape:
+            if key_shape(child.key) != key_shape(parent.key):
                 raise TypeError(f"the key {child.key!r} cannot be compared with the others")
         except Exception as error:  # as in `_blocks_wanted`
             child.key, child.error = parent.key, f"the policy failed: {error!r}"

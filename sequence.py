@@ -151,6 +151,35 @@ class Continuation(NamedTuple):
     error: str | None = None  # a sentence: there is no token to append, and the sequence ends
 
 
+def check_continuations(
+    continuations: list[Continuation], sequences: list[Sequence], vocab_size: int
+) -> None:
+    """Raise ValueError unless continuations can be applied to the sequences that were asked for.
+
+    Each must continue one of them with at least one known token, or end it with an error. No
+    request may lose all its sequences without having written a text.
+    """
+    parents = set(sequences)
+    for c in continuations:
+        if not isinstance(c, Continuation) or c.parent not in parents:
+            raise ValueError(f"{c!r} is no Continuation of one of its sequences")
+        if not isinstance(c.token_ids, list) or not (c.token_ids or c.error):
+            raise ValueError(f"token_ids is {c.token_ids!r}: a list of at least one id is needed")
+        unknown = [i for i in c.token_ids if type(i) is not int or not 0 <= i < vocab_size]
+        if unknown:
+            raise ValueError(f"token id {unknown[0]!r}: ids are integers below {vocab_size}")
+        if c.logprobs is not None and len(c.logprobs) != len(c.token_ids):
+            raise ValueError(f"{len(c.logprobs)} logprobs for {len(c.token_ids)} tokens")
+        if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
+            raise ValueError("logprobs is None, and the request asked for them")
+        if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
+            raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
+    going_on = {c.parent.request for c in continuations}
+    for request in {seq.request for seq in sequences} - going_on:
+        if not any(seq.finish_reason for seq in request.sequences):
+            raise ValueError("it returned no continuation for any sequence of the request")
+
+
 # --------------------------------------------------------------------------------------------------
 CHUNK = 8  # tokens of the demo's prompt in its first step
 

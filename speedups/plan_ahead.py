@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from block_allocator import BlockAllocator
-from engine import Clock, Draw, InferenceEngine, eager_forward, one_token_each
+from engine import Draw, InferenceEngine, eager_forward, one_token_each
 from kv_cache import Batch, KVCache, to_device
 from model import GPT, GPTConfig
-from outputs import StepOutput
+from outputs import Clock, StepOutput
 from sampling import SampleRows, SamplingParams, draw_tokens
 from scheduler import Scheduler
 from sequence import FINISHED, RUNNING, Continuation, Plan, Request, Sequence
@@ -103,18 +103,17 @@ class AheadEngine(InferenceEngine):
     # ---- requests ----
     def _queue(self, request: Request) -> None:
         super()._queue(request)
-        if request.strategy is not self.sampler or not needs_no_past(request.params):
+        if self._needs_past(request):
             self._must_wait_for.add(request.request_id)
+
+    def _needs_past(self, request: Request) -> bool:
+        return request.strategy is not self.sampler or not needs_no_past(request.params)
 
     def _repair(self) -> None:
         self._flight = None  # its rows are computed again; what it still writes is overwritten
         super()._repair()
-        self._must_wait_for = set()
-        for request in self.requests.values():
-            if request.is_queued and (
-                request.strategy is not self.sampler or not needs_no_past(request.params)
-            ):
-                self._must_wait_for.add(request.request_id)
+        queued = [request for request in self.requests.values() if request.is_queued]
+        self._must_wait_for = {r.request_id for r in queued if self._needs_past(r)}
 
     # ---- the loop ----
     def run_step(self) -> StepOutput:
@@ -123,9 +122,8 @@ class AheadEngine(InferenceEngine):
         self._must_wait_for &= self.requests.keys()
         clock = Clock()
         flight, self._flight = self._flight, None
-        if flight is not None:
-            if self._aborted:  # since the launch
-                self._drop_ended(flight.plan)
+        if flight is not None and self._aborted:  # since the launch
+            self._drop_ended(flight.plan)
         if flight is None or not flight.plan.scheduled:
             if self._must_wait_for:
                 return super().run_step()
