@@ -64,12 +64,7 @@ EXPERIMENTS = {
         "run_anatomy",
     ),
     "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
-    "bookkeeping": Experiment(
-        "allocator",
-        "the cost of allocator and scheduler",
-        "add_bookkeeping_arguments",
-        "run_bookkeeping",
-    ),
+    "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"
 

@@ -7,7 +7,8 @@
     reservations          contiguous memory under the paged engine: buddies and three reservations
     simulate              the real scheduler and allocator under a simulated clock
     ceilings              what the machine can do at most: read, copy, multiply, launch
-    allocator             the cost of allocator and scheduler, and whether a block is ever lost
+    allocator             the cost of the allocator, and whether a block is ever lost
+    bookkeeping           the host's work in a step: scheduler and engine without a model
     memory                KV bytes step by step, and how many sequences fit at once
     kernels               all ways to attend over the same bytes, and a GPU kernel's tiles
     transformers_engines  transformers' own ways to decode, with our weights

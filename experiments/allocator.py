@@ -1,7 +1,6 @@
-"""The cost of the books: blocks allocated and freed, steps planned, and whether a block is lost.
+"""The cost of the allocator: blocks allocated and freed, and whether a block is ever lost.
 
-Allocator and scheduler touch no tensor. They run beside every forward, so they must cost little: a
-decode step of 256 sequences allocates 16 blocks and plans 256 tokens. And a server runs for weeks:
+The allocator runs beside every forward, so it must cost little. And a server runs for weeks:
 one block lost an hour is an empty pool in the end. `allocator` makes three trials:
 
     cycles  500 x 16 sequences x 8 blocks, allocated and freed; a block counts once for both
@@ -13,9 +12,6 @@ there is, and blocks are freed that no sequence holds. A refused call must chang
 10,000 operations `check_integrity()` compares each reference count with the tables. At the end of a
 trial everything is freed, and the blocks that are missing then are counted. Cycles and storm run on
 `BuddyAllocator` too, which must look for adjacent blocks. Paging needs no such search.
-
-`bookkeeping` times the cycles and, beside them, schedule() and update() of one decode step, with
-256 sequences running and 0 or 100,000 waiting. The time must not grow with the number waiting.
 
 Each is repeated, because the machine may be busy. The best repeat is the row's max for rates and
 its min for times; a goal is compared with the best.
@@ -31,8 +27,6 @@ from typing import Any
 from block_allocator import BlockAllocator, NoFreeBlocks
 from experiments.reservations import BuddyAllocator
 from experiments.results import Measurement, device_name
-from scheduler import Scheduler
-from sequence import Continuation, Request, Sequence
 
 CONTENDERS = {"free list": BlockAllocator, "buddies": BuddyAllocator}
 
@@ -48,14 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--operations", type=int, default=1_000_000, help="of the storm")
     add("--check-every", type=int, default=10_000, help="operations between two checks")
     add("--seed", type=int, default=0, help="of the storm")
-
-
-def add_bookkeeping_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `bookkeeping`."""
-    add = parser.add_argument
-    add("--repeats", type=int, default=7, help="of each measurement")
-    add("--running", type=int, default=256, help="sequences in a step")
-    add("--waiting", type=int, nargs="+", default=[0, 100_000], help="sequences in the queue")
 
 
 # ---- cycles --------------------------------------------------------------------------------------
@@ -217,47 +203,3 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         yield row(name, full, "blocks to be had", "blocks", taken)
         yield row(name, full, "refused of 3 that ask for more", "refused", refusals)
         yield row(name, full, "blocks lost", "blocks lost", lost(allocator))
-
-
-# ---- bookkeeping ---------------------------------------------------------------------------------
-def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
-    """Milliseconds of schedule() plus update() in a decode step, without a model.
-
-    Each value is the mean of 16 steps, in which each sequence takes one new block.
-    """
-    scheduler = Scheduler(
-        BlockAllocator(num_blocks=running * 64, block_size=16),
-        max_num_seqs=running,
-        max_num_batched_tokens=8192,
-        max_seq_len=1024,
-    )
-    for arrival in range(running + waiting):
-        request = Request(str(arrival), [0] * 20, arrival)
-        request.sequences = [Sequence(request, 0, [0] * 20, 20, max_tokens=900)]
-        scheduler.add(request)
-    times_ms = []
-    for step in range(3 + 16 * repeats):  # 16 steps: each sequence takes one new block
-        started = time.perf_counter()
-        plan = scheduler.schedule()
-        planned = time.perf_counter()
-        continuations = [Continuation(seq, [7]) for seq in plan.sampled]  # not timed
-        resumed = time.perf_counter()
-        scheduler.update(plan, continuations)
-        if step >= 3:  # all prompts are computed
-            assert len(plan.scheduled) == running
-            times_ms.append((planned - started + time.perf_counter() - resumed) * 1e3)
-    return [sum(times_ms[i : i + 16]) / 16 for i in range(0, len(times_ms), 16)]
-
-
-def run_bookkeeping(args: argparse.Namespace) -> Iterator[Measurement]:
-    """All rows of `bookkeeping`."""
-    common = counted_columns("bookkeeping")
-    rates = [time_cycles(BlockAllocator(1024, block_size=16)) for _ in range(args.repeats)]
-    columns = common | {"contender": "allocator", "metric": "allocated and freed"}
-    columns |= {"workload": "500 cycles x 16 sequences x 8 blocks", "unit": "blocks/s"}
-    yield Measurement.of(rates, **columns)
-    for waiting in args.waiting:
-        times_ms = time_scheduler(args.running, waiting, args.repeats)
-        columns = common | {"contender": "schedule() + update()", "metric": "time a step"}
-        columns |= {"workload": f"running={args.running} waiting={waiting}", "unit": "ms"}
-        yield Measurement.of(times_ms, **columns)

@@ -105,12 +105,6 @@ def test_cycles_find_a_leak_too():
         allocator.time_cycles(Leaky(1024), cycles=2)
 
 
-def test_bookkeeping_times_the_allocator_and_the_scheduler(tmp_path):
-    rows = run(tmp_path, "bookkeeping --repeats 2 --running 4 --waiting 0 9")
-    assert [row["workload"] for row in rows[1:]] == ["running=4 waiting=0", "running=4 waiting=9"]
-    assert (rows[0]["unit"], rows[0]["repeats"], rows[1]["repeats"]) == ("blocks/s", 2, 2)
-
-
 @pytest.mark.parametrize("words", ["--num-blocks 64", "--num-blocks 1000", "--blocks 0"])
 def test_a_pool_that_cannot_hold_a_cycle_is_refused(tmp_path, words):
     with pytest.raises(SystemExit, match="the pool must be a power of two that holds them all"):

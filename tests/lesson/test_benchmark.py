@@ -6,10 +6,10 @@ import pytest
 from rows import run
 
 import benchmark
-from experiments import allocator
+from experiments import bookkeeping
 from experiments.results import read
 
-TINY = "bookkeeping --repeats 1 --running 4 --waiting 0"
+TINY = "bookkeeping --repeats 1 --steps 2 --running 4 --waiting 0 --requests 2"
 
 
 def test_without_a_name_it_is_the_comparison_of_speed():
@@ -38,27 +38,27 @@ def test_verify_says_how_many_rows_are_whole_or_names_the_line_and_the_reason(tm
     run(tmp_path, TINY)
     path = tmp_path / "rows.csv"
     benchmark.main(["verify", str(path)])
-    assert capsys.readouterr().out.endswith("rows.csv: 2 rows, whole\n")
+    assert capsys.readouterr().out.endswith("rows.csv: 5 rows, whole\n")
     path.write_text(path.read_text().replace(",ms,", ",ms,0,"))
-    with pytest.raises(SystemExit, match="rows.csv, line 3: 25 cells, 24 columns"):
+    with pytest.raises(SystemExit, match="rows.csv, line 2: 25 cells, 24 columns"):
         benchmark.main(["verify", str(path)])
 
 
 def test_an_interrupted_experiment_keeps_its_rows_and_shows_them(tmp_path, monkeypatch, capsys):
-    whole = allocator.run_bookkeeping
+    whole = bookkeeping.run
 
     def interrupted(args):
         rows = whole(args)
         yield next(rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(allocator, "run_bookkeeping", interrupted)
+    monkeypatch.setattr(bookkeeping, "run", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, TINY)
     assert stopped.value.code == 130
     assert len(read(tmp_path / "rows.csv")) == 1
     printed = capsys.readouterr().out
-    assert printed.startswith("bookkeeping: 500 cycles") and "1 rows appended" in printed
+    assert printed.startswith("bookkeeping: running=4") and "1 rows appended" in printed
 
 
 def test_the_tables_fit_a_terminal_of_100_columns(tmp_path, capsys):
