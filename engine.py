@@ -243,8 +243,8 @@ class InferenceEngine:
         self._inbox: deque[Request] = deque()
         self._numbers = count()  # of requests: the next id and arrival
         # Between two steps: what the next output reports.
-        self._added: list[Request] = []
-        self._aborted: list[Request] = []
+        self._added: dict[Request, None] = {}  # dicts: to enter a request twice changes nothing
+        self._aborted: dict[Request, None] = {}
         self._counted = self._totals = self._count_blocks()  # reported so far, and now
         # Inside a step:
         self._is_whole = True  # False in a step, and after an exception until the repair
@@ -377,8 +377,10 @@ class InferenceEngine:
         self._plan = None
         for finished in output.finished:
             self.requests.pop(finished.request_id, None)
-        self._added = [request for request in self._added if request not in output.added]
-        self._aborted = [request for request in self._aborted if request not in output.aborted]
+        for request in output.added:
+            self._added.pop(request, None)
+        for request in output.aborted:
+            self._aborted.pop(request, None)
         self._counted = self._totals
 
     def _show(self, output: StepOutput) -> None:
@@ -507,14 +509,15 @@ class InferenceEngine:
 
     def _queue(self, request: Request) -> None:
         self.scheduler.enqueue(request)
+        self._added[request] = None
         request.is_queued = True
-        self._added.append(request)
 
     def _drop(self, request: Request) -> None:
-        for seq in request.sequences:
-            self.scheduler.finish(seq, "abort")
-        if self.requests.pop(request.request_id, None) is not None and request.is_queued:
-            self._aborted.append(request)
+        if request.is_queued:  # otherwise the scheduler has never seen it
+            for seq in request.sequences:
+                self.scheduler.finish(seq, "abort")
+            self._aborted[request] = None
+        self.requests.pop(request.request_id, None)
 
     # ---- small parts ----
     def _check_prompt(self, prompt: str | list[int], params: SamplingParams) -> list[int]:
