@@ -13,9 +13,10 @@ step, and requests join and leave between any two steps:
 Two functions are passed in. `forward(batch) -> logits` runs the model: layer by layer in this file,
 as a recorded CUDA graph in speedups/cuda_graphs.py. And each request has a strategy, which turns
 the logits of its sequences into their continuations: one token each (sampling), several children
-(beam search), or several tokens (speculative decoding). `step()` is the same for all of them.
-Recorders and progress bars read the `StepOutput` that it returns. vLLM can plan the next step while
-the device still runs this one, as speedups/plan_ahead.py does.
+(beam search), or several tokens (speculative decoding). The loop is the same for all of them: see
+`run_step`. Recorders and progress bars are functions that get each step's `StepOutput`. `step` runs
+the loop's body as a whole or not at all: an exception or Ctrl-C loses no request. vLLM can plan the
+next step while the device still runs this one, as speedups/plan_ahead.py does.
 
 Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI,
 section 3.
