@@ -251,7 +251,7 @@ class Timings(NamedTuple):
 
 
 class Clock:
-    """Milliseconds of the parts of a step, which follow one another."""
+    """Milliseconds of the parts of a step, which follow one another; a part may come twice."""
 
     def __init__(self):
         self.started = self._last = time.monotonic()
@@ -260,7 +260,7 @@ class Clock:
     def lap(self, name: str) -> None:
         """The part of this name ends, and the next one begins."""
         now = time.monotonic()
-        self.laps_ms[name] = (now - self._last) * 1e3
+        self.laps_ms[name] = self.laps_ms.get(name, 0.0) + (now - self._last) * 1e3
         self._last = now
 
 

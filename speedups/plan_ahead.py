@@ -128,9 +128,11 @@ class AheadEngine(InferenceEngine):
             if self._must_wait_for:
                 return super().run_step()
             plan = self._plan = self.scheduler.schedule()
+            clock.lap("schedule")
             if not plan.scheduled:
                 return self._report(plan, clock)
             flight = self._launch(plan)
+            clock.lap("forward")
         self._plan = flight.plan
         scheduler = self.scheduler
         # One more token takes each sequence at most one block. With fewer free blocks the plan
