@@ -35,7 +35,7 @@ from argparse import (
 )
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
@@ -43,7 +43,6 @@ from outputs import RequestOutput
 from watch.terminal import Meter, Screen, letter_of
 
 Prompt = str | list[int]  # text or token ids
-Engine = Any  # an InferenceEngine, or an Explainer or Recorder around one: the same methods
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [
@@ -164,6 +163,8 @@ def read_entry(line: str, args: Namespace) -> tuple[Prompt, SamplingParams]:
     if "prompt" not in entry:
         raise ValueError("there is no 'prompt'")
     prompt = entry.pop("prompt")
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"the prompt is {prompt!r}: give text or a list of token ids")
     if isinstance(entry.get("logit_bias"), dict):  # JSON has strings as keys: make them integers
         entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
     return prompt, sampling_params(args, **entry)
@@ -210,41 +211,20 @@ def read_prompts(args: Namespace) -> list[tuple[Prompt, SamplingParams]]:
 
 
 # ---- running -------------------------------------------------------------------------------------
-def run_all(
-    engine: Engine, prompts: list[tuple[Prompt, SamplingParams]], screen: Screen
-) -> list[RequestOutput]:
-    """Serve all prompts together; the outputs are in their order.
-
-    Raises ValueError for a refused prompt, before any prompt is served.
-    """
-    request_ids = [engine.add_request(prompt, params) for prompt, params in prompts]
-    outputs: dict[str, RequestOutput] = {}
-    while engine.has_unfinished():
-        step = engine.step()
-        screen.meter.add(step)
-        outputs |= {output.request_id: output for output in step.outputs if output.finished}
-        screen.draw(is_last=not engine.has_unfinished())
-    return [outputs[request_id] for request_id in request_ids]
-
-
-def stream_one(
-    engine: Engine, prompt: Prompt, params: SamplingParams, meter: Meter, has_tokenizer: bool
-) -> None:
+def stream_one(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
     """Print a single text while it is written; without a tokenizer its token ids."""
+    engine = llm.engine
     engine.add_request(prompt, params)
     print(prompt if isinstance(prompt, str) else "", end="", flush=True)
-    num_printed = 0  # characters
+    finished: list[RequestOutput] = []
     while engine.has_unfinished():
-        step = engine.step()
-        meter.add(step)
-        for output in step.outputs:
-            completion = output.outputs[0]
-            if has_tokenizer:
-                print(completion.text[num_printed:], end="", flush=True)
-                num_printed = len(completion.text)
-            else:
-                print(f" {completion.token_ids[-1]}", end="", flush=True)
+        output = engine.step()
+        finished += output.finished
+        for delta in output.deltas:
+            ids = "".join(f" {token_id}" for token_id in delta.token_ids)
+            print(delta.text if llm.tokenizer else ids, end="", flush=True)
     print()
+    return finished
 
 
 def as_json(output: RequestOutput, llm: LLM) -> str:
@@ -280,8 +260,6 @@ def check_flags(args: Namespace) -> None:
     """Raise ValueError for flags that would fail only after the texts are written."""
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise ValueError(f"--out {args.out} is a folder, or there is no folder {args.out.parent}")
-    if args.plan_ahead and (args.explain or args.record is not None):
-        raise ValueError("--explain and --record want one step at a time: leave out --plan-ahead")
 
 
 def build_llm(args: Namespace) -> LLM:
@@ -305,24 +283,27 @@ def run(args: Namespace) -> None:
     prompts = read_prompts(args)
     check_flags(args)
     llm = build_llm(args)
-    engine: Engine = llm.engine
+    engine = llm.engine
+    meter = Meter(engine.scheduler, f"{llm.weights}, {llm.backend}, {str(llm.dtype)[6:]}")
+    engine.watchers.append(meter)
     explainer = None
     if args.explain:
         from watch.explain import Explainer  # for --explain only
 
-        engine = explainer = Explainer(engine, llm.model)
+        explainer = Explainer(llm.model, engine.cache, engine.forward)
+        engine.watchers.append(explainer)
     if args.record is not None:
         from watch.recorder import Recorder  # for --record only
 
-        engine = Recorder(engine, args.record, model=Path(llm.model_name).name)
+        name = Path(llm.model_name).name
+        engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
 
-    meter = Meter(engine.scheduler, f"{llm.weights}, {llm.backend}, {str(llm.dtype)[6:]}")
     is_one_text = len(prompts) == 1 and prompts[0][1].n == 1
     if is_one_text and not args.jsonl and args.out is None:
-        prompt, params = prompts[0]
-        stream_one(engine, prompt, params, meter, has_tokenizer=llm.tokenizer is not None)
+        outputs = stream_one(llm, *prompts[0])
     else:
-        outputs = run_all(engine, prompts, Screen(meter, args.is_demo, stream=sys.stderr))
+        engine.watchers.append(Screen(meter, args.is_demo, stream=sys.stderr))
+        outputs = llm.generate([p for p, _ in prompts], [params for _, params in prompts])
         print(file=sys.stderr)
         write_all(outputs, llm, args)
     print(f"\n{meter.summary()}", file=sys.stderr)

@@ -372,14 +372,14 @@ def record(scheduler: Scheduler, batches: list[list[tuple[int, int]]]) -> Record
 
     allocator = scheduler.allocator
     cache = KVCache(1, allocator.num_blocks, allocator.block_size, num_kv_heads=1, head_dim=1)
-    engine = InferenceEngine(forward, cache, scheduler, vocab_size=2)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(engine, Path(folder) / "recording.jsonl", model="a stand-in")
+        recorder = Recorder(scheduler, Path(folder) / "recording.jsonl", model="a stand-in")
+        engine = InferenceEngine(forward, cache, scheduler, vocab_size=2, watchers=[recorder])
         for batch in batches:
             for prompt, new in batch:
-                recorder.add_request([1] * prompt, SamplingParams(temperature=0, max_tokens=new))
-            while recorder.has_unfinished():
-                recorder.step()
+                engine.add_request([1] * prompt, SamplingParams(temperature=0, max_tokens=new))
+            while engine.has_unfinished():
+                engine.step()
         return read_recording(recorder.path)
 
 

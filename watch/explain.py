@@ -4,10 +4,10 @@ A step of 58 ms may be good or ten times too slow. A profile shows which call to
 whether it had to take so long. The work of a step can be counted. For example, 12 sequences of the
 124M GPT-2 in float32 with 500 tokens each read 495 MB of weights and 442 MB of keys and values, in
 any engine. Divided by what this machine can do at most, each count is a floor (`roofline.py`). The
-largest floor says what the step is bound by. An `Explainer` is used in place of the engine:
+largest floor says what the step is bound by. An `Explainer` is a watcher of the engine:
 
-    step() ──> engine.step() ──> StepOutput: who ran, from where to where ─> rows, context tokens
-                  └─> forward(batch) ──> its time; the rest of the step is the host's time
+    step() ──> StepOutput ─┬─> plan: who ran, from where to where ─> rows, context tokens
+                           └─> timings: the whole step; schedule and update are the host's own time
 
     weights read             494.6 MB   24.7 ms
     keys and values read     442.4 MB   22.1 ms    through one memory: at least 46.8 ms,
@@ -19,20 +19,17 @@ The tests compare the counts with counts by hand and with PyTorch's own counter.
 Williams, Waterman and Patterson 2009, "Roofline", CACM 52(4). Run: python generate.py --explain
 """
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine import Forward, InferenceEngine
-from kv_cache import Batch, Row, make_batch
+from engine import Forward
+from kv_cache import Batch, KVCache, Row, make_batch
 from model import GPT
 from outputs import StepOutput
-from sampling import SamplingParams
-from scheduler import Scheduler
-from sequence import Plan
+from sequence import RUNNING, Plan, Scheduled
 from watch.roofline import Ceilings, Work, bound_by, floors_ms, measure_ceilings
 
 # The titles of the floors in the table.
@@ -63,31 +60,52 @@ class CountedStep(NamedTuple):
     num_context_tokens: int  # tokens whose K and V were read
     num_pairs: int  # of a query and a position that it reads; the same in each head and layer
     is_decode: bool  # each sequence added one token
-    step_ms: float  # on the host's clock, from the plan to the text
-    forward_ms: Callable[[], float]  # called after the run: a GPU may still be computing
-
-    @property
-    def measured_ms(self) -> float:
-        """The time of the step, but at least the time of its forward.
-
-        The host waits for a GPU only when it reads tokens. A step in the middle of a prompt reads
-        none, so on the host's clock it may end before its forward.
-        """
-        return max(self.step_ms, self.forward_ms())
+    measured_ms: float  # the whole step, on the host's clock
+    host_ms: float  # of it: to plan the step, and to apply its tokens
 
 
-def count_plan(plan: Plan) -> tuple[int, int, int]:
-    """Rows, context tokens and pairs of a step, see `CountedStep`.
+def count_step(output: StepOutput) -> CountedStep:
+    """The work and the times of a step.
 
     Example: positions [4, 7) of a sequence are 3 rows over 7 tokens, in 5 + 6 + 7 = 18 pairs.
     """
-    num_context_tokens = 0
-    num_pairs = 0
-    for _, start, n in plan.scheduled:
-        num_context_tokens += start + n
-        # Each of n queries reads the `start` tokens before; among themselves 1 + 2 + .. + n.
-        num_pairs += n * start + n * (n + 1) // 2
-    return plan.num_tokens, num_context_tokens, num_pairs
+    plan, timings = output.plan, output.timings
+    # Each of n queries reads the `start` tokens before; among themselves 1 + 2 + .. + n.
+    pairs = [n * start + n * (n + 1) // 2 for _, start, n in plan.scheduled]
+    return CountedStep(
+        num_rows=plan.num_tokens,
+        num_sample_rows=count_sample_rows(plan),
+        num_context_tokens=sum(start + n for _, start, n in plan.scheduled),
+        num_pairs=sum(pairs),
+        is_decode=plan.num_tokens == len(plan.scheduled),
+        measured_ms=timings.total,
+        host_ms=timings.schedule + timings.update,
+    )
+
+
+def count_sample_rows(plan: Plan) -> int:
+    """Rows whose logits were computed: of each sampled sequence one, of a scored prompt all."""
+    scored = [entry for entry in plan.scheduled if is_scored(entry)]
+    sampled = set(plan.sampled).difference(entry.seq for entry in scored)
+    return len(sampled) + sum(entry.num_new_tokens for entry in scored)
+
+
+def is_scored(entry: Scheduled) -> bool:
+    """Whether a step computed the log-probabilities of a prompt, which the request asked for.
+
+    After a preemption the prompt is taken as scored before.
+    """
+    seq, start, _ = entry
+    asked = seq.request.prompt_logprobs is not None and seq.index == 0
+    return asked and start < seq.num_prompt_tokens and not seq.num_preemptions
+
+
+def next_is_launched(plan: Plan) -> bool:
+    """Whether the engine launched the next step before it read the tokens of this one."""
+    return any(
+        seq.status == RUNNING and seq.num_computed_tokens > start + num_new_tokens
+        for seq, start, num_new_tokens in plan.scheduled
+    )
 
 
 def parts_for_all_rows(model: GPT) -> nn.ModuleList:
@@ -222,93 +240,64 @@ def table(kinds: list[Explained]) -> list[str]:
     return lines
 
 
-# ---- around an engine ----------------------------------------------------------------------------
+# ---- the watcher ---------------------------------------------------------------------------------
 class Explainer:
-    """An engine whose steps are counted and timed: the engine's methods, and `report`.
+    """A watcher that counts steps, and reports: `engine.watchers.append(explainer)`.
 
-    `model` is the model of the engine's forward: its weights are what a step reads. Raises
-    ValueError for an engine that plans ahead: its steps overlap, so none has a time of its own.
+    `model` is the model of the engine's forward: its weights are what a step reads. `cache` and
+    `forward` are the engine's.
     """
 
-    steps_overlap = False
-
-    def __init__(self, engine: InferenceEngine, model: GPT):
-        if engine.steps_overlap:
-            raise ValueError("steps that were planned ahead overlap: explain without plan_ahead")
-        self.engine = engine
+    def __init__(self, model: GPT, cache: KVCache, forward: Forward):
         self.model = model
+        self.cache = cache
+        self.forward = forward
         self.steps: list[CountedStep] = []
+        # Of the step before:
+        self._was_awaited = True  # the host waited for its end
+        self._launched_next = False
 
-    @property
-    def scheduler(self) -> Scheduler:
-        """The engine's."""
-        return self.engine.scheduler
+    def __call__(self, output: StepOutput) -> None:
+        """Count a step that has just run, if its time is its own."""
+        plan = output.plan
+        if not plan.scheduled:
+            return
+        step = count_step(output)
+        if self._has_own_time(plan, step.is_decode):
+            self.steps.append(step)
 
-    def has_unfinished(self) -> bool:
-        """Whether the engine has work left."""
-        return self.engine.has_unfinished()
-
-    def add_request(
-        self, prompt: str | list[int], params: SamplingParams | None = None, **options
-    ) -> str:
-        """Add a request to the engine."""
-        return self.engine.add_request(prompt, params, **options)
-
-    def abort(self, request_id: str) -> bool:
-        """Abort a request of the engine."""
-        return self.engine.abort(request_id)
-
-    def step(self) -> StepOutput:
-        """Run one step of the engine and count it. A step that raises is not counted."""
-        forward = self.engine.forward
-        is_on_gpu = self.engine.cache.pool.is_cuda
-        num_sample_rows = 0
-        forward_ms: Callable[[], float] | None = None  # None: the step ran no sequence
-
-        def timed_forward(batch: Batch) -> Tensor:
-            nonlocal num_sample_rows, forward_ms
-            logits, forward_ms = _timed(forward, batch, is_on_gpu)
-            num_sample_rows = len(batch.sample_rows)
-            return logits
-
-        self.engine.forward = timed_forward
-        try:
-            output = self.engine.step()
-        finally:
-            self.engine.forward = forward  # between two steps the engine is unchanged
-        if forward_ms is not None:
-            num_rows, num_context_tokens, num_pairs = count_plan(output.plan)
-            counted = CountedStep(
-                num_rows=num_rows,
-                num_sample_rows=num_sample_rows,
-                num_context_tokens=num_context_tokens,
-                num_pairs=num_pairs,
-                is_decode=num_rows == len(output.plan.scheduled),
-                step_ms=output.milliseconds,
-                forward_ms=forward_ms,
-            )
-            self.steps.append(counted)
-        return output
+    def _has_own_time(self, plan: Plan, is_decode: bool) -> bool:
+        """Whether the time of a step is that of its own work, or of a step like it."""
+        # The host waits for a GPU when it reads tokens. A chunk in the middle of a prompt leads to
+        # none: its time is too short, and the next step waits for both.
+        was_awaited = self._was_awaited
+        self._was_awaited = bool(plan.sampled) or not self.cache.pool.is_cuda
+        # If the next step is launched before this one is read, its work may be in this one's time.
+        # In the middle of a row of decode steps that makes no difference, because they are alike.
+        # But the first of the row has the work of two steps, and the last has none.
+        was_launched, self._launched_next = self._launched_next, next_is_launched(plan)
+        is_in_a_row = was_launched == self._launched_next and (is_decode or not was_launched)
+        return was_awaited and self._was_awaited and is_in_a_row
 
     def work(self, step: CountedStep) -> Work:
         """The work of a step; launches are counted for a decode step on a GPU only."""
-        cache = self.engine.cache
+        cache = self.cache
         token_bytes = cache.pool[:, 0].nbytes // cache.block_size  # K and V of a token, all layers
         launches = None
         if cache.pool.is_cuda and step.is_decode:
             batch = self.rehearsal(step)
-            launches = count_launches(lambda: self.engine.forward(batch))
+            launches = count_launches(lambda: self.forward(batch))
         return Work(
             weight_bytes=weight_bytes(self.model, step.num_rows, step.num_sample_rows),
             kv_bytes=token_bytes * step.num_context_tokens,
             operations=count_operations(self.model, step),
             launches=launches,
-            host_ms=step.measured_ms - step.forward_ms(),
+            host_ms=step.host_ms,
         )
 
     def rehearsal(self, step: CountedStep) -> Batch:
         """A batch like that of a decode step. It reads and writes the scratch block only."""
-        cache = self.engine.cache
+        cache = self.cache
         context_len = max(1, step.num_context_tokens // step.num_rows)
         block_table = [cache.scratch_block] * -(-context_len // cache.block_size)
         # Token 0 at the last position of the context, with its logits.
@@ -320,10 +309,10 @@ class Explainer:
 
         All figures are those of this one step, so they belong together. The first step of a kind
         includes compilation and warm-up, so it is left out if there are others. Raises ValueError
-        if no step has run.
+        if no step was counted.
         """
         if not self.steps:
-            raise ValueError("0 steps have run, so there is nothing to explain: call step() first")
+            raise ValueError("0 steps were counted, so there is nothing to explain: run for longer")
         medians = {}
         for kind, is_decode in (("decode", True), ("prefill", False)):
             steps = [step for step in self.steps if step.is_decode == is_decode]
@@ -335,10 +324,8 @@ class Explainer:
     @torch.inference_mode()
     def report(self) -> list[str]:
         """The lines of the report. Measuring the ceilings takes a second or two."""
-        device = self.engine.cache.pool.device
+        device = self.cache.pool.device
         dtype = self.model.wte.weight.dtype
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # now every forward has its time
         medians = self.median_steps()
         works = {kind: self.work(step) for kind, (_, step) in medians.items()}
         # The decode step's if there is one: the buffer of the read is as large as what it reads.
@@ -350,25 +337,6 @@ class Explainer:
             kinds.append(Explained(kind, num_steps, step, works[kind], floors))
         head = _ceilings_line(ceilings, device, dtype)
         return [head, *table(kinds), *(kind.verdict for kind in kinds)]
-
-
-def _timed(forward: Forward, batch: Batch, is_on_gpu: bool) -> tuple[Tensor, Callable[[], float]]:
-    """The logits, and a function that returns the milliseconds of the forward.
-
-    On a GPU two events are recorded, before and after the forward's kernels. Recording an event
-    does not wait; the function may be called when the forward is done.
-    """
-    if not is_on_gpu:
-        started = time.perf_counter()
-        logits = forward(batch)
-        taken_ms = (time.perf_counter() - started) * 1e3
-        return logits, lambda: taken_ms
-    first = torch.cuda.Event(enable_timing=True)
-    last = torch.cuda.Event(enable_timing=True)
-    first.record()
-    logits = forward(batch)
-    last.record()
-    return logits, lambda: first.elapsed_time(last)
 
 
 def _ceilings_line(ceilings: Ceilings, device: torch.device, dtype: torch.dtype) -> str:

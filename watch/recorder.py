@@ -1,9 +1,8 @@
 """A recording of a run: one line of JSON a step. The pictures are drawn from it.
 
 An engine keeps no history. After step 41 it cannot say which request was preempted in step 40, and
-which blocks were free then. A `Recorder` is used in place of the engine. It passes each call on to
-the engine, and after each step it writes a line: who ran, how many tokens each sequence has in the
-cache, and which blocks it holds:
+which blocks were free then. A `Recorder` is a watcher: the engine calls it after each step. It
+writes a line: who ran, how many tokens each sequence has in the cache, and which blocks it holds:
 
     {"format": "PagedGPT recording", "num_blocks": 60, "block_size": 8, ...}          the header
     {"step": 1, "num_free": 39, "sequences": [{"request": "0", "phase": "prefill",
@@ -11,9 +10,11 @@ cache, and which blocks it holds:
     {"step": 2, ...          <- cut off here by Ctrl-C: the lines above are complete
 
 A line is the state between its step and the next one: a sequence that ended in the step has no
-blocks any more. A line holds the block tables of all running sequences, so it is enough to draw the
-pool. Of the waiting requests a line names only those that arrived or were aborted, because many
-thousands may wait. `holders` and `strips` turn lines into what the pictures show.
+blocks any more. An engine that plans ahead has planned the next step by then, so the next step's
+tokens and blocks are in the line already. A line holds the block tables of all running sequences,
+so it is enough to draw the pool. Of the waiting requests a line names only those that arrived or
+were aborted, because many thousands may wait. `holders` and `strips` turn lines into what the
+pictures show.
 
 The tests compare each line with the scheduler's state after the step, and read recordings that
 were damaged. vLLM counts the same things of a step in SchedulerStats and IterationStats.
@@ -24,9 +25,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine import InferenceEngine
 from outputs import StepOutput
-from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import FINISHED, Sequence
 
@@ -62,61 +61,27 @@ SEQUENCE_FIELDS = {
 
 # ---- writing -------------------------------------------------------------------------------------
 class Recorder:
-    """An engine that writes a line after each step; its methods are the engine's.
+    """A watcher that writes a line after each step: `engine.watchers.append(recorder)`.
 
     A file at `path` is replaced. `about` are more fields of the header, for example
-    `model="assets/tiny-gpt2"`. A request that was added before the recorder was made appears with
-    its first step. Raises OSError if the file cannot be written, and ValueError for an engine that
-    plans ahead: after its step the scheduler already holds the plan of the next one.
+    `model="assets/tiny-gpt2"`. A request that ran before the recorder was made appears with its
+    next step. Raises OSError if the file cannot be written. (If that happens after a step, the
+    engine goes on without the recorder.)
     """
 
-    steps_overlap = False
-
-    def __init__(self, engine: InferenceEngine, path: str | Path, **about: str):
-        if engine.steps_overlap:
-            raise ValueError("steps that were planned ahead overlap: record without plan_ahead")
-        self.engine = engine
+    def __init__(self, scheduler: Scheduler, path: str | Path, **about: str):
+        self.scheduler = scheduler
         self.path = Path(path)
         self._num_steps = 0
-        self._added: list[tuple[str, int]] = []  # since the last step: request, its sequences
-        self._aborted: list[str] = []  # since the last step
-        allocator = engine.scheduler.allocator
+        allocator = scheduler.allocator
         sizes = {"num_blocks": allocator.num_blocks, "block_size": allocator.block_size}
         self.path.write_text("", encoding="utf-8")
         self._write({"format": FORMAT, "version": VERSION} | about | sizes)
 
-    @property
-    def scheduler(self) -> Scheduler:
-        """The engine's."""
-        return self.engine.scheduler
-
-    def has_unfinished(self) -> bool:
-        """Whether the engine has work left."""
-        return self.engine.has_unfinished()
-
-    def add_request(
-        self, prompt: str | list[int], params: SamplingParams | None = None, **options
-    ) -> str:
-        """Add a request to the engine; a refused request is not recorded."""
-        request_id = self.engine.add_request(prompt, params, **options)
-        self._added.append((request_id, 1 if params is None else params.n))
-        return request_id
-
-    def abort(self, request_id: str) -> bool:
-        """Abort a request of the engine; the line of the next step names it."""
-        is_known = self.engine.abort(request_id)
-        if is_known:
-            self._aborted.append(request_id)
-        return is_known
-
-    def step(self) -> StepOutput:
-        """Run one step of the engine and write its line. A step that raises has no line."""
-        output = self.engine.step()
+    def __call__(self, output: StepOutput) -> None:
+        """Write the line of a step that has just run."""
         self._num_steps += 1
         self._write(self._line(output))
-        self._added = []
-        self._aborted = []
-        return output
 
     def _line(self, output: StepOutput) -> dict:
         """The fields of STEP_FIELDS after a step."""
@@ -127,19 +92,14 @@ class Recorder:
         num_new_tokens_of = scheduled | others
         return {
             "step": self._num_steps,
-            "milliseconds": round(output.milliseconds, 3),
+            "milliseconds": round(output.timings.total, 3),
             "sequences": [_entry(seq, num) for seq, num in num_new_tokens_of.items()],
-            "added": self._added,
-            "aborted": self._aborted,
+            "added": [(request.request_id, request.params.n) for request in output.added],
+            "aborted": [request.request_id for request in output.aborted],
             "preempted": [(seq.request.request_id, seq.index) for seq in output.plan.preempted],
             "num_waiting": self.scheduler.num_waiting,
             "num_free": self.scheduler.allocator.num_free,
-            "blocks_taken": output.blocks_taken,
-            "blocks_freed": output.blocks_freed,
-            "blocks_copied": output.blocks_copied,
-            "blocks_hit": output.blocks_hit,
-            "blocks_evicted": output.blocks_evicted,
-            "blocks_swapped": output.blocks_swapped,
+            **{f"blocks_{name}": num for name, num in output.blocks._asdict().items()},
         }
 
     def _write(self, record: dict) -> None:

@@ -7,8 +7,9 @@ and how blocks fill up and are freed. `generate.py` draws it:
     |AAAaBBbCCCCc··DDd·EEe···|     a letter is a request: a capital is a full block, a small letter
     step   12     96 tokens ..     is a block that is not full yet, a dot is a free block
 
+A `Meter` and a `Screen` are watchers of an engine: the meter counts each step, the screen draws.
 All figures come from what a step returns and from the scheduler's queues, so an engine does the
-same with and without a meter. If the output is no terminal, a plain line is printed once a second.
+same with and without them. If the output is no terminal, a plain line is printed once a second.
 The tests compare the strip with one drawn by hand.
 """
 
@@ -30,7 +31,7 @@ def letter_of(request_id: str) -> str:
 
 
 class Meter:
-    """Counts what the steps did: tokens, time, blocks, utilisation, preemptions.
+    """A watcher that counts what the steps did: tokens, time, blocks, utilisation, preemptions.
 
     `about` stands in the summary: for example the weights, the backend and the dtype.
     """
@@ -46,14 +47,14 @@ class Meter:
         self.sum_of_tokens_held = 0
         self.sum_of_slots_held = 0
 
-    def add(self, step: StepOutput) -> None:
+    def __call__(self, output: StepOutput) -> None:
         """Count one step, right after it has run."""
         allocator = self.scheduler.allocator
         self.num_steps += 1
-        self.num_tokens += len(step.plan.sampled)
+        self.num_tokens += len(output.plan.sampled)
         num_held = allocator.num_blocks - allocator.num_free
         # A sequence that ended in this step held its blocks until the end of the step.
-        ended = [entry.seq for entry in step.plan.scheduled if not entry.seq.block_table]
+        ended = [entry.seq for entry in output.plan.scheduled if not entry.seq.block_table]
         num_freed = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
         self.peak_blocks = max(self.peak_blocks, num_held + num_freed)
         self.sum_of_tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
@@ -110,7 +111,10 @@ def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = 96) -> list[s
 
 
 class Screen:
-    """Draws the progress: on a terminal always in the same place, elsewhere as plain lines."""
+    """A watcher that draws: on a terminal always in the same place, elsewhere as plain lines.
+
+    It draws what its meter has counted, so the meter comes before it in the engine's list.
+    """
 
     def __init__(self, meter: Meter, has_strip: bool, stream: TextIO):
         self.meter = meter
@@ -120,13 +124,14 @@ class Screen:
         self.num_lines_drawn = 0
         self.last_drawn = float("-inf")  # on the clock of time.monotonic
 
-    def draw(self, is_last: bool = False) -> None:
-        """Draw the state after a step, unless the last drawing was a moment ago."""
+    def __call__(self, output: StepOutput) -> None:
+        """Draw the state after a step, unless requests are left and it was drawn a moment ago."""
+        scheduler = self.meter.scheduler
         interval = SECONDS_BETWEEN_DRAWINGS if self.is_terminal else SECONDS_BETWEEN_LINES
-        if time.monotonic() - self.last_drawn < interval and not is_last:
+        if time.monotonic() - self.last_drawn < interval and scheduler.has_unfinished():
             return
         self.last_drawn = time.monotonic()
-        lines = pool_strip(self.meter.scheduler, self.is_terminal) if self.has_strip else []
+        lines = pool_strip(scheduler, self.is_terminal) if self.has_strip else []
         lines.append(self.meter.line())
         text = "\n".join(lines)
         if self.is_terminal:

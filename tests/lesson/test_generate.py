@@ -233,6 +233,7 @@ def test_out_and_jsonl_write_one_json_object_a_prompt(tmp_path):
 # ---- refusals ------------------------------------------------------------------------------------
 BAD_LINES = {
     "no JSON": ('{"prompt": "a"', "Expecting ',' delimiter"),
+    "a number as prompt": ('{"prompt": 5}', "the prompt is 5: give text or a list of token ids"),
     "no prompt": ('{"max_tokens": 3}', "there is no 'prompt'"),
     "an unknown parameter": ('{"prompt": "a", "max_token": 3}', "'max_token' is no sampling param"),
     "a bad value": ('{"prompt": "a", "top_p": 0}', "top_p is 0: it must be"),
@@ -287,8 +288,6 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path):
 TOO_LATE = {  # flags -> words: refused before the model is loaded
     "--out=no/such/folder/x.txt": "there is no folder no/such",
     "--out=.": "--out . is a folder",
-    "--plan-ahead --explain": "leave out --plan-ahead",
-    "--plan-ahead --record=steps.jsonl": "leave out --plan-ahead",
 }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,26 +18,34 @@ from worlds import needs_gpu
 
 import generate
 from block_allocator import BlockAllocator
-from engine import InferenceEngine, eager_forward, sample_next
+from engine import InferenceEngine, eager_forward
 from kernels import linear_cpu
 from kernels.packed_linear import is_packed, pack
 from kv_cache import KVCache
 from llm import LLM
+from outputs import BlockCounts, StepOutput, Timings
 from sampling import SamplingParams
 from scheduler import Scheduler
+from sequence import RUNNING, Plan, Request, Scheduled, Sequence
 from watch import explain
 from watch.explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
-from watch.recorder import Recorder, read_recording
+from watch.recorder import read_recording
 from watch.roofline import Ceilings, Work, floors_ms
 
 
-def explainer_of(model, num_blocks=24, max_num_batched_tokens=64):
-    """An explainer around an engine over blocks of 4."""
+def explained_engine(model, num_blocks=24, max_num_batched_tokens=64):
+    """An engine over blocks of 4, and its explainer."""
     shape, dtype = model.config, model.wte.weight.dtype
     cache = KVCache(shape.n_layer, num_blocks, 4, shape.n_head, shape.head_dim, dtype)
     scheduler = Scheduler(BlockAllocator(num_blocks, 4), 8, max_num_batched_tokens, 64)
     engine = InferenceEngine(eager_forward(model, cache), cache, scheduler, shape.vocab_size)
-    return Explainer(engine, model)
+    return engine, explain_to(engine, model)
+
+
+def explain_to(engine, model):
+    explainer = Explainer(model, engine.cache, engine.forward)
+    engine.watchers.append(explainer)
+    return explainer
 
 
 def greedy(num_tokens, **more):
@@ -45,12 +53,8 @@ def greedy(num_tokens, **more):
 
 
 def run_all(engine):
-    """Token ids by request."""
-    written = {}
     while engine.has_unfinished():
-        outputs = engine.step().outputs
-        written |= {o.request_id: o.outputs[0].token_ids for o in outputs if o.finished}
-    return written
+        engine.step()
 
 
 def counts(explainer):
@@ -58,8 +62,8 @@ def counts(explainer):
     return [tuple(step[:5]) for step in explainer.steps]
 
 
-def counted(rows=1, samples=1, context=1, pairs=1, is_decode=True, step_ms=2.0, forward_ms=1.0):
-    return CountedStep(rows, samples, context, pairs, is_decode, step_ms, lambda: forward_ms)
+def counted(rows=1, samples=1, context=1, pairs=1, is_decode=True, measured_ms=2.0, host_ms=1.0):
+    return CountedStep(rows, samples, context, pairs, is_decode, measured_ms, host_ms)
 
 
 # ---- what a step has to do -----------------------------------------------------------------------
@@ -90,21 +94,31 @@ COUNTED = {
 def test_the_work_of_each_step_is_counted_by_hand(tiny_gpt, name):
     """Rows, sample rows, context tokens, pairs, and whether it is a decode step."""
     prompts, expected = COUNTED[name]
-    explainer = explainer_of(tiny_gpt(), max_num_batched_tokens=8)
+    engine, explainer = explained_engine(tiny_gpt(), max_num_batched_tokens=8)
     for num_tokens, num_written in prompts:
-        explainer.add_request(list(range(num_tokens)), greedy(num_written))
-    run_all(explainer)
+        engine.add_request(list(range(num_tokens)), greedy(num_written))
+    run_all(engine)
     assert counts(explainer) == expected
 
 
 def test_a_prompt_beside_a_decode_is_no_decode_step(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    explainer.add_request([5], greedy(2))
-    explainer.step()
-    explainer.add_request([6, 7], greedy(1, prompt_logprobs=1))
-    run_all(explainer)
-    # The prompt's own probabilities want the logits of both of its rows.
-    assert counts(explainer)[1:] == [(3, 3, 2 + 2, 2 + 3, False)]
+    engine, explainer = explained_engine(tiny_gpt())
+    engine.add_request([5], greedy(2))
+    engine.step()
+    engine.add_request([6, 7], greedy(1))
+    run_all(engine)
+    assert counts(explainer)[1:] == [(3, 2, 2 + 2, 2 + 3, False)]
+
+
+def test_a_scored_prompt_wants_the_logits_of_all_its_rows_as_the_forward_gave_them(tiny_gpt):
+    """Also the one whose second chunk leads to a token, and none of a decode's but one."""
+    engine, explainer = explained_engine(tiny_gpt(), max_num_batched_tokens=8)
+    forward, given = engine.forward, []
+    engine.forward = lambda batch: given.append(len(batch.sample_rows)) or forward(batch)
+    engine.add_request(list(range(11)), greedy(3, prompt_logprobs=1))
+    engine.add_request([6, 7], greedy(2))
+    run_all(engine)
+    assert [step.num_sample_rows for step in explainer.steps] == given == [8, 3 + 1, 2, 1]
 
 
 def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):
@@ -152,84 +166,76 @@ def test_packed_weights_are_counted_as_plain_ones(tiny_gpt, monkeypatch, dtype, 
 
 
 # ---- what it takes -------------------------------------------------------------------------------
-def test_the_forward_is_timed_and_what_the_step_has_more_is_the_hosts(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    forward = explainer.engine.forward
+def output_of(scheduled, sampled=1, **timings):
+    """The output of a step with (start, new tokens) of each sequence; `sampled` get a token."""
+    entries = []
+    for start, num_new_tokens in scheduled:
+        seq = Sequence(Request("0", [5] * 99, 0), 0, [5] * 99, 99, max_tokens=9, status=RUNNING)
+        seq.num_computed_tokens = start + num_new_tokens
+        entries.append(Scheduled(seq, start, num_new_tokens))
+    plan = Plan(entries, sampled=[entry.seq for entry in entries[:sampled]])
+    return StepOutput(plan, [], [], [], BlockCounts(), Timings(**timings))
 
-    def slow_forward(batch):
-        time.sleep(0.03)
-        return forward(batch)
 
-    def slow_strategy(sequences, logits):
-        time.sleep(0.05)
-        return sample_next(sequences, logits)
-
-    explainer.engine.forward = slow_forward
-    explainer.add_request([7, 3], greedy(1), strategy=slow_strategy)
-    output = explainer.step()
+def test_the_hosts_own_time_is_that_of_the_plan_and_of_the_update(tiny_gpt):
+    model = tiny_gpt()
+    _, explainer = explained_engine(model)
+    explainer(output_of([(0, 2)], schedule=1.5, forward=40.0, sample=8.0, update=0.5))
     (step,) = explainer.steps
-    assert step.step_ms == step.measured_ms == output.milliseconds
-    assert 30 <= step.forward_ms() <= step.step_ms - 50
-    work = explainer.work(step)
-    assert work.host_ms == step.step_ms - step.forward_ms() >= 50
-    assert work.kv_bytes == 2 * 2 * 2 * 64 * 4  # 2 tokens: K and V, 2 layers, 64 floats
-    assert work.weight_bytes == weight_bytes(tiny_gpt(), 2, 1) and work.launches is None
-    # On a GPU a step without tokens to sample ends before its forward does.
-    without_tokens = counted(step_ms=3.0, forward_ms=5.0)
-    assert without_tokens.measured_ms == 5.0 and explainer.work(without_tokens).host_ms == 0.0
+    assert (step.measured_ms, step.host_ms) == (50.0, 2.0)
+    assert explainer.work(step) == Work(
+        weight_bytes=weight_bytes(model, 2, 1),
+        kv_bytes=2 * 2 * 2 * 64 * 4,  # 2 tokens: K and V, 2 layers, 64 floats
+        operations=count_operations(model, step),
+        launches=None,
+        host_ms=2.0,
+    )
 
 
-def test_between_its_steps_the_engine_is_as_it_was(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    engine, forward, seen = explainer.engine, explainer.engine.forward, []
-
-    def watched(batch):
-        seen.append(engine.forward)
-        if len(seen) == 2:
-            raise RuntimeError("out of luck")
-        return forward(batch)
-
-    engine.forward = watched
-    explainer.add_request([7, 3, 9], greedy(2))
-    explainer.step()
-    assert engine.forward is watched and seen[0] is not watched
-    with pytest.raises(RuntimeError, match="out of luck"):
-        explainer.step()
-    assert engine.forward is watched
-    assert len(explainer.steps) == 1  # the one that raised is none
-    assert len(run_all(explainer)["0"]) == 2
+def test_a_step_that_ran_no_sequence_is_not_counted(tiny_gpt):
+    engine, explainer = explained_engine(tiny_gpt())
+    engine.abort(engine.add_request([7, 3], greedy(2)))
+    run_all(engine)
+    assert explainer.steps == []
+    with pytest.raises(ValueError, match="0 steps were counted"):
+        explainer.report()
 
 
-def test_the_explainer_changes_no_token_alone_or_under_a_recorder(tiny_gpt, tmp_path):
-    model, path = tiny_gpt(dtype=torch.float64), tmp_path / "steps.jsonl"
-
-    def written(wrap):
-        explainer = explainer_of(model, num_blocks=12, max_num_batched_tokens=12)
-        engine = wrap(explainer)
-        for prompt in ([7, 3, 9, 1, 4], list(range(20, 34)), [5, 5]):
-            engine.add_request(prompt, greedy(12))
-        return run_all(engine), explainer
-
-    bare, explainer = written(lambda explainer: explainer.engine)
-    assert explainer.scheduler.num_preemptions > 0
-    assert len({token for ids in bare.values() for token in ids}) > 5
-    explained, alone = written(lambda explainer: explainer)
-    recorded, under = written(lambda explainer: Recorder(explainer, path))
-    assert explained == recorded == bare
-    assert counts(under) == counts(alone)
-    assert len(read_recording(path)[1]) == len(alone.steps)
+def test_on_a_gpu_a_step_counts_if_the_host_waited_for_it_and_for_it_alone():
+    """A chunk without a token is not waited for, and the next step waits for both."""
+    outputs = [
+        output_of([(0, 8)], sampled=0, forward=1.0),
+        output_of([(8, 8)], sampled=0, forward=2.0),
+        output_of([(16, 4)], forward=3.0),
+        output_of([(20, 1)], forward=4.0),
+        output_of([(0, 5), (21, 1)], sampled=2, forward=5.0),
+    ]
+    counted_ms = {}
+    for is_cuda in (True, False):
+        explainer = Explainer(None, SimpleNamespace(pool=SimpleNamespace(is_cuda=is_cuda)), None)
+        for output in outputs:
+            explainer(output)
+        counted_ms[is_cuda] = [step.measured_ms for step in explainer.steps]
+    assert counted_ms == {True: [4.0, 5.0], False: [1.0, 2.0, 3.0, 4.0, 5.0]}
 
 
-def test_an_engine_that_plans_ahead_is_refused(tiny_gpt):
-    llm = LLM(tiny_gpt(), num_blocks=8, block_size=4, plan_ahead=True)
-    with pytest.raises(ValueError, match="steps that were planned ahead overlap"):
-        Explainer(llm.engine, llm.model)
+def test_of_steps_planned_ahead_those_count_that_launch_one_like_themselves(tiny_gpt):
+    """The first has the work of two steps, the last has none, and prompts have that of a decode."""
+    model = tiny_gpt()
+    llm = LLM(model, num_blocks=24, block_size=4, plan_ahead=True)
+    explainer = explain_to(llm.engine, model)
+    llm.generate([[7, 3, 9], [5, 5]], greedy(6, ignore_eos=True))
+    # The steps have 3 + 2, then 4 + 3, 5 + 4, .. 8 + 7 context tokens.
+    assert counts(explainer) == [(2, 2, n, n, True) for n in (7, 9, 11, 13)]
+    explainer.steps.clear()
+    llm.generate([[7, 3, 9], [5, 5]], greedy(3, repetition_penalty=1.5))  # cannot be planned ahead
+    assert counts(explainer) == [(5, 2, 5, 9, False), (2, 2, 7, 7, True), (2, 2, 9, 9, True)]
 
 
 def test_the_median_step_of_a_kind_is_one_that_was_run_and_the_first_warms_up(tiny_gpt):
-    explainer = explainer_of(tiny_gpt())
-    decodes = [counted(step_ms=ms) for ms in (900.0, 5.0, 3.0, 8.0, 9.0)]
-    prefills = [counted(4, is_decode=False, step_ms=ms) for ms in (70.0, 30.0, 20.0, 40.0)]
+    _, explainer = explained_engine(tiny_gpt())
+    decodes = [counted(measured_ms=ms) for ms in (900.0, 5.0, 3.0, 8.0, 9.0)]
+    prefills = [counted(4, is_decode=False, measured_ms=ms) for ms in (70.0, 30.0, 20.0, 40.0)]
     explainer.steps = [prefills[0], *decodes, *prefills[1:]]
     medians = explainer.median_steps()
     assert list(medians) == ["decode", "prefill"]
@@ -244,7 +250,7 @@ CEILINGS = Ceilings(bytes_per_ms=20e6, operations_per_ms=100e6, launch_ms=0.001)
 
 
 def explained(work, kind="decode", num_steps=57, step=None, ceilings=CEILINGS):
-    step = counted(step_ms=50.0, forward_ms=49.0) if step is None else step
+    step = counted(measured_ms=50.0) if step is None else step
     return Explained(kind, num_steps, step, work, floors_ms(work, ceilings))
 
 
@@ -285,8 +291,8 @@ measured / largest floor                        1.25                      1.30""
 
 
 def two_kinds(ceilings=CEILINGS):
-    decode = counted(12, 12, 6000, 6000, True, 58.5, 50.0)
-    prefill = counted(512, 1, 512, 131_328, False, 1200.0, 1190.0)
+    decode = counted(12, 12, 6000, 6000, True, 58.5, 8.5)
+    prefill = counted(512, 1, 512, 131_328, False, 1200.0, 10.0)
     a_decodes = Work(494_600_000, 442_400_000, 3_100_000_000, 150, 8.5)
     a_prefills = Work(497_700_000, 37_700_000, 92 * 10**9, None, 10.0)
     return [
@@ -312,10 +318,10 @@ def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt
 
     monkeypatch.setattr(explain, "measure_ceilings", ceilings)
     model = tiny_gpt()
-    explainer = explainer_of(model)
+    engine, explainer = explained_engine(model)
     for prompt in ([7, 3, 9, 1, 4], [5, 5]):
-        explainer.add_request(prompt, greedy(3))
-    run_all(explainer)
+        engine.add_request(prompt, greedy(3))
+    run_all(engine)
     explainer.steps = explainer.steps[:2]  # one of each kind
     lines = explainer.report()
     kinds = [
@@ -334,10 +340,9 @@ def test_a_report_is_the_ceilings_the_table_and_a_verdict_for_each_kind(tiny_gpt
 # ---- on a GPU ------------------------------------------------------------------------------------
 def test_a_rehearsal_touches_no_block_but_the_scratch_block(tiny_gpt):
     """It runs after the work, to count launches; requests that still hold blocks keep them."""
-    explainer = explainer_of(tiny_gpt())
-    engine = explainer.engine
-    explainer.add_request(list(range(10)), greedy(9))
-    explainer.step()
+    engine, explainer = explained_engine(tiny_gpt())
+    engine.add_request(list(range(10)), greedy(9))
+    engine.step()
     before = engine.cache.pool.clone()
     batch = explainer.rehearsal(counted(3, 3, context=31))
     assert batch.context_lens.tolist() == [10, 10, 10]
@@ -351,27 +356,11 @@ def test_a_rehearsal_touches_no_block_but_the_scratch_block(tiny_gpt):
 
 
 @needs_gpu
-def test_timing_a_forward_waits_for_nothing():
-    x = torch.randn(512, 512, device="cuda")
-    x @ x  # cuBLAS takes its workspace
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _, taken_ms = explain._timed(lambda batch: x @ x, None, is_on_gpu=True)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    torch.cuda.synchronize()
-    assert 0 < taken_ms() < 1000
-
-
-@needs_gpu
 def test_on_a_gpu_the_launches_of_a_decode_step_are_counted(tiny_gpt):
     model = copy.deepcopy(tiny_gpt()).cuda()
     llm = LLM(model, num_blocks=64)
-    explainer = Explainer(llm.engine, model)
-    explainer.add_request([1, 2, 3], greedy(5))
-    run_all(explainer)
+    explainer = explain_to(llm.engine, model)
+    llm.generate([1, 2, 3], greedy(5))
     # At least the 4 products of each of 2 layers and the logits; at most a few dozen a layer.
     assert 9 <= explainer.work(explainer.steps[-1]).launches <= 100
     assert any(line.startswith("launches") for line in explainer.report())
@@ -400,4 +389,13 @@ def test_generate_explains_its_steps_after_the_summary_and_writes_the_same_text(
     assert lines[5].split()[2:4] == [f"{read_mb:,.1f}", "MB"]
     for line, kind in zip(lines[-2:], ("decode", "prefill"), strict=True):
         assert re.fullmatch(rf"a {kind} step is \w+-bound, at [\d.,]+ times its floor: .*", line)
+    assert len(read_recording(path)[1]) == 6
+
+
+def test_generate_explains_and_records_steps_that_are_planned_ahead(tmp_path):
+    prompts, path = ["Once upon a time there was", "The fox"], tmp_path / "steps.jsonl"
+    out, err = run_main(*prompts, "--plan-ahead", "--explain", "--record", str(path))
+    assert out == run_main(*prompts)[0]
+    _, _, report = err.rpartition("tokens computed again\n\n")
+    assert report.splitlines()[1].split() == "decode, 4 steps".split()
     assert len(read_recording(path)[1]) == 6

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kv_cache import KVCache
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Continuation
+from speedups.plan_ahead import AheadEngine
 from watch.recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
 
 FIVE = [(6, 9), (10, 12), (3, 4), (5, 6), (8, 5)]  # prompt and written tokens: the pool runs dry
@@ -23,22 +25,29 @@ def always_zero(batch):
     return torch.zeros(len(batch.sample_rows), 2)
 
 
-def stand_in(forward=always_zero, max_num_batched_tokens=16):
+def stand_in(kind=InferenceEngine, forward=always_zero, max_num_batched_tokens=16):
     """An engine over 8 blocks of 4 with the real scheduler; its model always says token 0."""
     cache = KVCache(1, 8, 4, num_kv_heads=1, head_dim=1)
     scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens, max_seq_len=64)
-    return InferenceEngine(forward, cache, scheduler, vocab_size=2)
+    return kind(forward, cache, scheduler, vocab_size=2)
+
+
+def watched(path, **parts):
+    """A stand-in that is recorded."""
+    engine = stand_in(**parts)
+    engine.watchers.append(Recorder(engine.scheduler, path))
+    return engine
 
 
 def wanting(num_tokens, **more):
     return SamplingParams(temperature=0, max_tokens=num_tokens, **more)
 
 
-def run_all(recorder):
+def run_all(engine, path):
     """Step until all is done; the steps that were recorded."""
-    while recorder.has_unfinished():
-        recorder.step()
-    return read_recording(recorder.path)[1]
+    while engine.has_unfinished():
+        engine.step()
+    return read_recording(path)[1]
 
 
 @pytest.fixture
@@ -49,24 +58,24 @@ def path(tmp_path):
 @pytest.fixture
 def five(path):
     """A recorded run of five requests, with preemptions: the file."""
-    recorder = Recorder(stand_in(), path, model="a stand-in")
+    engine = watched(path)
     for prompt, written in FIVE:
-        recorder.add_request([1] * prompt, wanting(written))
-    run_all(recorder)
+        engine.add_request([1] * prompt, wanting(written))
+    run_all(engine, path)
     return path
 
 
 # ---- what is written -----------------------------------------------------------------------------
 def test_the_header_names_the_format_and_the_pool_and_replaces_what_stood_there(five):
-    Recorder(stand_in(), five, model="a stand-in", words="for a test")
+    Recorder(stand_in().scheduler, five, model="a stand-in", words="for a test")
     header = {"format": "PagedGPT recording", "version": 1, "num_blocks": 8, "block_size": 4}
     assert read_recording(five) == (header | {"model": "a stand-in", "words": "for a test"}, [])
 
 
 def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path):
-    recorder = Recorder(stand_in(), path)
-    recorder.add_request([1] * 6, wanting(2))
-    outputs = [recorder.step(), recorder.step()]
+    engine = watched(path)
+    engine.add_request([1] * 6, wanting(2))
+    outputs = [engine.step(), engine.step()]
     first, second = read_recording(path)[1]
     nothing = {"blocks_copied": 0, "blocks_hit": 0, "blocks_evicted": 0, "blocks_swapped": 0}
     nothing |= {"aborted": [], "preempted": [], "num_waiting": 0}
@@ -74,7 +83,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
     entry |= {"num_computed_tokens": 6, "finish_reason": None, "block_table": [0, 1]}
     assert first == nothing | {
         "step": 1,
-        "milliseconds": round(outputs[0].milliseconds, 3),
+        "milliseconds": round(outputs[0].timings.total, 3),
         "sequences": [entry],
         "added": [["0", 1]],
         "num_free": 6,
@@ -86,7 +95,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
     entry |= {"finish_reason": "length", "block_table": []}
     assert second == nothing | {
         "step": 2,
-        "milliseconds": round(outputs[1].milliseconds, 3),
+        "milliseconds": round(outputs[1].timings.total, 3),
         "sequences": [entry],
         "added": [],
         "num_free": 8,
@@ -95,14 +104,15 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
     }
 
 
-def test_every_line_says_what_the_scheduler_holds_after_its_step(path):
-    recorder = Recorder(stand_in(), path)
+@pytest.mark.parametrize("kind", [InferenceEngine, AheadEngine])
+def test_every_line_says_what_the_scheduler_holds_after_its_step(path, kind):
+    engine = watched(path, kind=kind)
     for prompt, written in FIVE:
-        recorder.add_request([1] * prompt, wanting(written))
+        engine.add_request([1] * prompt, wanting(written))
     live = []
-    while recorder.has_unfinished():
-        recorder.step()
-        scheduler = recorder.scheduler
+    while engine.has_unfinished():
+        engine.step()
+        scheduler = engine.scheduler
         tables = {seq.request.request_id: list(seq.block_table) for seq in scheduler.running}
         tokens = {seq.request.request_id: seq.num_computed_tokens for seq in scheduler.running}
         live.append((tables, tokens, scheduler.num_waiting, scheduler.allocator.num_free))
@@ -116,18 +126,20 @@ def test_every_line_says_what_the_scheduler_holds_after_its_step(path):
         num_held += step["blocks_taken"] - step["blocks_freed"]
         assert num_held == 8 - step["num_free"] == len(list(filter(None, holders(header, step))))
     assert recorded == live
+    # When the prompt of 6 is read, an engine that plans ahead has planned a token more.
+    assert recorded[0][1]["0"] == (7 if kind is AheadEngine else 6)
     assert len(steps) == 21 and scheduler.num_preemptions == 4
     assert sum(len(step["preempted"]) for step in steps) == 4
 
 
 def test_aborts_of_running_and_waiting_requests_stand_in_the_next_line(path):
-    recorder = Recorder(stand_in(max_num_batched_tokens=6), path)
+    engine = watched(path, max_num_batched_tokens=6)
     for _ in range(3):
-        recorder.add_request([1] * 6, wanting(6))
-    recorder.step()
-    assert recorder.abort("0") and recorder.abort("2")
-    assert not recorder.abort("0") and not recorder.abort("unheard of")
-    steps = run_all(recorder)
+        engine.add_request([1] * 6, wanting(6))
+    engine.step()
+    assert engine.abort("0") and engine.abort("2")
+    assert not engine.abort("0") and not engine.abort("unheard of")
+    steps = run_all(engine, path)
     assert [step["aborted"] for step in steps[:3]] == [[], ["0", "2"], []]
     assert strips(steps) == {("0", 0): "P      ", ("1", 0): ".Pddddd", ("2", 0): ".      "}
 
@@ -139,9 +151,9 @@ def test_two_sequences_that_share_a_block_both_name_it(path):
             return [Continuation(seq, [0]), Continuation(seq, [1])]
         return [Continuation(s, [0]) for s in [seq, *others]]
 
-    recorder = Recorder(stand_in(), path)
-    recorder.add_request([1] * 6, wanting(4), strategy=fork_once)
-    steps = run_all(recorder)
+    engine = watched(path)
+    engine.add_request([1] * 6, wanting(4), strategy=fork_once)
+    steps = run_all(engine, path)
     header = read_recording(path)[0]
     assert holders(header, steps[0]) == [["0", "0"], ["0", "0"], [], [], [], [], [], []]
     # The first to write into the shared tail copies it; the first block stays shared.
@@ -151,10 +163,12 @@ def test_two_sequences_that_share_a_block_both_name_it(path):
 
 
 def test_a_sequence_that_its_strategy_drops_ends_as_dropped(path):
-    recorder = Recorder(stand_in(), path)
-    recorder.add_request([1] * 6, wanting(4), strategy=lambda sequences, logits: [])
-    (step,) = run_all(recorder)
-    assert step["sequences"][0]["finish_reason"] == "dropped"
+    engine = watched(path)
+    keep_the_first = lambda sequences, logits: [Continuation(sequences[0], [0])]  # noqa: E731
+    params = SamplingParams(max_tokens=2, n=2)
+    engine.add_request([1] * 6, params, strategy=keep_the_first)
+    first, _ = run_all(engine, path)
+    assert [s["finish_reason"] for s in first["sequences"]] == [None, "dropped"]
 
 
 def test_an_interrupted_step_has_no_line_and_the_next_one_goes_on_from_there(path):
@@ -166,12 +180,12 @@ def test_an_interrupted_step_has_no_line_and_the_next_one_goes_on_from_there(pat
             raise KeyboardInterrupt
         return always_zero(batch)
 
-    recorder = Recorder(stand_in(interrupted), path)
-    recorder.add_request([1] * 6, wanting(5))
+    engine = watched(path, forward=interrupted)
+    engine.add_request([1] * 6, wanting(5))
     with pytest.raises(KeyboardInterrupt):
-        run_all(recorder)
+        run_all(engine, path)
     assert [step["step"] for step in read_recording(path)[1]] == [1, 2]
-    steps = run_all(recorder)
+    steps = run_all(engine, path)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     assert strips(steps) == {("0", 0): "PdPdd"}  # what was planned is computed again
 
@@ -245,12 +259,12 @@ def test_strips_are_lives_in_letters(five):
 
 
 def test_two_texts_for_one_prompt_are_two_lives_and_a_later_request_begins_with_blanks(path):
-    recorder = Recorder(stand_in(), path)
-    recorder.add_request([1] * 5, SamplingParams(max_tokens=4, n=2))
-    recorder.step()
-    recorder.step()
-    recorder.add_request([1] * 5, wanting(2))
-    steps = run_all(recorder)
+    engine = watched(path)
+    engine.add_request([1] * 5, SamplingParams(max_tokens=4, n=2))
+    engine.step()
+    engine.step()
+    engine.add_request([1] * 5, wanting(2))
+    steps = run_all(engine, path)
     assert steps[0]["added"] == [["0", 2]] and steps[2]["added"] == [["1", 1]]
     assert strips(steps) == {("0", 0): "Pddd", ("0", 1): "Pddd", ("1", 0): "  Pd"}
 
@@ -279,8 +293,24 @@ def test_a_file_without_a_header_is_no_recording(path, text):
         read_recording(path)
 
 
-def test_a_request_queued_before_the_recorder_came_is_there_from_its_first_step(path):
+def test_a_request_that_ran_before_the_recorder_came_is_there_from_its_next_step(path):
     engine = stand_in()
-    engine.add_request([1] * 6, wanting(2))
-    steps = run_all(Recorder(engine, path))
-    assert [step["added"] for step in steps] == [[], []] and strips(steps) == {("0", 0): "Pd"}
+    engine.add_request([1] * 6, wanting(3))
+    engine.step()
+    engine.watchers.append(Recorder(engine.scheduler, path))
+    steps = run_all(engine, path)
+    assert [step["added"] for step in steps] == [[], []] and strips(steps) == {("0", 0): "dd"}
+
+
+def test_when_the_disk_is_full_the_requests_go_on_without_the_recorder(path):
+    engine = watched(path)
+    (recorder,) = engine.watchers
+    engine.add_request([1] * 6, wanting(3))
+    engine.step()
+    recorder.path = Path("/dev/full")  # a device on which each write fails
+    with pytest.warns(UserWarning, match="No space left on device.*no longer watches"):
+        engine.step()
+    assert engine.watchers == []
+    (output,) = engine.step().finished
+    assert output.outputs[0].token_ids == [0, 0, 0]
+    assert len(read_recording(path)[1]) == 1  # what was written before is whole

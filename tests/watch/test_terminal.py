@@ -36,7 +36,7 @@ def test_the_peak_counts_blocks_that_are_freed_in_the_same_step(engine):
     meter = Meter(engine.scheduler, "")
     for prompt in ([1] * 6, [2] * 4):
         engine.add_request(prompt, greedy(1))
-    meter.add(engine.step())
+    meter(engine.step())
     assert not engine.has_unfinished() and meter.peak_blocks == 3
 
 
@@ -44,7 +44,7 @@ def test_utilisation_is_the_share_of_held_slots_that_hold_a_token(engine):
     meter = Meter(engine.scheduler, "")
     engine.add_request([1] * 6, greedy(4))
     for _ in range(3):  # 6, 7 and 8 tokens in 2 blocks of 4
-        meter.add(engine.step())
+        meter(engine.step())
     assert meter.utilisation == (6 + 7 + 8) / (3 * 8)
 
 
@@ -55,12 +55,14 @@ class Terminal(io.StringIO):
 
 def drawn(engine, monkeypatch, stream, seconds):
     """What is drawn when a run's steps end at these seconds."""
-    screen = Screen(Meter(engine.scheduler, ""), has_strip=True, stream=stream)
+    meter = Meter(engine.scheduler, "")
+    screen = Screen(meter, has_strip=True, stream=stream)
     engine.add_request([1] * 6, greedy(len(seconds)))
     for second in seconds:
-        screen.meter.add(engine.step())
+        output = engine.step()
+        meter(output)
         monkeypatch.setattr(terminal.time, "monotonic", lambda now=second: now)
-        screen.draw(is_last=not engine.has_unfinished())
+        screen(output)
         monkeypatch.undo()
     return stream.getvalue()
 
