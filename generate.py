@@ -256,6 +256,14 @@ def write_all(outputs: list[RequestOutput], llm: LLM, args: Namespace) -> None:
         args.out.write_text(f"{whole}\n", encoding="utf-8")
 
 
+def check_errors(outputs: list[RequestOutput]) -> None:
+    """Raise ValueError for a text that ended with an error; the others have been written."""
+    for number, output in enumerate(outputs, 1):
+        for completion in output.outputs:
+            if completion.error is not None:
+                raise ValueError(f"prompt {number}: {completion.error}")
+
+
 def check_flags(args: Namespace) -> None:
     """Raise ValueError for flags that would fail only after the texts are written."""
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
@@ -309,6 +317,7 @@ def run(args: Namespace) -> None:
     print(f"\n{meter.summary()}", file=sys.stderr)
     if explainer is not None:
         print("", *explainer.report(), sep="\n", file=sys.stderr)
+    check_errors(outputs)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -297,6 +297,22 @@ def test_a_run_that_would_fail_at_its_end_is_refused_before_it_begins(monkeypatc
     assert TOO_LATE[flags] in refusal("x", *flags.split())
 
 
+@pytest.mark.parametrize("prompts, written", [(["ab"], "ab\n"), (["ab", "cd"], "ab\n\ncd.+\n")])
+def test_a_text_that_ends_with_an_error_is_named_when_all_are_written(
+    bytes_model, monkeypatch, capsys, prompts, written
+):
+    def broken(*args, **kwargs):
+        llm = LLM(*args, **kwargs)
+        forward, nan = llm.engine.forward, float("nan")
+        llm.engine.forward = lambda batch: forward(batch).index_fill(0, torch.tensor(0), nan)
+        return llm
+
+    monkeypatch.setattr(generate, "LLM", broken)
+    with pytest.raises(SystemExit, match="generate.py: prompt 1: the logits are NaN"):
+        main([*prompts, "--model", str(bytes_model), "--max-tokens", "1", *SMALL_POOL])
+    assert re.fullmatch(written, capsys.readouterr().out, re.DOTALL)
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
     args = vars(parse_args(["a prompt"]))
