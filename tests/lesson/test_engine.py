@@ -6,13 +6,19 @@ the last bits. The models have weights of std 0.2, and their texts are asserted 
 distinct tokens: a model that repeats one token would pass every test.
 """
 
+import contextlib
+import copy
 import math
 import random
+import sys
+import threading
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
+from worlds import SEED
 
 from baselines import generate_no_cache
 from block_allocator import BlockAllocator
@@ -82,7 +88,7 @@ def run(engine, between_steps=lambda step: None):
             return finished
         step = engine.step()
         engine.scheduler.check_integrity()
-        finished |= {output.request_id: output for output in step.outputs if output.finished}
+        finished |= {output.request_id: output for output in step.finished}
         between_steps(step)
     pytest.fail("20,000 steps, and no end: a livelock")
 
@@ -296,7 +302,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence_and_leaves_nothing(tin
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
     assert not engine.has_unfinished() and engine.scheduler.num_waiting == 0
     assert engine.scheduler.allocator.num_free == 8
-    assert engine.step().outputs == []  # nor has it left anything to do
+    assert engine.step().added == []  # nor has it left anything to do
 
 
 def test_params_of_another_type_are_refused(tiny_gpt):
@@ -316,28 +322,90 @@ def test_an_abort_at_any_step_frees_the_blocks_and_changes_no_other_text(model, 
             want = dict(enumerate(expected.tokens))
             for prompt in PROMPTS:
                 engine.add_request(prompt, params)
-            seq = engine.output_processor._states[str(victim)].request.sequences[0]
-            finished = {}
+            request = engine.requests[str(victim)]
+            (seq,) = request.sequences
+            finished, aborted = {}, []
             for _ in range(at_step):
-                outputs = engine.step().outputs
-                finished |= {output.request_id: output for output in outputs if output.finished}
+                finished |= {output.request_id: output for output in engine.step().finished}
             states.add((seq.status, seq.num_preemptions > 0, seq.num_generated > 0))
             if str(victim) not in finished:
-                assert engine.abort(str(victim)) and seq.block_table == []
+                table = list(seq.block_table)
+                assert engine.abort(str(victim))
+                assert seq.block_table == table, "it takes effect when the next step begins"
                 del want[victim]
             assert not engine.abort(str(victim))
-            finished |= run(engine)
+            finished |= run(engine, lambda step: aborted.extend(step.aborted))
             assert {int(i): o.outputs[0].token_ids for i, o in finished.items()} == want
+            # One that was added and aborted before a step came is not reported at all.
+            assert aborted == [request] * (victim not in want and at_step > 0)
     assert {("waiting", False, False), ("waiting", True, True)} <= states
     assert {("running", False, False), ("running", False, True)} <= states
 
 
-def test_an_abort_ends_all_texts_of_a_request(model):
+def test_an_abort_ends_all_texts_of_a_request_when_the_next_step_begins(model):
     engine = build(model)
     request_id = engine.add_request(PROMPTS[2], SamplingParams(n=3, max_tokens=6))
     engine.step()
-    assert engine.abort(request_id) and not engine.has_unfinished()
-    assert run(engine) == {} and not engine.abort("no such id")
+    assert engine.abort(request_id) and engine.has_unfinished()
+    step = engine.step()
+    assert (step.plan.scheduled, step.deltas, step.finished, step.blocks.freed) == ([], [], [], 6)
+    assert [request.request_id for request in step.aborted] == ["0"]
+    assert not engine.has_unfinished() and not engine.abort("no such id")
+
+
+def test_an_abort_within_a_step_leaves_no_output_of_the_request(model):
+    """From a strategy, in the step that would have ended it: exactly one of the two ends it."""
+    engine = build(model)
+
+    def strategy(sequences, logits):
+        assert engine.abort("0") and not engine.abort("0")
+        return sample_next(sequences, logits)
+
+    engine.add_request(PROMPTS[2], SamplingParams(max_tokens=1), strategy=strategy)
+    step = engine.step()
+    assert (step.deltas, step.finished) == ([], []) and engine.has_unfinished()
+    assert engine.step().aborted and not engine.has_unfinished()
+
+
+def test_a_request_that_was_added_within_a_step_begins_in_the_next(model, expected):
+    engine = build(model)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+
+    def add_another(step):
+        if len(engine.requests) < 6 and len(step.added) == 1:
+            number = int(step.added[0].request_id) + 1
+            assert engine.add_request(PROMPTS[number], params) == str(number)
+            assert engine.scheduler.num_waiting == 0
+
+    engine.watchers.append(add_another)
+    engine.add_request(PROMPTS[0], params)
+    finished = run(engine)
+    assert [finished[str(i)].outputs[0].token_ids for i in range(6)] == expected.tokens
+
+
+def test_threads_add_and_abort_while_another_steps(tiny_gpt):
+    """Each request either ends with all its tokens or was aborted, and never both."""
+    engine = build_stub(lambda batch: torch.zeros(len(batch.sample_rows), 97), 97, num_blocks=200)
+    params = SamplingParams(temperature=0, max_tokens=5)
+    added, aborted, finished = [], [], {}
+
+    def client(seed):
+        numbers = random.Random(seed)
+        for _ in range(60):
+            added.append(engine.add_request([1, 2, 3], params))
+            victim = numbers.choice(added)
+            if numbers.random() < 0.5 and engine.abort(victim):
+                aborted.append(victim)
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(3)]
+    for thread in clients:
+        thread.start()
+    while any(thread.is_alive() for thread in clients):
+        finished |= {output.request_id: output for output in engine.step().finished}
+    finished |= run(engine)
+    assert len(added) == 180 and aborted
+    assert sorted([*finished, *aborted], key=int) == sorted(added, key=int)
+    assert all(len(output.outputs[0].token_ids) == 5 for output in finished.values())
 
 
 # ---- seeds ---------------------------------------------------------------------------------------
@@ -406,12 +474,17 @@ def test_a_request_ends_with_the_last_of_its_texts(model):
     engine = build(model)
     params = SamplingParams(n=5, seed=4, max_tokens=30, stop_token_ids=list(range(0, 97, 6)))
     engine.add_request(PROMPTS[2], params)
-    seen = []
-    output = run(engine, lambda step: seen.extend(step.outputs))["0"]
+    steps = []
+    output = run(engine, steps.append)["0"]
     lengths = [len(o.token_ids) for o in output.outputs]
-    assert min(lengths) < max(lengths) == len(seen)  # one output a step, until the longest ends
-    assert [o.finished for o in seen] == [False] * (len(seen) - 1) + [True]
+    assert min(lengths) < max(lengths) == len(steps)  # it is reported when the longest has ended
+    assert [step.finished for step in steps] == [[]] * (len(steps) - 1) + [[output]]
     assert [o.index for o in output.outputs] == [0, 1, 2, 3, 4]
+    # The deltas of all steps make up the texts, and each text's last one has the reason.
+    for o in output.outputs:
+        deltas = [d for step in steps for d in step.deltas if d.index == o.index]
+        assert [i for d in deltas for i in d.token_ids] == o.token_ids
+        assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + [o.finish_reason]
 
 
 # ---- how a text ends -----------------------------------------------------------------------------
@@ -586,30 +659,173 @@ def test_prompt_logprobs_beside_a_request_that_wants_none(model, expected):
 
 # ---- interruptions -------------------------------------------------------------------------------
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("part", ["forward", "strategy"])
+@pytest.mark.parametrize("part", ["forward", "draw"])
 @pytest.mark.parametrize("at_call", [1, 4, 12])
-def test_an_exception_in_a_step_loses_nothing(model, expected, log_softmax, at_call, part, error):
+def test_a_step_that_raises_is_undone_and_repeated(
+    model, expected, log_softmax, at_call, part, error
+):
     engine = build(model, max_num_batched_tokens=40)
-    function, calls = getattr(engine, part), iter(range(1, 10_000))
+    owner = {"forward": engine, "draw": engine.sampler}[part]
+    function, calls = getattr(owner, part), iter(range(1, 10_000))
 
     def failing(*args):
         if next(calls) == at_call:
             raise error
         return function(*args)
 
-    setattr(engine, part, failing)
+    setattr(owner, part, failing)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, prompt_logprobs=2)
     ids = [engine.add_request(prompt, params) for prompt in PROMPTS]
     finished = {}
     with pytest.raises(type(error)):
         while engine.has_unfinished():
-            step = engine.step()
-            finished |= {output.request_id: output for output in step.outputs if output.finished}
+            finished |= {output.request_id: output for output in engine.step().finished}
     engine.scheduler.check_integrity()
-    assert engine.has_unfinished()
+    assert engine.has_unfinished() and engine.scheduler.running == []  # all wait
+    assert engine.scheduler.allocator.num_free == 64
     finished |= run(engine)
     assert [finished[i].outputs[0].token_ids for i in ids] == expected.tokens
     assert_equal_prompt_logprobs([finished[i].prompt_logprobs for i in ids], log_softmax)
+
+
+LOOP_FILES = ("engine.py", "scheduler.py", "outputs.py", "block_allocator.py", "sequence.py")
+
+
+@contextlib.contextmanager
+def interrupted_at(line, counter):
+    """Ctrl-C before the line-th line that the loop's files run; `counter` counts the lines."""
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.endswith(LOOP_FILES):
+            return None
+        if event == "line":
+            counter[0] += 1
+            if counter[0] == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def interrupted_run(line):
+    """Texts, with each delta as it came, of a run that is interrupted once; and its lines."""
+    calls, counter = count(1), [0]
+
+    def forward(batch):
+        if next(calls) == 4:
+            raise RuntimeError("out of memory")  # so that the repair is interrupted too
+        return scripted([*b"abcdefghijklmnopq"])(batch)
+
+    engine = build_stub(forward, 257, num_blocks=9, tokenizer=BytesAndEnd())
+    engine.add_request([0], SamplingParams(temperature=0, max_tokens=8))
+    engine.add_request([0], SamplingParams(seed=1, top_k=1, max_tokens=9, n=2, stop="gh"))
+    fork = SamplingParams(temperature=0, max_tokens=7)
+    engine.add_request([0], fork, strategy=two_children(1))
+    engine.add_request([0], SamplingParams(temperature=0, max_tokens=12, logprobs=1))
+    finished, deltas, aborted = {}, {}, []
+    for number in range(100):
+        if not engine.has_unfinished():
+            assert engine.scheduler.allocator.num_free == 9 and engine.requests == {}
+            return finished, deltas, aborted, counter[0]
+        if number == 3:
+            engine.abort("3")
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt):
+            with interrupted_at(line, counter):
+                step = None
+                step = engine.step()
+        if step is not None:
+            engine.scheduler.check_integrity()
+            aborted += [request.request_id for request in step.aborted]
+            for o in step.finished:
+                assert o.request_id not in finished
+                finished[o.request_id] = [(t.text, t.token_ids, t.finish_reason) for t in o.outputs]
+            for delta in step.deltas:
+                key = delta.request_id, delta.index
+                deltas[key] = deltas.get(key, "") + delta.text
+    pytest.fail("100 steps, and no end")
+
+
+def test_ctrl_c_at_any_line_of_a_step_loses_no_token_and_reports_none_twice():
+    want, texts, aborted, num_lines = interrupted_run(-1)
+    assert want["0"] == [("abcdefgh", [*b"abcdefgh"], "length")]
+    assert want["1"] == [("abcdef", [*b"abcdefgh"], "stop")] * 2
+    assert [text for text, _, _ in want["2"]] == ["abcdefg", "a\0cdefg"]
+    assert (sorted(want), aborted) == (["0", "1", "2"], ["3"]) and num_lines > 3000
+    texts.pop(("3", 0))  # how far the aborted one came may differ
+    for line in random.Random(SEED).sample(range(1, num_lines), 120):
+        finished, deltas, aborted_again, _ = interrupted_run(line)
+        deltas.pop(("3", 0), None)
+        assert (finished, deltas, aborted_again) == (want, texts, aborted), line
+
+
+# ---- one sequence fails, the others do not -------------------------------------------------------
+def test_logits_that_are_nan_end_only_their_own_sequence(model, expected):
+    engine = build(model)
+    forward = engine.forward
+
+    def poisoned(batch):
+        logits = forward(batch)
+        if len(logits) == 6 and batch.positions[batch.sample_rows[2]] >= LENGTHS[2] + 4:
+            logits[2] = math.nan
+        return logits
+
+    engine.forward = poisoned
+    for prompt in PROMPTS:
+        engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
+    outputs = [output.outputs[0] for _, output in sorted(run(engine).items())]
+    bad = outputs[2]
+    assert (bad.token_ids, bad.finish_reason) == (expected.tokens[2][:5], "error")
+    assert bad.error == "the logits are NaN, +inf or all -inf: there is no token to choose"
+    others = [o.token_ids for o in outputs if o is not bad]
+    assert others == expected.tokens[:2] + expected.tokens[3:]
+    assert all(o.error is None for o in outputs if o is not bad)
+
+
+WRONG = {  # a strategy's continuations of `seq` -> what the error says
+    "it raises": (lambda seq: 1 / 0, "ZeroDivisionError: division by zero"),
+    "no list": (lambda seq: None, "TypeError"),
+    "no Continuation": (lambda seq: [(seq, [1])], "is no Continuation"),
+    "a stranger's": (lambda seq: [Continuation(copy.copy(seq), [1])], "of one of its sequences"),
+    "no token": (lambda seq: [Continuation(seq, [])], "a list of at least one id"),
+    "an unknown token": (lambda seq: [Continuation(seq, [97])], "ids are integers from 0 to 96"),
+    "a bool": (lambda seq: [Continuation(seq, [True])], "token id True"),
+    "no continuation at all": (lambda seq: [], "no continuation for any sequence"),
+    "a logprob too many": (lambda seq: [Continuation(seq, [1], [{}, {}])], "2 logprobs for 1"),
+    "a negative seed": (lambda seq: [Continuation(seq, [1], seed=-1)], "seed is -1"),
+}
+
+
+@pytest.mark.parametrize("continuations, message", WRONG.values(), ids=WRONG)
+def test_a_strategy_that_fails_ends_its_own_request(model, expected, continuations, message):
+    engine = build(model)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    engine.add_request(PROMPTS[0], params, strategy=lambda seqs, logits: continuations(seqs[0]))
+    engine.add_request(PROMPTS[1], params)
+    finished = run(engine)
+    (failed,) = finished["0"].outputs
+    assert (failed.token_ids, failed.finish_reason) == ([], "error")
+    assert failed.error.startswith("the request's strategy failed") and message in failed.error
+    assert finished["1"].outputs[0].token_ids == expected.tokens[1]
+
+
+# ---- watchers ------------------------------------------------------------------------------------
+def test_watchers_see_each_output_once_and_one_that_raises_is_removed(model):
+    seen = []
+    engine = build(model, watchers=[seen.append])
+
+    def broken(step):
+        raise RuntimeError("no disk")
+
+    engine.watchers.append(broken)
+    with pytest.warns(UserWarning, match="no disk.*no longer watches"):
+        steps = []
+        generate(engine, PROMPTS[:2], steps.append, max_tokens=3)
+    assert seen == steps and engine.watchers == [seen.append]
 
 
 # ---- strategies: forks, drops, drafts ------------------------------------------------------------
@@ -656,7 +872,7 @@ def test_a_fork_copies_one_block_if_its_tail_is_partly_filled_and_none_if_it_is_
     output = run(engine, steps.append)["0"]
     assert [o.token_ids for o in output.outputs] == fork_oracle(model, prompt, at, 10)
     assert [o.index for o in output.outputs] == [0, 1]
-    assert sum(step.blocks_copied for step in steps) == copies
+    assert sum(step.blocks.copied for step in steps) == copies
 
 
 @pytest.mark.parametrize("options", [{"max_num_batched_tokens": 5}, {"num_blocks": 9}], ids=str)
@@ -672,7 +888,7 @@ def test_forks_under_preemption_write_the_same_and_all_blocks_are_counted(model,
 
     def preempt_one(step):
         steps.append(step)
-        held = sum(step.blocks_taken - step.blocks_freed for step in steps)
+        held = sum(step.blocks.taken - step.blocks.freed for step in steps)
         assert held == allocator.num_blocks - allocator.num_free
         if len(scheduler.running) > 1 and numbers.random() < 0.5:
             scheduler.preempt(numbers.choice(scheduler.running))  # the next step counts its blocks
@@ -748,10 +964,10 @@ def test_a_step_names_its_sequences_and_counts_its_blocks(model):
     def look(step):
         plan = step.plan
         spans = [(e.seq.request.request_id, e.start, e.num_new_tokens) for e in plan.scheduled]
-        with_token = [output.request_id for output in step.outputs]
+        with_token = [delta.request_id for delta in step.deltas]
         assert [seq.request.request_id for seq in plan.sampled] == with_token
-        assert step.milliseconds > 0
-        got.append((spans, with_token, step.blocks_taken, step.blocks_freed))
+        assert min(step.timings) > 0 and step.timings.total == sum(step.timings)
+        got.append((spans, with_token, step.blocks.taken, step.blocks.freed))
 
     run(engine, look)
     assert got == [
