@@ -6,6 +6,7 @@ that reads a block that was not copied, not computed again or is another sequenc
 token is a function of the text: a preempted sequence must write what it would have written alone.
 """
 
+import math
 import random
 from collections import Counter
 
@@ -511,33 +512,170 @@ def test_forks_beyond_max_num_seqs_take_their_turns():
     assert [s.num_generated for s in (seq, *children)] == [3, 3, 3, 3]
 
 
-# ---- a plan that is not carried out --------------------------------------------------------------
-def test_undo_puts_everything_back_to_waiting():
-    loop = Loop(budget=9)
-    one, two = loop.add("A", 3, 5), loop.add("B", 12, 2)
-    loop.step()
-    plan = loop.scheduler.schedule()  # planned, and interrupted before anything was computed
-    assert rows(plan) == [("A", 3, 1), ("B", 6, 6)]
-    loop.scheduler.undo(plan)
-    assert [s.status for s in (one, two)] == ["waiting", "waiting"]
-    assert loop.scheduler.running == [] and loop.all_blocks_are_free()
-    assert loop.scheduler.num_recomputed_tokens == 3 + 6, "what was planned was never computed"
+# ---- a step that is planned while the one before runs --------------------------------------------
+def test_a_step_planned_ahead_computes_the_tokens_that_are_in_flight():
+    """A and B decode and C is in the middle of its prompt. A's next token is its last one."""
+    loop = Loop(budget=6)
+    one, two, three = loop.add("A", 2, 2), loop.add("B", 3, 9), loop.add("C", 7, 9)
+    loop.step()  # A [0, 2), B [0, 3) and one token of C; A and B have one generated token each
+    first = loop.scheduler.schedule()
+    assert rows(first) == [("A", 2, 1), ("B", 3, 1), ("C", 1, 4)]
+    # Nothing has come back. B's token at position 4 is unknown and is computed all the same.
+    second = loop.scheduler.schedule(in_flight=1)
+    assert rows(second) == [("B", 4, 1), ("C", 5, 2)]
+    assert names(second.sampled) == ["B", "C"]
+    assert len(two.token_ids) == 4 and two.num_computed_tokens == 5
+    assert (two.block_table, three.block_table) == ([1, 4], [2, 3])
+    loop.scheduler.update(first, [Continuation(one, [7]), Continuation(two, [8])])
+    assert (one.finish_reason, two.token_ids[4:]) == ("length", [8])
+    loop.scheduler.update(second, [Continuation(two, [9]), Continuation(three, [9])])
+    assert rows(loop.scheduler.schedule()) == [("B", 5, 1), ("C", 7, 1)]
+
+
+# ---- a step that is taken back -------------------------------------------------------------------
+def scramble(scheduler):
+    """What an interruption may leave behind, and worse: no book is right."""
+    scheduler.running[:] = scheduler.running[1:] * 2
+    scheduler._waiting.clear()
+    scheduler.num_waiting = 99
+    scheduler.allocator._free.clear()
+    scheduler.allocator._ref_counts[:] = [7] * scheduler.allocator.num_blocks
+
+
+def undo(loop, plan):
+    """What the engine does after an exception."""
+    loop.scheduler.take_back(plan)
+    loop.scheduler.rebuild(loop.requests)
     loop.slots.clear()
-    assert rows(loop.step()) == [("A", 0, 4), ("B", 0, 5)]
+    loop.check()
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_a_step_is_taken_back_and_all_books_are_made_again_from_the_tokens(is_updated):
+    loop = Loop(budget=9)
+    one, two, three = loop.add("A", 3, 5), loop.add("B", 12, 2), loop.add("C", 3, 1)
+    loop.update(loop.schedule(), [Continuation(one, [next_token(one.token_ids)], [-0.9])])
+    plan = loop.scheduler.schedule()
+    assert rows(plan) == [("A", 3, 1), ("B", 6, 6), ("C", 0, 2)]
+    if is_updated:  # A forks and its child ends
+        futures = [Continuation(one, [7], [-0.5]), Continuation(one, [8] * 9, [-0.5] * 9)]
+        loop.scheduler.update(plan, futures)
+        assert names(plan.ended) == ["A1", "B"] and names(plan.forked) == ["A1"]
+    scramble(loop.scheduler)
+    undo(loop, plan)
+    assert [s.status for s in (one, two, three)] == ["waiting"] * 3
+    assert one.request.sequences == [one] and (one.logprobs, two.finish_reason) == ([-0.9], None)
+    assert loop.scheduler.running == [] and loop.all_blocks_are_free()
+    assert rows(loop.step()) == [("A", 0, 4), ("B", 0, 5)]  # in their old order
     loop.run_to_the_end()
     assert one.token_ids == written_alone(range(1000, 1003), 5)
     assert two.token_ids == written_alone(range(2000, 2012), 2)
 
 
-def test_undo_leaves_alone_a_sequence_that_has_ended_meanwhile():
+def test_a_sequence_that_was_aborted_meanwhile_is_not_brought_back():
     loop = Loop()
     one, two = loop.add("A", 3, 5), loop.add("B", 3, 2)
     plan = loop.schedule()
     loop.scheduler.finish(one, "abort")
-    loop.scheduler.undo(plan)
+    undo(loop, plan)
     assert (one.status, two.status) == ("finished", "waiting")
     loop.run_to_the_end()
     assert two.num_generated == 2 and loop.all_blocks_are_free()
+
+
+# ---- functions of a caller -----------------------------------------------------------------------
+def returns(value):
+    return lambda seq: value
+
+
+def raises(seq):
+    raise KeyError("user")
+
+
+REFUSED = {  # of the second request: policy, reserve -> the error
+    "a key without an order": (returns(None), reserve_now, "the policy .* failed: TypeError"),
+    "a key that is no number": (returns((math.nan, 1)), reserve_now, "nan has no order"),
+    "a string beside numbers": (returns("b"), reserve_now, "key 'b' cannot be compared"),
+    "a longer key": (returns((1, 2)), reserve_now, r"key \(1, 2\) cannot be compared"),
+    "a policy that raises": (raises, reserve_now, r"failed: KeyError\('user'\)"),
+    "no reservation": (returns(1), returns(None), "the reserve function returned None"),
+    "half a token": (returns(1), returns(2.5), "the reserve function returned 2.5"),
+    "a reserve that raises": (returns(1), raises, r"failed: KeyError\('user'\)"),
+}
+
+
+@pytest.mark.parametrize("policy, reserve, message", REFUSED.values(), ids=REFUSED)
+def test_a_policy_or_reserve_that_cannot_be_used_is_refused_and_leaves_nothing(
+    policy, reserve, message
+):
+    loop = Loop(policy=returns(0))
+    first = loop.add("A", 3, 4)
+    loop.scheduler.policy, loop.scheduler.reserve = policy, reserve
+    with pytest.raises(ValueError, match=message):
+        loop.add("B", 3, 4)
+    loop.scheduler.policy, loop.scheduler.reserve = returns(0.5), reserve_now
+    assert loop.scheduler.num_waiting == 1
+    loop.add("C", 3, 4)  # 0.5 and 0 are numbers: they can be compared
+    loop.run_to_the_end()
+    assert first.token_ids == written_alone(range(1000, 1003), 4)
+
+
+def test_the_policy_is_asked_once_for_each_sequence():
+    asked = []
+
+    def policy(seq):
+        asked.append(name(seq))
+        return seq.request.arrival, seq.index
+
+    loop = Loop(policy=policy)
+    seq = loop.add("A", 3, 6)
+    loop.add("B", 3, 6)
+    fork(loop, seq, [11], [12])
+    loop.scheduler.preempt(seq)
+    loop.run_to_the_end()
+    assert asked == ["A", "B", "A1"]
+
+
+@pytest.mark.parametrize("reserve", [returns(1), returns(-5)])
+def test_a_reservation_below_what_a_sequence_has_is_raised_to_that(reserve):
+    """The loop's slots lie in the block table only, and each is written before it is read."""
+    loop = Loop(budget=5, reserve=reserve)
+    one, two = loop.add("A", 7, 6), loop.add("B", 9, 6)
+    loop.run_to_the_end()
+    assert one.token_ids == written_alone(range(1000, 1007), 6)
+    assert two.token_ids == written_alone(range(2000, 2009), 6)
+
+
+def test_a_function_that_fails_later_ends_its_own_sequence_with_an_error():
+    loop = Loop(num_blocks=12)
+    one, two, three = (loop.add(request_id, 4, 6) for request_id in "ABC")
+    loop.step()
+
+    def reserve(seq):
+        return 1 / 0 if seq is one else len(seq.token_ids)
+
+    def policy(seq):
+        return (seq.request.arrival, 1) if seq.index == 0 else None
+
+    loop.scheduler.reserve, loop.scheduler.policy = reserve, policy
+    (child,) = fork(loop, two, [11], [12])
+    loop.run_to_the_end()
+    assert (one.finish_reason, one.num_generated) == ("error", 2)
+    assert one.error.startswith("the reserve function failed: ZeroDivisionError")
+    assert (child.finish_reason, child.error[:18]) == ("error", "the policy failed:")
+    assert [seq.finish_reason for seq in (two, three)] == ["length", "length"]
+
+
+def test_entries_of_aborted_sequences_leave_the_queue_when_they_outnumber_the_others():
+    loop = Loop()
+    sequences = [loop.add(str(i), 3, 2) for i in range(100)]
+    for i, seq in enumerate(sequences):
+        if i % 10:
+            loop.scheduler.finish(seq, "abort")
+            assert len(loop.scheduler._waiting) <= 2 * loop.scheduler.num_waiting + 8
+    assert loop.scheduler.num_waiting == 10
+    started = [name(seq) for _ in range(9) for seq in loop.step().started]
+    assert started == [str(i) for i in range(0, 100, 10)]
 
 
 # ---- an allocator that finds computed blocks again -----------------------------------------------
@@ -546,9 +684,12 @@ class RememberingAllocator(BlockAllocator):
 
     def __init__(self, num_blocks, block_size):
         super().__init__(num_blocks, block_size)
-        self.known = {}  # the text up to the end of a block -> the block
         self.asked = []
         self.published = []
+
+    def reset(self):
+        super().reset()
+        self.known = {}  # the text up to the end of a block -> the block
 
     def match_prefix(self, token_ids, salt=None):
         self.asked.append(list(token_ids))
@@ -628,7 +769,7 @@ class ForgetfulAllocator(RememberingAllocator):
 
 
 class SchedulerGame(RuleBasedStateMachine):
-    """Random add, step, fork, abort, preempt and undo; the loop checks all that a step reads."""
+    """Random add, step, fork, abort, preempt, interruption; the loop checks all that is read."""
 
     @initialize(
         num_blocks=st.integers(2, 10),
@@ -659,7 +800,8 @@ class SchedulerGame(RuleBasedStateMachine):
             self.loop.add(name, prompt, max_tokens, stop_token_ids=stop_token_ids)
 
     @rule(
-        data=st.data(), interruption=st.sampled_from(["none", "none", "preempt", "abort", "undo"])
+        data=st.data(),
+        interruption=st.sampled_from(["none", "none", "preempt", "abort", "before", "after"]),
     )
     def step(self, data, interruption):
         loop = self.loop
@@ -673,10 +815,14 @@ class SchedulerGame(RuleBasedStateMachine):
                 length = data.draw(st.sampled_from([1, 1, 3]))
                 if i == 0 or len(seq.request.sequences) < 6:
                     futures.append(Continuation(seq, [next_token(seq.token_ids) % 20 + i] * length))
-        if interruption == "undo":
-            loop.scheduler.undo(plan)
-            loop.check()
-            return loop.forget()
+        if interruption in ("before", "after"):  # of the update, which is then taken back
+            token_ids = {seq: list(seq.token_ids) for seq in self.sequences()}
+            if interruption == "after":
+                loop.scheduler.update(plan, futures)
+            scramble(loop.scheduler)
+            undo(loop, plan)
+            assert {seq: seq.token_ids for seq in self.sequences()} == token_ids
+            return
         running = list(loop.scheduler.running)
         if running and interruption == "preempt":
             loop.scheduler.preempt(data.draw(st.sampled_from(running)))
