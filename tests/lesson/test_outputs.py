@@ -14,10 +14,10 @@ from torch.nn.functional import one_hot
 from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import KVCache
-from outputs import OutputProcessor, StreamDecoder
+from outputs import StreamDecoder
 from sampling import Logprob, SamplingParams
 from scheduler import Scheduler
-from sequence import Continuation, Request, Sequence
+from sequence import Continuation
 
 WITHOUT_DEADLINE = settings(deadline=None)
 # Characters are cut into tokens as GPT-2 cuts them. "ab" is a token like its letters, so that
@@ -213,28 +213,19 @@ def engine_that_writes(*texts, tokenizer=TOKENIZER, num_blocks=100, max_num_batc
 
 
 def stream(engine, prompt=(0,), **params):
-    """All outputs of one request, one a step."""
+    """The texts that the steps report for one request, by sequence; and its final output."""
     params = {"temperature": 0, "max_tokens": 300} | params
-    request_id = engine.add_request(list(prompt), SamplingParams(**params))
-    outputs = []
+    engine.add_request(list(prompt), SamplingParams(**params))
+    pieces = {}
     while engine.has_unfinished():
         step = engine.step()
         engine.scheduler.check_integrity()
-        for output in step.outputs:
-            assert output.request_id == request_id
-            outputs.append(output)
-    return outputs
-
-
-def deltas(texts):
-    """What is new in each text; every text must begin with the one before."""
-    before = ""
-    new = []
-    for text in texts:
-        assert text.startswith(before), (before, text)
-        new.append(text[len(before) :])
-        before = text
-    return new
+        for delta in step.deltas:
+            pieces.setdefault(delta.index, []).append(delta.text)
+    (output,) = step.finished
+    for completion in output.outputs:
+        assert "".join(pieces[completion.index]) == completion.text
+    return pieces, output
 
 
 TEXTS = {
@@ -254,9 +245,9 @@ TEXTS = {
 def test_an_unfinished_character_of_the_prompt_is_not_continued_in_the_text():
     """The prompt ends with the first byte of an emoji; that is the prompt's text."""
     engine = engine_that_writes(b"", "\x9f\x90\x89!".encode("latin-1"))
-    outputs = stream(engine, prompt=[1, 0xF0], max_tokens=3)
+    _, output = stream(engine, prompt=[1, 0xF0], max_tokens=3)
     # The model goes on at position 1: bytes 0x90 and 0x89 alone are no characters.
-    assert outputs[-1].outputs[0].text == "\ufffd\ufffd!"
+    assert output.outputs[0].text == "\ufffd\ufffd!"
 
 
 def test_streamed_texts_are_those_decoded_at_once_and_do_not_mix():
@@ -267,19 +258,39 @@ def test_streamed_texts_are_those_decoded_at_once_and_do_not_mix():
     ids = [engine.add_request([i], params) for i in range(len(texts))]
     streams = {request_id: [] for request_id in ids}
     while engine.has_unfinished():
-        for output in engine.step().outputs:
-            streams[output.request_id].append(output.outputs[0].text)
+        for delta in engine.step().deltas:
+            streams[delta.request_id].append(delta.text)
     for request_id, written in zip(ids, texts, strict=True):
         want = written.decode("utf-8", errors="replace")
-        assert "".join(deltas(streams[request_id])) == want
+        assert "".join(streams[request_id]) == want
         assert len(streams[request_id]) == len(written) + 1  # one a token, and the end of text
     assert engine.scheduler.num_preemptions > 0
 
 
 def test_without_a_tokenizer_the_text_is_empty():
-    outputs = stream(engine_that_writes(b"abc", tokenizer=None))
-    assert [output.outputs[0].text for output in outputs] == [""] * 4
-    assert outputs[-1].outputs[0].token_ids == [*b"abc", EOS]
+    pieces, output = stream(engine_that_writes(b"abc", tokenizer=None))
+    assert pieces == {0: [""] * 4}
+    assert output.outputs[0].token_ids == [*b"abc", EOS]
+
+
+@pytest.mark.parametrize("params", [{}, {"stop": "猫"}, {"n": 3, "temperature": 1, "stop": "🐉!"}])
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_delta_gives_the_same_text_read_at_once_late_twice_or_never(times, params):
+    """`times`: how often each is read in its own step; at the end all are read again."""
+    engine = engine_that_writes("a猫🐉ab 猫🐉!".encode())
+    params = {"temperature": 0, "max_tokens": 40} | params
+    engine.add_request([0], SamplingParams(**params))
+    steps, early = [], []
+    while engine.has_unfinished():
+        steps.append(engine.step())
+        for _ in range(times):
+            early.append([delta.text for delta in steps[-1].deltas])
+    late = [[delta.text for delta in step.deltas] for step in steps]
+    assert early == [texts for texts in late for _ in range(times)]
+    for completion in steps[-1].finished[0].outputs:
+        pieces = [d.text for step in steps for d in step.deltas if d.index == completion.index]
+        assert "".join(pieces) == completion.text
+        assert completion.text == ("a" if params.get("stop") == "猫" else completion.text) != ""
 
 
 # ---- a stop string ends a sequence ---------------------------------------------------------------
@@ -305,11 +316,10 @@ ENDS = {  # what is written, params -> text, finish_reason, stop_reason, number 
 
 @pytest.mark.parametrize("written, params, text, finish, stop, length", ENDS.values(), ids=ENDS)
 def test_a_text_ends_with_its_reasons(written, params, text, finish, stop, length):
-    outputs = stream(engine_that_writes(written), **params)
-    final = outputs[-1].outputs[0]
+    _, output = stream(engine_that_writes(written), **params)  # the pieces make up the text
+    (final,) = output.outputs
     assert (final.text, final.finish_reason, final.stop_reason) == (text, finish, stop)
     assert len(final.token_ids) == length
-    assert "".join(deltas([output.outputs[0].text for output in outputs])) == text
 
 
 def test_a_stop_string_frees_the_blocks_in_the_same_step():
@@ -319,10 +329,10 @@ def test_a_stop_string_frees_the_blocks_in_the_same_step():
     ended = False
     while not ended:
         step = engine.step()
-        ended = any(output.finished for output in step.outputs)
+        ended = bool(step.finished)
         held = [seq.request.request_id for seq in engine.scheduler.running]
         assert held == (["1"] if ended else ["0", "1"])
-    assert step.blocks_freed == 3  # 12 of its 13 tokens were computed
+    assert step.blocks.freed == 3  # 12 of its 13 tokens were computed
     assert engine.scheduler.allocator.num_free == 100 - 3
 
 
@@ -336,28 +346,63 @@ def test_one_text_of_several_stops_and_the_others_go_on():
         return logits
 
     engine.forward = forward
-    outputs = stream(engine, n=4, temperature=1.0, seed=864, stop=" ", max_tokens=100)
-    final = outputs[-1].outputs
+    _, output = stream(engine, n=4, temperature=1.0, seed=864, stop=" ", max_tokens=100)
+    final = output.outputs
     assert all(o.stop_reason == " " and " " not in o.text for o in final)
     assert [len(o.token_ids) for o in final] == [len(o.text) + 1 for o in final]
     assert len({len(o.text) for o in final}) > 1
-    for index in range(4):
-        deltas([output.outputs[index].text for output in outputs])
+
+
+def test_a_stop_string_that_begins_before_a_fork_is_found_in_both_texts():
+    """At "EN" the text forks: the parent completes "END", the child goes on, and meets it later."""
+    engine = engine_that_writes(b"x EN? END")
+
+    def strategy(sequences, logits):
+        likeliest = logits.argmax(-1).tolist()
+        continuations = [Continuation(s, [i]) for s, i in zip(sequences, likeliest, strict=True)]
+        if sequences[0].num_generated == 4 and len(sequences) == 1:
+            parent = sequences[0]  # two tokens at once: the second is cut off
+            return [Continuation(parent, [*b"D!"]), Continuation(parent, [*b"? "], seed=7)]
+        return continuations
+
+    params = SamplingParams(temperature=0, max_tokens=40, stop="END")
+    engine.add_request([0], params, strategy=strategy)
+    texts = {}
+    while engine.has_unfinished():
+        step = engine.step()
+        for delta in step.deltas:
+            texts[delta.index] = texts.get(delta.index, "") + delta.text
+    parent, child = step.finished[0].outputs
+    assert (parent.text, bytes(parent.token_ids), parent.stop_reason) == ("x ", b"x END", "END")
+    assert (child.text, bytes(child.token_ids), child.stop_reason) == (
+        "x EN? ",
+        b"x EN? END",
+        "END",
+    )
+    # A fork is new to a client: its first delta has its whole text. The parent had sent "x " too.
+    assert texts == {0: "x ", 1: "x EN? "}
 
 
 # ---- what an output holds ------------------------------------------------------------------------
-def test_an_output_is_not_changed_by_later_steps():
+def test_an_output_can_be_asked_for_at_any_time_and_is_not_changed_by_later_steps():
     engine = engine_that_writes(b"abcdef")
-    outputs = stream(engine, logprobs=1)
+    request_id = engine.add_request([0], SamplingParams(temperature=0, logprobs=1, max_tokens=99))
+    outputs = []
+    while engine.has_unfinished():
+        request = engine.requests[request_id]
+        finished = engine.step().finished
+        outputs.append(engine.output_processor.request_output(request))
+    assert [o.outputs[0].text for o in outputs] == ["abcdef"[:n] for n in range(1, 7)] + ["abcdef"]
     assert [len(o.outputs[0].token_ids) for o in outputs] == [1, 2, 3, 4, 5, 6, 7]
     assert [len(o.outputs[0].logprobs) for o in outputs] == [1, 2, 3, 4, 5, 6, 7]
     assert [o.outputs[0].finish_reason for o in outputs] == [None] * 6 + ["stop"]
     assert [o.finished for o in outputs] == [False] * 6 + [True]
+    assert finished == outputs[-1:]
 
 
 def test_the_logprobs_of_a_token_carry_its_text():
     engine = engine_that_writes("h🐉".encode())
-    final = stream(engine, prompt=[0, ord("h")], logprobs=0, prompt_logprobs=0)[-1]
+    _, final = stream(engine, prompt=[0, ord("h")], logprobs=0, prompt_logprobs=0)
     names = [entry.decoded_token for step in final.outputs[0].logprobs for entry in step.values()]
     # The script goes on at the prompt's second token: the four bytes of the emoji, then the end.
     assert names == ["\ufffd"] * 4 + ["<|endoftext|>"]
@@ -367,18 +412,18 @@ def test_the_logprobs_of_a_token_carry_its_text():
 
 def test_each_of_several_tokens_of_one_step_is_named_in_the_logprobs():
     """An accepted draft has more than one token, and each gets its decoded_token."""
-    scheduler = Scheduler(BlockAllocator(8, 4), 4, 64, 64)
-    processor = OutputProcessor(scheduler, TOKENIZER)
-    request = Request("0", [1], arrival=0, params=SamplingParams(logprobs=0))
-    request.sequences = [Sequence(request, 0, [1], num_prompt_tokens=1, max_tokens=9)]
-    scheduler.add(request)
-    processor.add(request, None)
-    for draft in (b"a", b"bcd", b"ef"):
-        plan = scheduler.schedule()
-        logprobs = [{token_id: Logprob(-0.5, 1)} for token_id in draft]
-        scheduler.update(plan, [Continuation(plan.sampled[0], list(draft), logprobs)])
-        (output,) = processor.process(plan, started=0.0)
-    completion = output.outputs[0]
+    engine = engine_that_writes(b"")
+    drafts = iter([b"a", b"bcd", b"ef"])
+
+    def strategy(sequences, logits):
+        draft = next(drafts)
+        return [Continuation(sequences[0], [*draft], [{i: Logprob(-0.5, 1)} for i in draft])]
+
+    params = SamplingParams(temperature=0, logprobs=0, max_tokens=6)
+    engine.add_request([0], params, strategy=strategy)
+    while engine.has_unfinished():
+        step = engine.step()
+    (completion,) = step.finished[0].outputs
     names = [entry.decoded_token for step in completion.logprobs for entry in step.values()]
     assert "".join(names) == completion.text == "abcdef"
     assert completion.cumulative_logprob == -0.5 * 6
@@ -392,11 +437,11 @@ def test_the_times_of_a_request_are_in_order():
     steps = []
     while engine.has_unfinished():
         steps.append(engine.step())
-    assert [len(step.outputs) for step in steps] == [0, 0, 1, 1]
-    times = steps[-1].outputs[0].metrics
+    assert [len(step.deltas) for step in steps] == [0, 0, 1, 1]
+    times = steps[-1].finished[0].metrics
     assert times.arrival_time <= times.first_scheduled_time
     waited_ms = (times.first_token_time - times.first_scheduled_time) * 1e3
-    assert waited_ms >= steps[0].milliseconds + steps[1].milliseconds
+    assert waited_ms >= steps[0].timings.total + steps[1].timings.total
     assert times.first_token_time < times.finished_time
 
 
@@ -405,6 +450,6 @@ def test_preemptions_are_counted_for_their_request():
     ids = [engine.add_request([i], SamplingParams(temperature=0)) for i in range(3)]
     metrics = {}
     while engine.has_unfinished():
-        metrics |= {o.request_id: o.metrics for o in engine.step().outputs if o.finished}
+        metrics |= {o.request_id: o.metrics for o in engine.step().finished}
     counts = [metrics[request_id].num_preemptions for request_id in ids]
     assert counts[0] == 0 and sum(counts) == engine.scheduler.num_preemptions > 0
