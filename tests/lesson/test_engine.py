@@ -10,13 +10,13 @@ import contextlib
 import copy
 import math
 import random
-import sys
 import threading
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interrupts import interrupted_at
 from transformers import GPT2LMHeadModel
 from worlds import SEED
 
@@ -688,28 +688,7 @@ def test_a_step_that_raises_is_undone_and_repeated(
     assert_equal_prompt_logprobs([finished[i].prompt_logprobs for i in ids], log_softmax)
 
 
-LOOP_FILES = ("engine.py", "scheduler.py", "outputs.py", "block_allocator.py", "sequence.py")
-
-
-@contextlib.contextmanager
-def interrupted_at(line, counter):
-    """Ctrl-C before the line-th line that the loop's files run; `counter` counts the lines."""
-
-    def trace(frame, event, argument):
-        if not frame.f_code.co_filename.endswith(LOOP_FILES):
-            return None
-        if event == "line":
-            counter[0] += 1
-            if counter[0] == line:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+LOOP = ("engine.py", "scheduler.py", "outputs.py", "block_allocator.py", "sequence.py")
 
 
 def interrupted_run(line):
@@ -735,7 +714,7 @@ def interrupted_run(line):
         if number == 3:
             engine.abort("3")
         with contextlib.suppress(RuntimeError, KeyboardInterrupt):
-            with interrupted_at(line, counter):
+            with interrupted_at(line, LOOP, counter):
                 step = None
                 step = engine.step()
         if step is not None:
@@ -792,7 +771,7 @@ WRONG = {  # a strategy's continuations of `seq` -> what the error says
     "no Continuation": (lambda seq: [(seq, [1])], "is no Continuation"),
     "a stranger's": (lambda seq: [Continuation(copy.copy(seq), [1])], "of one of its sequences"),
     "no token": (lambda seq: [Continuation(seq, [])], "a list of at least one id"),
-    "an unknown token": (lambda seq: [Continuation(seq, [97])], "ids are integers from 0 to 96"),
+    "an unknown token": (lambda seq: [Continuation(seq, [97])], "token id 97: ids are integers"),
     "a bool": (lambda seq: [Continuation(seq, [True])], "token id True"),
     "no continuation at all": (lambda seq: [], "no continuation for any sequence"),
     "a logprob too many": (lambda seq: [Continuation(seq, [1], [{}, {}])], "2 logprobs for 1"),

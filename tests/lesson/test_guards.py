@@ -5,7 +5,7 @@ the command line. And the command line loads no file that it does not use.
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_a_step_is_planned_ahead_only_if_the_draw_needs_no_earlier_token(name):
         logits = torch.linspace(-1, 1, 8)[None]
         row = row_of(**{name: OTHER_VALUE[name]})
         assert edit_logits(logits, [row]) is logits
-        earlier = row._replace(token_ids=[5, 6, 7, 0])
+        earlier = replace(row, token_ids=[5, 6, 7, 0])
         assert torch.equal(draw_tokens(logits, [row])[0], draw_tokens(logits, [earlier])[0])
 
 

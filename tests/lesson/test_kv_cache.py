@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from block_allocator import BlockAllocator
-from kv_cache import KVCache, Row, make_batch, write_kv
+from kv_cache import KVCache, Row, advance, make_batch, write_kv
 
 BLOCK_SIZES = [1, 2, 3, 4, 7, 16]
 
@@ -107,6 +109,49 @@ def test_a_table_may_be_longer_than_its_tokens():
     batch = make_batch([row], block_size=2, scratch_block=4)
     assert batch.block_tables.tolist() == [[3, 1, 2]]
     assert batch.slot_mapping.tolist() == [6, 7]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    block_size=st.integers(1, 7),
+    num_steps=st.integers(1, 40),
+    reserved=st.integers(0, 3),
+    is_known=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_decode_step_that_is_advanced_is_the_batch_made_anew(
+    lengths, block_size, num_steps, reserved, is_known
+):
+    """Tables grow by random blocks, some before they are needed; so does the width of all."""
+    free = iter(shuffled_blocks(500, seed=num_steps))
+    sequences = [list(range(100 * i, 100 * i + n)) for i, n in enumerate(lengths)]
+    tables = [[] for _ in lengths]
+
+    def batch_of_now():
+        for table, token_ids in zip(tables, sequences, strict=True):
+            while len(table) * block_size < len(token_ids):
+                table += [next(free) for _ in range(1 + (reserved if len(table) % 2 else 0))]
+        rows = [Row(ids, len(ids) - 1, 1, t, 1) for ids, t in zip(sequences, tables, strict=True)]
+        return make_batch(rows, block_size, scratch_block=500)
+
+    batch = batch_of_now()
+    for step in range(num_steps):
+        for token_ids in sequences:
+            token_ids.append(1000 + step)
+        fresh, before = vars(batch_of_now()), batch.input_ids.clone()
+        ids = [token_ids[-1] for token_ids in sequences]
+        advance(batch, ids if is_known else None, tables, block_size, 500)
+        fresh["input_ids"] = fresh["input_ids"] if is_known else before
+        for name, value in vars(batch).items():
+            if name == "block_tables":  # it may be wider or narrower, but in scratch blocks only
+                for got, table, token_ids in zip(value.tolist(), tables, sequences, strict=True):
+                    num_blocks = -(-len(token_ids) // block_size)
+                    assert got[:num_blocks] == table[:num_blocks]
+                    assert set(got[num_blocks:]) <= {500, *table[num_blocks:]}
+            elif isinstance(value, torch.Tensor):
+                assert torch.equal(value, fresh[name]) and value.dtype == fresh[name].dtype, name
+            else:
+                assert value == fresh[name], name
 
 
 @pytest.mark.parametrize(
