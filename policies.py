@@ -8,12 +8,11 @@ smallest key runs first; the largest is preempted first:
     arrival      1   2   3   4   5            the pool is full: sequence 3 is preempted, not 1,
                 [running  ] [waiting]         and returns before 4, because its key is smaller
 
-Three rules for a key. While a sequence waits, its key must not change: the waiting queue is a heap,
-which stores the key that the sequence had when it entered. While a sequence runs, its key must not
-change either: other sequences enter the running list by binary search, and that needs a list which
-is sorted by the present keys. (A key may change when its sequence starts or is preempted.) And the
-sequence with the smallest key must keep the smallest key until it ends. Otherwise two sequences
-could take blocks from each other for ever, and neither would end.
+The scheduler asks a policy once for each sequence, when the sequence is added, and keeps the key.
+So a key never changes, and the sequence with the smallest key keeps it until it ends. (With keys
+that change, two sequences could take blocks from each other for ever, and neither would end.) One
+rule is left: any two keys must be comparable. A key is a number, a string, or a tuple of those, in
+the same places for all sequences. The scheduler refuses None, NaN, and a string beside numbers.
 
 Kwon et al. 2023, "PagedAttention", SOSP, arXiv:2309.06180, section 4.5 (first come first served;
 the latest arrival is preempted first; a sequence's blocks go all or not at all).

@@ -283,7 +283,7 @@ def write_samples(folder: Path, held_out: list[str]) -> list[str]:
         engine.add_request(prompt, SamplingParams(**common, seed=seed))
     texts = {}
     while engine.has_unfinished():
-        finished = [output for output in engine.step().outputs if output.finished]
+        finished = engine.step().finished
         texts |= {int(output.request_id): output.outputs[0].text for output in finished}
     # Each sample on one line, because Markdown drops single line breaks.
     lines = [re.sub(r"\s+", " ", texts[index]) for index in range(len(prompts))]

@@ -157,7 +157,7 @@ def paged_way(llm: LLM) -> Way:
         while llm.engine.has_unfinished():
             output = llm.engine.step()
             plan = output.plan
-            tokens = {numbers[o.request_id]: o.outputs[0].token_ids[-1] for o in output.outputs}
+            tokens = {numbers[d.request_id]: d.token_ids[-1] for d in output.deltas}
             # Counted from the plan: sequences that ended in this step have freed their blocks.
             held = sum(allocator.blocks_needed(start + n) for _, start, n in plan.scheduled)
             yield Step(tokens, plan.num_tokens, held * block_bytes, len(plan.preempted))

@@ -385,7 +385,7 @@ class RealEngine:
     def step(self) -> tuple[Plan, float, Any]:
         """Run one step: its plan, its milliseconds, and what `look` returned."""
         output = self.engine.step()
-        return output.plan, output.milliseconds, self._seen
+        return output.plan, output.timings.total, self._seen
 
 
 class Machine:

@@ -695,7 +695,7 @@ def test_profiles_are_of_decode_steps_alone_and_leave_the_engine_empty(tmp_path,
         for _ in range(num_steps):
             step()
         running, is_ahead = llm.engine.scheduler.running, llm.config.plan_ahead
-        assert not is_ahead or llm.engine._in_flight is not None, "too few free blocks to go ahead"
+        assert not is_ahead or llm.engine._flight is not None, "too few free blocks to go ahead"
         seen.append((llm, len(running), {len(seq.token_ids) for seq in running}))
         return count(EVENTS, num_steps=2)
 
