@@ -46,6 +46,7 @@ from sampling import (
     SamplingParams,
     child_seed,
     collect_logprobs,
+    copy_to_host,
     draw_tokens,
 )
 from scheduler import Scheduler
@@ -103,17 +104,17 @@ def sample_next(
     rows = rows or rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = collect_logprobs(logits, rows, token_ids, peaks)
-    return one_token_each(sequences, token_ids, peaks, logprobs)
+    return one_token_each(sequences, *copy_to_host(token_ids, peaks), logprobs)
 
 
 def one_token_each(
     sequences: list[Sequence],
-    token_ids: Tensor,  # (B,) int64
+    token_ids: Tensor,  # (B,) int64, in host memory as the next one
     peaks: Tensor,  # (B,), each row's largest logit
     logprobs: list | None = None,
 ) -> list[Continuation]:
     """A continuation for each sequence: its token, or an error if its logits were not finite."""
-    is_finite = np.isfinite(peaks.double().cpu().numpy())  # (B,)
+    is_finite = np.isfinite(peaks.double().numpy())  # (B,)
     ids = token_ids.tolist()
     if is_finite.all() and not any(logprobs or ()):
         # The same as Continuation(seq, [token_id]) in half the time, 256 times a step.

@@ -51,6 +51,7 @@ from sampling import (
     draw_tokens,
     draw_weights,
     edit_logits,
+    split_drawn,
 )
 
 # A kernel may read a global only if it is a constexpr.
@@ -409,9 +410,11 @@ def draw_tokens_triton(
     rows = as_rows(rows)
     assert logits.ndim == 2 and len(rows) == logits.shape[0], (logits.shape, len(rows))
     scores = edit_logits(logits, rows)
-    peaks = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    token_ids, peaks = split_drawn(
+        torch.empty(12 * len(rows), dtype=torch.uint8, device=logits.device)
+    )
     tensors = row_tensors(rows, logits.shape[1], logits.device)
-    return sample_triton(scores, *tensors, peaks=peaks), peaks
+    return sample_triton(scores, *tensors, out=token_ids, peaks=peaks), peaks
 
 
 # --------------------------------------------------------------------------------------------------

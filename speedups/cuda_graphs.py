@@ -37,7 +37,7 @@ from torch import Tensor
 
 from kernels.triton_sampling import ROW_INPUTS, draw_tokens_triton, row_tensors
 from kv_cache import Batch, KVCache
-from sampling import LOW_32, SampleRow
+from sampling import LOW_32, SampleRows, split_drawn
 
 # Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and
 # attention skips padded rows, so more sizes would save little. Each size takes a recording.
@@ -190,15 +190,6 @@ def views_of(
     return views
 
 
-def split_drawn(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (n,) int64 and peaks (n,) float32 that share the bytes of `drawn`, (12 n,) uint8.
-
-    The bytes may be those of a GraphForward, or a copy of them in host memory.
-    """
-    num_rows = len(drawn) // 12
-    return drawn[: 8 * num_rows].view(torch.int64), drawn[8 * num_rows :].view(torch.float32)
-
-
 @dataclass
 class RecordedStep:
     """A recorded decode step of one size."""
@@ -291,7 +282,7 @@ class GraphForward:
         return self._replay(self.steps[size], batch)[: len(batch.context_lens)]
 
     @torch.inference_mode()
-    def decode(self, batch: Batch, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
+    def decode(self, batch: Batch, rows: SampleRows) -> tuple[Tensor, Tensor]:
         """The next tokens (M,) of the batch's sample rows, and their peaks (M,), without a wait.
 
         The result is that of `draw_tokens_triton` on the logits. Where the step is recorded, so is
@@ -357,13 +348,11 @@ class GraphForward:
         replay = self.launcher.record(run)
         return RecordedStep(host, batch, source, target, replay, num_rows=size, num_columns=0)
 
-    def _replay(
-        self, step: RecordedStep, batch: Batch, rows: list[SampleRow] | None = None
-    ) -> Tensor:
+    def _replay(self, step: RecordedStep, batch: Batch, rows: SampleRows | None = None) -> Tensor:
         """Logits (size, V) of a batch's rows and the padded ones; `rows` if tokens are wanted."""
         self.launcher.wait()  # the copy of the step before may still be reading the host's bytes
         if self.sampler is not None:
-            self._fill_draws(step, rows or [])
+            self._fill_draws(step, rows or SampleRows([]))
         self._fill(step, batch)
         self.launcher.send(step.target, step.source)
         if batch.input_ids.device.type != "cpu":  # drawn by the step before, unknown to the host
@@ -391,7 +380,7 @@ class GraphForward:
         step.num_rows = num_rows
         step.num_columns = num_columns
 
-    def _fill_draws(self, step: RecordedStep, rows: list[SampleRow]) -> None:
+    def _fill_draws(self, step: RecordedStep, rows: SampleRows) -> None:
         """Write what the sampler needs; rows that draw no token get zeros, which are greedy."""
         # The vocabulary's size is not known here; any top_k of 31 bits will do.
         columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))

@@ -41,7 +41,7 @@ from engine import Draw, InferenceEngine, eager_forward, one_token_each
 from kv_cache import Batch, KVCache, to_device
 from model import GPT, GPTConfig
 from outputs import Clock, StepOutput
-from sampling import SampleRows, SamplingParams, draw_tokens
+from sampling import SampleRows, SamplingParams, copy_to_host, draw_tokens
 from scheduler import Scheduler
 from sequence import FINISHED, RUNNING, Continuation, Plan, Request, Sequence
 
@@ -161,11 +161,8 @@ class AheadEngine(InferenceEngine):
         if before is not None:
             batch = take_tokens(batch, plan, before)
         token_ids, peaks = self.decode(batch, self.sampler.rows(plan.sampled))
-        # Copies to the host, in the stream's order: after this step and before the next one.
-        arriving = (
-            token_ids.to("cpu", non_blocking=True, copy=True),
-            peaks.to("cpu", non_blocking=True, copy=True),
-        )
+        # Copied in the stream's order: after this step and before the next one.
+        arriving = copy_to_host(token_ids, peaks, non_blocking=True)
         arrival = torch.cuda.Event() if token_ids.is_cuda else None
         if arrival is not None:
             arrival.record(torch.cuda.current_stream(token_ids.device))

@@ -26,7 +26,7 @@ from kernels.triton_prefill import write_kv_triton
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
-from sampling import SampleRow, SamplingParams, draw_tokens
+from sampling import SampleRow, SamplingParams, draw_tokens, split_drawn
 from speedups import cuda_graphs
 from speedups.cuda_graphs import (
     SIZES,
@@ -36,7 +36,6 @@ from speedups.cuda_graphs import (
     plan_layout,
     recorded_sizes,
     rehearse,
-    split_drawn,
     views_of,
 )
 
