@@ -456,10 +456,12 @@ class InferenceEngine:
         try:
             self.requests[request.request_id] = request
             self._inbox.append(request)
+            return request.request_id
         except BaseException:  # Ctrl-C: the caller gets no id, so nothing is kept
+            request.end["by"] = "abort"  # in case that another thread has queued it by now
+            self._inbox.append(request)
             self.requests.pop(request.request_id, None)
             raise
-        return request.request_id
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         """The sequence of one of the `n` texts that a request asks for."""
@@ -490,22 +492,29 @@ class InferenceEngine:
         After True no output of it is returned. Its blocks are freed when the next step begins.
         """
         request = self.requests.get(request_id)
-        if request is None or request.end:
+        if request is None:
             return False
-        # The step may end the same request in this moment. Only one of the two may have done it.
-        if request.end.setdefault("by", "abort") != "abort":
-            return False
-        self._inbox.append(request)
-        return True
+        # The step, or an abort in another thread or in a signal handler, may end the same request
+        # in this moment. The object of the first one stays: only one of them has done it.
+        claim = object()
+        try:
+            is_first = request.end.setdefault("by", claim) is claim
+            if is_first:
+                self._inbox.append(request)
+            return is_first
+        except BaseException:  # Ctrl-C: the caller gets no answer, so the request goes on
+            if request.end.get("by") is claim:
+                request.end.clear()
+            raise
 
     def _take_requests(self) -> None:
         """Let the scheduler know what was added and aborted. `step` begins with it."""
         for _ in range(len(self._inbox)):  # what comes meanwhile is for the next step
             # An interruption may come at any line. The entry goes last, so that it is taken again.
             request = self._inbox[0]
-            if request.end:
+            if request.is_aborted:
                 self._drop(request)
-            elif request.request_id in self.requests and not request.is_queued:
+            elif not request.is_queued:
                 self._queue(request)
             self._inbox.popleft()
 

@@ -290,7 +290,7 @@ class StepOutput:
                 self.tokenizer,
             )
             for seq, start, end in self.plan.extended
-            if seq.request.end.get("by") != "abort"
+            if not seq.request.is_aborted
         ]
 
 

@@ -69,9 +69,14 @@ class Request:
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     is_queued: bool = False  # the scheduler has it
-    # Who ended it, "step" or "abort", under the key "by". The first one wins, in any thread:
-    # dict.setdefault is one step of the interpreter.
-    end: dict[str, str] = field(default_factory=dict)
+    # Who ended it, under the key "by": "step", or an object of the call that aborted it. The first
+    # one wins, in any thread: dict.setdefault is one step of the interpreter.
+    end: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether an abort has ended it."""
+        return self.end.get("by", "step") != "step"
 
 
 @dataclass(eq=False, slots=True)
