@@ -404,7 +404,8 @@ class InferenceEngine:
         if self._output is None and self._plan is not None:
             self.scheduler.take_back(self._plan)
         self._plan = self._carried = None
-        requests = [request for request in self.requests.values() if request.is_queued]
+        # `list` copies in one step of the interpreter: another thread may add a request meanwhile.
+        requests = [request for request in list(self.requests.values()) if request.is_queued]
         for request in requests:
             if request.end.get("by") == "step" and self._output is None:
                 request.end.clear()  # that step is undone
