@@ -252,6 +252,7 @@ class InferenceEngine:
         self._is_whole = True  # False in a step, and after an exception until the repair
         self._plan: Plan | None = None  # of the step that runs
         self._output: StepOutput | None = None  # of a step that is done and not handed over
+        self._unshown: list[Watcher] = []  # that have not seen this output yet
         self._carried: Inputs | None = None  # of the last decode step; the next may change them
 
     # ---- the loop ----
@@ -359,8 +360,8 @@ class InferenceEngine:
         try:
             if self._output is None:
                 with torch.inference_mode():  # nothing is recorded for gradients
-                    self._output = self.run_step()
-                self._show(self._output)
+                    self._unshown, self._output = list(self.watchers), self.run_step()
+            self._show(self._output)
             self._commit(self._output)
             self._is_whole = True
             # No call between here and the caller's assignment: Python looks for a signal at calls.
@@ -386,12 +387,14 @@ class InferenceEngine:
         self._counted = self._totals
 
     def _show(self, output: StepOutput) -> None:
-        """Call the watchers. They see each output once at most."""
-        for watcher in list(self.watchers):
+        """Call the watchers. Each sees an output once, also if the call of another is interrupted."""
+        while self._unshown:
+            # No call between the two lines: see `step`.
+            watcher, *self._unshown = self._unshown
             try:
                 watcher(output)
             except Exception as error:
-                self.watchers.remove(watcher)
+                self.watchers[:] = [other for other in self.watchers if other is not watcher]
                 warnings.warn(f"{watcher} raised {error!r}: it no longer watches", stacklevel=2)
 
     def _repair(self) -> None:
