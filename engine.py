@@ -359,7 +359,9 @@ class InferenceEngine:
         output = None
         try:
             if self._output is None:
-                with torch.inference_mode():  # nothing is recorded for gradients
+                # torch.inference_mode() without its functions in Python: nothing is recorded for
+                # gradients, and Ctrl-C cannot come between entering the mode and this block.
+                with torch._C._InferenceMode(True):
                     self._unshown, self._output = list(self.watchers), self.run_step()
             self._show(self._output)
             self._commit(self._output)
