@@ -102,18 +102,14 @@ class AheadEngine(InferenceEngine):
 
     # ---- requests ----
     def _queue(self, request: Request) -> None:
-        super()._queue(request)
-        if self._needs_past(request):
+        # First, because an interruption may come between the two, and a set takes an id twice.
+        if request.strategy is not self.sampler or not needs_no_past(request.params):
             self._must_wait_for.add(request.request_id)
-
-    def _needs_past(self, request: Request) -> bool:
-        return request.strategy is not self.sampler or not needs_no_past(request.params)
+        super()._queue(request)
 
     def _repair(self) -> None:
         self._flight = None  # its rows are computed again; what it still writes is overwritten
         super()._repair()
-        queued = [request for request in self.requests.values() if request.is_queued]
-        self._must_wait_for = {r.request_id for r in queued if self._needs_past(r)}
 
     # ---- the loop ----
     def run_step(self) -> StepOutput:
