@@ -45,13 +45,15 @@ def reserve_now(seq: Sequence) -> int:
 def key_shape(key: Any) -> Any:
     """What two keys must have in common to be comparable: (3, "a") -> (Real, str).
 
-    Raises TypeError for a key that has no order: None, or a NaN.
+    Raises TypeError for anything but numbers, strings, and tuples of them, and for a NaN.
     """
     if isinstance(key, tuple):
         return tuple(key_shape(part) for part in key)
-    if not key <= key:  # raises TypeError for None; a NaN is not even equal to itself
-        raise TypeError(f"{key!r} has no order")
-    return numbers.Real if isinstance(key, numbers.Real) else type(key)
+    if isinstance(key, str):
+        return str
+    if not isinstance(key, numbers.Real) or key != key:  # a NaN is not even equal to itself
+        raise TypeError(f"the key {key!r} has no order: numbers, strings and tuples of them have")
+    return numbers.Real
 
 
 class Scheduler:
@@ -283,7 +285,10 @@ class Scheduler:
     def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
         """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool."""
         try:
-            wanted = self.allocator.blocks_needed(max(num_tokens, self.reserve(seq)))
+            reserved = self.reserve(seq)
+            if type(reserved) is not int:
+                raise TypeError(f"it returned {reserved!r}: an int is needed")
+            wanted = self.allocator.blocks_needed(max(num_tokens, reserved))
         except Exception as error:  # a caller's function: it ends this sequence, and no other
             seq.error = f"the reserve function failed: {error!r}"
             wanted = self.allocator.blocks_needed(num_tokens)
