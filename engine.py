@@ -27,7 +27,7 @@ NUM_BLOCKS = 7: B and C are preempted, compute their tokens again, and write the
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import NamedTuple
 
@@ -131,6 +131,17 @@ def one_token_each(
     ]
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ValueError unless this can be called, and can be a key of a dict (see `Groups`)."""
+    try:
+        hash(strategy)
+        is_usable = callable(strategy)
+    except Exception:
+        is_usable = False
+    if not is_usable:
+        raise ValueError(f"strategy is {strategy!r}: it must be callable and hashable")
+
+
 def ask(
     strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
 ) -> list[Continuation]:
@@ -139,7 +150,8 @@ def ask(
     If it raises, or returns what cannot be applied, its own sequences end with an error.
     """
     try:
-        continuations = list(strategy(sequences, logits))
+        # It gets a list of its own: the engine keeps the other one for the next step.
+        continuations = list(strategy(list(sequences), logits))
         check_continuations(continuations, sequences, vocab_size)
         return continuations
     except Exception as error:
@@ -438,8 +450,10 @@ class InferenceEngine:
         the pool.
         """
         params = SamplingParams() if params is None else params
-        if strategy is not None and not (callable(strategy) and isinstance(strategy, Hashable)):
-            raise ValueError(f"strategy is {strategy!r}: it must be callable and hashable")
+        if strategy is None:
+            strategy = self.sampler
+        else:
+            check_strategy(strategy)
         prompt_token_ids = self._check_prompt(prompt, params)
         number = next(self._numbers)
         request = Request(
@@ -450,7 +464,7 @@ class InferenceEngine:
             user=user,
             deadline=deadline,
             params=params,
-            strategy=strategy or self.sampler,
+            strategy=strategy,
             eos_token_id=self.eos_token_id,
             prompt=prompt if isinstance(prompt, str) else None,
         )

@@ -156,6 +156,16 @@ class Continuation(NamedTuple):
     error: str | None = None  # a sentence: there is no token to append, and the sequence ends
 
 
+def check_logprobs(c: Continuation) -> None:
+    """Raise ValueError unless each token of a continuation has a dict in which it stands itself."""
+    if not isinstance(c.logprobs, list) or len(c.logprobs) != len(c.token_ids):
+        raise ValueError(f"logprobs is {c.logprobs!r}: a list with one entry a token is needed")
+    for token_id, entry in zip(c.token_ids, c.logprobs):
+        is_right = isinstance(entry, dict) and token_id in entry
+        if not is_right or not all(hasattr(value, "decoded_token") for value in entry.values()):
+            raise ValueError(f"logprobs has {entry!r}: a dict of Logprob with {token_id} is needed")
+
+
 def check_continuations(
     continuations: list[Continuation], sequences: list[Sequence], vocab_size: int
 ) -> None:
@@ -168,13 +178,15 @@ def check_continuations(
     for c in continuations:
         if not isinstance(c, Continuation) or c.parent not in parents:
             raise ValueError(f"{c!r} is no Continuation of one of its sequences")
+        if not isinstance(c.error, str | None) or c.stop_string is not None:
+            raise ValueError(f"error is {c.error!r}, stop_string {c.stop_string!r}: text, and None")
         if not isinstance(c.token_ids, list) or not (c.token_ids or c.error):
             raise ValueError(f"token_ids is {c.token_ids!r}: a list of at least one id is needed")
         unknown = [i for i in c.token_ids if type(i) is not int or not 0 <= i < vocab_size]
         if unknown:
             raise ValueError(f"token id {unknown[0]!r}: ids are integers below {vocab_size}")
-        if c.logprobs is not None and len(c.logprobs) != len(c.token_ids):
-            raise ValueError(f"{len(c.logprobs)} logprobs for {len(c.token_ids)} tokens")
+        if c.logprobs is not None:
+            check_logprobs(c)
         if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
             raise ValueError("logprobs is None, and the request asked for them")
         if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
