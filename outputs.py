@@ -343,7 +343,9 @@ class OutputProcessor:
         end = 0
         for (seq, start, _), count in zip(plan.scheduled, counts, strict=True):
             end += count  # the sequence's rows are [end - count, end)
-            if seq.request.prompt_logprobs is not None and seq.index == 0:
+            scores = seq.request.prompt_logprobs
+            # After an error the next chunk would not follow on what is scored.
+            if scores is not None and seq.index == 0 and seq.error is None:
                 try:
                     self._score_prompt(seq.request, start, logits[end - count : end])
                 except ValueError as error:  # NaN: this sequence ends, the others do not
