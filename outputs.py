@@ -218,7 +218,13 @@ class Delta:
         num_prompt_tokens = self.seq.num_prompt_tokens
         first, end = self.first - num_prompt_tokens, self.end - num_prompt_tokens
         text = "".join(decoder.pieces[first:end])
-        return text if self.finish_reason is None else text + decoder.finish()
+        if self.finish_reason is None:
+            return text
+        if decoder.tail is None:
+            self.seq.decoder = None  # as in `decode`: an interruption leaves no decoder
+            decoder.finish()
+            self.seq.decoder = decoder
+        return text + decoder.finish()
 
 
 class BlockCounts(NamedTuple):
