@@ -422,10 +422,15 @@ class LLM:
                     outputs |= {output.request_id: output for output in finished}
                     bar.update(len(finished))
         except BaseException:  # a refused prompt or Ctrl-C: leave no request in the engine
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-            while self.engine.has_unfinished():  # nothing is computed: it frees their blocks
-                self.engine.step()
+            while True:
+                try:
+                    for request_id in request_ids:
+                        self.engine.abort(request_id)
+                    while self.engine.has_unfinished():  # nothing is computed: blocks are freed
+                        self.engine.step()
+                    break
+                except KeyboardInterrupt:  # the second Ctrl-C; the first is raised below
+                    continue
             raise
         return [outputs[request_id] for request_id in request_ids]
 
