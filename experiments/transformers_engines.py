@@ -100,6 +100,7 @@ class Theirs:
         self.copied = prompts, layers, next_ids
         for seq in running:
             engine.abort(seq.request.request_id)
+        engine.step()  # computes nothing, and frees their blocks
 
     def begin(self) -> None:
         """Make an empty cache."""

@@ -340,7 +340,7 @@ def test_the_engine_on_contiguous_memory_writes_the_tokens_of_one_slab_each(tiny
         most_running = max(most_running, len(scheduler.running))
         for seq in scheduler.running:
             assert seq.block_table == list(range(seq.block_table[0], seq.block_table[-1] + 1))
-        done |= {o.request_id: o.outputs[0].token_ids for o in output.outputs if o.finished}
+        done |= {o.request_id: o.outputs[0].token_ids for o in output.finished}
 
     expected = generate_contiguous(model, prompts, 24)
     assert [done[str(i)] for i in range(8)] == expected

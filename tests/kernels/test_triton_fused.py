@@ -469,9 +469,8 @@ def serve(model, few_rows=None, recorded=False):
             length, most = wanted.pop()
             prompt = [choose.randrange(97) for _ in range(length)]
             engine.add_request(prompt, SamplingParams(temperature=0, max_tokens=most))
-        for output in engine.step().outputs:
-            if output.finished:
-                texts[output.request_id] = output.outputs[0].token_ids
+        for output in engine.step().finished:
+            texts[output.request_id] = output.outputs[0].token_ids
     return texts
 
 

@@ -125,6 +125,7 @@ def test_generate_refuses_to_mix_with_requests_that_were_added_by_hand(folder):
         llm.generate("another", GREEDY)
     assert llm.engine.has_unfinished()  # the first is still there
     assert llm.engine.abort(request_id)
+    llm.engine.step()
     assert_nothing_left(llm)
 
 

@@ -151,7 +151,7 @@ def test_an_engine_on_this_backend_writes_the_tokens_of_generation_without_a_cac
     while engine.has_unfinished():
         step = engine.step()
         steps += 1
-        texts |= {o.request_id: o.outputs[0].token_ids for o in step.outputs if o.finished}
+        texts |= {o.request_id: o.outputs[0].token_ids for o in step.finished}
     assert [texts[i] for i in ids] == generate_no_cache(model, prompts, 6)
     assert len({token for text in texts.values() for token in text}) > 4
     assert calls == ["write_kv_triton_simple", "paged_attention_triton_simple"] * steps

@@ -540,9 +540,8 @@ def serve(built, wanted, arrivals=None, **params):
             is_decode = set(counts) == {1} and len(step.plan.sampled) == len(counts)
             fits = min((s for s in engine.forward.sizes if s >= len(counts)), default=None)
             assert built.launcher.replays[num_replays:] == ([fits] if is_decode else [])
-        for output in step.outputs:
-            if output.finished:
-                texts[output.request_id] = output.outputs[0].token_ids
+        for output in step.finished:
+            texts[output.request_id] = output.outputs[0].token_ids
     assert built.scheduler.allocator.num_free == built.scheduler.allocator.num_blocks
     assert len(built.launcher.sends) == len(built.launcher.replays)
     return texts, logits

@@ -185,7 +185,7 @@ def test_an_abort_in_flight_changes_no_other_text_and_keeps_no_block(shipped, dt
             assert engine.abort(gone[step])  # the step in flight computes a token for it
         if not engine.has_unfinished():
             break
-        texts |= {o.request_id: o.outputs[0].token_ids for o in engine.step().outputs}
+        texts |= {o.request_id: o.outputs[0].token_ids for o in engine.step().finished}
         engine.scheduler.check_integrity()
     kept = [i for i, request_id in enumerate(ids) if request_id not in gone.values()]
     ties = count_ties(
@@ -271,10 +271,10 @@ def run_in_lockstep(engines, arrivals, lifetime):
             for engine, strategy in zip(engines, strategies, strict=True):
                 engine.add_request([number % 50 + 1], params, strategy=strategy)
         first, *others = [engine.step() for engine in engines]
-        tokens = [output.outputs[0].token_ids for output in first.outputs]
+        tokens = [delta.token_ids for delta in first.deltas]
         for other, rows in zip(others, kept[1:], strict=True):
             assert torch.equal(rows[-1], kept[0][-1])
-            assert [output.outputs[0].token_ids for output in other.outputs] == tokens
+            assert [delta.token_ids for delta in other.deltas] == tokens
         assert kept[0][-1].isfinite().all()
         sizes.append(first.plan.num_tokens)
         for rows in kept:
