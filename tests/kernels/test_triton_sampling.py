@@ -10,6 +10,7 @@ could.
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ from kernels.triton_sampling import (
 )
 from sampling import (
     SampleRow,
+    SampleRows,
     SamplingParams,
     draw_tokens,
     draw_weights,
@@ -60,7 +62,7 @@ def normal(num_rows: int, vocab_size: int, seed: int = 0, size: float = 3.0) -> 
     return torch.randn(num_rows, vocab_size, generator=generator) * size
 
 
-def draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+def draw(logits: torch.Tensor, rows: SampleRows | list[SampleRow]) -> list[int]:
     """The kernel's tokens; `logits` is (M, V), or (1, V) for all rows."""
     logits = logits.to(DEVICE).expand(len(rows), -1)
     return draw_tokens_triton(logits, rows)[0].tolist()
@@ -476,6 +478,21 @@ def test_the_ids_and_the_peaks_go_into_the_tensors_that_are_given():
     assert sample_triton(logits, *tensors, out=out, peaks=peaks) is out
     assert out.tolist() == [1, 0] and peaks.tolist() == [5.0, 7.0]
     assert sample_triton(logits, *tensors).tolist() == [1, 0]
+
+
+def test_rows_that_are_kept_from_step_to_step_draw_at_their_new_positions():
+    """The other tensors of the rows are made once."""
+    params = [{}, {"temperature": 0}, {"temperature": 0.5, "top_k": 20}, {"top_p": 0.6}]
+    kept = SampleRows([SampleRow(SamplingParams(**p), 7, 3, [0], 1) for p in params])
+    texts = []
+    for step in range(4):
+        logits = normal(4, 50, seed=step)
+        expected = draw_tokens(logits, [replace(each) for each in kept.rows])[0].tolist()
+        texts.append(draw(logits, kept))
+        assert texts[-1] == expected
+        for each in kept.rows:
+            each.position += 1
+    assert len(set(map(tuple, texts))) == 4 and len(kept.kept) == 1
 
 
 def test_p_in_32_bits_is_taken_as_it_is():

@@ -30,8 +30,10 @@ import sampling
 from sampling import (
     Logprob,
     SampleRow,
+    SampleRows,
     SamplingParams,
     child_seed,
+    collect_logprobs,
     draw_tokens,
     draw_weights,
     edit_logits,
@@ -322,6 +324,20 @@ def test_a_row_draws_the_same_token_alone_in_any_order_and_beside_any_others(dty
         some, some_logprobs = sample(logits[order], [rows[i] for i in order])
         assert some.tolist() == token_ids[order].tolist()
         assert some_logprobs == [logprobs[i] for i in order]
+
+
+def test_rows_that_are_kept_from_step_to_step_draw_what_new_rows_draw():
+    """Only the position and the text change: the same 12 sequences, four tokens on."""
+    kept = SampleRows(varied_rows(12))
+    for step in range(4):
+        logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(step)) * 2
+        token_ids, logprobs = sample(logits, [replace(each) for each in kept.rows])
+        again, peaks = draw_tokens(logits, kept)
+        assert again.tolist() == token_ids.tolist()
+        assert collect_logprobs(logits, kept, again, peaks) == logprobs
+        for each, token_id in zip(kept.rows, again.tolist(), strict=True):
+            each.token_ids.append(token_id)
+            each.position += 1
 
 
 @pytest.mark.parametrize("params", VARIETY, ids=str)
@@ -665,7 +681,10 @@ def test_a_row_without_an_answer_is_refused_by_its_number(broken, params):
 
 def test_draw_tokens_reports_a_broken_row_without_raising_and_draws_the_others():
     logits = torch.tensor([[1.0, 5.0], [math.nan, 1.0], [-math.inf, -math.inf]])
-    token_ids, peaks = draw_tokens(logits, [row(temperature=0), row(top_p=0.5), row()])
+    rows = [row(temperature=0, logprobs=0), row(top_p=0.5, logprobs=0), row()]
+    token_ids, peaks = draw_tokens(logits, rows)
+    (good, *broken) = collect_logprobs(logits, rows, token_ids, peaks)
+    assert list(good) == [1] and broken == [None, None]
     assert peaks.isfinite().tolist() == [True, False, False]
     assert token_ids[0] == 1 and all(0 <= token_id < 2 for token_id in token_ids.tolist())
 
