@@ -207,6 +207,17 @@ def test_a_pool_too_small_for_all_preempts_and_changes_no_token(
     assert engine.scheduler.num_preemptions > 0 and engine.scheduler.num_recomputed_tokens > 0
 
 
+@pytest.mark.parametrize("budget", [5, UNLIMITED])
+def test_a_reservation_that_is_too_small_never_leads_into_the_scratch_block(
+    model, expected, budget
+):
+    engine = build(model, max_num_batched_tokens=budget)
+    engine.scheduler.reserve = lambda seq: 1
+    same, error = compare(engine, expected)
+    assert same and error < 1e-9
+    assert engine.cache.pool[:, -1].isnan().all(), "only padded rows write there: no batch has one"
+
+
 # ---- lengths -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "length, max_tokens, num_written", [(8, None, 24), (8, 25, 24), (8, 100, 24), (31, 5, 1)]
@@ -303,6 +314,20 @@ def test_what_cannot_be_served_is_refused_in_one_sentence_and_leaves_nothing(tin
     assert not engine.has_unfinished() and engine.scheduler.num_waiting == 0
     assert engine.scheduler.allocator.num_free == 8
     assert engine.step().added == []  # nor has it left anything to do
+
+
+@pytest.mark.parametrize("name", ["policy", "reserve"])
+def test_a_function_of_a_caller_that_fails_refuses_its_own_request_only(model, expected, name):
+    engine = build(model)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    engine.add_request(PROMPTS[0], params)
+    function = getattr(engine.scheduler, name)
+    setattr(engine.scheduler, name, lambda seq: None)
+    with pytest.raises(ValueError, match="function"):
+        engine.add_request(PROMPTS[1], params)
+    assert list(engine.requests) == ["0"]
+    setattr(engine.scheduler, name, function)
+    assert run(engine)["0"].outputs[0].token_ids == expected.tokens[0]
 
 
 def test_params_of_another_type_are_refused(tiny_gpt):
