@@ -46,11 +46,10 @@ from sampling import (
     SamplingParams,
     child_seed,
     collect_logprobs,
-    copy_to_host,
     draw_tokens,
 )
 from scheduler import Scheduler
-from sequence import Continuation, Plan, Request, Sequence, check_continuations
+from sequence import FINISHED, Continuation, Plan, Request, Sequence
 
 Forward = Callable[[Batch], Tensor]  # -> logits (M, V) of the M rows in batch.sample_rows
 Strategy = Callable[[list[Sequence], Tensor], list[Continuation]]  # logits: one row a sequence
@@ -104,17 +103,17 @@ def sample_next(
     rows = rows or rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = collect_logprobs(logits, rows, token_ids, peaks)
-    return one_token_each(sequences, *copy_to_host(token_ids, peaks), logprobs)
+    return one_token_each(sequences, token_ids, peaks, logprobs)
 
 
 def one_token_each(
     sequences: list[Sequence],
-    token_ids: Tensor,  # (B,) int64, in host memory as the next one
+    token_ids: Tensor,  # (B,) int64
     peaks: Tensor,  # (B,), each row's largest logit
     logprobs: list | None = None,
 ) -> list[Continuation]:
     """A continuation for each sequence: its token, or an error if its logits were not finite."""
-    is_finite = np.isfinite(peaks.double().numpy())  # (B,)
+    is_finite = np.isfinite(peaks.double().cpu().numpy())  # (B,)
     ids = token_ids.tolist()
     if is_finite.all() and not any(logprobs or ()):
         # The same as Continuation(seq, [token_id]) in half the time, 256 times a step.
@@ -157,6 +156,49 @@ def ask(
     except Exception as error:
         sentence = f"the request's strategy failed: {type(error).__name__}: {error}"
         return [Continuation(seq, [], error=sentence) for seq in sequences]
+
+
+def check_logprobs(c: Continuation) -> None:
+    """Raise ValueError unless each token of a continuation has a dict in which it stands itself."""
+    if not isinstance(c.logprobs, list) or len(c.logprobs) != len(c.token_ids):
+        raise ValueError(f"logprobs is {c.logprobs!r}: a list with one entry a token is needed")
+    for token_id, entry in zip(c.token_ids, c.logprobs):
+        is_right = isinstance(entry, dict) and token_id in entry
+        if not is_right or not all(hasattr(value, "decoded_token") for value in entry.values()):
+            raise ValueError(f"logprobs has {entry!r}: a dict of Logprob with {token_id} is needed")
+
+
+def check_continuations(
+    continuations: list[Continuation], sequences: list[Sequence], vocab_size: int
+) -> None:
+    """Raise ValueError unless continuations can be applied to the sequences that were asked for.
+
+    Each must continue one of them with at least one known token, or end it with an error. No
+    request may lose all its sequences without having written a text.
+    """
+    parents = set(sequences)
+    for c in continuations:
+        if not isinstance(c, Continuation) or c.parent not in parents:
+            raise ValueError(f"{c!r} is no Continuation of one of its sequences")
+        if not isinstance(c.error, str | None) or c.stop_string is not None:
+            raise ValueError(f"error is {c.error!r}, stop_string {c.stop_string!r}: text, and None")
+        if not isinstance(c.token_ids, list) or not (c.token_ids or c.error):
+            raise ValueError(f"token_ids is {c.token_ids!r}: a list of at least one id is needed")
+        unknown = [i for i in c.token_ids if type(i) is not int or not 0 <= i < vocab_size]
+        if unknown:
+            raise ValueError(f"token id {unknown[0]!r}: ids are integers below {vocab_size}")
+        if c.logprobs is not None:
+            check_logprobs(c)
+        if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
+            raise ValueError("logprobs is None, and the request asked for them")
+        if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
+            raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
+    going_on = {c.parent.request for c in continuations}
+    for request in {seq.request for seq in sequences} - going_on:
+        # A sequence of it may wait: the strategy is asked about that one in a later step.
+        waits = any(seq.status != FINISHED and seq not in parents for seq in request.sequences)
+        if not waits and not any(seq.finish_reason for seq in request.sequences):
+            raise ValueError("it returned no continuation for any sequence of the request")
 
 
 class Sampler:
@@ -401,7 +443,7 @@ class InferenceEngine:
         self._counted = self._totals
 
     def _show(self, output: StepOutput) -> None:
-        """Call the watchers. Each sees an output once, also if the call of another is interrupted."""
+        """Call the watchers. Each sees an output once, even if another is interrupted."""
         while self._unshown:
             # No call between the two lines: see `step`.
             watcher, *self._unshown = self._unshown

@@ -301,9 +301,10 @@ class LLM:
         """The function that turns logits into tokens."""
         if not self._draws_on_gpu():
             return draw_tokens
-        from kernels.triton_sampling import draw_tokens_triton  # for a GPU only
+        from kernels.triton_sampling import draw_on_host, draw_tokens_triton  # for a GPU only
 
-        return draw_tokens_triton
+        # An engine that plans ahead copies the tokens itself, while the next step runs.
+        return draw_tokens_triton if self.config.plan_ahead else draw_on_host
 
     def _choose_engine(
         self, recorded: "GraphForward | None"

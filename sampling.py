@@ -304,36 +304,6 @@ def draw_tokens(
     return token_ids, peaks
 
 
-def split_drawn(buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids (n,) int64 and peaks (n,) float32 that share the bytes of a buffer, (12 n,) uint8.
-
-    A sampler on a GPU writes both into one buffer, so that one copy brings both to the host.
-    """
-    num_rows = len(buffer) // 12
-    return buffer[: 8 * num_rows].view(torch.int64), buffer[8 * num_rows :].view(torch.float32)
-
-
-def copy_to_host(
-    token_ids: Tensor,  # (M,) int64
-    peaks: Tensor,  # (M,)
-    non_blocking: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Copies of both in host memory; one copy if they are parts of one buffer.
-
-    With `non_blocking` a copy from a GPU may still be under way when this returns.
-    """
-
-    def fetch(x: Tensor) -> Tensor:
-        return x.to("cpu", non_blocking=non_blocking, copy=True)
-
-    storage = token_ids.untyped_storage()
-    if storage.data_ptr() != peaks.untyped_storage().data_ptr():
-        return fetch(token_ids), fetch(peaks)
-    buffer = torch.empty(0, dtype=torch.uint8, device=token_ids.device).set_(storage)
-    all_ids, all_peaks = split_drawn(fetch(buffer))
-    return all_ids[: len(token_ids)], all_peaks[: len(peaks)]
-
-
 def edit_logits(
     logits: Tensor,  # (M, V)
     rows: SampleRows | list[SampleRow],
@@ -492,7 +462,7 @@ def collect_logprobs(
         is_good = peaks.isfinite().tolist()
         asked = [i for i in rows.asking if is_good[i]]
         counts = [rows.rows[i].params.logprobs or 0 for i in asked]
-        found = token_logprobs(logits[asked], token_ids[asked], counts)
+        found = token_logprobs(logits[asked], token_ids[asked].to(logits.device), counts)
         for i, answer in zip(asked, found, strict=True):
             answers[i] = answer
     return answers

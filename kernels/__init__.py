@@ -4,7 +4,7 @@ No lesson needs this wing. Every kernel has the signature of `paged_attention.py
 it replaces, and its tests compare it with that function. A file imports only files above it.
 
     numba_tools          Numba: compile a loop, widen bfloat16, powers of two, prefetch
-    device_memory        huge pages for the pool, and how much memory is free
+    device_memory        huge pages for the pool, free memory, one copy of what was drawn
     prefill_cpu          prompt attention on a CPU, and the write of new K and V
     attention_cpu        decode attention on a CPU: the plain loop, then whole blocks, all heads
     triton_prefill       attention with many queries on a GPU, and the KV write

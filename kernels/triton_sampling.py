@@ -40,6 +40,7 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when it is imported, below
 
+from kernels.device_memory import copy_to_host, split_drawn
 from kernels.triton_prefill import INTERPRETED, can_launch, check_launch, tl, triton
 from kv_cache import to_device
 from sampling import (
@@ -51,7 +52,6 @@ from sampling import (
     draw_tokens,
     draw_weights,
     edit_logits,
-    split_drawn,
 )
 
 # A kernel may read a global only if it is a constexpr.
@@ -415,6 +415,14 @@ def draw_tokens_triton(
     )
     tensors = row_tensors(rows, logits.shape[1], logits.device)
     return sample_triton(scores, *tensors, out=token_ids, peaks=peaks), peaks
+
+
+def draw_on_host(
+    logits: Tensor,  # (M, V)
+    rows: SampleRows | list[SampleRow],
+) -> tuple[Tensor, Tensor]:
+    """`draw_tokens_triton` with its results in host memory, brought there by one copy."""
+    return copy_to_host(*draw_tokens_triton(logits, rows))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.device_memory import split_drawn
 from kernels.triton_sampling import ROW_INPUTS, draw_tokens_triton, row_tensors
 from kv_cache import Batch, KVCache
-from sampling import LOW_32, SampleRows, split_drawn
+from sampling import LOW_32, SampleRows
 
 # Numbers of rows that are recorded. A product takes the same time for 65 rows as for 128, and
 # attention skips padded rows, so more sizes would save little. Each size takes a recording.

@@ -38,10 +38,11 @@ from torch import Tensor
 
 from block_allocator import BlockAllocator
 from engine import Draw, InferenceEngine, eager_forward, one_token_each
+from kernels.device_memory import copy_to_host
 from kv_cache import Batch, KVCache, to_device
 from model import GPT, GPTConfig
 from outputs import Clock, StepOutput
-from sampling import SampleRows, SamplingParams, copy_to_host, draw_tokens
+from sampling import SampleRows, SamplingParams, draw_tokens
 from scheduler import Scheduler
 from sequence import FINISHED, RUNNING, Continuation, Plan, Request, Sequence
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import device_memory
-from kernels.device_memory import preallocate
+from kernels.device_memory import copy_to_host, preallocate, split_drawn
 from kv_cache import KVCache
 
 LARGE = (33, 1 << 20)  # 132 MiB of float32
@@ -84,3 +84,21 @@ def test_on_another_device_nothing_is_mapped(monkeypatch):
     monkeypatch.setattr(device_memory.mmap, "mmap", None)
     assert preallocate(LARGE, torch.bfloat16, "meta").is_meta
     assert preallocate(LARGE, torch.bfloat16, torch.device("meta")).dtype == torch.bfloat16
+
+
+def test_what_was_drawn_comes_by_one_copy_if_it_lies_in_one_buffer(monkeypatch):
+    copied = []
+    whole = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *a, **k: copied.append(x) or whole(x, *a, **k)
+    )
+    token_ids, peaks = split_drawn(torch.zeros(12 * 5, dtype=torch.uint8))
+    token_ids[:] = torch.tensor([7, 50256, 0, 3, 9])
+    peaks[:] = torch.tensor([1.5, float("nan"), -2.0, 0.25, 4.0])
+    ids, largest = copy_to_host(token_ids[:3], peaks[:3])
+    assert ids.tolist() == [7, 50256, 0] and largest[::2].tolist() == [1.5, -2.0]
+    assert largest[1].isnan() and len(copied) == 1
+    apart = copy_to_host(token_ids[:3], peaks[:3].clone())
+    assert torch.equal(apart[0], ids) and len(copied) == 3
+    token_ids.zero_()  # the next draw
+    assert ids.tolist() == [7, 50256, 0]

@@ -799,7 +799,10 @@ WRONG = {  # a strategy's continuations of `seq` -> what the error says
     "an unknown token": (lambda seq: [Continuation(seq, [97])], "token id 97: ids are integers"),
     "a bool": (lambda seq: [Continuation(seq, [True])], "token id True"),
     "no continuation at all": (lambda seq: [], "no continuation for any sequence"),
-    "a logprob too many": (lambda seq: [Continuation(seq, [1], [{}, {}])], "2 logprobs for 1"),
+    "a logprob too many": (
+        lambda seq: [Continuation(seq, [1], [{}, {}])],
+        "a list with one entry a token",
+    ),
     "a negative seed": (lambda seq: [Continuation(seq, [1], seed=-1)], "seed is -1"),
 }
 

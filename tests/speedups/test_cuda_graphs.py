@@ -20,13 +20,14 @@ import torch
 from worlds import DEVICE, needs_gpu
 
 from kernels.attention_cpu import paged_attention_cpu, write_kv_cpu
+from kernels.device_memory import split_drawn
 from kernels.numba_tools import HAS_NUMBA
 from kernels.triton_decode import paged_attention_triton
 from kernels.triton_prefill import write_kv_triton
 from kv_cache import Batch, KVCache, Row, make_batch, write_kv
 from model import GPT, GPTConfig
 from paged_attention import paged_attention
-from sampling import SampleRow, SamplingParams, draw_tokens, split_drawn
+from sampling import SampleRow, SamplingParams, draw_tokens
 from speedups import cuda_graphs
 from speedups.cuda_graphs import (
     SIZES,
