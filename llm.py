@@ -26,6 +26,7 @@ fit into the pool, so the request is refused.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, local_path, weights_kind
-from checkpoints.tokenizer import BPETokenizer, gpt2_tokenizer, load_tokenizer
+from checkpoints.tokenizer import FileTokenizer, Unreadable, gpt2_tokenizer, load_tokenizer
 from engine import Draw, Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.device_memory import free_memory_bytes, preallocate
@@ -113,15 +114,20 @@ class EngineConfig:
 
 
 # ---- the tokenizer and the pool's size -----------------------------------------------------------
-def find_tokenizer(path: Path | None, vocab_size: int) -> BPETokenizer | None:
+def find_tokenizer(path: Path | None, vocab_size: int) -> FileTokenizer | None:
     """The tokenizer in the folder of the weights; else, for GPT-2's vocabulary, tiktoken's.
 
-    Returns None if there is neither: then prompts and outputs are token ids. Raises ValueError for
-    files that are damaged, or that belong to a larger vocabulary than the model's.
+    Returns None if there is neither: then prompts and outputs are token ids. So they are, with a
+    warning, where the folder has a tokenizer that is not read here. Raises ValueError for files
+    that are damaged, or that belong to a larger vocabulary than the model's.
     """
     if path is not None:
         folder = path if path.is_dir() else path.parent
-        tokenizer = load_tokenizer(folder)
+        try:
+            tokenizer = load_tokenizer(folder)
+        except Unreadable as error:
+            warnings.warn(f"{error}: prompts and outputs are token ids", stacklevel=2)
+            return None
         if tokenizer is not None:
             # Only ordinary tokens are counted. The model may have no row for a token that was
             # added later, [PAD] for example: a prompt with that token is refused.
@@ -230,7 +236,7 @@ class LLM:
         self.model = model
         self.model_name = "a GPT object"
         self.weights = "given weights"
-        self.tokenizer: BPETokenizer | None = None
+        self.tokenizer: FileTokenizer | None = None
 
     def _load_model(self, name: str | Path, device: str, dtype: str) -> None:
         """Load weights and tokenizer, or fill a known shape with random weights."""

@@ -6,7 +6,6 @@ No lesson needs this wing: `llm.py` calls it. A file imports only files above it
     weight_files   the tensors of a checkpoint, one by one
     hub            from a model's name to a folder on disk
     load           from a folder to a `GPT`: names, transposes, refusals
-    vocabulary     merges and added tokens, from the layouts that are in use
     tokenizer      text to token ids and back
     train_tiny     the program that trained the included model
 """

@@ -1,41 +1,58 @@
-"""Turn a text into token ids and back, with GPT-2's byte-level BPE.
+"""Turn a text into token ids and back, as the files of a model's folder say.
 
-GPT-2's tokens are runs of bytes, not of letters. There are 256 single bytes and 50,000 merges; a
-merge joins two tokens that stood side by side most often in the training text. Any text can
-therefore be written in tokens, but 344 of the 50,256 tokens hold a part of a character. The emoji
-🐈, for example, takes three tokens:
+GPT-2's tokens are runs of bytes, not of letters: 256 single bytes and 50,000 merges, each of which
+joins two tokens that stood side by side most often in the training text. Any text can be written in
+them, but 344 of the 50,256 hold only a part of a character. A cat emoji takes three tokens:
 
     text         " 🐈"
     bytes        20 F0 9F 90 88
     tokens       |20 F0 9F|  |90|  |88|      each alone is no valid UTF-8: it decodes to U+FFFD
 
 So tokens are joined as bytes first and decoded as UTF-8 afterwards. `outputs.py` does the same for
-a stream of tokens. Added tokens such as `<|endoftext|>` are cut out of the text before it is
-merged. The merging itself is done by tiktoken; the tests compare the ids with Hugging Face's.
+a stream. People have trained GPT-2 models with other vocabularies too, in these files:
 
-Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units",
-arXiv:1508.07909, section 3.2 (the merges); Radford et al. 2019 (GPT-2), section 2.2 (on bytes).
+    tokenizer.json                  the library `tokenizers` does all that it says
+    vocab.json, merges.txt          GPT-2's kind
+    vocab.txt of a BertTokenizer    words and pieces of words
+    others, such as spiece.model    `Unreadable`: the model is served with token ids alone
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json: what was added, what ends
+
+The ids are those of transformers' AutoTokenizer on the same folder; the tests compare them. A model
+of GPT-2's vocabulary in a folder without such files has the one that tiktoken has fetched.
+
+Sennrich et al. 2016, arXiv:1508.07909, section 3.2 (merges); Radford et al. 2019, section 2.2.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts a text into words
+from checkpoints.untrusted import MOST_SHOWN, read_json, read_text, shown
 
-from checkpoints.vocabulary import (
-    BYTE_TO_CHAR,
-    END_OF_TEXT,
-    AddedToken,
-    Vocabulary,
-    read_vocab_and_merges,
-    read_vocabulary,
-)
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer  # imported where needed, and so is tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
+PLAIN_CLASSES = (*GPT2_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
+OTHER_FILES = ("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")  # of other families
+# The roles that a class has without being told.
+GPT2_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+BERT_ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+
+# What the library compiles takes up to 340 bytes of memory a character. Real files have a third.
+MOST_VOCABULARY_CHARS = 4_000_000
+MOST_OTHER_CHARS = 1_000_000  # of added tokens and rules
+MOST_TEXT_CHARS = 10_000  # of one of them
+MOST_BLANKS = 900_000  # in a row; tiktoken's regular expression fails at 999,999
+LACKING = "(none)"  # the library looks for it where a vocabulary lacks a character
 
 # Where tiktoken fetches GPT-2's two files from, and the SHA-256 of each.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -45,112 +62,200 @@ GPT2_FILES = {
 }
 
 
-class BPETokenizer:
-    """GPT-2's tokenizer: bytes that are merged, and added tokens that are matched whole."""
+class Unreadable(ValueError):
+    """A folder has a tokenizer that is not read here. Its model runs on token ids alone."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        """Prepare tiktoken's merging and the search for added tokens."""
-        ranks, added, eos_token = vocabulary
-        self._num_ordinary = len(ranks)
-        self._added = {token.content: token.token_id for token in added}
-        self._encoding = tiktoken.Encoding(
-            "gpt2-from-files",
-            pat_str=r50k_pat_str,
-            mergeable_ranks=ranks,
-            special_tokens=self._added,
-        )
-        # Hugging Face searches twice: first for added tokens that are not "normalized", then, in
-        # the text between them, for the others.
-        self._rounds = [
-            one_of([token.content for token in added if token.normalized == normalized])
-            for normalized in (False, True)
-        ]
-        self._special = {token.token_id: token.content for token in added if token.special}
-        self._bytes = [b""] * self.vocab_size
-        for token, token_id in ranks.items():
-            self._bytes[token_id] = token
-        for content, token_id, special, _ in added:
-            self._bytes[token_id] = b"" if special else content.encode()
-        self._eos_token_id = self._added.get(eos_token)
 
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1. A model's table may have more rows: it may be padded to 64 or 128."""
-        return self._encoding.max_token_value + 1
+def byte_to_char() -> dict[int, str]:
+    """The printable character that stands for each byte in the files: " " is written "Ġ".
 
-    @property
-    def num_ordinary(self) -> int:
-        """How many tokens are bytes or merges. The others are added tokens."""
-        return self._num_ordinary
+    Printable bytes stand for themselves; the other 68, which would be lost or invisible in a text
+    file, take the characters from 256 on. From `bytes_to_unicode` of github.com/openai/gpt-2.
+    """
+    # ! to ~, ¡ to ¬, ® to ÿ: left out are the blanks and U+00AD, a hyphen that is seldom shown.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]  # 32 is others[32] -> chr(288)
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
-    @property
-    def eos_token_id(self) -> int | None:
-        """The id of the token that ends a text; None for a vocabulary without one."""
-        return self._eos_token_id
+
+BYTE_TO_CHAR = byte_to_char()
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def call(problem: object, function: Callable, *args, **options) -> Any:
+    """Call a library; what it raises becomes a ValueError that begins with `problem`."""
+    try:
+        return function(*args, **options)
+    except BaseException as error:  # a panic of Rust is no Exception, and neither is Ctrl-C
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{problem}: {str(error)[:MOST_SHOWN]}") from None
+
+
+# ---- text to ids and back ------------------------------------------------------------------------
+class FileTokenizer:
+    """What the two kinds below share. An id without a token gives no text."""
+
+    vocab_size: int  # the highest id + 1; a model's table may be padded to more rows
+    num_ordinary: int  # tokens that were not added
+    eos_token_id: int | None  # the token that ends a text
+    names: dict[int, str]  # of the special tokens, which leave no text
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into ids. As in Hugging Face, "<|endoftext|>" in a text becomes that token.
 
-        Raises ValueError for half of a surrogate pair, which JSON can hold and UTF-8 cannot.
+        Raises ValueError for a text that the vocabulary cannot write, and for half of a surrogate
+        pair, which JSON can hold and UTF-8 cannot.
         """
-        try:
-            text.encode("utf-8")  # tiktoken would replace the half by U+FFFD without an error
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X}"
-            problem = f"character {error.start} of the text is {half}, half of a surrogate pair"
-            raise ValueError(f"{problem}: send whole characters") from None
-        return self._encode(text, self._rounds)
-
-    def _encode(self, text: str, rounds: list[re.Pattern]) -> list[int]:
-        """Cut out the added tokens of the first round; encode the text between by the next rounds.
-
-        After the last round the text is merged. The search goes from left to right. Of the tokens
-        that begin at one place it takes the longest; tiktoken's own search would take any of them.
-        """
-        if not rounds:
-            return self._encoding.encode_ordinary(text)
-        ids = []
-        for index, part in enumerate(rounds[0].split(text)):  # text, token, text, token, text
-            if index % 2:
-                ids.append(self._added[part])
-            else:
-                ids += self._encode(part, rounds[1:])
-        return ids
+        if half := re.search("[\ud800-\udfff]", text):  # tiktoken would write U+FFFD instead
+            problem = f"character {half.start()} of the text is U+{ord(half[0]):04X}"
+            raise ValueError(f"{problem}, half of a surrogate pair: send whole characters")
+        return call("the text cannot be written in tokens", self._encode, text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text. Special and unknown ids give no text, broken UTF-8 gives U+FFFD."""
+        """Turn ids into text; broken UTF-8 gives U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text: b"" for a special or unknown id."""
-        # Without `0 <=`, id -1 would be the last token. Ids of padding rows lie above the list.
-        return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
 
     def token_text(self, token_id: int) -> str:
         """One token as a text, for a table or a log-probability. A stream needs `outputs.py`."""
-        name = self._special.get(token_id)
-        return name if name is not None else self.decode([token_id])
+        return self.names.get(token_id) or self.token_bytes(token_id).decode(errors="replace")
 
 
-def one_of(contents: list[str]) -> re.Pattern:
-    """A pattern that matches any of these texts, the longest first; its `split` keeps them."""
-    longest_first = sorted(contents, key=len, reverse=True)  # `|` takes the first that matches
-    # An empty list of alternatives would match everywhere; (?!) matches nowhere.
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+class GPT2Tokenizer(FileTokenizer):
+    """GPT-2's own 50,257 tokens, by tiktoken."""
+
+    vocab_size, num_ordinary, eos_token_id = 50257, 50256, 50256
+    names = {50256: END_OF_TEXT}
+
+    def __init__(self):
+        """Read the files that tiktoken has fetched."""
+        import tiktoken
+
+        self._encoding = tiktoken.get_encoding("gpt2")
+
+    def _encode(self, text: str) -> list[int]:
+        blanks = re.findall(r"\s+", text) if len(text) > MOST_BLANKS else []
+        if (longest := max(map(len, blanks), default=0)) > MOST_BLANKS:
+            raise ValueError(f"{longest:,} blanks in a row, at most {MOST_BLANKS:,} are read")
+        return self._encoding.encode(text, allowed_special="all")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text: b"" for a special or unknown id."""
+        is_ordinary = 0 <= token_id < self.num_ordinary
+        return self._encoding.decode_single_token_bytes(token_id) if is_ordinary else b""
 
 
-# --------------------------------------------------------------------------------------------------
-def load_tokenizer(folder: str | Path) -> BPETokenizer | None:
-    """Load the tokenizer of a model's folder, from the files that `vocabulary.py` reads.
+class LibraryTokenizer(FileTokenizer):
+    """Any tokenizer of the library `tokenizers`."""
 
-    Returns None if the folder has none: a model also runs on ids alone. Raises ValueError, naming
-    the file, if one is missing or damaged, or asks for something that would give other ids.
+    def __init__(self, tokenizer: "Tokenizer", eos_token_id: int | None):
+        """Raises `Unreadable` if the text of a token depends on the one after it."""
+        tokenizer.no_truncation()  # both are the caller's business
+        tokenizer.no_padding()
+        if hasattr(model := tokenizer.model, "dropout"):  # BPE
+            model.dropout = None  # merges are left out at random in training only
+            model.unk_token = model.unk_token or LACKING  # else what it lacks is left out silently
+        self._tokenizer, self.eos_token_id = tokenizer, eos_token_id
+        self._added = tokenizer.get_added_tokens_decoder()
+        self.names = {i: token.content for i, token in self._added.items() if token.special}
+        ids = set(tokenizer.get_vocab().values())
+        ordinary = sorted(ids - self._added.keys())
+        self.vocab_size, self.num_ordinary = max(ids, default=-1) + 1, len(ordinary)
+        decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+        kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        self._is_byte_level = kinds == ["ByteLevel"]
+        # Some vocabularies have a token <0xE7> for each byte of the characters that they lack.
+        self._byte_token = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else "(?!)")
+        self.token_bytes = functools.cache(self.token_bytes)  # a method's results, by id
+        if not self._is_byte_level:
+            # A token's text is what it adds after another one: after this one, an "a" for example.
+            words = (i for i in ordinary if tokenizer.decode([i]).isalnum())
+            self._before = next(words, ordinary[0] if ordinary else 0)
+            sample = [i for i in ordinary if not self._byte_token.match(tokenizer.id_to_token(i))]
+            sample = [self._before, *sample[:: len(sample) // 200 + 1]]
+            pieces = "".join(self.token_bytes(i).decode() for i in sample)
+            whole = tokenizer.decode([self._before, *sample])
+            if "ByteLevel" in kinds or whole != tokenizer.decode([self._before]) + pieces:
+                raise Unreadable(f"its decoder ({', '.join(map(str, kinds))}) is not served")
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text).ids
+        except Exception as error:
+            if LACKING in str(error):
+                for char in dict.fromkeys(text) if len(text) > 1 else ():
+                    self._encode(char)  # raises for the one that is lacking
+                raise ValueError(f"the vocabulary has no token for {shown(text)}") from None
+            raise
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text; broken UTF-8 gives U+FFFD. A first word has no blank before it."""
+        if self._is_byte_level:
+            return super().decode(ids)
+        return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text that has begun: b"" for a special or unknown id.
+
+        A word of WordPiece adds a blank and the word: what a model writes continues its prompt.
+        """
+        is_known = 0 <= token_id < self.vocab_size and token_id not in self.names
+        token = self._tokenizer.id_to_token(token_id) if is_known else None
+        if token is None:
+            return b""
+        if self._byte_token.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        if not self._is_byte_level:
+            start = len(self._tokenizer.decode([self._before]))
+            return self._tokenizer.decode([self._before, token_id])[start:].encode()
+        # An added token is its own text. (The library would take the letters of "für" for bytes.)
+        is_added = token_id in self._added and self._tokenizer.model.token_to_id(token) is None
+        if is_added or not CHAR_TO_BYTE.keys() >= set(token):
+            return token.encode()
+        return bytes(map(CHAR_TO_BYTE.__getitem__, token))
+
+
+# ---- a folder's files ----------------------------------------------------------------------------
+def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
+    """Load the tokenizer of a model's folder; None if it has none.
+
+    Raises `Unreadable` for the files of a family that is not read here, and ValueError, naming the
+    file, for those that are damaged or too large.
     """
-    vocabulary = read_vocabulary(folder)
-    return None if vocabulary is None else BPETokenizer(vocabulary)
+    folder = Path(folder)
+    config = read_optional(folder / "tokenizer_config.json")
+    kind = config.get("tokenizer_class")
+    kind = kind or read_optional(folder / "config.json").get("tokenizer_class")
+    others = [path.name for pattern in OTHER_FILES for path in folder.glob(pattern)]
+    if (path := folder / "tokenizer.json").exists():
+        tokenizer = read_whole(path, config, kind)
+    elif kind in PLAIN_CLASSES and any((folder / f).exists() for f in ("vocab.json", "merges.txt")):
+        path = folder / "vocab.json"
+        tokenizer = byte_level(path, folder / "merges.txt", config)
+    elif kind in BERT_CLASSES and "vocab.txt" in others:
+        path = folder / "vocab.txt"
+        tokenizer = word_piece(path, config)
+    elif others or kind not in PLAIN_CLASSES:
+        named = shown(others[0] if kind in PLAIN_CLASSES else kind)
+        raise Unreadable(f"{folder}: its tokenizer ({named}) is of a family that is not read here")
+    else:
+        return None
+    own = GPT2_ROLES if kind in GPT2_CLASSES else BERT_ROLES if kind in BERT_CLASSES else {}
+    ids = add_tokens(folder, tokenizer, config, own)
+    if path.name != "tokenizer.json":  # which says itself what stands around a text
+        begin, end = (
+            config.get(f"add_{name}_token") and f"{name}_token" for name in ("bos", "eos")
+        )
+        around = ("cls_token", "sep_token") if kind in BERT_CLASSES else (begin, end)
+        call(path, add_template, tokenizer, *around, ids)
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+    try:
+        return LibraryTokenizer(tokenizer, ids.get("eos_token"))
+    except Unreadable as error:
+        raise Unreadable(f"{path}: {error}") from None
 
 
-def gpt2_tokenizer() -> BPETokenizer | None:
+def gpt2_tokenizer() -> GPT2Tokenizer | None:
     """GPT-2's own tokenizer, if tiktoken has fetched its files before; None if it has not.
 
     tiktoken itself would fetch missing files, and delete damaged ones. This function fetches and
@@ -166,9 +271,159 @@ def gpt2_tokenizer() -> BPETokenizer | None:
     for path, (name, sha256) in zip(paths, GPT2_FILES.items(), strict=True):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} is not GPT-2's whole {name}: delete it")
-    vocab, ranks = read_vocab_and_merges(*paths)
-    end = AddedToken(END_OF_TEXT, vocab[END_OF_TEXT], special=True, normalized=False)
-    return BPETokenizer(Vocabulary(ranks, (end,), END_OF_TEXT))
+    return GPT2Tokenizer()
+
+
+def read_optional(path: Path) -> dict:
+    """A file of one JSON object, with texts of a sane length; {} for one that is not there."""
+    fields = read_json(path) if path.exists() else {}
+    check_sizes(path, fields, MOST_OTHER_CHARS)
+    return fields
+
+
+def check_sizes(path: Path, value: object, most: int) -> None:
+    """Refuse texts that are too long to be compiled, wherever they stand in `value`."""
+    todo, count = [value], 0
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):  # the two that are left out are long, and not compiled
+            parts = value.keys() - {"precompiled_charsmap", "chat_template"}
+            todo += [*value, *map(value.get, parts)]
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str):
+            count += len(value)
+            if len(value) > MOST_TEXT_CHARS or count > most:
+                limits = f"{MOST_TEXT_CHARS:,} characters in one and {most:,} in all are read"
+                raise ValueError(f"{path} has texts that are too long: at most {limits}")
+
+
+# ---- tokenizers of the library -------------------------------------------------------------------
+def read_whole(path: Path, config: dict, kind: str | None) -> "Tokenizer":
+    """`tokenizer.json`, read after its sizes are checked."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    whole = read_json(path)
+    rules, model = {name: whole[name] for name in whole if name != "model"}, whole.get("model")
+    check_sizes(path, rules, MOST_OTHER_CHARS)
+    check_sizes(path, isinstance(model, dict) and model.get("vocab"), MOST_VOCABULARY_CHARS)
+    tokenizer = call(f"{path} cannot be read", Tokenizer.from_str, json.dumps(whole))
+    # With a class of GPT-2's the config has the last word, in transformers too.
+    if kind in GPT2_CLASSES and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        tokenizer.pre_tokenizer.add_prefix_space = bool(config.get("add_prefix_space"))
+        tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_level(vocab: Path, merges: Path, config: dict) -> "Tokenizer":
+    """The tokenizer of `vocab.json` and `merges.txt`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    lines = read_text(merges).split("\n")
+    lines = lines[lines[0].startswith("#version") :]  # "# #" is a merge
+    pairs = [tuple(line.split(" ")) for line in lines if line]
+    model = call(f"{vocab} and {merges.name}", models.BPE, vocab=read_json(vocab), merges=pairs)
+    tokenizer = Tokenizer(model)
+    with_space = bool(config.get("add_prefix_space"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=with_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def word_piece(path: Path, config: dict) -> "Tokenizer":
+    """The tokenizer of BERT's `vocab.txt`: a token a line, its id is the line's number."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    lines = read_text(path).removesuffix("\n").split("\n")
+    vocab = {line.rstrip(): token_id for token_id, line in enumerate(lines)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = call(
+        path.with_name("tokenizer_config.json"),
+        normalizers.BertNormalizer,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def add_template(tokenizer: "Tokenizer", begin: str | None, end: str | None, ids: dict) -> None:
+    """Put the tokens of two roles around each text that is encoded."""
+    from tokenizers import processors
+
+    names = [name for name in (begin, "$A", end) if name == "$A" or name in ids]
+    special = [(name, ids[name]) for name in names if name != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=names, special_tokens=special)
+
+
+# ---- added tokens --------------------------------------------------------------------------------
+def added_token(where: object, entry: object, **flags: bool) -> "AddedToken":
+    """An entry of a list or a role: a text, or an object with flags."""
+    from tokenizers import AddedToken
+
+    fields = {"content": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, dict) or not fields.get("content"):
+        raise ValueError(f"{where}: {shown(entry)} is no token")
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {name: fields[name] for name in names if fields.get(name) is not None} | flags
+    return call(where, AddedToken, **flags)
+
+
+def read_roles(folder: Path, config: dict) -> dict[str, list["AddedToken"]]:
+    """The tokens to which a field such as "eos_token" gives a role; [] where it is null."""
+    roles, path = {}, folder / "special_tokens_map.json"
+    # Where tokenizer_config.json has the map's successor, the map is a relic.
+    by_map = {} if "added_tokens_decoder" in config else read_optional(path)
+    for role, value in (config | by_map).items():
+        where = f"{path if role in by_map else folder / 'tokenizer_config.json'}, {role}"
+        if role in ("additional_special_tokens", "extra_special_tokens"):
+            values = list(value.values()) if isinstance(value, dict) else value or []
+        elif role.endswith("_token") and not isinstance(value, bool):  # add_bos_token is a switch
+            values = [] if value is None else [value]
+        else:
+            continue
+        if not isinstance(values, list):
+            raise ValueError(f"{where} is {shown(values)}, not a list")
+        roles[role] = [added_token(where, one, special=True) for one in values]
+    return roles
+
+
+def read_listed(folder: Path, config: dict, special: set[str]) -> list["AddedToken"]:
+    """The tokens that files beside tokenizer.json add, in the order of their ids."""
+    path, decoder = folder / "tokenizer_config.json", config.get("added_tokens_decoder")
+    if decoder is None:  # old folders have no flags: a token is special if it has a role
+        path = folder / "added_tokens.json"
+        ids = read_optional(path)
+        if not all(type(token_id) is int for token_id in ids.values()):
+            raise ValueError(f"{path} is not one object of tokens and their ids")
+        return [added_token(path, t, special=t in special) for t in sorted(ids, key=ids.get)]
+    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
+        raise ValueError(f"{path}: added_tokens_decoder is not an object with ids for keys")
+    by_id = sorted(decoder, key=lambda key: (len(key), key))
+    return [added_token(path, decoder[key]) for key in by_id]
+
+
+def add_tokens(folder: Path, tokenizer: "Tokenizer", config: dict, own: dict) -> dict[str, int]:
+    """Add what the files list, and make what has a role special; returns the ids of the roles.
+
+    `own` are the roles of the class. A token that the vocabulary lacks gets no role: transformers
+    would give it an id for which the model has no row.
+    """
+    roles = {role: [added_token(folder, name, special=True)] for role, name in own.items()}
+    roles |= read_roles(folder, config)
+    named = [(role, token) for role, tokens in roles.items() for token in tokens]
+    listed = read_listed(folder, config, {token.content for _, token in named})
+    call(folder, tokenizer.add_tokens, listed)
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    ids, special = {}, []
+    for role, token in named:
+        if (token_id := tokenizer.token_to_id(token.content)) is not None:
+            ids.setdefault(role, token_id)
+            special.append(known.get(token.content, token))
+    call(folder, tokenizer.add_special_tokens, special)
+    return ids
 
 
 def save_vocabulary(folder: Path, merges: list[tuple[bytes, bytes]]) -> None:
