@@ -1,22 +1,14 @@
 """Find the folder of a model by its name: a local folder, the hub's cache, or a download.
 
 The repository of `gpt2` on the hub holds the same weights several times: for PyTorch (548 MB),
-TensorFlow, Flax, Rust and ONNX. This file fetches the config, the tokenizer's files and one set of
-weights, all from the same commit. Without a network the user gets one sentence within 3 seconds:
-huggingface_hub by itself retries a file after 1, 2, 4, 8 and 8 seconds before it gives up.
+TensorFlow, Flax, Rust and ONNX. This file fetches the configs, the tokenizer's files and one set of
+weights, all from the same commit. What is here, or whole in the cache, costs no request. Without a
+network the user gets one sentence within 3 seconds.
 
-    name ──> is it a file or folder here? ───────── yes ──> that path; no request is sent
-              no │
-             is the whole model in the cache? ───── yes ──> its snapshot; no request is sent
-              no │
-             ask the hub for its list of files ── no answer ──> one sentence, after 3 s at most
-                 │
-             fetch config, tokenizer, the best set of weights ──> the snapshot of that commit
-
-The cache, its environment variables (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE), progress bars and retries are huggingface_hub's own. A cached model is not compared
-with the hub again: `gpt2` stays at the commit that was fetched first, `gpt2@COMMIT` asks for
-another one. The tests run the real library against a local server that answers as the hub does.
+Files, the cache, its variables (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) and
+progress bars are huggingface_hub's. A cached model is not compared with the hub again: `gpt2` stays
+at the commit that was fetched first, `gpt2@COMMIT` asks for another one. The tests run the real
+library against a local server that answers as the hub does.
 
 Layout of the cache: huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
@@ -24,12 +16,11 @@ Layout of the cache: huggingface.co/docs/huggingface_hub/guides/manage-cache
 import os
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 
-from checkpoints.weight_files import WEIGHT_FILES, read_index
+from checkpoints.weight_files import WEIGHT_FILES, other_weights, read_index
 
 # Short names, and the repositories that the hub redirects them to.
 ALIASES = {
@@ -40,18 +31,12 @@ ALIASES = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 CONFIG = "config.json"
-TOKENIZER = (  # some repositories hold only the first two, some only the third
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+SMALL_FILES = (  # some repositories hold only a few of them
+    *(CONFIG, "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "spiece.model", "tokenizer.model"),  # of other tokenizers: refused by their name
 )
-# The first one that exists is taken, since the others hold the same numbers. safetensors come
-# first, because a .bin is a pickle and a pickle is a program. An index names the files (shards)
-# that hold the weights. The last of WEIGHT_FILES, nanoGPT's ckpt.pt, is not used on the hub.
-WEIGHTS = WEIGHT_FILES[:-1]
+WEIGHTS = WEIGHT_FILES[:-1]  # the first one that exists; nanoGPT's ckpt.pt is not used on the hub
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]*")  # a git branch; `..` would leave the cache
 LIST_TIMEOUT_S = 3.0  # the wait without a network; the hub answers in about 0.3 s
@@ -74,10 +59,9 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
         return found or download(repo_id, revision, cache_dir)
     except hub.errors.HFValidationError as error:  # a space in the id, for example
         raise ValueError(f"{str(name)!r} is no folder here and no hub id: {error}") from None
-    # A failed download raises an OSError or the HTTP client's own error. The client is httpx or
-    # httpx2, depending on the library's version; HfHubHTTPError inherits from OSError and from that
-    # client's error, so its two parents are what we catch. hf_xet, the library's second way to
-    # fetch weights, raises RuntimeError.
+    # A failed download raises an OSError or the error of the HTTP client, which depends on the
+    # library's version: the parents of HfHubHTTPError are these two. hf_xet, the library's second
+    # way to fetch weights, raises RuntimeError.
     except (*hub.errors.HfHubHTTPError.__bases__, RuntimeError) as error:
         cache = cache_dir or hub.constants.HF_HUB_CACHE
         raise ValueError(explain(error, repo_id, revision, cache)) from error
@@ -147,50 +131,43 @@ def is_whole(folder: Path) -> bool:
 
 
 def shard_names(weights: Path) -> list[str]:
-    """The files that an index names, each once, sorted. A file that is no index gives [].
-
-    The index comes from a stranger, and the files that it names are opened later. A name that leads
-    out of the folder, such as `../x`, is therefore refused with ValueError.
-    """
+    """The files that an index names, sorted. A file that is no index gives []."""
     is_index = weights.name.endswith(".index.json")
     return sorted(file.name for file in read_index(weights)) if is_index else []
 
 
 # ---- from the hub --------------------------------------------------------------------------------
 def download(repo_id: str, revision: str, cache_dir: str | Path | None = None) -> Path:
-    """Fetch config, tokenizer and the best set of weights into the cache; return their snapshot.
+    """Fetch configs, tokenizer and the best set of weights into the cache; return their snapshot.
 
-    Files that are already cached are not fetched again, and a broken connection is resumed. Raises
-    ValueError if the repository lacks a config or weights. The library's errors are not caught
-    here: `find_folder` turns them into sentences with `explain`.
+    Raises ValueError if the repository lacks a config or weights, and the library's own errors,
+    which `find_folder` turns into sentences.
     """
-    hub = import_hub(repo_id)
     listed = list_files(repo_id, revision)
     weights = next((name for name in WEIGHTS if name in listed), None)
     if CONFIG not in listed or weights is None:
-        missing = CONFIG
-        if CONFIG in listed:
-            missing = f"weights, that is one of {', '.join(WEIGHTS)}"
-        problem = f"has no {missing}: it is no model that runs here"
-        raise ValueError(f"the repository {repo_id} {problem}")
+        others = other_weights(listed) or "it is no model that runs here"
+        missing = f"weights, that is one of {', '.join(WEIGHTS)}: {others}"
+        raise ValueError(
+            f"the repository {repo_id} has no {missing if CONFIG in listed else CONFIG}"
+        )
 
-    def fetch(file: str, revision: str) -> Path:
-        return Path(hub.hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir))
+    def fetch(revision: str, *names: str) -> Path:
+        hub, options = import_hub(repo_id), {"revision": revision, "cache_dir": cache_dir}
+        return Path(hub.snapshot_download(repo_id, allow_patterns=list(names), **options))
 
-    # The config is fetched from the branch. The library then notes which commit the branch points
-    # to, which lets the next call find the snapshot. All other files are fetched from that commit,
-    # because somebody may push a new one in between.
-    folder = fetch(CONFIG, revision).parent  # .../snapshots/COMMIT
-    # The weights come last: a snapshot with whole weights has all other files too.
-    for file in (*(name for name in TOKENIZER if name in listed), weights):
-        fetch(file, folder.name)
+    # The first files are fetched from the branch: the library notes its commit for the next call.
+    # All others are fetched from that commit, because somebody may push a new one in between. The
+    # weights come last: a snapshot with whole weights has all other files too.
+    folder = fetch(revision, *SMALL_FILES)  # .../snapshots/COMMIT
+    fetch(folder.name, weights)
     shards = shard_names(folder / weights)  # [] if the weights are one file
-    absent = [shard for shard in shards if shard not in listed]
-    if absent:  # checked before gigabytes of other shards are fetched
+    if absent := [shard for shard in shards if shard not in listed]:
         raise ValueError(f"{weights} of {repo_id} names {absent[0]!r}, which is not there")
-    for shard in shards:
-        fetch(shard, folder.name)
-    assert is_whole(folder), f"{folder} lacks files that have just been fetched"
+    if shards:
+        fetch(folder.name, *shards)
+    if not is_whole(folder):  # the library is content with less if the connection breaks
+        raise ValueError(f"{repo_id} did not arrive whole in {folder}: start again")
     return folder
 
 
@@ -198,44 +175,30 @@ def list_files(repo_id: str, revision: str) -> set[str]:
     """All file names of a repository. This first request also shows whether a hub is reachable.
 
     Raises ValueError if the answer is not a hub's, TimeoutError after LIST_TIMEOUT_S, and the
-    library's error if the hub refuses.
+    library's error if the hub refuses. The HTTP client's own timeout does not limit the whole call:
+    it starts again for each address of the server, and does not cover the lookup of its name.
     """
     hub = import_hub(repo_id)
-    api = hub.HfApi()  # outside `ask`: this import must not count against the hub's time limit
+    api = hub.HfApi()  # outside of the thread: its import must not count against the limit
+    answer: Future[set[str]] = Future()
 
-    def ask() -> set[str]:
-        info = api.model_info(repo_id, revision=revision, timeout=LIST_TIMEOUT_S)
-        return {sibling.rfilename for sibling in info.siblings}
+    def ask() -> None:
+        try:
+            info = api.model_info(repo_id, revision=revision, timeout=LIST_TIMEOUT_S)
+            answer.set_result({sibling.rfilename for sibling in info.siblings})
+        except Exception as error:
+            answer.set_exception(error)
 
+    threading.Thread(target=ask, daemon=True).start()  # a daemon does not keep the process alive
     try:
-        return within(LIST_TIMEOUT_S, ask)
+        return answer.result(LIST_TIMEOUT_S)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {LIST_TIMEOUT_S:.0f} seconds") from None
     except hub.errors.HfHubHTTPError.__bases__:  # refused or unreachable: `explain` says why
         raise
     except Exception as error:  # a login page instead of JSON, or a malformed URL: any error at all
         problem = f"{hub.constants.ENDPOINT} does not answer as a hub does ({first_line(error)})"
         raise ValueError(f"{problem}: is HF_ENDPOINT right, or is a proxy in between?") from error
-
-
-def within(seconds: float, function: Callable[[], set[str]]) -> set[str]:
-    """Call `function` with a time limit: its result or exception, or TimeoutError.
-
-    The HTTP client's own timeout does not limit the whole call. It starts again for each address of
-    the server, which matters behind a firewall that drops packets, and it does not cover the lookup
-    of the server's name.
-    """
-    future: Future[set[str]] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()  # a daemon does not keep the process alive
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no answer in {seconds:.0f} seconds") from None
 
 
 def explain(error: Exception, repo_id: str, revision: str, cache: str | Path) -> str:
@@ -245,23 +208,22 @@ def explain(error: Exception, repo_id: str, revision: str, cache: str | Path) ->
     if isinstance(error, errors.LocalEntryNotFoundError):  # its cause is the reason
         error = error.__cause__ or error
     nowhere = f"{repo_id}@{revision} is no folder here, nor whole in the cache {cache}"
+    log_in = "log in with `hf auth login`"
     if isinstance(error, errors.OfflineModeIsEnabled):
         advice = "unset it and connect once, or give a folder"
         return f"{nowhere}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: {advice}"
     if isinstance(error, errors.GatedRepoError):  # a subclass of the next error: tested first
-        advice = f"accept its terms at {endpoint}/{repo_id}, then log in with `hf auth login`"
+        advice = f"accept its terms at {endpoint}/{repo_id}, then {log_in}"
         return f"{repo_id} is given only to users who accepted its terms: {advice}"
     if isinstance(error, errors.RepositoryNotFoundError):  # 404; 401 for a private repository
-        why = "no such repository (or it is private: log in with `hf auth login`)"
-        return f"{nowhere}, and {endpoint} has {why}"
+        return f"{nowhere}, and {endpoint} has no such repository (or it is private: {log_in})"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no branch, tag or commit {revision!r}: look for it at {endpoint}"
     if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
+        status, advice = error.response.status_code, "try again later"
         if status in (401, 403):
-            advice = "log in with `hf auth login`, or renew the token in HF_TOKEN"
-            return f"{endpoint} refuses {repo_id} with status {status}: {advice}"
-        return f"{endpoint} answered status {status} for {repo_id}: try again later"
+            advice = f"{log_in}, or renew the token in HF_TOKEN"
+        return f"{endpoint} answered status {status} for {repo_id}: {advice}"
     if isinstance(error, OSError) and error.errno is not None:  # from the file system: disk full
         advice = "make room there, or name another place in HF_HUB_CACHE"
         return f"{repo_id} cannot be kept in the cache {cache} ({first_line(error)}): {advice}"

@@ -524,7 +524,7 @@ REAL_LAYOUTS = {
 def test_a_load_peaks_near_one_copy_of_the_model(layout, tmp_path):
     """At most 1.3 times the weights in the target dtype, and the largest tensor as the file has it.
 
-    Pages of a mapped file count too.
+    Pages of a mapped file count too. PyTorch cannot map a file from before 1.6, and reads it whole.
     """
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 50256}')
 
@@ -534,7 +534,7 @@ def test_a_load_peaks_near_one_copy_of_the_model(layout, tmp_path):
     assert in_a_child(write, 300).end == ""
     for dtype in (torch.float32, torch.bfloat16):
         weights_mb = 124_439_808 * dtype.itemsize / 2**20
-        largest_mb = 50257 * 768 * 4 / 2**20
+        largest_mb = (124_439_808 if layout == "legacy" else 50257 * 768) * 4 / 2**20
         outcome = in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 300)
         assert outcome.end == ""
         assert 0.8 * weights_mb < outcome.peak_mb < 1.3 * weights_mb + largest_mb, dtype
