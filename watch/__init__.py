@@ -1,6 +1,8 @@
 """Ways to look at a run from outside: nothing here changes what a step computes.
 
-No lesson needs this wing. A file imports only files above it.
+`Recorder`, `Explainer`, `Meter` and `Screen` are watchers: the engine calls each function in
+`engine.watchers` with the output of each step. No lesson needs this wing. A file imports only files
+above it.
 
     recorder   one line of JSON a step; the pictures are drawn from it
     roofline   what a machine can do at most, and so how long work takes at least

@@ -26,7 +26,7 @@ from llm import LLM
 from outputs import BlockCounts, StepOutput, Timings
 from sampling import SamplingParams
 from scheduler import Scheduler
-from sequence import RUNNING, Plan, Request, Scheduled, Sequence
+from sequence import RUNNING, Continuation, Plan, Request, Scheduled, Sequence
 from watch import explain
 from watch.explain import CountedStep, Explained, Explainer, count_operations, table, weight_bytes
 from watch.recorder import read_recording
@@ -110,15 +110,25 @@ def test_a_prompt_beside_a_decode_is_no_decode_step(tiny_gpt):
     assert counts(explainer)[1:] == [(3, 2, 2 + 2, 2 + 3, False)]
 
 
-def test_a_scored_prompt_wants_the_logits_of_all_its_rows_as_the_forward_gave_them(tiny_gpt):
-    """Also the one whose second chunk leads to a token, and none of a decode's but one."""
+def test_a_scored_prompt_wants_the_logits_of_all_its_rows_once(tiny_gpt):
+    """As many rows as the forward gave: of the first of two texts, and not after a preemption."""
     engine, explainer = explained_engine(tiny_gpt(), max_num_batched_tokens=8)
     forward, given = engine.forward, []
     engine.forward = lambda batch: given.append(len(batch.sample_rows)) or forward(batch)
-    engine.add_request(list(range(11)), greedy(3, prompt_logprobs=1))
-    engine.add_request([6, 7], greedy(2))
+
+    def two_tokens_each(sequences, logits):
+        return [Continuation(seq, [5, 6]) for seq in sequences]
+
+    params = SamplingParams(n=2, max_tokens=9, prompt_logprobs=1)
+    engine.add_request(list(range(9)), params, strategy=two_tokens_each)
+    for _ in range(4):
+        engine.step()
+    engine.scheduler.preempt(engine.requests["0"].sequences[0])
     run_all(engine)
-    assert [step.num_sample_rows for step in explainer.steps] == given == [8, 3 + 1, 2, 1]
+    # First 8 rows of the prompt, then 1 more beside 7 of the second text's, which are not scored.
+    # Then each text has 2 rows a step, one of which leads to tokens. When the first text comes
+    # back, its first 14 tokens lead to none.
+    assert [step.num_sample_rows for step in explainer.steps] == given == [8, 1, 2, 2, 1, 0, 2, 2]
 
 
 def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):
@@ -224,9 +234,14 @@ def test_of_steps_planned_ahead_those_count_that_launch_one_like_themselves(tiny
     model = tiny_gpt()
     llm = LLM(model, num_blocks=24, block_size=4, plan_ahead=True)
     explainer = explain_to(llm.engine, model)
-    llm.generate([[7, 3, 9], [5, 5]], greedy(6, ignore_eos=True))
-    # The steps have 3 + 2, then 4 + 3, 5 + 4, .. 8 + 7 context tokens.
-    assert counts(explainer) == [(2, 2, n, n, True) for n in (7, 9, 11, 13)]
+    llm.engine.add_request([7, 3, 9], greedy(7))
+    for _ in range(2):
+        llm.engine.step()
+    llm.engine.add_request([5, 5], greedy(3))
+    run_all(llm.engine)
+    # The first text has 3, 4, .. 9 context tokens; the other prompt of 2 comes beside its 6.
+    one, two = [(1, 1, n, n, True) for n in (4, 5)], [(2, 2, n, n, True) for n in (7 + 3, 8 + 4)]
+    assert counts(explainer) == one + two
     explainer.steps.clear()
     llm.generate([[7, 3, 9], [5, 5]], greedy(3, repetition_penalty=1.5))  # cannot be planned ahead
     assert counts(explainer) == [(5, 2, 5, 9, False), (2, 2, 7, 7, True), (2, 2, 9, 9, True)]
