@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -245,6 +246,14 @@ def test_of_steps_planned_ahead_those_count_that_launch_one_like_themselves(tiny
     explainer.steps.clear()
     llm.generate([[7, 3, 9], [5, 5]], greedy(3, repetition_penalty=1.5))  # cannot be planned ahead
     assert counts(explainer) == [(5, 2, 5, 9, False), (2, 2, 7, 7, True), (2, 2, 9, 9, True)]
+
+
+def test_the_first_call_of_an_engine_that_plans_ahead_has_the_forward_of_two_steps(tiny_gpt):
+    llm = LLM(tiny_gpt(), num_blocks=24, block_size=4, plan_ahead=True)
+    forward = llm.engine.forward
+    llm.engine.forward = lambda batch: time.sleep(0.03) or forward(batch)
+    llm.engine.add_request([7, 3, 9], greedy(7))
+    assert llm.engine.step().timings.forward >= 60
 
 
 def test_the_median_step_of_a_kind_is_one_that_was_run_and_the_first_warms_up(tiny_gpt):
