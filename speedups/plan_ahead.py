@@ -119,8 +119,8 @@ class AheadEngine(InferenceEngine):
         self._must_wait_for &= self.requests.keys()
         clock = Clock()
         flight, self._flight = self._flight, None
-        if flight is not None and self._aborted:  # since the launch
-            self._drop_ended(flight.plan)
+        if flight is not None:
+            self._drop_ended(flight.plan)  # a request may have been aborted since the launch
         if flight is None or not flight.plan.scheduled:
             if self._must_wait_for:
                 return super().run_step()
@@ -187,7 +187,8 @@ def take_tokens(batch: Batch, plan: Plan, before: InFlight) -> Batch:
     """A batch with the tokens that the step before has drawn; they are on its device already."""
     # A row without a token to choose holds any number: its sequence ends when the step is read.
     drawn = before.token_ids
-    if plan.sampled == before.sequences and len(plan.scheduled) == len(plan.sampled):
+    is_same = plan.sampled == before.sequences and not plan.started
+    if is_same and len(plan.scheduled) == len(plan.sampled):
         return replace(batch, input_ids=drawn)
     row_before = {seq: row for row, seq in enumerate(before.sequences)}
     # The known tokens of a sequence end where the one in flight begins.
