@@ -11,10 +11,11 @@ it cannot be the beginning of a stop string.
     StreamDecoder      -      -    cat    -    STEP   -     -
                        └ no complete character yet    └ may become "STOP", and then does
 
-Each sequence has a `StreamDecoder`, which sees each token once. The `OutputProcessor` keeps the
-decoders. After each step it gives them the new tokens, ends the sequences whose stop string was
-found, and reports to each client its text, reasons, times and log-probabilities. vLLM does this in
-another process than the scheduler's, so that decoding text does not delay the next step.
+Each sequence has a `StreamDecoder`, which sees each token once. The `OutputProcessor` acts twice in
+a step. Before the scheduler's update it decodes new tokens where a stop string may end a text.
+After the update it builds the outputs of the requests that have ended. All other text is decoded
+when somebody reads it (`Delta.text`). vLLM does all this in another process than the scheduler's,
+so that decoding text does not delay the next step.
 
 The names and fields are vLLM's (RequestOutput, CompletionOutput, OutputProcessor).
 Run: python outputs.py
