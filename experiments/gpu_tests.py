@@ -101,7 +101,7 @@ class Watcher:
 
 # ---- what gpu_check reads ------------------------------------------------------------------------
 class Outcomes:
-    """The tests of one stage. A test whose teardown failed too has two lines and failed."""
+    """The tests of one stage."""
 
     def __init__(self):
         self.of: dict[str, str] = {}  # test -> outcome
@@ -110,8 +110,8 @@ class Outcomes:
     def add(self, line: dict) -> None:
         """Take a line that the plugin wrote."""
         self.num_collected = line.get("collected", self.num_collected)
-        if "test" in line and self.of.get(line["test"]) != "failed":
-            self.of[line["test"]] = line["outcome"]
+        if "test" in line:
+            self.of[line["test"]] = line["outcome"]  # a teardown that fails comes after its test
 
     @property
     def counts(self) -> Counter:

@@ -448,13 +448,14 @@ def test_an_engine_that_is_ahead_is_so_in_every_timed_step_and_is_timed_by_token
     def watched(engine):
         assert (engine.forward.sampler is not None) is draws_on_gpu
         output = step(engine)
-        in_flight.append((output.plan.num_tokens, engine._in_flight is not None))
+        in_flight.append((output.plan.num_tokens, engine._flight is not None))
         return output
 
     monkeypatch.setattr(AheadEngine, "step", watched)
-    rows = run(tmp_path, f"{TINY} --shapes 3x9 --rounds 1 --contenders recorded ahead")
-    # The step of the prompts, 2 + 2 + 2 of one token each; none follows the last one.
-    assert in_flight == ([(3 * 2, True)] + [(3, True)] * 5 + [(3, False)]) * 2
+    rows = run(tmp_path, f"{TINY} --shapes 3x12 --rounds 1 --contenders recorded ahead")
+    # The step of the prompts, 2 + 2 + 2 of one token each; none follows the last one. At the end
+    # each sequence has all of its three blocks.
+    assert in_flight == ([(3 * 5, True)] + [(3, True)] * 5 + [(3, False)]) * 2
     found = {(row["contender"], row["metric"]) for row in pick(rows, unit="ms")}
     assert found >= {(RECORDED, "time a step"), ("recorded, ahead", "token to token")}
     assert ("recorded, ahead", "time a step") not in found
