@@ -23,6 +23,7 @@ Hoefler and Belli 2015, "Scientific Benchmarking of Parallel Computing Systems",
 import csv
 import importlib.metadata
 import importlib.util
+import io
 import math
 import os
 import platform
@@ -30,6 +31,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -183,14 +185,32 @@ def append(path: str | Path, measurements: Iterable[Measurement]) -> Iterator[Me
     for row in measurements:
         cells = asdict(row) | provenance() | {"date": datetime.now(UTC).isoformat("T", "seconds")}
         _check(cells)
+        if not path.exists():
+            _create(path)
         # The file is opened and closed for each row: minutes may pass until the next row, and
         # whatever happens until then, this one is on disk.
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if file.tell() == 0:
+            if file.tell() == 0:  # an empty file that somebody made, or no hard links here
                 writer.writeheader()
             writer.writerow(cells)
         yield row
+
+
+def _create(path: Path) -> None:
+    """Create the file with its header, unless another process does so in the same moment.
+
+    A file that is opened first and filled then is empty for a moment, and the other process would
+    write a second header. So the header is written to a file of this process, which then gets the
+    name in one step; the step fails if the name is taken.
+    """
+    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        whole.write_text(",".join(COLUMNS) + "\n", encoding="utf-8", newline="")
+        with suppress(OSError):  # the name is taken, or this file system has no hard links
+            os.link(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def _check_end(path: Path) -> None:
@@ -198,9 +218,13 @@ def _check_end(path: Path) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text:
         return
-    header = text.splitlines()[0].split(",")
-    if header != list(COLUMNS):
-        columns = f"its columns are {','.join(header)}; results have {','.join(COLUMNS)}"
+    header = text.split("\n")[0]
+    wanted = ",".join(COLUMNS)
+    if header != wanted:
+        if header.removeprefix("\ufeff").replace(";", ",") == wanted:  # as Excel writes it
+            found = "semicolons between the columns" if ";" in header else "a byte-order mark"
+            raise ValueError(f"{path}, line 1: the file has {found}: save it as plain CSV in UTF-8")
+        columns = f"its columns are {header[:200]}; results have {wanted}"
         raise ValueError(f"{path}, line 1: another kind of file: {columns}")
     if not text.endswith("\n"):
         line = text.count("\n") + 1
@@ -210,7 +234,8 @@ def _check_end(path: Path) -> None:
 def _check(cells: dict) -> None:
     """Raise ValueError with the reason if a cell of a row, given as text or number, is wrong."""
     for name, value in cells.items():
-        if str(value).strip() == "" or "\n" in str(value):
+        # splitlines: "\r" and other characters end a line too
+        if str(value).strip() == "" or str(value).splitlines() != [str(value)]:
             raise ValueError(f"{name} is {str(value)!r}: a text of one line is needed")
     for name, kind in NUMBERS.items():
         try:
@@ -249,8 +274,10 @@ def read(path: str | Path) -> list[dict]:
         raise ValueError(f"{path}, line 1: the file is empty, not even a header")
     _check_end(path)
     rows = []
-    lines = csv.reader(text.split("\n")[1:-1], strict=True)
+    # Given as a file, not as a list of lines: a line break within quotes is a part of its cell.
+    lines = csv.reader(io.StringIO(text), strict=True)
     try:
+        next(lines)  # the header
         for cells in lines:
             if len(cells) != len(COLUMNS):
                 raise ValueError(f"{len(cells)} cells, {len(COLUMNS)} columns")
@@ -258,7 +285,7 @@ def read(path: str | Path) -> list[dict]:
             _check(row)
             rows.append(row | {name: kind(row[name]) for name, kind in NUMBERS.items()})
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}, line {lines.line_num + 1}: {error}") from None
+        raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
     return rows
 
 

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,60 @@ list(append({str(path)!r}, measure()))
     assert len(read(path)) == 3
 
 
+def test_of_processes_that_start_one_file_at_once_exactly_one_writes_its_header(
+    tmp_path, monkeypatch
+):
+    """The other process comes in between the look for the file and the first write."""
+    path = tmp_path / "rows.csv"
+    whole = Path.exists
+
+    def looked_then_the_other_came(self):
+        monkeypatch.setattr(Path, "exists", whole)
+        answer = self.exists()
+        write(path, replace(ROW, seed=1))
+        return answer
+
+    def measure():
+        monkeypatch.setattr(Path, "exists", looked_then_the_other_came)
+        yield replace(ROW, seed=2)
+
+    list(append(path, measure()))
+    assert [row["seed"] for row in read(path)] == [1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_the_header_is_there_from_the_moment_at_which_the_file_is(tmp_path, monkeypatch):
+    """A file that was opened, and is not written to yet, is one without a header."""
+    path = tmp_path / "rows.csv"
+    sizes = []
+    whole = Path.open
+
+    def look(self, *args, **kwargs):
+        file = whole(self, *args, **kwargs)
+        sizes.append(path.stat().st_size if path.exists() else None)
+        return file
+
+    monkeypatch.setattr(Path, "open", look)
+    write(path, ROW)
+    assert sizes and 0 not in sizes
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda text: "\ufeff" + text, "the file has a byte-order mark: save it as plain CSV"),
+        (lambda text: text.replace(",", ";"), "the file has semicolons between the columns"),
+    ],
+)
+def test_a_file_that_excel_has_saved_is_refused_by_what_it_did(tmp_path, spoil, words):
+    path = tmp_path / "rows.csv"
+    write(path, ROW)
+    path.write_text(spoil(path.read_text()), encoding="utf-8")
+    for use in (read, lambda path: write(path, ROW)):
+        with pytest.raises(ValueError, match=f"rows.csv, line 1: {words}"):
+            use(path)
+
+
 def test_a_file_of_other_columns_is_refused_with_both_headers_before_anything_is_measured(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("model,loss\ngpt2,3.1\n")
@@ -124,6 +179,8 @@ def test_nothing_is_appended_behind_half_a_line(tmp_path):
         ({"repeats": 0}, "repeats is 0: it must be at least 1"),
         ({"contender": " "}, "contender is ' ': a text of one line is needed"),
         ({"workload": "two\nlines"}, "workload is 'two.nlines'"),
+        ({"device": "a name\r"}, "device is 'a name.r': a text of one line is needed"),
+        ({"device": "two\u2028lines"}, "device is 'two.u2028lines': a text of one line"),
     ],
 )
 def test_a_row_that_cannot_be_is_not_written(tmp_path, changes, reason):
@@ -143,6 +200,10 @@ def test_a_row_that_cannot_be_is_not_written(tmp_path, changes, reason):
         (lambda s: s.replace("T", " at "), "line 3: date is"),
         (lambda s: s.replace('a comma"', "a comma"), "line 3: unexpected end of data"),
         (lambda s: s.rstrip("\n"), "line 3: the last line is cut off"),
+        (
+            lambda s: s.replace("a device", "a\ndevice"),
+            "line 4: device is 'a.ndevice, with a comma'",
+        ),
         (lambda s: "\n" + s, "line 3: 0 cells, 24 columns"),
     ],
 )
