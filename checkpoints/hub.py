@@ -18,23 +18,17 @@ import re
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType
 
 from checkpoints.weight_files import WEIGHT_FILES, other_weights, read_index
 
 # Short names, and the repositories that the hub redirects them to.
-ALIASES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
+ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
+ALIASES |= {"gpt2-xl": "openai-community/gpt2-xl", "distilgpt2": "distilbert/distilgpt2"}
 CONFIG = "config.json"
 SMALL_FILES = (  # some repositories hold only a few of them
     *(CONFIG, "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "spiece.model", "tokenizer.model"),  # of other tokenizers: refused by their name
+    *("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json"),  # other families' tokenizers
 )
 WEIGHTS = WEIGHT_FILES[:-1]  # the first one that exists; nanoGPT's ckpt.pt is not used on the hub
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
@@ -53,17 +47,22 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
     if os.path.exists(name):
         return Path(name)
     repo_id, revision = parse_name(str(name))
-    hub = import_hub(name)
+    try:  # imported here: a local folder works without the package
+        import huggingface_hub.constants
+        import huggingface_hub.errors as errors
+    except ImportError as error:
+        advice = "install huggingface_hub to look for it on the hub, or give a folder"
+        raise ValueError(f"{str(name)!r} is no folder here: {advice} ({error})") from None
     try:
         found = find_in_cache(repo_id, revision, cache_dir)
         return found or download(repo_id, revision, cache_dir)
-    except hub.errors.HFValidationError as error:  # a space in the id, for example
+    except errors.HFValidationError as error:  # a space in the id, for example
         raise ValueError(f"{str(name)!r} is no folder here and no hub id: {error}") from None
     # A failed download raises an OSError or the error of the HTTP client, which depends on the
     # library's version: the parents of HfHubHTTPError are these two. hf_xet, the library's second
     # way to fetch weights, raises RuntimeError.
-    except (*hub.errors.HfHubHTTPError.__bases__, RuntimeError) as error:
-        cache = cache_dir or hub.constants.HF_HUB_CACHE
+    except (*errors.HfHubHTTPError.__bases__, RuntimeError) as error:
+        cache = cache_dir or huggingface_hub.constants.HF_HUB_CACHE
         raise ValueError(explain(error, repo_id, revision, cache)) from error
 
 
@@ -87,17 +86,6 @@ def parse_name(name: str) -> tuple[str, str]:
     return repo_id, revision or "main"
 
 
-def import_hub(name: str | Path) -> ModuleType:
-    """Import huggingface_hub only when it is needed: a local folder works without the package."""
-    try:
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-    except ImportError as error:
-        advice = "install huggingface_hub to look for it on the hub, or give a folder"
-        raise ValueError(f"{str(name)!r} is no folder here: {advice} ({error})") from None
-    return huggingface_hub
-
-
 # ---- in the cache --------------------------------------------------------------------------------
 def find_in_cache(repo_id: str, revision: str, cache_dir: str | Path | None = None) -> Path | None:
     """Return the cached snapshot of a revision if it is whole, else None. Sends no request.
@@ -105,7 +93,8 @@ def find_in_cache(repo_id: str, revision: str, cache_dir: str | Path | None = No
     transformers uses the same cache, so a model that it has fetched is found too. Old versions kept
     `gpt2` under its short name, so short names are looked up as well.
     """
-    hub = import_hub(repo_id)
+    import huggingface_hub as hub
+
     short_names = [short for short, full in ALIASES.items() if full == repo_id]
     for known_as in (repo_id, *short_names):
         config = hub.try_to_load_from_cache(known_as, CONFIG, cache_dir, revision)
@@ -153,8 +142,10 @@ def download(repo_id: str, revision: str, cache_dir: str | Path | None = None) -
         )
 
     def fetch(revision: str, *names: str) -> Path:
-        hub, options = import_hub(repo_id), {"revision": revision, "cache_dir": cache_dir}
-        return Path(hub.snapshot_download(repo_id, allow_patterns=list(names), **options))
+        import huggingface_hub as hub
+
+        options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": list(names)}
+        return Path(hub.snapshot_download(repo_id, **options))
 
     # The first files are fetched from the branch: the library notes its commit for the next call.
     # All others are fetched from that commit, because somebody may push a new one in between. The
@@ -178,7 +169,8 @@ def list_files(repo_id: str, revision: str) -> set[str]:
     library's error if the hub refuses. The HTTP client's own timeout does not limit the whole call:
     it starts again for each address of the server, and does not cover the lookup of its name.
     """
-    hub = import_hub(repo_id)
+    import huggingface_hub as hub
+
     api = hub.HfApi()  # outside of the thread: its import must not count against the limit
     answer: Future[set[str]] = Future()
 
@@ -203,27 +195,30 @@ def list_files(repo_id: str, revision: str) -> set[str]:
 
 def explain(error: Exception, repo_id: str, revision: str, cache: str | Path) -> str:
     """Turn the library's error into one sentence that says what the user can do."""
-    hub = import_hub(repo_id)
-    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    from huggingface_hub import constants, errors
+
     if isinstance(error, errors.LocalEntryNotFoundError):  # its cause is the reason
         error = error.__cause__ or error
+    endpoint, log_in = constants.ENDPOINT, "log in with `hf auth login`"
     nowhere = f"{repo_id}@{revision} is no folder here, nor whole in the cache {cache}"
-    log_in = "log in with `hf auth login`"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        advice = "unset it and connect once, or give a folder"
-        return f"{nowhere}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: {advice}"
-    if isinstance(error, errors.GatedRepoError):  # a subclass of the next error: tested first
-        advice = f"accept its terms at {endpoint}/{repo_id}, then {log_in}"
-        return f"{repo_id} is given only to users who accepted its terms: {advice}"
-    if isinstance(error, errors.RepositoryNotFoundError):  # 404; 401 for a private repository
-        return f"{nowhere}, and {endpoint} has no such repository (or it is private: {log_in})"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id} has no branch, tag or commit {revision!r}: look for it at {endpoint}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status, advice = error.response.status_code, "try again later"
-        if status in (401, 403):
-            advice = f"{log_in}, or renew the token in HF_TOKEN"
-        return f"{endpoint} answered status {status} for {repo_id}: {advice}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    again = (
+        f"{log_in}, or renew the token in HF_TOKEN" if status in (401, 403) else "try again later"
+    )
+    sentences = {  # the first class that fits: some are subclasses of later ones
+        errors.OfflineModeIsEnabled: f"{nowhere}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is "
+        "set: unset it and connect once, or give a folder",
+        errors.GatedRepoError: f"{repo_id} is given only to users who accepted its terms: accept "
+        f"them at {endpoint}/{repo_id}, then {log_in}",
+        errors.RepositoryNotFoundError: f"{nowhere}, and {endpoint} has no such repository (or it "
+        f"is private: {log_in})",
+        errors.RevisionNotFoundError: f"{repo_id} has no branch, tag or commit {revision!r}: look "
+        f"for it at {endpoint}",
+        errors.HfHubHTTPError: f"{endpoint} answered status {status} for {repo_id}: {again}",
+    }
+    for kind, sentence in sentences.items():
+        if isinstance(error, kind):
+            return sentence
     if isinstance(error, OSError) and error.errno is not None:  # from the file system: disk full
         advice = "make room there, or name another place in HF_HUB_CACHE"
         return f"{repo_id} cannot be kept in the cache {cache} ({first_line(error)}): {advice}"

@@ -13,15 +13,14 @@ The same rules read what transformers writes now and wrote in the past, what tor
 (`_orig_mod.`), and nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
 that names the file and the tensor, because a model that is loaded in part writes plausible
 nonsense. `random:gpt2` (-medium, -large, -xl) builds the real shapes with random weights, to
-measure speed without a download; `weights_kind` says so beside every figure. On a GPU the output
-head is padded (`PaddedHead`).
-
-The tests load each layout and compare tensors bit by bit, and logits with transformers.
+measure speed without a download; `weights_kind` says so beside every figure. The tests load each
+layout and compare tensors bit by bit, and logits with transformers.
 
 Radford et al. 2019 (GPT-2); its names and layout: github.com/huggingface/transformers.
 Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a model on the hub?)
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -29,17 +28,16 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoints.untrusted import MOST_SHOWN, read_json, shown
 from checkpoints.weight_files import Stored, catalogue, read
 from kernels.device_memory import free_memory_bytes
+from kernels.padded_head import pad_vocabulary
 from model import GPT, GPTConfig, attend_one_sequence
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -48,7 +46,6 @@ HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # int8 needs scales too
 LARGEST_SIZE = 10_000_000  # far above every GPT-2; a product of two still fits in 64 bits
 LEAST_TENSORS_A_LAYER = 6  # two LayerNorms and four matrices; with biases there are 12
-HEAD_ROWS = 64  # on a GPU the head has a multiple of so many rows; 50,257 -> 50,304
 END_OF_TEXT_ID = 50256  # in GPT-2's vocabulary, which nanoGPT uses too
 
 RANDOM_SHAPES = {  # name: (n_layer, n_head, n_embd)
@@ -58,37 +55,22 @@ RANDOM_SHAPES = {  # name: (n_layer, n_head, n_embd)
     "gpt2-xl": (48, 25, 1600),
 }
 
-# Name in config.json -> (name in GPTConfig, type). Fields that are not listed, such as dropout
-# rates, do not change inference.
+# Name in config.json -> field of GPTConfig: the same names but for one. What is not listed, such as
+# dropout rates, does not change inference.
 CONFIG_FIELDS = {
-    "vocab_size": ("vocab_size", int),
-    "n_positions": ("max_seq_len", int),
-    "n_layer": ("n_layer", int),
-    "n_head": ("n_head", int),
-    "n_embd": ("n_embd", int),
-    "n_inner": ("n_inner", int),
-    "activation_function": ("activation_function", str),
-    "layer_norm_epsilon": ("layer_norm_epsilon", float),
-    "scale_attn_weights": ("scale_attn_weights", bool),
-    "scale_attn_by_inverse_layer_idx": ("scale_attn_by_inverse_layer_idx", bool),
-    "tie_word_embeddings": ("tie_word_embeddings", bool),
-    "eos_token_id": ("eos_token_id", int),
+    "n_positions" if field.name == "max_seq_len" else field.name: field
+    for field in dataclasses.fields(GPTConfig)
+    if field.name != "dropout"
 }
-SECOND_NAMES = {  # transformers' names of the same fields in all its models
-    "n_positions": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
+SECOND_NAMES = {  # transformers' names of these fields in all its models
+    **{"n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers"},
+    **{"n_head": "num_attention_heads", "n_embd": "hidden_size"},
 }
-GELUS = {  # transformers' other names, and ours: the tanh approximation or the exact function
+GELUS = {  # transformers' other names -> ours: the tanh approximation, or the exact function
     **dict.fromkeys(("gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), "gelu_new"),
     **{"gelu_python_tanh": "gelu_new", "gelu_python": "gelu"},
 }
 REFUSED_FIELDS = ("add_cross_attention", "quantization_config")  # they change inference
-# Name in config.json -> name in nanoGPT's `model_args`.
-NANOGPT_FIELDS = {"n_positions": "block_size"} | {
-    name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
-}
 
 
 def local_path(name: str | Path) -> Path:
@@ -120,68 +102,29 @@ def load_model(
         return random_model(name.removeprefix("random:"), dtype, device)
     # The config and the tensors' shapes come first. Numbers are read only if the two agree.
     stored, model_args = catalogue(local_path(name))
-    file, has_biases = stored[0].path, True
+    file = stored[0].path
     if model_args is None:
         config = read_config(file.parent / "config.json")
     else:
-        config, has_biases = read_nanogpt_config(model_args, file)
+        config = nanogpt_config(model_args, file)
     if config.n_layer * LEAST_TENSORS_A_LAYER > len(stored):  # before ten million layers are built
         problem = f"n_layer is {config.n_layer}, and the {len(stored)} tensors are too few for that"
         raise ValueError(f"{file}: {problem}")
     wanted = shapes_of(config)
-    placed = place(stored, wanted)
-    check_memory(file, placed, dtype, device)
-    state = read_tensors(placed, wanted, config.tie_word_embeddings, dtype, device)
-    if not has_biases:  # nanoGPT with bias=False: biases of zero change nothing
+    state = read_tensors(place(stored, wanted), wanted, config, dtype, device)
+    if model_args and model_args.get("bias") is False:  # biases of zero change nothing
         biases = [key for key in wanted if key.endswith(".bias") and key not in state]
         state |= {k: torch.zeros(wanted[k], dtype=dtype, device=device) for k in biases}
     if missing := [key for key in wanted if key not in state]:
         first = f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
         raise ValueError(f"{file}: {first}")
-    return assemble(state, config)
-
-
-def assemble(state: dict[str, Tensor], config: GPTConfig) -> GPT:
-    """A model of these tensors, with its head tied if head and embedding are one tensor."""
     is_tied = config.tie_word_embeddings and state[HEAD] is state[EMBEDDING]
-    with torch.device("meta"):  # a model of shapes without memory; the weights are assigned below
-        model = GPT(replace(config, tie_word_embeddings=is_tied))
+    with torch.device("meta"):  # a model of shapes without memory
+        model = GPT(dataclasses.replace(config, tie_word_embeddings=is_tied))
     model.load_state_dict(state, assign=True)
     if is_tied:
         model.lm_head.weight = model.wte.weight  # assign=True has replaced the shared one
     return finish(model)
-
-
-class PaddedHead(nn.Linear):
-    """An output head (V, C) whose product has more rows, a multiple of 64, and hides their logits.
-
-    GPT-2 has 50,257 tokens, an odd number: rows of so many logits do not begin at multiples of 16
-    bytes, so a GPU cannot store or load them 16 bytes at a time. `weight` is a view of the V rows
-    that a checkpoint has, so the others (zeros) are never counted or saved.
-    """
-
-    def __init__(self, weight: Tensor):  # (V, C)
-        V, C = weight.shape
-        super().__init__(C, V, bias=False, device="meta")  # without memory
-        padded = weight.new_zeros(-(-V // HEAD_ROWS) * HEAD_ROWS, C)
-        padded[:V] = weight.detach()
-        self.register_buffer("padded", padded, persistent=False)  # not in the state_dict
-        self.weight = nn.Parameter(padded[:V], requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, V), a view: its rows are as far apart as the padded ones."""
-        return F.linear(x, self.padded)[:, : self.out_features]
-
-
-def pad_vocabulary(model: GPT) -> GPT:
-    """Give a model on a GPU a `PaddedHead`; returns the same model, which computes the same logits.
-
-    An embedding that is tied to the head stays tied.
-    """
-    model.lm_head = PaddedHead(model.lm_head.weight)
-    if model.config.tie_word_embeddings:
-        model.wte.weight = model.lm_head.weight
-    return model
 
 
 def finish(model: GPT) -> GPT:
@@ -200,6 +143,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> 
     return finish(model.init_weights().to(device=device, dtype=dtype))
 
 
+# ---- the config ----------------------------------------------------------------------------------
 def read_config(path: Path) -> GPTConfig:
     """Read `config.json`. Raises ValueError that names the field which is not supported."""
     fields = read_json(path)
@@ -209,43 +153,47 @@ def read_config(path: Path) -> GPTConfig:
     for name in REFUSED_FIELDS:
         if fields.get(name):
             raise ValueError(f"{path}: {name} is set, which is not served")
+    for name, second in SECOND_NAMES.items():
+        value, other = fields.get(name), fields.get(second)
+        if None not in (value, other) and value != other:
+            values = f"{name} is {shown(value)} and {second} is {shown(other)}"
+            raise ValueError(f"{path}: {values}, two names of one field")
+        fields[name] = other if value is None else value
     return to_config(fields, path)
 
 
-def read_nanogpt_config(args: dict, path: Path) -> tuple[GPTConfig, bool]:
-    """The config in a nanoGPT checkpoint, and whether it has biases. Source: its `model.py`.
+def nanogpt_config(args: dict, path: Path) -> GPTConfig:
+    """The config in the `model_args` of a nanoGPT checkpoint. Source: its `model.py`.
 
     Its GELU was the tanh approximation until June 2023. Until January 2023 `model_args` had no
     `bias`; what was saved between is taken for exact, so its logits are off by about a thousandth.
     """
-    fields = {ours: args.get(theirs) for ours, theirs in NANOGPT_FIELDS.items()}
-    if absent := [NANOGPT_FIELDS[name] for name, value in fields.items() if value is None]:
-        raise ValueError(f"{path}: model_args has no {absent[0]}")
+    fields = {}
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        if (value := args.get(name)) is None:
+            raise ValueError(f"{path}: model_args has no {name}")
+        fields["n_positions" if name == "block_size" else name] = value
     fields["activation_function"] = "gelu" if "bias" in args else "gelu_new"
     fields["eos_token_id"] = END_OF_TEXT_ID  # `to_config` drops it from a smaller vocabulary
-    return to_config(fields, path), args.get("bias") is not False
+    return to_config(fields, path)
 
 
 def to_config(fields: dict, path: Path) -> GPTConfig:
     """Turn Hugging Face's fields into a GPTConfig and check their types; errors name `path`."""
     known = {}
-    for theirs, (ours, kind) in CONFIG_FIELDS.items():
-        value, second = fields.get(theirs), SECOND_NAMES.get(theirs, theirs)
-        if value is None:
-            value = fields.get(second)
-        elif (other := fields.get(second)) not in (None, value):
-            values = f"{theirs} is {shown(value)} and {second} is {shown(other)}"
-            raise ValueError(f"{path}: {values}, two names of one field")
+    for name, field in CONFIG_FIELDS.items():
+        value, kind = fields.get(name), field.type
         if value is None:
             continue
         # In Python a bool is an int too. An epsilon written as an integer is accepted.
         kinds = (int, float) if kind is float else kind
         if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
-            raise ValueError(f"{path}: {theirs} is {shown(value)}, not of type {kind.__name__}")
+            expected = str(getattr(kind, "__name__", kind)).removesuffix(" | None")
+            raise ValueError(f"{path}: {name} is {shown(value)}, not of type {expected}")
         if kind is not str and abs(value) > LARGEST_SIZE:
             limit = f"at most {LARGEST_SIZE} is accepted"
-            raise ValueError(f"{path}: {theirs} is {shown(value)}, {limit}")
-        known[ours] = GELUS.get(value, value) if kind is str else value
+            raise ValueError(f"{path}: {name} is {shown(value)}, {limit}")
+        known[field.name] = GELUS.get(value, value)
     # Small test models keep GPT-2's end-of-text id, which their vocabulary does not have. The model
     # can never draw that id, so it is dropped.
     if not 0 <= known.get("eos_token_id", 0) < known.get("vocab_size", GPTConfig.vocab_size):
@@ -256,17 +204,18 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
         raise ValueError(f"{path}: {str(error)[:MOST_SHOWN]}") from None
 
 
+# ---- the tensors ---------------------------------------------------------------------------------
+def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of each tensor of a model."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+
+
 def plain_name(stored: str) -> str:
     """A tensor's name without the prefixes of modules that were wrapped around the model."""
     name = stored.replace("_orig_mod.", "")  # torch.compile adds it, to a model or to a layer
     # DataParallel adds "module."
     return name.removeprefix("module.").removeprefix("transformer.")
-
-
-def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of each tensor of a model."""
-    with torch.device("meta"):  # without memory
-        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
 def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
@@ -286,21 +235,10 @@ def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[str,
     return dict(sorted(placed.items(), key=lambda item: item[0] == HEAD))
 
 
-def check_memory(
-    file: Path, placed: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
-) -> None:
-    """Raise ValueError if the weights are larger than the device's free memory."""
-    counts = [math.prod(one.shape) for name, one in placed.items() if name != HEAD]
-    needed = dtype.itemsize * sum(counts)
-    if needed > (free := free_memory_bytes(device)):
-        sizes = f"{needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}"
-        raise ValueError(f"{file}: the weights take {sizes}")
-
-
 def read_tensors(
     placed: dict[str, Stored],
     wanted: dict[str, tuple[int, ...]],
-    is_tied: bool,
+    config: GPTConfig,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> dict[str, Tensor]:
@@ -308,12 +246,18 @@ def read_tensors(
 
     Returns a dict from the model's names to tensors. A tied head is the embedding itself, unless
     the file has both and they differ: then transformers does not tie them either. Raises ValueError
-    for a wrong shape or dtype.
+    for a wrong shape or dtype, and for weights larger than the free memory.
     """
+    needed = dtype.itemsize * sum(math.prod(placed[name].shape) for name in placed.keys() - {HEAD})
+    if needed > (free := free_memory_bytes(device)):
+        file = next(iter(placed.values())).path
+        sizes = f"{needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}"
+        raise ValueError(f"{file}: the weights take {sizes}")
     # c_attn is never square, so its shape tells whether the file stores (out, in) or (in, out).
     fused = "h.0.attn.c_attn.weight"  # (3C, C) in the model
     is_linear = fused in placed and placed[fused].shape == wanted[fused]
     names = {tensor: name for name, tensor in placed.items()}
+    is_tied = config.tie_word_embeddings
     state: dict[str, Tensor] = {}
     for stored, tensor in read(list(names)):
         name = names[stored]
@@ -347,16 +291,16 @@ def is_copy(tensor: Tensor, other: Tensor) -> bool:
     return all(torch.equal(part.to(own), own) for part, own in rows)
 
 
+# ---- written -------------------------------------------------------------------------------------
 def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` as transformers does, weights in `dtype`."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == HEAD and model.config.tie_word_embeddings:
             continue  # safetensors refuses one tensor under two names
-        # In Hugging Face's layout the head stands outside of `transformer`.
-        stored = name if name == HEAD else "transformer." + name
         tensor = tensor.detach().to(dtype)
-        tensors[stored] = (tensor.t() if name.endswith(CONV1D) else tensor).contiguous()
+        turned = tensor.t() if name.endswith(CONV1D) else tensor
+        tensors[transformers_name(name)] = turned.contiguous()
     fields = transformers_fields(model.config)
     fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     fields |= {"bos_token_id": model.config.eos_token_id, "dtype": str(dtype)[len("torch.") :]}
@@ -368,9 +312,14 @@ def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
         move_together(Path(name), folder)
 
 
+def transformers_name(name: str) -> str:
+    """A tensor's name in Hugging Face's layout: the head stands outside of `transformer`."""
+    return name if name == HEAD else "transformer." + name
+
+
 def transformers_fields(config: GPTConfig) -> dict:
     """The fields of a config under the names of transformers."""
-    return {theirs: getattr(config, ours) for theirs, (ours, _) in CONFIG_FIELDS.items()}
+    return {name: getattr(config, field.name) for name, field in CONFIG_FIELDS.items()}
 
 
 def move_together(source: Path, folder: Path) -> None:
@@ -380,22 +329,22 @@ def move_together(source: Path, folder: Path) -> None:
     folder without weights, not one with the weights of another tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arrived = []
-    for file in source.iterdir():  # from another disk this takes a while, so the old ones stay
-        arrived.append(Path(shutil.move(file, folder / f".{file.name}.new")))
     weights = folder / "model.safetensors"
+    arrived = {  # from another disk this takes a while, so the old files stay
+        folder / file.name: Path(shutil.move(file, folder / f".{file.name}.new"))
+        for file in source.iterdir()
+    }
     weights.unlink(missing_ok=True)
-    for file in sorted(arrived, key=lambda file: weights.name in file.name):
-        file.replace(folder / file.name[1 : -len(".new")])
+    for path in sorted(arrived, key=lambda path: path == weights):
+        arrived[path].replace(path)
 
 
+# ---- described -----------------------------------------------------------------------------------
 def describe(name: str) -> None:
     """Print what a checkpoint holds, and whether transformers computes the same logits from it."""
     model = load_model(name)
-    config = model.config
-    count = model.num_parameters()
+    config, count, longest = model.config, model.num_parameters(), model.config.max_seq_len
     kv_bytes = config.kv_bytes_per_token(torch.float16)
-    longest = config.max_seq_len
     print(f"{name}: {weights_kind(name)}")
     heads = f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}"
     print(f"shape          {heads}, {config.vocab_size:,} tokens, {longest:,} positions")
@@ -414,9 +363,9 @@ def describe(name: str) -> None:
 def compare(stored: list[Stored], model: GPT) -> str:
     """Compare our logits with transformers' on the same tensors; return the result as one line.
 
-    transformers reads no file: the tensors are given to it under their own names, and its config is
-    made from ours, since a stranger's config.json may name code on the hub. Raises ValueError if
-    the logits differ by more than a thousandth of the largest one.
+    transformers reads no file: the tensors are given to it, and its config is made from ours, since
+    a stranger's config.json may name code on the hub. Raises ValueError if the logits differ by
+    more than a thousandth of the largest one.
     """
     if importlib.util.find_spec("transformers") is None:
         return "not installed, so not compared (pip install transformers)"
@@ -425,8 +374,7 @@ def compare(stored: list[Stored], model: GPT) -> str:
 
     disable_progress_bar()
     config = GPT2Config(**transformers_fields(model.config), bos_token_id=None)
-    tensors = {plain_name(one.name): tensor.clone() for one, tensor in read(stored)}
-    named = {name if name == HEAD else "transformer." + name: t for name, t in tensors.items()}
+    named = {transformers_name(plain_name(one.name)): t.clone() for one, t in read(stored)}
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
         theirs = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=named, **options)

@@ -18,12 +18,7 @@ from typing import BinaryIO
 
 MOST_TEXT_BYTES = 128 << 20  # the largest tokenizer.json has 30 MB
 MOST_SHOWN = 120  # characters of a value in an error message
-# The first bytes of files that stand where weights or a config are expected.
-OTHER_KINDS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"GGUF": "is a GGUF file, llama.cpp's format: give a folder in Hugging Face's layout",
-    b"\x89HDF": "holds TensorFlow's weights (HDF5): save the model with PyTorch first",
-}
+GIT_LFS = b"version https://git-lfs"  # the first bytes of a pointer that stands for a large file
 
 
 def shown(value: object) -> str:
@@ -36,9 +31,9 @@ def shown(value: object) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file, at its first byte. Links are followed: the hub's cache consists of them.
+    """Open a regular file. Links are followed: the hub's cache consists of them.
 
-    Raises ValueError for anything else, and for what is known by its first bytes to be no model.
+    Raises ValueError for anything else, and for a Git LFS pointer.
     """
     # Without O_NONBLOCK, opening a pipe waits for somebody who writes to it. O_BINARY is Windows'.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -52,10 +47,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         os.close(number)
         raise ValueError(f"{path} is no regular file")
     with os.fdopen(number, "rb") as file:
-        start = file.read(32)
-        for magic, what_it_is in OTHER_KINDS.items():
-            if start.startswith(magic):
-                raise ValueError(f"{path} {what_it_is}")
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            problem = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+            raise ValueError(f"{path} {problem}")
         file.seek(0)
         yield file
 

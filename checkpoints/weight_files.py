@@ -49,12 +49,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "ckpt.pt",
 )
+SAVE = "weights: save the model with PyTorch first"
 OTHER_WEIGHTS = {  # a name, and what such a file is
     "adapter_config.json": "a PEFT adapter: save the whole model, after `merge_and_unload()`",
-    "*.gguf": "weights for llama.cpp: give a folder in Hugging Face's layout",
-    "*.h5": "TensorFlow's weights: save the model with PyTorch first",
-    "*.ckpt.index": "TensorFlow's weights: save the model with PyTorch first",
-    "*.msgpack": "Flax's weights: save the model with PyTorch first",
+    "*.gguf": "llama.cpp's weights: give a folder in Hugging Face's layout",
+    **{"*.h5": f"TensorFlow's {SAVE}", "*.ckpt.index": f"TensorFlow's {SAVE}"},
+    "*.msgpack": f"Flax's {SAVE}",
 }
 PLAIN_NAME = re.compile(r"\w[\w.-]{,200}")  # a file name without a folder or ".."
 MAPPED_BYTES = 32 << 20  # read through one mapping before it is closed
@@ -147,11 +147,9 @@ def read_index(index: Path) -> dict[Path, set[str]]:
     for tensor, name in weight_map.items():
         # Only a bare file name: "../x" and "/etc/x" would leave the folder. Links are allowed,
         # since the hub's cache consists of links.
-        if not (isinstance(name, str) and PLAIN_NAME.fullmatch(name)):
-            problem = f"lies in {shown(name)}, which is not the name of a file beside it"
-            raise ValueError(f"{index}: tensor {shown(tensor)} {problem}")
-        if not name.endswith(ending):
-            problem = f"lies in {shown(name)}, no {ending} file"
+        is_plain = isinstance(name, str) and PLAIN_NAME.fullmatch(name) and name.endswith(ending)
+        if not is_plain:
+            problem = f"lies in {shown(name)}, which is not the name of a {ending} file beside it"
             raise ValueError(f"{index}: tensor {shown(tensor)} {problem}")
         indexed.setdefault(index.parent / name, set()).add(tensor)
     return indexed
@@ -184,11 +182,11 @@ def held_in(path: Path, file: BinaryIO) -> Iterator[Held]:
 def read_pickle(path: Path, file: BinaryIO) -> Held:
     """The tensors of a `.bin` or `.pt` file by name, and nanoGPT's `model_args` if it has them."""
     is_zip = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6
-    records: Counter[int] | None = None
+    size, records = stamp_of(file)[0], None
     try:
         if is_zip:
             records = check_archive(file)
-        elif (size := stamp_of(file)[0]) > (free := free_memory_bytes("cpu")):
+        elif size > (free := free_memory_bytes("cpu")):
             raise ValueError(f"it has {size:,} bytes, and {free:,} bytes of memory are free")
         name = name_of(file, path)  # PyTorch maps a file only by its name
         held = torch.load(name, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -202,7 +200,7 @@ def read_pickle(path: Path, file: BinaryIO) -> Held:
         held = held.get("model")
     if not (isinstance(held, dict) and isinstance(model_args, dict | None)):
         raise ValueError(f"{path} holds no dictionary of tensors, or model_args that are none")
-    check_tensors(path, held, records)
+    check_tensors(path, held, size, records)
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     return Held(shapes, held.__getitem__, model_args, is_zip)
 
@@ -224,7 +222,7 @@ def check_archive(file: BinaryIO) -> Counter[int]:
     return Counter(r.file_size for r in records if r.filename.split("/")[1:2] == ["data"])
 
 
-def check_tensors(path: Path, held: dict, records: Counter[int] | None) -> None:
+def check_tensors(path: Path, held: dict, size: int, records: Counter[int] | None) -> None:
     """Refuse what is no plain tensor, or no tensor in the file's records."""
     storages: dict[int, int] = {}  # its place in memory, and its bytes
     for name, tensor in held.items():
@@ -240,10 +238,11 @@ def check_tensors(path: Path, held: dict, records: Counter[int] | None) -> None:
         if tensor.numel() * tensor.itemsize > storage.nbytes():
             raise ValueError(f"{path}: tensor {shown(name)} has more numbers than the file holds")
         storages[storage.data_ptr()] = storage.nbytes()
-    # PyTorch believes the pickle's word for a record's length, and maps what comes after it too.
-    if records is not None and (strange := Counter(storages.values()) - records):
-        problem = f"no record has the {max(strange):,} bytes of a tensor's storage"
-        raise ValueError(f"{path} is refused, or damaged: {problem}")
+    # A pickle may ask for memory that no file fills. And PyTorch believes its word for the length
+    # of a record: what comes after the record is mapped too.
+    sizes = Counter(storages.values())
+    if sum(storages.values()) > size or (records is not None and sizes - records):
+        raise ValueError(f"{path} is refused, or damaged: some numbers are in none of its records")
 
 
 # ---- the numbers ---------------------------------------------------------------------------------

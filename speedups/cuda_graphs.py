@@ -408,5 +408,5 @@ def rehearse(
     """
     largest = GraphForward(cache, forward, [max(sizes)], max_seq_len, launcher)
     logits = largest.steps[max(sizes)].replay()  # (largest size, V)
-    # The row stride is V, or more where the head is padded (checkpoints/load.py).
+    # The row stride is V, or more where the head is padded (kernels/padded_head.py).
     return largest, logits.new_empty(sum(sizes) - max(sizes), logits.stride(0))

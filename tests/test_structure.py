@@ -22,7 +22,7 @@ COMING = {"prefix_cache", "beam_search", "swap"}  # lessons that are not written
 COMPOSERS = {"llm", "generate", "benchmark"}
 MAY_IMPORT = {  # beside lessons and the wing itself
     "kernels": set(),
-    "checkpoints": {"kernels.device_memory"},
+    "checkpoints": {"kernels.device_memory", "kernels.padded_head"},
     "speedups": {"kernels"},
     "watch": set(),
     "serving": {"llm", "watch", "kernels"},
