@@ -9,10 +9,12 @@ and how blocks fill up and are freed. `generate.py` draws it:
 
 A `Meter` and a `Screen` are watchers of an engine: the meter counts each step, the screen draws.
 All figures come from what a step returns and from the scheduler's queues, so an engine does the
-same with and without them. If the output is no terminal, a plain line is printed once a second.
+same with and without them. If the output is no terminal, or one that cannot move its cursor
+(TERM=dumb), a plain line is printed once a second. NO_COLOR is respected (no-color.org).
 The tests compare the strip with one drawn by hand.
 """
 
+import os
 import time
 from typing import TextIO
 
@@ -23,6 +25,7 @@ COLOURS = [31, 32, 33, 34, 35, 36, 91, 92, 93, 94, 95, 96]  # a terminal's codes
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SECONDS_BETWEEN_DRAWINGS = 0.05  # on a terminal
 SECONDS_BETWEEN_LINES = 1.0  # in a file or a pipe
+STRIP_WIDTH = 96  # blocks in a line; fewer on a narrow terminal
 
 
 def letter_of(request_id: str) -> str:
@@ -91,7 +94,7 @@ class Meter:
         )
 
 
-def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = 96) -> list[str]:
+def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = STRIP_WIDTH) -> list[str]:
     """The pool with one character a block, in lines of `width` blocks.
 
     Example: request 0 has a full block and one that is not full, request 1 has a full block:
@@ -110,6 +113,24 @@ def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = 96) -> list[s
     return [f"|{''.join(cells[i : i + width])}|" for i in range(0, len(cells), width)]
 
 
+def columns_of(stream: TextIO) -> int:
+    """The columns of the terminal that a stream writes to; room for a whole strip if unknown."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal, or one that does not know its size
+        columns = 0
+    return columns or STRIP_WIDTH + 3
+
+
+def can_hold(stream: TextIO, text: str) -> bool:
+    """Whether a stream's encoding has all characters of a text: ASCII has no "·"."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 class Screen:
     """A watcher that draws: on a terminal always in the same place, elsewhere as plain lines.
 
@@ -120,7 +141,9 @@ class Screen:
         self.meter = meter
         self.has_strip = has_strip
         self.stream = stream
-        self.is_terminal = stream.isatty()
+        self.is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.in_colour = self.is_terminal and not os.environ.get("NO_COLOR")
+        self.free_block = "·" if can_hold(stream, "·") else "."
         self.num_lines_drawn = 0
         self.last_drawn = float("-inf")  # on the clock of time.monotonic
 
@@ -131,8 +154,13 @@ class Screen:
         if time.monotonic() - self.last_drawn < interval and scheduler.has_unfinished():
             return
         self.last_drawn = time.monotonic()
-        lines = pool_strip(scheduler, self.is_terminal) if self.has_strip else []
-        lines.append(self.meter.line())
+        # A line that fills the last column would take two lines, and the next drawing one of them.
+        widest = columns_of(self.stream) - 1 if self.is_terminal else STRIP_WIDTH + 2
+        strip_width = max(1, min(STRIP_WIDTH, widest - 2))  # without the two bars
+        lines = pool_strip(scheduler, self.in_colour, strip_width) if self.has_strip else []
+        lines = [line.replace("·", self.free_block) for line in lines]
+        line = self.meter.line()
+        lines.append(line[:widest] if self.is_terminal else line)
         text = "\n".join(lines)
         if self.is_terminal:
             # "\033[2A" moves the cursor two lines up, "\r\033[K" erases the line that it is in.

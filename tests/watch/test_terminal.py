@@ -1,6 +1,7 @@
 """The strip, the line of figures, and how often both are drawn."""
 
 import io
+import re
 
 import pytest
 
@@ -75,7 +76,48 @@ def test_without_a_terminal_there_is_a_strip_a_second_and_one_at_the_end(engine,
 
 
 def test_a_terminal_is_drawn_over_in_place_20_times_a_second(engine, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("TERM", raising=False)
     text = drawn(engine, monkeypatch, Terminal(), [100.0, 100.04, 100.06, 100.07])
     up_two_lines = "\033[2A"
     assert text.count(up_two_lines) == 2  # three times drawn, the first time over nothing
     assert text.count("\033[31m") == 4 and text.count("\r\033[K") == 6
+
+
+# ---- terminals as they are -----------------------------------------------------------------------
+@pytest.fixture
+def plain_environment(monkeypatch):
+    for name in ("NO_COLOR", "TERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_line_reaches_the_last_column_of_a_narrow_terminal(
+    engine, monkeypatch, plain_environment
+):
+    size = terminal.os.terminal_size((8, 24))
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda descriptor: size)
+    monkeypatch.setattr(Terminal, "fileno", lambda self: 2, raising=False)
+    text = drawn(engine, monkeypatch, Terminal(), [100.0])
+    plain = re.sub("\033\\[[0-9]*[mKA]", "", text).replace("\r", "")
+    # A request that has ended: 7 free blocks, 5 of them in a line of 7 characters.
+    assert plain.splitlines() == ["|·····|", "|··|", "step   "]
+
+
+def test_no_color_draws_in_place_without_colours(engine, monkeypatch, plain_environment):
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = drawn(engine, monkeypatch, Terminal(), [100.0, 100.1, 100.2])
+    assert text.count("\033[2A") == 2 and "|Aa·····|" in text
+    assert not re.search("\033\\[[0-9]+m", text)
+
+
+def test_a_dumb_terminal_gets_plain_lines(engine, monkeypatch, plain_environment):
+    monkeypatch.setenv("TERM", "dumb")
+    text = drawn(engine, monkeypatch, Terminal(), [100.0, 100.1])
+    assert "\033" not in text and "\r" not in text
+    assert text.startswith("|Aa·····|\nstep    1 ")
+
+
+def test_where_the_encoding_has_no_middle_dot_a_free_block_is_a_full_stop(engine, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    stream.getvalue = lambda: stream.buffer.getvalue().decode("ascii")
+    assert drawn(engine, monkeypatch, stream, [100.0, 100.1]).startswith("|Aa.....|\n")
