@@ -1,25 +1,27 @@
 """The draw of sampling.py on a GPU: one launch for all rows, no sort, and the host does not wait.
 
-To keep the 50 most likely of 50,257 tokens, `sampling.py` sorts all of them. Of the result it uses
-one number: the weight of the 50th. A search finds that number without a sort. How many tokens have
-a weight of at least 0.5? Too few. At least 0.25? And so on. Positive floats have the same order as
-their bits, and a weight in [0, 1] has 30 bits, so the search ends after 30 such questions. The
-kernel asks eight questions in each walk over the row and so finds three bits a walk:
+To keep the 50 most likely of 50,257 tokens, `sampling.py` sorts all of them. One program of this
+kernel draws the token of one row, and most rows it reads only twice. The first walk over the row
+finds the peak, its largest logit, and on the way the largest logit of each of 2,048 lanes: lane 7
+holds tokens 7, 2,055, 4,103 and so on. If 50 lanes have a logit of at least x, at least 50 tokens
+have, and seldom many more, since few lanes hold two of the most likely. The second walk lists the
+tokens from x up: about 51. The rest is done in registers, without the row.
 
-    key of a token  |weight: 30 bits......|vocab_size - 1 - id: 16 bits |  no two keys are equal
-    after walk 1    |111..................|.............................|  the highest level of 8
-    after walk 2    |111101...............|.............................|  that k keys reach, then
-    after walk 6    |111101110011001100...|.............................|  of the next 8, until
-                    `-------- level ------------> the id only breaks ties  exactly k reach it
+    key of a token  |weight: 30 bits......|vocab_size - 1 - id: 20 bits |  no two keys are equal
+    `search`        |1111001              |                             |  the highest level that 50
+    bit by bit      |11110010110001101    |                             |  keys reach; the id only
+                    `------ level ----->                                   breaks ties
 
-The cut of top_p is the same search with the weights of those tokens summed instead of counted. The
-draw then divides the line of weights into 64 segments, finds from their sums the segment that u
-lies in, and in it the token.
+Positive floats have the same order as their bits, so a search of the keys needs no floats. The cut
+of top_p is the same search with the weights of the keys summed instead of counted, in a list of a
+thousand tokens if top_k has not made it shorter. Where a list is too short for the cut, walks
+narrow the range of levels to an eighth of it, until the tokens that are left in it can be listed.
+Where nothing is cut, the second walk sums the weights of 64 segments of the row. The draw finds the
+segment that u leads to, and in it the token.
 
-One program works on one row and reads it in tiles of fixed size and order, so a row draws the same
-token in any batch. u has the bits that it has in sampling.py, and sums have 64 bits as there. The
-exponentials differ in their last bits, which moves a token's end on the line by less than 2^-19 of
-the line's length.
+Weights are added up as whole numbers of 2^-40, so the sums are exact: a row draws the same token in
+any batch. u has the bits that it has in sampling.py. The exponentials differ in their last bits,
+which moves a token's end on the line by less than 2^-19 of the line's length.
 
 How it is checked: against sampling.py on the CPU (tests/kernels/test_triton_sampling.py). Where the
 tokens differ, the test proves that the last bits of an exponential can decide between them. A
@@ -55,7 +57,13 @@ from sampling import (
 )
 
 # A kernel may read a global only if it is a constexpr.
-TILE = tl.constexpr(2048)  # tokens of a row that are read at a time, 4 for each of 512 threads
+TILE = tl.constexpr(2048)  # tokens of a row that are read at a time, 8 for each of 256 threads
+NARROW_TILE = tl.constexpr(256)  # the same where each meets eight levels
+NARROW_LIST = tl.constexpr(1024)  # tokens that are listed when the walks have narrowed the range
+MAX_VOCAB = tl.constexpr(2**20)
+ID_BITS = tl.constexpr(20)  # of a key, for the ids of so many tokens
+KEY_BITS = tl.constexpr(50)  # those and the 30 of a weight
+UNITS = tl.constexpr(2.0**40)  # units in a weight of 1
 NUM_SEGMENTS = tl.constexpr(64)  # segments of the line
 SEGMENT_STEP = tl.constexpr(32)  # tokens of each segment that are read at a time
 # The kernel reads one number a row from each of these tensors (M,), in this order. Of several types
@@ -115,156 +123,296 @@ def random_u(seed, position):
 
 # ---- A row ---------------------------------------------------------------------------------------
 # `row` below is a tuple: a pointer to the row's logits, their number V, the row's peak, its
-# temperature and its min_p.
+# temperature, its min_p, and the constexpr GROUP of `load_logits`.
 @triton.jit
-def find_peak(logits, vocab_size):
-    """The largest logit of a row in 32 bits, and its id; of several equal ones the lowest id.
+def load_logits(logits, vocab_size, ids, GROUP: tl.constexpr):
+    """Logits in 32 bits; -inf for ids >= vocab_size.
 
+    Where rows begin at multiples of 16 bytes, GROUP is the number of logits in 16 bytes. Groups are
+    then loaded whole or not at all, so that one instruction loads 16 bytes.
+    """
+    x = tl.load(logits + ids, ids // GROUP * GROUP < vocab_size, other=0.0).to(tl.float32)
+    return tl.where(ids < vocab_size, x, float("-inf"))
+
+
+@triton.jit
+def find_peak(logits, vocab_size, GROUP: tl.constexpr):
+    """The row's largest logit and its id, then the largest of each lane and their ids: (TILE,).
+
+    A lane holds each TILE-th token. Of several equal logits the one with the lowest id is taken.
     NaN counts as +inf, so the peak of a row with a NaN or +inf is not finite.
     """
     lane = tl.arange(0, TILE)
     peaks = tl.full([TILE], float("-inf"), tl.float32)  # of each lane
     best = lane  # the id of each lane's peak
     for start in range(0, vocab_size, TILE):
-        ids = start + lane
-        x = tl.load(logits + ids, ids < vocab_size, other=0.0).to(tl.float32)
+        x = load_logits(logits, vocab_size, start + lane, GROUP)
         x = tl.where(x == x, x, float("inf"))
-        # A lane reads its ids in rising order, so only a strictly higher logit replaces its peak.
-        higher = (x > peaks) & (ids < vocab_size)
+        higher = x > peaks  # ids rise, so only a strictly higher logit replaces a lane's peak
         peaks = tl.where(higher, x, peaks)
-        best = tl.where(higher, ids, best)
+        best = tl.where(higher, start + lane, best)
     peak = tl.max(peaks, 0)
-    return peak, tl.min(tl.where(peaks == peak, best, vocab_size), 0)
+    return peak, tl.min(tl.where(peaks == peak, best, vocab_size), 0), peaks, best
 
 
 @triton.jit
-def weigh(row, ids, ID_BITS: tl.constexpr):
-    """The weights (fp32) and the keys (int64) of these tokens; both have the shape of `ids`.
+def make_keys(row, x, ids):
+    """The keys (int64) of tokens with logits x; both have the shape of ids.
 
-    The weights are those of `draw_weights` in sampling.py, up to and including min_p. A key is the
-    weight's bits followed by vocab_size - 1 - id: of equal weights the lower id has the higher key.
+    A key is the bits of the token's weight, which is that of `draw_weights` in sampling.py up to
+    and including min_p, and then vocab_size - 1 - id: of equal weights the lower id has the higher
+    key.
     """
-    logits, vocab_size, peak, temperature, min_p = row
-    x = tl.load(logits + ids, ids < vocab_size, other=0.0).to(tl.float32)
-    x = tl.where(ids < vocab_size, x, float("-inf"))
+    _, vocab_size, peak, temperature, min_p, _ = row
     # div_rn rounds to nearest as a CPU does; `/` may not. Equal weights there must be equal here.
     weights = tl.exp(tl.div_rn(x - peak, temperature))
     weights = tl.where(weights < min_p, 0.0, weights)
     bits = weights.to(tl.int32, bitcast=True).to(tl.int64)
     # For ids >= vocab_size the bits are 0 and the key is negative, below every level.
-    return weights, (bits << ID_BITS) + (vocab_size - 1 - ids)
+    return (bits << ID_BITS) + (vocab_size - 1 - ids)
 
 
-# ---- The cut -------------------------------------------------------------------------------------
 @triton.jit
-def narrow(
-    row,
-    level, shift,  # int64: the level's bits above `shift` + 2 are known; this walk finds three more
-    goal,  # what the tokens at or above the level must reach: int32 tokens, or float64 weight
-    BY_MASS: tl.constexpr,  # True: sum their weights, False: count them
-    ID_BITS: tl.constexpr,
-):  # fmt: skip
-    """One walk over a row: the level with three more bits, and the count or weight that reaches it.
+def read_keys(row, ids):
+    """The keys of the tokens with these ids."""
+    logits, vocab_size, _, _, _, GROUP = row
+    return make_keys(row, load_logits(logits, vocab_size, ids, GROUP), ids)
 
-    Of the eight candidates for the three bits it takes the highest level that reaches the goal.
+
+@triton.jit
+def weights_of(keys):
+    """The weights (fp32) in these keys. That of a negative key means nothing, but is finite."""
+    return ((keys >> ID_BITS).to(tl.int32) & 0x3FFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def units_at(keys, level):
+    """The weights in units of 2^-40 (int64), 0 for keys below the level, which is at least 0.
+
+    Sums of whole numbers are exact, so they do not depend on an order. They are rounded up, so that
+    no possible token becomes impossible.
     """
-    digit = tl.arange(0, 8)
-    levels = level + (digit.to(tl.int64) << shift)
-    sums = tl.zeros([8, TILE], goal.dtype)  # added up after the loop: one barrier a walk
+    return tl.where(keys >= level, tl.ceil(weights_of(keys) * UNITS).to(tl.int64), 0)
+
+
+# ---- The list ------------------------------------------------------------------------------------
+@triton.jit
+def collect(row, low, high, found):
+    """Write the keys in [low, high) to `found`, by rising ids, but no more than TILE of them.
+
+    One walk. Returns how many there are (int32), and the weight of the whole row in units.
+    """
+    count = tl.full([], 0, tl.int32)
+    units = tl.zeros([TILE], tl.int64)
     for start in range(0, row[1], TILE):
-        weights, keys = weigh(row, start + tl.arange(0, TILE), ID_BITS)
-        reached = keys[None, :] >= levels[:, None]  # (8, TILE)
-        if BY_MASS:
-            sums += tl.where(reached, weights.to(goal.dtype)[None, :], 0.0)
-        else:
-            sums += reached.to(goal.dtype)
-    measures = tl.sum(sums, 1)  # (8,), falling: a higher level is reached by fewer tokens
-    # Digit 0 is the level of the walk before, which did reach the goal. Only where p is nearly 1
-    # may rounding say otherwise: then the maximum keeps digit 0.
-    found = tl.maximum(tl.sum((measures >= goal).to(tl.int32), 0) - 1, 0)
-    measure = tl.sum(tl.where(digit == found, measures, 0), 0)
-    return level + (found.to(tl.int64) << shift), measure
+        keys = read_keys(row, start + tl.arange(0, TILE))
+        units += units_at(keys, 0)
+        is_in = (keys >= low) & (keys < high)
+        slots = count + tl.cumsum(is_in.to(tl.int32), 0) - 1
+        tl.store(found + slots, keys, is_in & (slots < TILE))
+        count += tl.sum(is_in.to(tl.int32), 0)
+    tl.debug_barrier()  # other threads will read what this one has written
+    return count, tl.sum(units, 0)
 
 
 @triton.jit
-def find_cut(row, goal, BY_MASS: tl.constexpr, ID_BITS: tl.constexpr):
-    """The level whose tokens reach the goal, and would not without the last one of them."""
-    level = tl.full([], 0, tl.int64)
-    shift = (29 + ID_BITS) // 3 * 3  # a key has 30 + ID_BITS bits, found three at a time
-    too_many = True
-    # Most searches end early: once no token is left that could be dropped, further bits of the
-    # level change nothing.
-    while (shift >= 0) & too_many:
-        level, measure = narrow(row, level, shift, goal, BY_MASS, ID_BITS)
-        if BY_MASS:
-            # The lightest token at or above the level weighs at least `least`. It can be dropped
-            # only if the others still reach the goal.
-            least = (level >> ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
-            too_many = measure - least.to(tl.float64) >= goal
-        else:
-            too_many = measure > goal
-        shift -= 3
+def load_list(found, count, SIZE: tl.constexpr):
+    """The keys in a list of `count`, then zeros: (SIZE,)."""
+    at = tl.arange(0, SIZE)
+    return tl.load(found + at, at < count, other=0)
+
+
+@triton.jit
+def search(keys, amounts, goal, level):
+    """The highest level at or above which the amounts reach the goal: keys, amounts (SIZE,) int64.
+
+    At or above the given level they do. What is added to it is found bit by bit, without a walk.
+    """
+    step = tl.full([], 1, tl.int64) << (KEY_BITS - 1)
+    reached = tl.sum(tl.where(keys >= level, amounts, 0), 0)
+    while (step > 0) & (reached > goal):  # once they are equal, nothing is left to drop
+        above = tl.sum(tl.where(keys >= level + step, amounts, 0), 0)
+        level += tl.where(above >= goal, step, 0)
+        reached = tl.where(above >= goal, above, reached)
+        step >>= 1
     return level
 
 
 @triton.jit
-def segment_sums(row, level, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
-    """The weight in each segment of the row, of tokens at or above the level: float64."""
+def list_likely(row, peaks, best, top_k, found):
+    """`collect` the top_k most likely tokens and a few more: from a level up that k lanes reach.
+
+    They reach it with their peaks, so at least k tokens are listed. k is top_k, but 1,024 if top_k
+    is 0 or larger. `peaks` and `best` are those of `find_peak`.
+    Returns the level, and what `collect` returns.
+    """
+    k = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
+    zero = tl.full([], 0, tl.int64)
+    low = search(make_keys(row, peaks, best), tl.full([TILE], 1, tl.int64), k, zero)
+    count, total = collect(row, low, tl.full([], 1, tl.int64) << KEY_BITS, found)
+    return low, count, total
+
+
+# ---- The cut -------------------------------------------------------------------------------------
+@triton.jit
+def share_of(top_p, total):
+    """The least number of units that is at least top_p (float64) of the total (int64)."""
+    # Rounding may lift a p of nearly 1 above all that there is.
+    return tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
+
+
+@triton.jit
+def narrow(
+    row,
+    low, high,  # int64: the level is in [low, high), or below
+    above, num_above,  # int64, int32: what is at or above `high`, in amounts and in tokens
+    goal,  # int64: the amount that the level must reach
+    BY_MASS: tl.constexpr,  # an amount is a number of units if True, of tokens if False
+):  # fmt: skip
+    """One walk: the eighth of a range in which the level is, or all that is below the range.
+
+    Returns the new low and high, what is at or above the new high in amounts and in tokens, and the
+    number of tokens between the two.
+    """
+    digit = tl.arange(0, 8)
+    step = (high - low + 7) >> 3
+    starts = low + digit * step  # of the eighths
+    counts = tl.zeros([8, NARROW_TILE], tl.int32)
+    units = tl.zeros([8, NARROW_TILE], tl.int64)
+    for start in range(0, row[1], NARROW_TILE):
+        keys = read_keys(row, start + tl.arange(0, NARROW_TILE))[None, :]
+        is_above = keys >= starts[:, None]  # (8, NARROW_TILE)
+        counts += is_above.to(tl.int32)
+        if BY_MASS:
+            units += tl.where(is_above, units_at(keys, 0), 0)
+    num_tokens = tl.sum(counts, 1)  # (8,) at or above each start, falling
+    amounts = tl.sum(units, 1) if BY_MASS else num_tokens.to(tl.int64)
+    num_reached = tl.sum((amounts >= goal).to(tl.int32), 0)  # the goal, at so many starts
+    if num_reached < 8:  # the start of the next eighth is the new high
+        high = low + num_reached * step
+        above = tl.sum(tl.where(digit == num_reached, amounts, 0), 0)
+        num_above = tl.sum(tl.where(digit == num_reached, num_tokens, 0), 0)
+    if num_reached > 0:
+        low += (num_reached - 1) * step
+        count = tl.sum(tl.where(digit == num_reached - 1, num_tokens, 0), 0)
+    else:
+        low = low * 0
+        count = row[1]
+    return low, high, above, num_above, count - num_above
+
+
+@triton.jit
+def search_row(row, goal, found, BY_MASS: tl.constexpr):
+    """`search` among all tokens: walks until so few are undecided that they can be listed."""
+    low = tl.full([], 111 << 23, tl.int64) << ID_BITS  # a weight of 2^-16: few are cut lower
+    high = tl.full([], (127 << 23) + 1, tl.int64) << ID_BITS  # above a weight of 1
+    above = tl.full([], 0, tl.int64)
+    num_above = tl.full([], 0, tl.int32)
+    count = tl.full([], TILE, tl.int32)  # one walk at least: the level may be lower than `low`
+    while count > NARROW_LIST:
+        low, high, above, num_above, count = narrow(row, low, high, above, num_above, goal, BY_MASS)
+    count, _ = collect(row, low, high, found)
+    keys = load_list(found, count, NARROW_LIST)
+    amounts = (tl.arange(0, NARROW_LIST) < count).to(tl.int64)
+    if BY_MASS:
+        amounts = units_at(keys, 0)
+    return search(keys, amounts, goal - above, low)
+
+
+@triton.jit
+def segment_sums(row, level, SEGMENT_LEN: tl.constexpr):
+    """One walk: the units in each segment of the row, of tokens at or above the level: int64."""
     first = tl.arange(0, NUM_SEGMENTS)[:, None] * SEGMENT_LEN
-    sums = tl.zeros([NUM_SEGMENTS, SEGMENT_STEP], tl.float64)
+    sums = tl.zeros([NUM_SEGMENTS, SEGMENT_STEP], tl.int64)
     for start in range(0, SEGMENT_LEN, SEGMENT_STEP):
-        ids = first + start + tl.arange(0, SEGMENT_STEP)[None, :]
-        weights, keys = weigh(row, ids, ID_BITS)
-        sums += tl.where(keys >= level, weights, 0.0).to(tl.float64)
+        keys = read_keys(row, first + start + tl.arange(0, SEGMENT_STEP)[None, :])
+        sums += units_at(keys, level)
     return tl.sum(sums, 1)  # (NUM_SEGMENTS,)
 
 
 @triton.jit
-def cut_tail(row, top_k, top_p, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
-    """`_cut_tail` of sampling.py: a level that exactly the tokens inside top_k and top_p reach.
+def cut_row(row, found, total, top_k, top_p, SEGMENT_LEN: tl.constexpr):
+    """`_cut_tail` of sampling.py by walks: a level that exactly the kept tokens reach.
 
-    The level need not be the key of a token. top_p is float64, as all sums are.
+    `total` is the weight of the row in units; a top_k of 0 keeps all.
     """
-    level = tl.full([], 0, tl.int64)  # every token reaches it
-    if (top_k > 0) & (top_k < row[1]):
-        level = find_cut(row, top_k, False, ID_BITS)
+    level = tl.full([], 0, tl.int64)
+    if top_k > 0:
+        level = search_row(row, top_k, found, False)
     if top_p < 1:
-        sums = segment_sums(row, level, ID_BITS, SEGMENT_LEN)
-        # The goal is p of the weight that top_k has left. The search may look at all tokens, since
-        # those outside top_k have the lowest keys.
-        goal = top_p * tl.sum(sums, 0)
-        level = tl.maximum(level, find_cut(row, goal, True, ID_BITS))
+        if top_k > 0:
+            total = tl.sum(segment_sums(row, level, SEGMENT_LEN), 0)
+        # The search may look at all tokens: those outside top_k have the lowest keys.
+        level = tl.maximum(level, search_row(row, share_of(top_p, total), found, True))
     return level
 
 
 # ---- The draw ------------------------------------------------------------------------------------
 @triton.jit
-def draw(row, level, u, best, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr):
-    """`_draw` of sampling.py: the first id whose cumulated weight exceeds u times the total."""
-    sums = segment_sums(row, level, ID_BITS, SEGMENT_LEN)
-    ends = tl.cumsum(sums, 0)  # (NUM_SEGMENTS,) where each segment ends on the line
-    target = u.to(tl.float64) * tl.sum(sums, 0)
-    passed = ends <= target
-    segment = tl.sum(passed.to(tl.int32), 0)  # the first segment that ends after the target
-    before = tl.max(tl.where(passed, ends, 0.0), 0)  # where it begins
-
-    ids = segment * SEGMENT_LEN + tl.arange(0, SEGMENT_LEN)
-    weights, keys = weigh(row, ids, ID_BITS)
-    weights = tl.where(keys >= level, weights, 0.0)
-    ends = before + tl.cumsum(weights.to(tl.float64), 0)
-    token = tl.min(tl.where((ends > target) & (weights > 0), ids, row[1]), 0)
-    # A segment's sum is computed in two orders. Rounding may leave its last token's end short of
-    # the target, so that no token is found. Then it is the most likely one, as in sampling.py.
-    return tl.where(token < row[1], token, best)
+def place_of(u, total):
+    """u of the total, rounded down: whole numbers exceed it if they exceed u times the total."""
+    return (u.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
 
 
 @triton.jit
-def cut_and_draw(
-    row, best, seed, position, top_k, top_p, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr
-):
-    """The token of a row that is not greedy; `best` is its most likely token."""
-    level = cut_tail(row, top_k, top_p, ID_BITS, SEGMENT_LEN)
-    return draw(row, level, random_u(seed, position), best, ID_BITS, SEGMENT_LEN)
+def first_beyond(units, ids, before, place):
+    """The first id at which the units, added up from `before`, exceed the place; the ids rise."""
+    ends = before + tl.cumsum(units, 0)
+    return tl.min(tl.where(ends > place, ids, MAX_VOCAB), 0)
+
+
+@triton.jit
+def sample_list(row, level, found, count, total, top_k, top_p, u):
+    """`_cut_tail` and `_draw` of sampling.py, from a list of all `count` tokens from a level up.
+
+    `total` is the weight of the row in units; a top_k of 0 keeps all. Returns a level that exactly
+    the kept tokens reach, the token, and whether the list was long enough to know them.
+    """
+    keys = load_list(found, count, TILE)
+    is_known = (top_k <= count) & (count <= TILE)
+    if top_k > 0:
+        level = search(keys, (tl.arange(0, TILE) < count).to(tl.int64), top_k, level)
+        total = tl.sum(units_at(keys, level), 0)
+    if top_p < 1:
+        goal = share_of(top_p, total)
+        units = units_at(keys, level)
+        is_known &= tl.sum(units, 0) >= goal
+        level = search(keys, units, goal, level)
+    units = units_at(keys, level)
+    ids = row[1] - 1 - (keys & (MAX_VOCAB - 1)).to(tl.int32)
+    return level, first_beyond(units, ids, 0, place_of(u, tl.sum(units, 0))), is_known
+
+
+@triton.jit
+def draw_from_row(row, level, u, SEGMENT_LEN: tl.constexpr):
+    """The first id whose cumulated weight exceeds u times the total.
+
+    One walk over the row, and a second look at the segment that u leads to.
+    """
+    sums = segment_sums(row, level, SEGMENT_LEN)
+    ends = tl.cumsum(sums, 0)  # (NUM_SEGMENTS,) where each segment ends on the line
+    place = place_of(u, tl.sum(sums, 0))
+    segment = tl.sum((ends <= place).to(tl.int32), 0)  # the first that ends after the place
+    before = tl.max(tl.where(ends <= place, ends, 0), 0)  # where it begins
+    ids = segment * SEGMENT_LEN + tl.arange(0, SEGMENT_LEN)
+    return first_beyond(units_at(read_keys(row, ids), level), ids, before, place)
+
+
+@triton.jit
+def cut_and_draw(row, peaks, best, found, top_k, top_p, u, SEGMENT_LEN: tl.constexpr):
+    """The level of the cut and the token of a row that is not greedy."""
+    level = tl.full([], 0, tl.int64)  # every token reaches it
+    token = tl.full([], 0, tl.int32)
+    is_drawn = False
+    top_k = tl.where(top_k < row[1], tl.maximum(top_k, 0), 0)
+    if (top_k > 0) | (top_p < 1):
+        level, count, total = list_likely(row, peaks, best, top_k, found)
+        level, token, is_drawn = sample_list(row, level, found, count, total, top_k, top_p, u)
+        if is_drawn == 0:
+            level = cut_row(row, found, total, top_k, top_p, SEGMENT_LEN)
+    if is_drawn == 0:
+        token = draw_from_row(row, level, u, SEGMENT_LEN)
+    return level, token
 
 
 # vocab_size bounds the loops. As a compile-time constant it would make Triton unroll them.
@@ -273,25 +421,26 @@ def sample_kernel(
     logits,  # (B, V)
     seeds, positions, temperatures, top_ks, top_ps, min_ps,  # ROW_INPUTS, (B,) each
     out, peaks,  # ROW_OUTPUTS, (B,) both; peaks may be None
+    lists,  # (B, TILE) int64, working memory
     stride_row,  # elements from row to row of the logits
-    vocab_size, ID_BITS: tl.constexpr,  # V, and the bits of the largest id
+    vocab_size, GROUP: tl.constexpr,  # V, and the constexpr of `load_logits`
     SEGMENT_LEN: tl.constexpr,  # tokens a segment, a power of two; the last segments may be empty
     GREEDY_BELOW: tl.constexpr,
 ):  # fmt: skip
     """One program: the token of one row."""
     i = tl.program_id(0).to(tl.int64)  # 50,000 rows of logits have more than 2^31 elements
     row_logits = logits + i * stride_row
-    peak, token = find_peak(row_logits, vocab_size)
+    peak, token, lane_peaks, best = find_peak(row_logits, vocab_size, GROUP)
     if peaks is not None:
         tl.store(peaks + i, peak)
     temperature = tl.load(temperatures + i)
     if (temperature >= GREEDY_BELOW) & (tl.abs(peak) < float("inf")):
-        row = (row_logits, vocab_size, peak, temperature, tl.load(min_ps + i))
-        seed = tl.load(seeds + i)
-        position = tl.load(positions + i)
+        row = (row_logits, vocab_size, peak, temperature, tl.load(min_ps + i), GROUP)
+        u = random_u(tl.load(seeds + i), tl.load(positions + i))
         top_k = tl.load(top_ks + i)
         top_p = tl.load(top_ps + i).to(tl.float64)
-        token = cut_and_draw(row, token, seed, position, top_k, top_p, ID_BITS, SEGMENT_LEN)
+        found = lists + i * TILE
+        _, token = cut_and_draw(row, lane_peaks, best, found, top_k, top_p, u, SEGMENT_LEN)
     tl.store(out + i, token.to(tl.int64))
 
 
@@ -314,11 +463,17 @@ def check_rows(num_rows: int, device: torch.device, **tensors: Tensor | None) ->
 
 
 def row_sizes(vocab_size: int) -> dict[str, int]:
-    """The kernel's arguments that follow from V: 50,257 tokens -> 16 bits, segments of 1,024."""
+    """The kernel's arguments that follow from V: 50,257 tokens -> segments of 1,024."""
     SEGMENT_LEN = triton.next_power_of_2(triton.cdiv(vocab_size, NUM_SEGMENTS.value))
     SEGMENT_LEN = max(SEGMENT_STEP.value, SEGMENT_LEN)
-    ID_BITS = (vocab_size - 1).bit_length()
-    return {"vocab_size": vocab_size, "ID_BITS": ID_BITS, "SEGMENT_LEN": SEGMENT_LEN}
+    return {"vocab_size": vocab_size, "SEGMENT_LEN": SEGMENT_LEN}
+
+
+def group_len(logits: Tensor) -> int:
+    """The constexpr GROUP of `load_logits`: logits in 16 bytes if every row may be read in such."""
+    group = 16 // logits.element_size()
+    is_aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % group == 0
+    return group if is_aligned and logits.stride(0) >= logits.shape[1] else 1
 
 
 def sample_triton(
@@ -341,9 +496,11 @@ def sample_triton(
     Raises ValueError for float64 logits and for tensors of other types, shapes or devices.
     """
     check_launch(logits=logits)
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype == torch.float64:
-        found = f"{logits.dtype} {tuple(logits.shape)}"
-        raise ValueError(f"logits are {found}: they must be (rows, tokens) in 16 or 32 bits")
+    fits = logits.ndim == 2 and 0 < logits.shape[1] <= MAX_VOCAB.value
+    if not fits or logits.dtype == torch.float64:
+        found = f"logits are {logits.dtype} {tuple(logits.shape)}"
+        most = f"at most {MAX_VOCAB.value:,} tokens"
+        raise ValueError(f"{found}: they must be (rows, tokens) in 16 or 32 bits, {most}")
     B, V = logits.shape
     out = torch.empty(B, dtype=torch.int64, device=logits.device) if out is None else out
     rows = {
@@ -362,10 +519,12 @@ def sample_triton(
     sample_kernel[(B,)](
         logits,
         **rows,
+        lists=torch.empty(B, TILE.value, dtype=torch.int64, device=logits.device),
         stride_row=logits.stride(0),
         **row_sizes(V),
+        GROUP=group_len(logits),
         GREEDY_BELOW=GREEDY_BELOW,
-        num_warps=16,
+        num_warps=8,
     )
     return out
 
@@ -426,41 +585,39 @@ def draw_on_host(
 
 
 # --------------------------------------------------------------------------------------------------
-@triton.jit(do_not_specialize=["vocab_size", "shift", "top_k"])
-def narrow_kernel(
-    found,  # (2,) int64: the level found so far, and how many tokens reach it
+@triton.jit(do_not_specialize=["vocab_size", "top_k"])
+def list_kernel(
     logits,  # (1, V)
-    vocab_size, shift, top_k, ID_BITS: tl.constexpr,
+    lists, counts,  # (1, TILE) int64, (1,) int32
+    vocab_size, top_k,
 ):  # fmt: skip
-    """For the demo: one walk of the search for top_k, at temperature 1."""
-    peak, _ = find_peak(logits, vocab_size)
-    row = (logits, vocab_size, peak, 1.0, 0.0)
-    level, count = narrow(row, tl.load(found), shift, top_k, False, ID_BITS)
-    tl.store(found, level)
-    tl.store(found + 1, count.to(tl.int64))
+    """For the demo: the list for top_k at temperature 1, and how long it is."""
+    peak, _, peaks, best = find_peak(logits, vocab_size, 1)
+    row = (logits, vocab_size, peak, 1.0, 0.0, 1)
+    _, count, _ = list_likely(row, peaks, best, top_k, lists)
+    tl.store(counts, count)
 
 
 def demo():
-    """The search for the 50th weight, walk by walk; then seven settings, beside sampling.py."""
+    """Four lists of the most likely tokens; then seven settings, beside sampling.py."""
     if not can_launch():
         return
-    V = 50_257  # ids of 16 bits
-    top_k = 50
-    id_bits = 16
+    V = 50_257
     device = torch.device("cpu" if INTERPRETED else "cuda")
     torch.manual_seed(0)
     logits = (3 * torch.randn(1, V)).to(device)
-    print(f"{V:,} random logits: the highest level that {top_k} of them reach\n")
-    print("walk   weight at the level   tokens at or above it")
-    found = torch.zeros(2, dtype=torch.int64, device=device)
-    shift = 45  # the highest three of 30 + 16 bits
-    num_walks = 0
-    while found[1] != top_k:
-        narrow_kernel[(1,)](found, logits, V, shift, top_k, id_bits, num_warps=16)
-        shift -= 3
-        num_walks += 1
-        level = (found[0] >> id_bits).int().view(torch.float32).item()
-        print(f"{num_walks:4}   {level:<19.10f}   {found[1]:21,}")
+    print(f"{V:,} random logits: how many are listed for top_k, and down to which\n")
+    print("top_k   listed   the lowest listed   the lowest of the k")
+    lists = torch.zeros(1, TILE.value, dtype=torch.int64, device=device)
+    counts = torch.zeros(1, dtype=torch.int32, device=device)
+    for top_k in (1, 50, 300, 1000):
+        list_kernel[(1,)](logits, lists, counts, V, top_k, num_warps=8)
+        count = counts.item()
+        listed = V - 1 - (lists[0, :count] & MAX_VOCAB.value - 1)
+        ids = logits[0].sort(descending=True, stable=True).indices[:top_k]
+        lowest = logits[0, listed].min()
+        print(f"{top_k:5}   {count:6,}   {lowest:17.4f}   {logits[0, ids[-1]]:19.4f}")
+        assert set(ids.tolist()) <= set(listed.tolist()) and count < 1.5 * top_k
 
     params = [
         SamplingParams(temperature=0),
@@ -480,8 +637,8 @@ def demo():
     for p, left, want, got in zip(params, num_left, on_cpu, drawn, strict=True):
         setting = f"{p.temperature:11}  {p.top_k:5}  {p.top_p:5}  {p.min_p:5}"
         print(f"{setting}   {1 if p.greedy else left:11,}   {want:11}  {got:6}")
-    assert drawn == on_cpu and num_walks <= 16
-    print(f"ok: the same tokens, and the {top_k}th weight in {num_walks} walks instead of a sort")
+    assert drawn == on_cpu
+    print("ok: the same tokens, from lists of the most likely instead of a sort")
 
 
 if __name__ == "__main__":

@@ -93,12 +93,12 @@ def test_six_decode_programs_of_gpt2_fit_on_one_processor_of_the_gpu(quick):
         assert 6 * r["shared_bytes"] <= SHARED_LIMIT_BYTES[r["target"]]
 
 
-def test_the_512_threads_of_a_sampling_program_find_enough_registers(quick):
-    """A processor has 65,536; a program that wants more is refused when it is launched."""
-    rows = [r for r in quick if r["kernel"] == "sample_kernel"]
+def test_two_sampling_programs_of_256_threads_find_registers_on_one_processor(quick):
+    """A processor has 65,536: 264 rows of GPT-2's vocabulary are drawn at once on 132."""
+    rows = [r for r in quick if r["kernel"] == "sample_kernel" and r["vocab_size"] > 50_000]
     assert {(r["target"], r["vocab_size"]) for r in rows} >= {(80, 50_257), (90, 50_257)}
     for r in rows:
-        assert 512 * r["registers"] <= 65_536
+        assert 2 * 256 * r["registers"] <= 65_536
 
 
 def test_small_products_fetch_weights_ahead_16_bytes_at_a_time(quick):

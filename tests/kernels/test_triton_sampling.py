@@ -31,14 +31,16 @@ from kernels import triton_sampling as module
 from kernels.triton_prefill import HAS_TRITON, tl, triton
 from kernels.triton_sampling import (
     TILE,
-    cut_tail,
+    cut_and_draw,
     draw_tokens_triton,
     find_peak,
+    group_len,
     random_u,
+    read_keys,
     row_sizes,
     row_tensors,
     sample_triton,
-    weigh,
+    weights_of,
 )
 from sampling import (
     SampleRow,
@@ -145,20 +147,21 @@ def u_kernel(seeds, positions, out, NUM: tl.constexpr):
 
 @triton.jit
 def weights_kernel(
-    logits, temperatures, top_ks, top_ps, min_ps, out,
-    vocab_size, ID_BITS: tl.constexpr, SEGMENT_LEN: tl.constexpr,
+    logits, temperatures, top_ks, top_ps, min_ps, lists, out,
+    vocab_size, SEGMENT_LEN: tl.constexpr,
 ):  # fmt: skip
     """What the draw goes by: the weights of a row, 0 for the tokens that were cut."""
     i = tl.program_id(0)
     logits, out = logits + i * vocab_size, out + i * vocab_size
-    peak, _ = find_peak(logits, vocab_size)
-    row = (logits, vocab_size, peak, tl.load(temperatures + i), tl.load(min_ps + i))
+    peak, _, peaks, best = find_peak(logits, vocab_size, 1)
+    row = (logits, vocab_size, peak, tl.load(temperatures + i), tl.load(min_ps + i), 1)
     top_k, top_p = tl.load(top_ks + i), tl.load(top_ps + i)
-    level = cut_tail(row, top_k, top_p, ID_BITS, SEGMENT_LEN)
+    u = tl.full([], 0.5, tl.float32)
+    level, _ = cut_and_draw(row, peaks, best, lists + i * TILE, top_k, top_p, u, SEGMENT_LEN)
     for start in range(0, vocab_size, TILE):
         ids = start + tl.arange(0, TILE)
-        weights, keys = weigh(row, ids, ID_BITS)
-        tl.store(out + ids, tl.where(keys >= level, weights, 0.0), ids < vocab_size)
+        keys = read_keys(row, ids)
+        tl.store(out + ids, tl.where(keys >= level, weights_of(keys), 0.0), ids < vocab_size)
 
 
 def kernel_weights(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
@@ -166,7 +169,8 @@ def kernel_weights(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     logits = logits.to(DEVICE).expand(len(rows), -1).contiguous()
     V, out = logits.shape[1], torch.empty(logits.shape, device=DEVICE)
     _, _, *params = row_tensors(rows, V, logits.device)
-    weights_kernel[(len(rows),)](logits, *params, out, **row_sizes(V), num_warps=16)
+    lists = torch.empty(len(rows), TILE.value, dtype=torch.int64, device=DEVICE)
+    weights_kernel[(len(rows),)](logits, *params, lists, out, **row_sizes(V), num_warps=8)
     return out.cpu()
 
 
@@ -304,12 +308,68 @@ def test_what_is_left_to_draw_from(cut):
 
 
 def test_a_tie_of_thousands_is_cut_at_the_right_id():
-    """All weights equal but three: the search goes through all 30 + 13 bits."""
+    """All weights equal but three: the level is found to its last bit, with the row and without."""
     logits = torch.zeros(1, 5000)
     logits[0, [4000, 4001, 4999]] = 1.0
     for k in (3, 4, 1000, 4002, 4003, 4999):
         ids = kept(logits, top_k=k)
         assert ids == sorted([*range(min(k - 3, 4000)), 4000, 4001, *range(4002, k - 1), 4999])
+
+
+def test_a_cut_far_below_the_most_likely_token_is_found():
+    """One token of weight 1, then 5,000 of 2**-20: the first range of levels is above them."""
+    logits = torch.full((1, 5001), -20 * math.log(2))
+    logits[0, 7] = 0.0
+    assert kept(logits, top_k=3000) == list(range(3000))
+    # All weigh 1 + 5000 / 2**20. 4,000 of the 5,000 lift the sum to 1 + 4000 / 2**20.
+    p = (1 + 3999.5 / 2**20) / (1 + 5000 / 2**20)
+    assert kept(logits, top_p=p) == list(range(4001))
+    # In a row that one list could hold, 1,024 tokens are listed too.
+    assert kept(logits[:, :1500], top_k=1400) == list(range(1400))
+
+
+def test_likely_tokens_that_crowd_in_a_few_lanes_are_cut_right():
+    """6,000 in 600 lanes of ten: more than a list holds are above the 1,024th peak of a lane."""
+    tile = TILE.value
+    logits = normal(1, 10 * tile, size=0.1)
+    logits.view(10, tile)[:, 600:] -= 2.0
+    for params in ({"top_p": 0.01}, {"top_k": 2000, "top_p": 0.02}):
+        num_kept = len(kept(logits, **params))
+        assert 20 < num_kept < 200
+
+
+if not ON_GPU:  # only an interpreted kernel can be counted
+    WALKS = ("find_peak", "collect", "narrow", "segment_sums")  # each reads a row once
+
+    @pytest.mark.parametrize(
+        "params, walks",
+        [
+            ({"temperature": 0}, ["find_peak"]),
+            ({"temperature": 0.7}, ["find_peak", "segment_sums"]),
+            ({"top_k": 50}, ["find_peak", "collect"]),
+            ({"top_p": 0.9}, ["find_peak", "collect"]),
+            ({"top_k": 50, "top_p": 0.9}, ["find_peak", "collect"]),
+            # Of 7,000 tokens no list tells enough.
+            (
+                {"temperature": 2.0, "top_p": 0.9},
+                "find_peak collect narrow narrow narrow collect segment_sums".split(),
+            ),
+        ],
+        ids=str,
+    )
+    def test_most_rows_are_read_twice(params, walks, monkeypatch):
+        """GPT-2's vocabulary; 0.9 of the weight are about 600 tokens."""
+        seen = []
+        for name in WALKS:
+            walk = getattr(module, name)
+
+            def counted(*args, name=name, walk=walk):
+                seen.append(name)
+                return walk(*args)
+
+            monkeypatch.setattr(module, name, counted)
+        draw(normal(1, GPT2_VOCAB, size=3.5), [row(**params)])
+        assert seen == walks
 
 
 # ---- any row -------------------------------------------------------------------------------------
@@ -448,15 +508,20 @@ def test_a_row_draws_the_same_token_alone_in_any_order_and_beside_any_others():
     assert draw(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
 
 
+@pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_something_larger_are_drawn_in_place(dtype):
-    """A padded vocabulary, every second row; what lies beside the rows is NaN."""
+def test_rows_of_something_larger_are_drawn_in_place(dtype, first):
+    """Every second row of a padded vocabulary; what lies beside the rows is NaN.
+
+    Rows that begin at multiples of 16 bytes are read 16 bytes at a time.
+    """
     choose = random.Random(SEED)
     rows = [random_row(choose) for _ in range(6)]
     logits = normal(6, 333).to(dtype)
     larger = torch.full((12, 512), math.nan, dtype=dtype)
-    larger[::2, 5:338] = logits
-    view = larger.to(DEVICE)[::2, 5:338]
+    larger[::2, first : first + 333] = logits
+    view = larger.to(DEVICE)[::2, first : first + 333]
+    assert group_len(view) == (1 if first else 16 // dtype.itemsize)
     before = view.clone()
     assert draw_tokens_triton(view, rows)[0].tolist() == draw(logits, rows)
     assert torch.equal(view, before), "the logits are only read"
@@ -524,6 +589,7 @@ LOGITS = torch.zeros(2, 5)
         ("logits", lambda x: x.double(), r"logits are torch.float64 \(2, 5\): they must be"),
         ("logits", lambda x: x[0], r"logits are torch.float32 \(5,\): they must be \(rows, tokens"),
         ("logits", lambda x: x[:, :0], r"logits are torch.float32 \(2, 0\): they must be"),
+        ("logits", lambda x: x.new_zeros(2, 2**20 + 1), r"\(2, 1048577\): they .* at most"),
         ("logits", lambda x: x.long(), "must all be of one type of"),
         ("logits", lambda x: x.t().contiguous().t(), "logits has strides .*: the last one must"),
         ("seeds", lambda x: x.int(), r"seeds is torch.int32 \(2,\) .*: it must be torch.int64"),
