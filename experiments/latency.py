@@ -25,7 +25,8 @@ a plain read.
 
 Equal work is checked before anything is timed: prompts are computed into a pool full of NaN, then
 one step. The logits of the first contender must be near those of the same weights in float64, and
-all others at most three times as far away.
+all others at most three times as far away. One that is wrong is left out, and the run fails at its
+end.
 
 On a CPU nothing is recorded, and the same code calls instead of replaying. Weights are used as they
 were loaded, without the CPU's packed form. The compiled step comes last and for one shape alone,
@@ -37,7 +38,7 @@ import copy
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -207,7 +208,7 @@ def choose(args: argparse.Namespace, model: GPT) -> tuple[list[str], list[str]]:
         name = (OURS | PEERS)[flag]
         reason = why_not(name, model, args.device)
         if reason is not None:
-            print(f"{name} is left out: {reason}", file=sys.stderr)
+            leave_out(name, reason)
         else:
             (ours if flag in OURS else others).append(name)
     if not ours:
@@ -283,9 +284,21 @@ def build(name: str, model: GPT, cache: KVCache, args: argparse.Namespace) -> Co
 
 
 def build_all(names: list[str], model: GPT, args: argparse.Namespace) -> dict[str, Contender]:
-    """The named engines, over their pools."""
-    pools = make_pools(model, args)
-    return {name: build(name, model, pools[name == CONTIGUOUS], args) for name in names}
+    """The named engines, over their pools. One that cannot be recorded here is left out."""
+    pools, built = make_pools(model, args), {}
+    for name in names:
+        try:
+            built[name] = build(name, model, pools[name == CONTIGUOUS], args)
+        except Exception as error:  # triton's exception classes differ between its versions
+            leave_out(name, f"{type(error).__name__}: {str(error)[:200]}")
+    if not built:
+        raise ValueError(f"{', '.join(names)}: none of them could be recorded")
+    return built
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Say why a contender is not timed."""
+    print(f"{name} is left out: {reason}", file=sys.stderr)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -372,16 +385,25 @@ def check_equal(logits: dict[str, Tensor], exact: Tensor) -> None:
 def check_and_prepare(
     model: GPT, contenders: dict[str, Contender], ids: Tensor, workload: str, seed: int
 ) -> dict[str, Batch]:
-    """The decode step of each contender over the same contexts (B, T), once their logits agree."""
+    """The decode step of each contender over the same contexts (B, T), once their logits agree.
+
+    A contender whose logits are wrong is left out; it is a ValueError if it is the first one.
+    """
     texts = ids.tolist()
     steps = {
         name: fill_and_step(contender.engine, texts, seed) for name, contender in contenders.items()
     }
     logits = {name: logits for name, (_, logits) in steps.items()}
-    try:
-        check_equal(logits, exact_logits(model, texts[:NUM_EXACT]))
-    except ValueError as error:
-        raise ValueError(f"{error}: {workload}") from None
+    exact = exact_logits(model, texts[:NUM_EXACT])
+    first = next(iter(logits))
+    for name in logits:
+        try:
+            check_equal({first: logits[first], name: logits[name]}, exact)
+        except ValueError as error:
+            if name == first:
+                raise ValueError(f"{error}: {workload}") from None
+            leave_out(name, f"{error}: {workload}")
+            del steps[name]
     return {name: batch for name, (batch, _) in steps.items()}
 
 
@@ -496,6 +518,8 @@ def time_shape(
     able = {name: one for name, one in contenders.items() if B <= one.most_rows}
     ids = random_ids(model, B, T, args.seed)
     batches = check_and_prepare(model, able, ids, workload, args.seed)
+    for name in able.keys() - batches.keys():  # wrong: out of this shape and of all later ones
+        del able[name], contenders[name]
     prompts = ids[:, : prompt_len(T, args)]
     ours = {name: peers.Ours(contender, 1 + num_steps(args)) for name, contender in able.items()}
     for peer in theirs.values():
@@ -574,8 +598,8 @@ def decode(
     theirs: dict[str, Theirs],
     args: argparse.Namespace,
     common: Columns,
-) -> Iterator[Measurement]:
-    """Rows of all batches and contexts."""
+) -> Generator[Measurement, None, list[str]]:
+    """Rows of all batches and contexts; returns the contenders that were left out."""
     contenders = build_all(ours, model, args)
     yield from rows_of_recording(contenders, common)
     counted: set[int] = set()  # the number of launches depends on the batch alone
@@ -592,6 +616,7 @@ def decode(
             for name, batch in batches.items():
                 count = {"contender": name, "metric": "launches a step", "unit": "launches"}
                 yield Measurement.of([launches(contenders[name], batch)], **count, **columns)
+    return [name for name in ours if name not in contenders]
 
 
 def against_compiled(
@@ -628,7 +653,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
             for name, kind in kinds.items()
             if name in others
         }
-        yield from decode(model, ours, theirs, args, common)
+        left_out = yield from decode(model, ours, theirs, args, common)
         if args.requests:
             has_peer = peers.CONTINUOUS in others
             yield from workloads.throughput(model, args, common, has_peer)
@@ -638,5 +663,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
             yield from workloads.profiles(model, args, common)
         if COMPILED in others:
             yield from against_compiled(model, ours, args, common)
+        if left_out:  # time on a GPU is short, so the run fails at its end
+            raise ValueError(f"wrong and left out, for the reasons above: {'; '.join(left_out)}")
     finally:
         set_threads(threads_before)

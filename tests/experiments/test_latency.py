@@ -32,6 +32,7 @@ from experiments.latency import (
     choose,
     fill_and_step,
 )
+from experiments.results import read
 from experiments.speed import Trial
 from experiments.transformers_engines import Compiled, Theirs
 from experiments.workloads import MARK, Event, busy_us, count
@@ -311,6 +312,35 @@ def test_a_wrong_contender_stops_the_run_before_it_is_timed(tmp_path, tiny, monk
     ):
         run(tmp_path, f"{TINY} --shapes 3x9 --contenders eager")
     assert not (tmp_path / "rows.csv").exists()
+
+
+def test_another_wrong_contender_is_left_out_and_the_run_fails_at_its_end(
+    tmp_path, tiny, monkeypatch, capsys
+):
+    """On a GPU all that is right is measured, whatever is wrong beside it."""
+    whole = latency.build
+
+    def build(name, *arguments):
+        if name == CONTIGUOUS:
+            raise RuntimeError("out of shared memory")
+        with monkeypatch.context() as patched:
+            if name == RECORDED:
+                patched.setattr(latency, "eager_forward", forgetful(lambda n: n == 3))
+            return whole(name, *arguments)
+
+    monkeypatch.setattr(latency, "build", build)
+    reason = "wrong and left out, for the reasons above: recorded; recorded, contiguous"
+    with pytest.raises(SystemExit, match=reason):
+        run(tmp_path, f"{TINY} {PLAIN} --prefill 2x7")
+    rows = read(tmp_path / "rows.csv")
+    timed = {(row["contender"], row["workload"][7:14]) for row in pick(rows, unit="ms")}
+    assert timed - {("byte floor", "batch=1"), ("byte floor", "batch=3")} == {
+        (EAGER, "batch=1"), (RECORDED, "batch=1"), (EAGER, "batch=3")
+    }  # fmt: skip
+    assert pick(rows, metric="prompt tokens")  # what comes after them
+    said = capsys.readouterr().err
+    assert "recorded, contiguous is left out: RuntimeError: out of shared memory" in said
+    assert "recorded is left out: the logits of 'recorded' are not all numbers" in said
 
 
 def off(first, other=0.0, row=0, dtype=torch.bfloat16):
