@@ -132,13 +132,13 @@ def one_token_each(
 
 def check_strategy(strategy: Strategy) -> None:
     """Raise ValueError unless this can be called, and can be a key of a dict (see `Groups`)."""
+    sentence = f"strategy is {strategy!r}: it must be callable and hashable"
+    if not callable(strategy):
+        raise ValueError(sentence)
     try:
         hash(strategy)
-        is_usable = callable(strategy)
-    except Exception:
-        is_usable = False
-    if not is_usable:
-        raise ValueError(f"strategy is {strategy!r}: it must be callable and hashable")
+    except Exception as error:
+        raise ValueError(sentence) from error
 
 
 def ask(
