@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +187,16 @@ def _blocks_in_mb(kv_cache_mb: float, block_bytes: int) -> int:
         mb = block_bytes / 1e6
         raise ValueError(f"kv_cache_mb={kv_cache_mb} holds no block: one takes {mb:.3f} MB")
     return num_blocks
+
+
+class ProgressBar(tqdm):
+    """A progress bar that Ctrl-C cannot lock for ever.
+
+    tqdm takes two locks one after the other, in Python. A Ctrl-C between them would leave the first
+    one taken, and the next bar of the process would wait for it without end, even a disabled one.
+    """
+
+    _lock = RLock()  # taken in one step of the interpreter
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -397,7 +408,7 @@ class LLM:
             recorded_sizes(self.config.max_num_seqs),
             self.max_seq_len,
             launcher,
-            progress=partial(tqdm, desc="recording decode steps", unit="size", disable=None),
+            progress=partial(ProgressBar, desc="recording decode steps", unit="size", disable=None),
             sampler=sampler,
         )
 
@@ -423,7 +434,7 @@ class LLM:
         try:
             for prompt, params in pairs:
                 request_ids.append(self.engine.add_request(prompt, params))
-            with tqdm(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
+            with ProgressBar(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
                 while self.engine.has_unfinished():
                     finished = self.engine.step().finished
                     outputs |= {output.request_id: output for output in finished}
