@@ -426,10 +426,10 @@ class InferenceEngine:
         except BaseException as error:
             self._output = self._output or output
             self._repair()
-            # Numba wraps a Ctrl-C that meets one of its functions.
-            if isinstance(error, SystemError) and isinstance(error.__cause__, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
-            raise
+            # Numba wraps a Ctrl-C that meets one of its functions, sometimes more than once.
+            while isinstance(error, SystemError) and error.__cause__ is not None:
+                error = error.__cause__
+            raise error
 
     def _commit(self, output: StepOutput) -> None:
         """Forget what the output of a step has reported. Running it twice is harmless."""

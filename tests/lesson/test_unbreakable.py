@@ -911,3 +911,43 @@ def test_a_watcher_that_leaves_and_then_raises_harms_nothing():
     with pytest.warns(UserWarning, match="it no longer watches"):
         ledger.play([(0, "add", 1)])
     ledger.check()
+
+
+@pytest.mark.parametrize("plan_ahead", [False, True])
+def test_signals_inside_a_real_model_change_no_text(tiny_gpt, plan_ahead):
+    """The kernels of a CPU are Numba's, which wraps a KeyboardInterrupt in an error of its own."""
+    model = tiny_gpt(dtype=torch.float64)
+    llm = LLM(model, block_size=4, num_blocks=16, plan_ahead=plan_ahead)
+    prompts = [[1, 2, 3], [5] * 20, [7, 8, 9, 10, 11]]
+    params = [SamplingParams(seed=seed, max_tokens=16) for seed in range(3)]
+    want = [content(output) for output in llm.generate(prompts, params)]
+    num_signals = 0
+    for seed in range(8):
+        with Shots(seed) as shots:
+            outputs = shots.call(lambda: llm.generate(prompts, params))
+        assert [content(output) for output in outputs] == want
+        check_nothing_is_left(llm.engine)
+        num_signals += shots.hits.total()
+    assert num_signals > 5
+
+
+def test_a_ctrl_c_that_numba_has_wrapped_twice_is_a_keyboard_interrupt_again():
+    """Seen: "CPUDispatcher(...) returned a result with an exception set", around another such."""
+    engine = build()
+    add(engine, SPECS[0])
+    forward = engine.forward
+
+    def interrupted(batch):
+        engine.forward = forward
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as ctrl_c:
+                raise SystemError("the inner function") from ctrl_c
+        except SystemError as inner:
+            raise SystemError("the dispatcher") from inner
+
+    engine.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.step().plan.scheduled
