@@ -224,8 +224,9 @@ def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
     """
     folder = Path(folder)
     config = read_optional(folder / "tokenizer_config.json")
-    kind = config.get("tokenizer_class")
-    kind = kind or read_optional(folder / "config.json").get("tokenizer_class")
+    kind, model = config.get("tokenizer_class"), folder / "config.json"
+    if kind is None and model.exists():
+        kind = read_json(model).get("tokenizer_class")
     others = [path.name for pattern in OTHER_FILES for path in folder.glob(pattern)]
     if (path := folder / "tokenizer.json").exists():
         tokenizer = read_whole(path, config, kind)
@@ -243,11 +244,11 @@ def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
     own = GPT2_ROLES if kind in GPT2_CLASSES else BERT_ROLES if kind in BERT_CLASSES else {}
     ids = add_tokens(folder, tokenizer, config, own)
     if path.name != "tokenizer.json":  # which says itself what stands around a text
-        begin, end = (
-            config.get(f"add_{name}_token") and f"{name}_token" for name in ("bos", "eos")
-        )
-        around = ("cls_token", "sep_token") if kind in BERT_CLASSES else (begin, end)
-        call(path, add_template, tokenizer, *around, ids)
+        if kind in BERT_CLASSES:
+            add_template(tokenizer, "cls_token", "sep_token", ids)
+        else:
+            switched = {role: ids[role] for role in ids if config.get(f"add_{role}")}
+            add_template(tokenizer, "bos_token", "eos_token", switched)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     try:
         return LibraryTokenizer(tokenizer, ids.get("eos_token"))
@@ -349,13 +350,13 @@ def word_piece(path: Path, config: dict) -> "Tokenizer":
     return tokenizer
 
 
-def add_template(tokenizer: "Tokenizer", begin: str | None, end: str | None, ids: dict) -> None:
-    """Put the tokens of two roles around each text that is encoded."""
+def add_template(tokenizer: "Tokenizer", begin: str, end: str, ids: dict[str, int]) -> None:
+    """Put the tokens of two roles around each text that is encoded, where `ids` has them."""
     from tokenizers import processors
 
-    names = [name for name in (begin, "$A", end) if name == "$A" or name in ids]
-    special = [(name, ids[name]) for name in names if name != "$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=names, special_tokens=special)
+    single = [name for name in (begin, "$A", end) if name == "$A" or name in ids]
+    special = [(role, ids[role]) for role in single if role != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 # ---- added tokens --------------------------------------------------------------------------------
@@ -392,17 +393,15 @@ def read_roles(folder: Path, config: dict) -> dict[str, list["AddedToken"]]:
 
 def read_listed(folder: Path, config: dict, special: set[str]) -> list["AddedToken"]:
     """The tokens that files beside tokenizer.json add, in the order of their ids."""
-    path, decoder = folder / "tokenizer_config.json", config.get("added_tokens_decoder")
-    if decoder is None:  # old folders have no flags: a token is special if it has a role
-        path = folder / "added_tokens.json"
-        ids = read_optional(path)
-        if not all(type(token_id) is int for token_id in ids.values()):
-            raise ValueError(f"{path} is not one object of tokens and their ids")
-        return [added_token(path, t, special=t in special) for t in sorted(ids, key=ids.get)]
-    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-        raise ValueError(f"{path}: added_tokens_decoder is not an object with ids for keys")
-    by_id = sorted(decoder, key=lambda key: (len(key), key))
-    return [added_token(path, decoder[key]) for key in by_id]
+    path = folder / "tokenizer_config.json"
+    if (decoder := config.get("added_tokens_decoder")) is not None:
+        where = f"{path}, added_tokens_decoder"
+        by_id = call(where, lambda: sorted(decoder.items(), key=lambda item: int(item[0])))
+        return [added_token(where, entry) for _, entry in by_id]
+    path = folder / "added_tokens.json"  # it has no flags: a token is special if it has a role
+    ids = read_optional(path)
+    by_id = call(path, sorted, ids, key=ids.get)
+    return [added_token(path, text, special=text in special) for text in by_id]
 
 
 def add_tokens(folder: Path, tokenizer: "Tokenizer", config: dict, own: dict) -> dict[str, int]:
