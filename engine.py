@@ -86,7 +86,7 @@ def rows_to_draw(sequences: list[Sequence]) -> SampleRows:
                 position=len(seq.token_ids),  # of the token that is drawn: 20 tokens -> position 20
                 token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
                 num_prompt_tokens=seq.num_prompt_tokens,
-                eos_token_id=seq.request.eos_token_id,
+                eos_token_ids=seq.request.eos_token_ids,
             )
             for seq in sequences
         ]
@@ -274,7 +274,7 @@ class InferenceEngine:
         scheduler: Scheduler,
         vocab_size: int,
         tokenizer: Tokenizer | None = None,
-        eos_token_id: int | None = None,
+        eos_token_ids: Iterable[int] = (),
         seed: int = 0,
         draw: Draw = draw_tokens,
         watchers: Iterable[Watcher] = (),
@@ -287,8 +287,7 @@ class InferenceEngine:
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         # An id outside the vocabulary is never drawn, so it cannot end a text.
-        is_drawable = eos_token_id is not None and 0 <= eos_token_id < vocab_size
-        self.eos_token_id = eos_token_id if is_drawable else None
+        self.eos_token_ids = tuple(i for i in eos_token_ids if 0 <= i < vocab_size)
         self.seed = seed
         self.sampler = Sampler(draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
@@ -507,7 +506,7 @@ class InferenceEngine:
             deadline=deadline,
             params=params,
             strategy=strategy,
-            eos_token_id=self.eos_token_id,
+            eos_token_ids=self.eos_token_ids,
             prompt=prompt if isinstance(prompt, str) else None,
         )
         if params.prompt_logprobs is not None:
@@ -529,8 +528,8 @@ class InferenceEngine:
         """The sequence of one of the `n` texts that a request asks for."""
         params, prompt = request.params, request.prompt_token_ids
         stop_token_ids = set(params.stop_token_ids)
-        if self.eos_token_id is not None and not params.ignore_eos:
-            stop_token_ids.add(self.eos_token_id)
+        if not params.ignore_eos:
+            stop_token_ids.update(self.eos_token_ids)
         # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
         seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
         return Sequence(

@@ -39,7 +39,13 @@ from tqdm import tqdm
 
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, local_path, weights_kind
-from checkpoints.tokenizer import FileTokenizer, Unreadable, gpt2_tokenizer, load_tokenizer
+from checkpoints.tokenizer import (
+    FileTokenizer,
+    Unreadable,
+    gpt2_tokenizer,
+    load_tokenizer,
+    read_eos_ids,
+)
 from engine import Draw, Forward, InferenceEngine, eager_forward
 from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
 from kernels.device_memory import free_memory_bytes, preallocate
@@ -139,6 +145,18 @@ def find_tokenizer(path: Path | None, vocab_size: int) -> FileTokenizer | None:
                 )
             return tokenizer
     return gpt2_tokenizer() if vocab_size in GPT2_VOCAB_SIZES else None
+
+
+def find_eos_ids(path: Path | None, eos_token_id: int | None, tokenizer) -> list[int]:
+    """The ids that end a text, those of all sources, as in vLLM.
+
+    The sources are the model's config (`eos_token_id`), the files beside its weights, and the
+    tokenizer.
+    """
+    ids = {eos_token_id, tokenizer and tokenizer.eos_token_id}
+    if path is not None:
+        ids |= read_eos_ids(path if path.is_dir() else path.parent)
+    return sorted(ids - {None})
 
 
 def choose_num_blocks(
@@ -248,6 +266,7 @@ class LLM:
         self.model_name = "a GPT object"
         self.weights = "given weights"
         self.tokenizer: FileTokenizer | None = None
+        self.eos_token_ids = find_eos_ids(None, model.config.eos_token_id, None)
 
     def _load_model(self, name: str | Path, device: str, dtype: str) -> None:
         """Load weights and tokenizer, or fill a known shape with random weights."""
@@ -262,7 +281,9 @@ class LLM:
             from kernels.packed_linear import pack  # for a CPU only
 
             pack(self.model, self.config.max_num_seqs)
-        self.tokenizer = find_tokenizer(path, self.model.config.vocab_size)
+        shape = self.model.config
+        self.tokenizer = find_tokenizer(path, shape.vocab_size)
+        self.eos_token_ids = find_eos_ids(path, shape.eos_token_id, self.tokenizer)
 
     def _build_engine(self, reserve: Callable, policy: Callable) -> InferenceEngine:
         """Choose the pool's size, then build all parts around it."""
@@ -295,7 +316,7 @@ class LLM:
             scheduler=scheduler,
             vocab_size=shape.vocab_size,
             tokenizer=self.tokenizer,
-            eos_token_id=shape.eos_token_id,
+            eos_token_ids=self.eos_token_ids,
             seed=config.seed,
             draw=self._choose_draw(),
             **options,

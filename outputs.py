@@ -433,7 +433,7 @@ class OutputProcessor:
         for seq in plan.ended:
             # EOS is the normal end and needs no reason. Under ignore_eos it is an ordinary token.
             request = seq.request
-            if seq.stop_reason == request.eos_token_id and not request.params.ignore_eos:
+            if seq.stop_reason in request.eos_token_ids and not request.params.ignore_eos:
                 seq.stop_reason = None
         # By request, because several sequences of one request may have ended. The dict keeps their
         # order and drops repetitions.

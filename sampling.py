@@ -222,21 +222,19 @@ class SampleRow:
     position: int  # the index that the drawn token will have in its sequence
     token_ids: list[int]  # prompt and output so far; only read
     num_prompt_tokens: int
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
 
     def additions(self) -> list[tuple[int, float]]:
         """(token id, what is added to its logit): logit_bias, and -inf for forbidden tokens.
 
-        EOS and the stop tokens are forbidden while the output is shorter than min_tokens, even if
-        EOS is ignored.
+        EOS (all of its ids) and the stop tokens are forbidden while the output is shorter than
+        min_tokens, even if EOS is ignored.
         """
         params = self.params
         biases = (params.logit_bias or {}).items()
         if len(self.token_ids) - self.num_prompt_tokens >= params.min_tokens:
             return list(biases)
-        forbidden = set(params.stop_token_ids or ())
-        if self.eos_token_id is not None:
-            forbidden.add(self.eos_token_id)
+        forbidden = {*(params.stop_token_ids or ()), *self.eos_token_ids}
         return [*biases, *((token_id, -math.inf) for token_id in forbidden)]
 
 

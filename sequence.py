@@ -63,7 +63,7 @@ class Request:
     deadline: float | None = None
     params: Any = None
     strategy: Any = None
-    eos_token_id: int | None = None  # for the sampler; a sequence ends at its stop_token_ids
+    eos_token_ids: tuple[int, ...] = ()  # for the sampler; a sequence ends at its stop_token_ids
     sequences: list["Sequence"] = field(default_factory=list)
     prompt: str | None = None  # its text; None if it came as token ids
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for

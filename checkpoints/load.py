@@ -180,6 +180,9 @@ def nanogpt_config(args: dict, path: Path) -> GPTConfig:
 
 def to_config(fields: dict, path: Path) -> GPTConfig:
     """Turn Hugging Face's fields into a GPTConfig and check their types; errors name `path`."""
+    ends = fields.get("eos_token_id")
+    if isinstance(ends, list):  # the engine is told of all: `read_eos_ids`
+        fields = fields | {"eos_token_id": ends[0] if ends else None}
     known = {}
     for name, field in CONFIG_FIELDS.items():
         value, kind = fields.get(name), field.type

@@ -100,6 +100,7 @@ class FileTokenizer:
     num_ordinary: int  # tokens that were not added
     eos_token_id: int | None  # the token that ends a text
     names: dict[int, str]  # of the special tokens, which leave no text
+    token_bytes: Callable[[int], bytes]  # what one token adds to a text
 
     def encode(self, text: str) -> list[int]:
         """Turn a text into ids. As in Hugging Face, "<|endoftext|>" in a text becomes that token.
@@ -254,6 +255,18 @@ def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
         return LibraryTokenizer(tokenizer, ids.get("eos_token"))
     except Unreadable as error:
         raise Unreadable(f"{path}: {error}") from None
+
+
+def read_eos_ids(folder: Path) -> set[int]:
+    """The ids that end a text in `config.json` and `generation_config.json`; each may list many."""
+    found = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(token_id) is int for token_id in ids):
+            raise ValueError(f"{path}: eos_token_id is neither an integer nor a list of integers")
+        found |= {*ids}
+    return found
 
 
 def gpt2_tokenizer() -> GPT2Tokenizer | None:

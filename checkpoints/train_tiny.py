@@ -275,7 +275,7 @@ def write_samples(folder: Path, held_out: list[str]) -> list[str]:
         scheduler,
         config.vocab_size,
         tokenizer,
-        config.eos_token_id,
+        [config.eos_token_id],
     )
     length = min(150, config.max_seq_len - 24)
     common = {"temperature": 0.8, "top_p": 0.95, "max_tokens": length, "min_tokens": length}

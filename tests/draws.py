@@ -43,7 +43,7 @@ def position_where_u_is(u: float, seed: int = 0) -> int:
     return unmix32(unmix32(int(u * 2**24) << 8) ^ low_key) ^ high_key
 
 
-def row(u: float = 0.5, prompt=(0,), output=(), eos: int | None = None, **params) -> SampleRow:
+def row(u: float = 0.5, prompt=(0,), output=(), eos: tuple[int, ...] = (), **params) -> SampleRow:
     """A row of seed 0 that will draw u."""
     token_ids, position = [*prompt, *output], position_where_u_is(u)
     return SampleRow(SamplingParams(**params), 0, position, token_ids, len(prompt), eos)

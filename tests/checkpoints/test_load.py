@@ -751,7 +751,7 @@ def test_a_folder_that_does_not_exist_or_has_no_config_is_refused(folder):
         ("layer_norm_epsilon", float("nan"), "layer_norm_epsilon is nan: it must be finite"),
         ("scale_attn_weights", 1, "scale_attn_weights is 1, not of type bool"),
         ("quantization_config", {"bits": 4}, "quantization_config is set"),
-        ("eos_token_id", [60], "eos_token_id is a list, not of type int"),
+        ("eos_token_id", ["60"], "eos_token_id is '60', not of type int"),
     ],
 )
 def test_a_config_of_another_model_is_refused_with_the_field_named(field, value, reason, folder):

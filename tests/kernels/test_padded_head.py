@@ -93,7 +93,7 @@ def test_the_gpus_sampler_reads_rows_that_are_further_apart_than_they_are_long(p
     _, padded = plain_and_padded
     logits = logits_of(padded, torch.arange(len(PARAMS) - 1)).float()
     rows = [
-        SampleRow(SamplingParams(**p), i, 9, [3, i, 3], 1, 60) for i, p in enumerate(PARAMS[:-1])
+        SampleRow(SamplingParams(**p), i, 9, [3, i, 3], 1, (60,)) for i, p in enumerate(PARAMS[:-1])
     ]
     view = torch.full((len(rows), 64), torch.nan)[:, :61].copy_(logits)
     want, got = draw_tokens(logits.contiguous(), rows), draw_tokens_triton(view, rows)

@@ -562,7 +562,7 @@ def test_a_text_ends_with_its_reasons_and_without_the_token_that_ended_it(
     params, text, ids, finish, stop
 ):
     forward = scripted([a, b, EOS, c, d, EOS, a, a, a])
-    engine = build_stub(forward, 257, tokenizer=BytesAndEnd(), eos_token_id=EOS)
+    engine = build_stub(forward, 257, tokenizer=BytesAndEnd(), eos_token_ids=[EOS])
     engine.add_request([0], SamplingParams(**(GREEDY | params)))
     (output,) = run(engine).values()
     completion = output.outputs[0]
@@ -574,10 +574,26 @@ def test_a_text_ends_with_its_reasons_and_without_the_token_that_ended_it(
     assert completion.token_ids == ids
 
 
+@pytest.mark.parametrize(
+    "params, ids, finish",
+    [
+        ({}, [5], "stop"),
+        ({"min_tokens": 2}, [0, 0, 7, 5], "stop"),  # neither 5 nor 6: the next best is 0
+        ({"ignore_eos": True, "max_tokens": 4}, [5, 6, 7, 5], "length"),
+    ],
+)
+def test_a_text_may_end_with_any_of_several_tokens(params, ids, finish):
+    engine = build_stub(scripted([5, 6, 7, 5]), 257, eos_token_ids=[6, 5])
+    engine.add_request([0], SamplingParams(**(GREEDY | params)))
+    (completion,) = run(engine)["0"].outputs
+    assert (completion.token_ids, completion.finish_reason) == (ids, finish)
+    assert completion.stop_reason is None
+
+
 @pytest.mark.parametrize("eos_token_id", [-1, 257, 50256])
 def test_an_eos_outside_the_vocabulary_never_comes(eos_token_id):
     """min_tokens bans EOS by its id: an id outside would ban another token, or crash the step."""
-    engine = build_stub(scripted([5, 256, 5, 5]), 257, eos_token_id=eos_token_id)
+    engine = build_stub(scripted([5, 256, 5, 5]), 257, eos_token_ids=[eos_token_id])
     engine.add_request([1], SamplingParams(temperature=0, max_tokens=3, min_tokens=2))
     (output,) = run(engine).values()
     assert output.outputs[0].finish_reason == "length"

@@ -60,7 +60,7 @@ def test_what_the_kernel_handles_is_an_input_of_the_kernel():
 
 def row_of(**params):
     """A row whose text so far is the prompt [1, 2, 2] and the token 3; EOS is token 0."""
-    return SampleRow(SamplingParams(**params), 1, 4, [1, 2, 2, 3], 3, eos_token_id=0)
+    return SampleRow(SamplingParams(**params), 1, 4, [1, 2, 2, 3], 3, eos_token_ids=(0,))
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

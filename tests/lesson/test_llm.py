@@ -14,7 +14,7 @@ import llm as llm_module
 from baselines import generate_no_cache
 from checkpoints import load
 from checkpoints.load import load_model, save_model
-from checkpoints.tokenizer import save_vocabulary
+from checkpoints.tokenizer import END_OF_TEXT, save_vocabulary
 from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype
@@ -144,7 +144,8 @@ def test_without_a_name_it_is_the_shipped_model(shipped_model_folder):
     (output,) = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=12))
     ids = output.outputs[0].token_ids
     assert len(set(ids)) > 3 and output.outputs[0].text == llm.tokenizer.decode(ids)
-    assert llm.engine.eos_token_id == llm.tokenizer.eos_token_id == llm.model.config.vocab_size - 1
+    end = llm.model.config.vocab_size - 1
+    assert (llm.engine.eos_token_ids, llm.tokenizer.eos_token_id) == ((end,), end)
 
 
 def test_a_gpt_object_is_served_as_it_is_with_token_ids(tiny_gpt):
@@ -396,14 +397,49 @@ def test_a_policy_and_a_reservation_can_be_given(folder):
     assert running == [("2", 4), ("1", 4)]
 
 
-def test_a_config_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_path):
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["eos_token_id"] = None
-    (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    "config, generation, named, ends",
+    [
+        (255, None, END_OF_TEXT, (255, 256)),  # the tokenizer has 256
+        ([254, 255], None, END_OF_TEXT, (254, 255, 256)),
+        (255, [253, 254, 50256], END_OF_TEXT, (253, 254, 255, 256)),
+        (None, 253, None, (253,)),
+        (None, None, None, ()),
+    ],
+)
+def test_what_ends_a_text_is_what_config_generation_config_and_tokenizer_say(
+    folder, tmp_path, config, generation, named, ends
+):
+    copy_folder(folder, tmp_path, config)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
     llm = LLM(tmp_path, num_blocks=16)
-    assert llm.engine.eos_token_id is None
+    assert llm.engine.eos_token_ids == ends
+    for end in ends:
+        params = SamplingParams(temperature=0, max_tokens=3, logit_bias={end: 100})
+        assert llm.generate("abc", params)[0].outputs[0].token_ids == [end]
+        params = SamplingParams(temperature=0, max_tokens=3, logit_bias={end: 100}, ignore_eos=True)
+        assert llm.generate("abc", params)[0].outputs[0].token_ids == [end] * 3
+
+
+def test_an_end_that_is_no_integer_is_refused_by_its_file(folder, tmp_path):
+    copy_folder(folder, tmp_path, 256)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, "2"]}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is neither an int"):
+        LLM(tmp_path, num_blocks=16)
+
+
+def copy_folder(folder, target, eos_token_id):
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((target / "config.json").read_text()) | {"eos_token_id": eos_token_id}
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def test_a_model_that_names_no_end_of_text_writes_up_to_max_tokens(folder, tmp_path):
+    copy_folder(folder, tmp_path, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    llm = LLM(tmp_path, num_blocks=16)
     always_256 = SamplingParams(temperature=0, max_tokens=5, logit_bias={256: 100})
     (output,) = llm.generate("abc", always_256)
     assert output.outputs[0].token_ids == [256] * 5

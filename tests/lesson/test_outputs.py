@@ -209,7 +209,7 @@ def engine_that_writes(*texts, tokenizer=TOKENIZER, num_blocks=100, max_num_batc
         next_ids = scripts[first_ids[sequence], batch.positions[batch.sample_rows]]
         return 9.0 * one_hot(next_ids, EOS + 1)
 
-    return InferenceEngine(forward, cache, scheduler, EOS + 1, tokenizer, eos_token_id=EOS)
+    return InferenceEngine(forward, cache, scheduler, EOS + 1, tokenizer, eos_token_ids=[EOS])
 
 
 def stream(engine, prompt=(0,), **params):

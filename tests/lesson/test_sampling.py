@@ -110,12 +110,12 @@ EDITS = {  # (logits, the row, edited logits)
     "a bias keeps all digits of float64": ([0.0, 0.0], {"logit_bias": {1: 0.1}}, [0.0, 0.1]),
     "min_tokens holds EOS back even when EOS is ignored, and when it is a stop token too": (
         [1.0, 9.0],
-        {"min_tokens": 1, "eos": 1, "ignore_eos": True, "stop_token_ids": [1]},
+        {"min_tokens": 1, "eos": (1,), "ignore_eos": True, "stop_token_ids": [1]},
         [1.0, -math.inf],
     ),
     "min_tokens outweighs a bias": (
         [0.0, 0.0],
-        {"min_tokens": 1, "eos": 1, "logit_bias": {1: 100, 0: 1}},
+        {"min_tokens": 1, "eos": (1,), "logit_bias": {1: 100, 0: 1}},
         [1.0, -math.inf],
     ),
     "the frequency penalty counts the output only": (
@@ -156,8 +156,8 @@ def test_logits_are_edited(logits, fields, expected):
 
 
 def test_eos_and_stop_tokens_cannot_come_before_min_tokens():
-    logits = torch.tensor([[1.0, 9.0, 8.0, 7.0]])
-    params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": [2], "eos": 1}
+    logits = torch.tensor([[1.0, 9.0, 8.0, 7.0, 8.5]])
+    params = {"temperature": 0, "min_tokens": 2, "stop_token_ids": [2], "eos": (1, 4)}
     assert [draw(logits, output=[0] * n, **params) for n in range(4)] == [3, 3, 1, 1]
 
 
@@ -303,7 +303,7 @@ def varied_rows(num: int) -> list[SampleRow]:
             position=choose.randrange(1024),
             token_ids=[choose.randrange(50) for _ in range(choose.randrange(4, 12))],
             num_prompt_tokens=3,
-            eos_token_id=2,
+            eos_token_ids=(2,),
         )
         for i in range(num)
     ]
@@ -343,7 +343,7 @@ def test_rows_that_are_kept_from_step_to_step_draw_what_new_rows_draw():
 @pytest.mark.parametrize("params", VARIETY, ids=str)
 def test_the_callers_logits_and_token_ids_are_only_read(params):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(3))
-    rows = [SampleRow(SamplingParams(**params), 5, i, [1, 2, 3, 4], 3, 2) for i in range(3)]
+    rows = [SampleRow(SamplingParams(**params), 5, i, [1, 2, 3, 4], 3, (2,)) for i in range(3)]
     before = logits.clone()
     sample(logits, rows)
     assert torch.equal(logits, before)
@@ -430,7 +430,7 @@ def oracle_scores(logits: list[float], one: SampleRow) -> list[float]:
     for token_id, bias in p.logit_bias.items():
         scores[token_id] += bias
     if len(output) < p.min_tokens:
-        for token_id in [*p.stop_token_ids, one.eos_token_id]:
+        for token_id in [*p.stop_token_ids, *one.eos_token_ids]:
             scores[token_id] = -math.inf
     for token_id in set(one.token_ids):
         if scores[token_id] > 0:
@@ -522,7 +522,7 @@ def test_a_thousand_rows_of_all_kinds_in_one_call_equal_the_oracle():
         num_prompt_tokens, num_tokens = rng.randrange(4), rng.randrange(4, 9)
         token_ids = [rng.randrange(12) for _ in range(num_tokens)]
         seed, position = rng.randrange(2**63), rng.randrange(1024)
-        one = SampleRow(params, seed, position, token_ids, num_prompt_tokens, 1)
+        one = SampleRow(params, seed, position, token_ids, num_prompt_tokens, (1,))
         try:
             oracle(logits, one)
         except CloseCall:
@@ -691,7 +691,7 @@ def test_draw_tokens_reports_a_broken_row_without_raising_and_draws_the_others()
 
 def test_forbidding_every_token_is_refused():
     with pytest.raises(ValueError, match=r"rows \[0\]"):
-        draw(torch.tensor([[1.0, 2.0]]), min_tokens=1, eos=0, stop_token_ids=[1])
+        draw(torch.tensor([[1.0, 2.0]]), min_tokens=1, eos=(0,), stop_token_ids=[1])
 
 
 # ---- SamplingParams ------------------------------------------------------------------------------

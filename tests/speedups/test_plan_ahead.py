@@ -202,7 +202,7 @@ class Served:
         if "watch" in options:
             drawn, read_faults = options.pop("watch")
             options["draw"] = watched_draw(self.model, drawn, read_faults)
-        common = cache, self.scheduler, VOCAB, byte_tokenizer(), EOS
+        common = cache, self.scheduler, VOCAB, byte_tokenizer(), [EOS]
         self.engine = engine_class(forward, *common, **options)
         self.listen()
 
@@ -911,7 +911,7 @@ def test_the_shipped_model_writes_the_same_through_graphs(shipped_model_folder, 
             sizes = recorded_sizes(12)
             forward = GraphForward(cache, forward, sizes, 256, sampler=sample_triton)
             options |= {"decode": forward.decode}
-        eos = tokenizer.eos_token_id
+        eos = [tokenizer.eos_token_id]
         engine = engine_class(
             forward, cache, scheduler, config.vocab_size, tokenizer, eos, **options
         )
