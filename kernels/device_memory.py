@@ -6,18 +6,26 @@ each read waits for it. In huge pages of 2 MB the same pool has 512 pages.
 
 `llm.py` passes `preallocate` to the cache as its allocation function.
 
+What is free is the smaller of what the machine has and what a container's limit leaves.
+
 Checked by tests/kernels/test_device_memory.py, which counts the process's huge pages.
 """
 
 import math
 import mmap
-import os
+import sys
 from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
 from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 << 20
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Files of a control group: its limit and its usage, and the name of cached files in memory.stat.
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+V2 = "memory.max", "memory.current", "inactive_file"
 
 
 def preallocate(
@@ -38,15 +46,50 @@ def preallocate(
 
 
 def free_memory_bytes(device: str | torch.device) -> int:
-    """Bytes of memory that are free now on the device; on a CPU, on the whole machine."""
+    """Bytes of memory that this process may still take on the device now.
+
+    On a CPU that is what the machine has free, or less in a container with a limit. Where the
+    operating system does not say it, nothing is known to be too much.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        on_machine = psutil.virtual_memory().available
+    except (OSError, NotImplementedError):  # Linux without /proc, for example
+        on_machine = sys.maxsize
+    return min(on_machine, free_in_container(CGROUPS, MEMBERSHIP))
+
+
+def free_in_container(root: Path, membership: Path) -> int:
+    """Bytes that the control groups (cgroups) of this process leave it: Linux's limits.
+
+    A container is a group. Each group of the path that `membership` names may have a limit, and
+    the narrowest one counts. A process beyond it is killed, however much the machine has free.
+    """
+    room = sys.maxsize
+    with suppress(OSError):  # not Linux
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(
+                ":", 2
+            )  # "4:memory:/docker/5b49" or "0::/docker/5b49"
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            names, mount = (V1, root / "memory") if controllers else (V2, root)
+            # Inside a container its own group may be mounted as the root: all parents are tried.
+            group = PurePosixPath(path.lstrip("/"))
+            for folder in (group, *group.parents):
+                room = min(room, _room_in_group(mount / folder, *names))
+    return max(room, 0)
+
+
+def _room_in_group(folder: Path, limit: str, usage: str, cached: str) -> int:
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Cached files that nobody uses now are counted as usage, and given up when memory is short.
+        used = int((folder / usage).read_text()) - int(stat.get(cached, 0))
+        return int((folder / limit).read_text()) - used
+    except (OSError, ValueError):  # no group of this name, or the limit is "max": none
+        return sys.maxsize
 
 
 def split_drawn(buffer: Tensor) -> tuple[Tensor, Tensor]:
