@@ -26,7 +26,7 @@ from torch import Tensor
 
 from experiments.results import Measurement, device_name
 from kernels.device_memory import preallocate
-from kernels.numba_tools import FASTMATH, HAS_NUMBA
+from kernels.numba_tools import HAS_NUMBA, compiled_parallel
 from watch.roofline import timer, warm_up
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -99,7 +99,7 @@ def in_turn(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, l
 # ---- plain reads and an empty kernel -------------------------------------------------------------
 if HAS_NUMBA:
 
-    @numba.njit(parallel=True, fastmath=FASTMATH, cache=True)
+    @compiled_parallel
     def sum_numba(x):
         """The sum of a flat float32 array: one addition for every four bytes read."""
         part = 1 << 18  # numbers: 1 MB is long enough to stream, and gives every thread some parts

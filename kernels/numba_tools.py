@@ -22,6 +22,7 @@ Lam, Pitrou and Seibert 2015, "Numba: a LLVM-based Python JIT compiler", LLVM-HP
 import functools
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,21 +49,34 @@ PREFETCHED = 256  # numbers in one `prefetch`: four tokens of a head of 64
 
 
 # ---- the compiler --------------------------------------------------------------------------------
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable, **options) -> Callable:
     """Compile a function with Numba and keep the result on disk.
 
     The function releases the interpreter's lock (GIL) while it runs, so that threads run in
     parallel. Numba compiles it again when the function's own file changes, but not when a file
     that it imports changes: after an edit in this file, delete kernels/__pycache__.
     """
-    return njit(cache=True, nogil=True, fastmath=FASTMATH)(function) if HAS_NUMBA else function
+    if not HAS_NUMBA:
+        return function
+    options |= {"nogil": True, "fastmath": FASTMATH}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the result: a read-only installation, no home folder
+        warn_of_no_cache()
+        return njit(**options)(function)
 
 
 def compiled_parallel(function: Callable) -> Callable:
     """`compiled` for a function whose loops over `prange` run on several threads."""
-    if not HAS_NUMBA:
-        return function
-    return njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)(function)
+    return compiled(function, parallel=True)
+
+
+@functools.cache  # said once
+def warn_of_no_cache() -> None:
+    """Say why each process takes some seconds more, and what changes that."""
+    places = "neither beside the code nor in a home folder a file can be written"
+    slow = "each process compiles the CPU's kernels again"
+    warnings.warn(f"{places}: {slow}; set NUMBA_CACHE_DIR to a folder", stacklevel=3)
 
 
 def inlined(function: Callable) -> Callable:

@@ -11,10 +11,13 @@ from kernels.numba_tools import (
     FASTMATH,
     HAS_NUMBA,
     as_numpy,
+    compiled,
+    compiled_parallel,
     flat_memory,
     power_of_two,
     prefetch,
     prefetch_line,
+    warn_of_no_cache,
     widen,
 )
 
@@ -66,6 +69,18 @@ def test_a_power_of_two_is_within_two_units_of_its_last_place(dtype, lowest):
     raise_each(x, out)
     want = np.exp2(x.astype(np.longdouble))
     assert (np.abs(out / want - 1) < 2 * np.finfo(dtype).eps).all()
+
+
+@needs_numba
+def test_where_nothing_can_be_written_a_function_is_compiled_without_a_cache_and_it_is_said_once():
+    """Numba finds no folder for a function that stands in no file."""
+    space = {}
+    exec("def twice(x):\n    return 2 * x\ndef thrice(x):\n    return 3 * x", space)
+    warn_of_no_cache.cache_clear()
+    with pytest.warns(UserWarning, match="set NUMBA_CACHE_DIR to a folder") as said:
+        twice, thrice = compiled(space["twice"]), compiled_parallel(space["thrice"])
+    assert (twice(21), thrice(14), len(said)) == (42, 42, 1)
+    assert twice.signatures and thrice.targetoptions["parallel"] and twice.targetoptions["nogil"]
 
 
 @needs_numba
