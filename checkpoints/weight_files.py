@@ -26,8 +26,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -71,12 +70,11 @@ class Stored(NamedTuple):
     stamp: tuple[int, ...]  # which file this was: its bytes, its number, its time
 
 
-class Held(NamedTuple):
-    """What an open file of weights holds."""
+class Views(NamedTuple):
+    """What a file of weights holds, as views of the mapped file."""
 
-    shapes: dict[str, tuple[int, ...]]
-    get: Callable[[str], Tensor]
-    model_args: dict | None = None  # the shape of nanoGPT's model
+    tensors: dict[str, Tensor]
+    model_args: dict | None = None  # the shape of nanoGPT's model; None in any other file
     is_mapped: bool = True
 
 
@@ -90,14 +88,14 @@ def catalogue(path: Path) -> tuple[list[Stored], dict | None]:
     # file -> tensors that the index says it holds; a single file needs no index
     indexed = read_index(path) if path.suffix == ".json" else {path: set()}
     stored: dict[str, Stored] = {}
-    model_args = None
     for file, names in indexed.items():
-        with opened(file) as open_file, held_in(file, open_file) as held:
-            found = {
-                name: Stored(file, name, shape, held.is_mapped, stamp_of(open_file))
-                for name, shape in held.shapes.items()
-            }
-            model_args = held.model_args
+        with opened(file) as open_file:
+            tensors, model_args, is_mapped = views_of(file, open_file)
+            stamp = stamp_of(open_file)
+        found = {
+            name: Stored(file, name, tuple(tensor.shape), is_mapped, stamp)
+            for name, tensor in tensors.items()
+        }
         if missing := names - found.keys():
             problem = f"tensor {shown(min(missing))} is not there, {path.name} says it is"
             raise ValueError(f"{file}: {problem}")
@@ -162,24 +160,20 @@ def stamp_of(file: BinaryIO) -> tuple[int, ...]:
     return status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-@contextmanager
-def held_in(path: Path, file: BinaryIO) -> Iterator[Held]:
+def views_of(path: Path, file: BinaryIO) -> Views:
     """What an open file holds, by its ending. Raises ValueError, naming it, if it is damaged."""
     if path.suffix != ".safetensors":
-        yield read_pickle(path, file)
-        return
+        return read_pickle(path, file)
     try:
         with safe_open(name_of(file, path), framework="pt") as held:
-            shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}
-            yield Held(shapes, held.get_tensor)
-    # `get_tensor` too raises the first, for types that PyTorch lacks; the last two mean that a file
-    # of this size cannot be mapped.
+            return Views({name: held.get_tensor(name) for name in held.keys()})
+    # PyTorch lacks types of 4 and 6 bits; the last two: a file of this size cannot be mapped.
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error)[:200]  # the message may quote a name of a megabyte
         raise ValueError(f"{path} is not a whole safetensors file: {reason}") from None
 
 
-def read_pickle(path: Path, file: BinaryIO) -> Held:
+def read_pickle(path: Path, file: BinaryIO) -> Views:
     """The tensors of a `.bin` or `.pt` file by name, and nanoGPT's `model_args` if it has them."""
     is_zip = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6
     size, records = stamp_of(file)[0], None
@@ -201,8 +195,7 @@ def read_pickle(path: Path, file: BinaryIO) -> Held:
     if not (isinstance(held, dict) and isinstance(model_args, dict | None)):
         raise ValueError(f"{path} holds no dictionary of tensors, or model_args that are none")
     check_tensors(path, held, size, records)
-    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-    return Held(shapes, held.__getitem__, model_args, is_zip)
+    return Views(held, model_args, is_zip)
 
 
 def check_archive(file: BinaryIO) -> Counter[int]:
@@ -259,13 +252,15 @@ def read(stored: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
     bytes_left = {one.path: 2 * one.stamp[0] for one in stored}
     for (path, _), pairs in groupby(zip(batches, stored), key=lambda pair: pair[0]):
         batch = [one for _, one in pairs]
-        with opened(path) as file, held_in(path, file) as held:
+        with opened(path) as file:
             if stamp_of(file) != batch[0].stamp:
                 raise ValueError(f"{path} was changed while it was read: load it again")
-            for one in batch:
-                tensor = held.get(one.name)
-                bytes_left[path] -= tensor.numel() * tensor.itemsize
-                if bytes_left[path] < 0:
-                    name = shown(one.name)
-                    raise ValueError(f"{path}: its tensors are larger than the file, at {name}")
-                yield one, tensor
+            tensors = views_of(path, file).tensors
+        for one in batch:
+            tensor = tensors[one.name]
+            bytes_left[path] -= tensor.numel() * tensor.itemsize
+            if bytes_left[path] < 0:
+                name = shown(one.name)
+                raise ValueError(f"{path}: its tensors are larger than the file, at {name}")
+            yield one, tensor
+        del tensor, tensors  # the mapping is closed when nothing views it any more

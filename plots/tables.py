@@ -362,9 +362,10 @@ def pages() -> list[Path]:
 
 
 def main() -> None:
-    """Write every page anew."""
-    for path in pages():
-        path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write every page anew, once all of them are made: an error leaves them as they were."""
+    made = {path: rewritten(path.read_text(encoding="utf-8")) for path in pages()}
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

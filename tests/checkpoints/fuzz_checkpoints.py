@@ -10,11 +10,11 @@ A failure names its seed; `fuzz(first=1234, count=1)` repeats it.
 
 import io
 import json
+import multiprocessing
 import os
 import pickletools
 import random
 import resource
-import select
 import shutil
 import signal
 import struct
@@ -24,6 +24,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ BATCH = 50  # loads in one child; after a crash the next child goes on behind th
 class Outcome(NamedTuple):
     """What became of a child: what it said, and what it took."""
 
-    said: list[str]  # one entry a call of `say`
+    said: list  # one entry a call of `say`
     end: str  # "" if it came to its end, else the signal that ended it or how long it hung
     peak_mb: float  # of memory, above what it had when it began; 0 where the system cannot tell
 
@@ -57,60 +58,36 @@ def memory_mb(field: str) -> float:
 
 def in_a_child(work: Callable[[Callable[[str], None]], None], seconds: float) -> Outcome:
     """Call `work(say)` in a forked child. `seconds` is how long it may be silent."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        try:
-            work_and_tell(work, writer)
-        finally:
-            os._exit(1)  # it ends here: neither pytest's handlers nor anybody else's buffers
-    os.close(writer)
-    hung = True
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=work_and_tell, args=(work, writer), daemon=True)
+    child.start()
+    writer.close()
+    said, end = [], ""
     try:
-        text, hung = listen(reader, seconds)
-    finally:  # after Ctrl-C too
-        os.close(reader)
-        if hung:
-            os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    entries = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-    said = [entry for entry in entries if isinstance(entry, str)]
-    peak_mb = next((entry for entry in entries if isinstance(entry, float)), 0.0)
-    if hung:
-        return Outcome(said, f"silent for {seconds} s", peak_mb)
-    named = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-    return Outcome(said, named if code else "", peak_mb)
+        while reader.poll(seconds):
+            said.append(reader.recv())
+        end = f"silent for {seconds} s"
+        child.kill()
+    except (EOFError, OSError):  # the pipe was closed: this is the end, one way or the other
+        pass
+    child.join()
+    if not end and (code := child.exitcode):
+        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+    peak_mb = said.pop() if said and isinstance(said[-1], float) else 0.0
+    return Outcome(said, end, peak_mb)
 
 
-def work_and_tell(work: Callable[[Callable[[str], None]], None], writer: int) -> None:
-    """The child's life: work, with every word on its own line of the pipe, and the peak last."""
+def work_and_tell(work: Callable[[Callable[[str], None]], None], writer: Connection) -> None:
+    """The child's life: work, and at last the most memory that it took."""
     most = 16 << 30  # whatever is loaded here, the machine is not to run out of memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # VmHWM begins at what is there now
     before = memory_mb("VmRSS")
-    with os.fdopen(writer, "w") as pipe:
-
-        def say(word: str | float) -> None:
-            pipe.write(json.dumps(word) + "\n")
-            pipe.flush()
-
-        work(say)
-        say(memory_mb("VmHWM") - before)
-    os._exit(0)
-
-
-def listen(reader: int, seconds: float) -> tuple[str, bool]:
-    """All that comes out of a pipe, and whether it fell silent before it was closed."""
-    chunks = []
-    while select.select([reader], [], [], seconds)[0]:
-        chunk = os.read(reader, 1 << 16)
-        if not chunk:
-            return b"".join(chunks).decode(), False
-        chunks.append(chunk)
-    return b"".join(chunks).decode(), True
+    work(writer.send)
+    writer.send(memory_mb("VmHWM") - before)
 
 
 def verdict(folder: Path, **options) -> str:
@@ -394,7 +371,7 @@ def fuzz(first: int, count: int) -> tuple[Counter, list[str], float]:
             outcome = in_a_child(partial(try_seeds, range(seed, last), folders), SECONDS)
             peak_mb = max(peak_mb, outcome.peak_mb)
             for line in outcome.said:
-                seed, file, said = json.loads(line)
+                seed, file, said = line
                 if said in ("loaded", "refused"):
                     counts[file, said] += 1
                 elif said != "begun":
@@ -411,6 +388,6 @@ def try_seeds(seeds: range, folders: list[Path], say: Callable[[str], None]) -> 
     """The work of one child."""
     os.chdir(folders[0].parent)
     for seed in seeds:
-        say(json.dumps([seed, "", "begun"]))
+        say((seed, "", "begun"))
         os.chdir(folders[seed % len(folders)])  # code that runs leaves its mark here
-        say(json.dumps([seed, *try_seed(seed, folders)]))
+        say((seed, *try_seed(seed, folders)))

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import struct
-import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -35,14 +34,23 @@ ARGS = {"n_layer": 2, "n_head": 3, "n_embd": 48, "block_size": 32, "bias": True,
 @pytest.fixture(scope="module")
 def tensors():
     """A small model's tensors under Hugging Face's names, in its layout."""
-    return {name: tensor.clone() for name, tensor in make_tensors().items()}
-
-
-def make_tensors():
     model = GPT(GPTConfig(**SHAPE)).init_weights(std=0.2).requires_grad_(False)
     named = {"transformer." + name: t for name, t in model.state_dict().items()}
     named.pop("transformer.lm_head.weight")
     return {n: (t.t() if n.endswith(CONV1D) else t).contiguous() for n, t in named.items()}
+
+
+@pytest.fixture(params=[False, True], ids=["zip", "legacy"])
+def save_pickle(request, folder):
+    """A function that saves a value as the folder's weights, in either format; returns the path."""
+
+    def save(value):
+        path = folder / "pytorch_model.bin"
+        torch.save(value, path, _use_new_zipfile_serialization=not request.param)
+        return path
+
+    save.is_legacy = request.param
+    return save
 
 
 @pytest.fixture
@@ -101,24 +109,6 @@ def test_of_several_copies_the_most_trusted_is_read(best, tmp_path):
     assert tensor.tolist() == [[best] * 3] * 2
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_single_file_is_read_by_its_path(legacy, tensors, tmp_path):
-    path = tmp_path / "anything.pt"
-    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
-    stored, model_args = catalogue(path)
-    assert {s.name: s.shape for s in stored} == {n: tuple(t.shape) for n, t in tensors.items()}
-    assert {s.path for s in stored} == {path}
-    found = {one.name: tensor.clone() for one, tensor in read(stored)}
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert model_args is None
-
-
-def test_nanogpts_own_shape_comes_with_its_checkpoint(tmp_path):
-    torch.save({"model": {"a": torch.ones(2)}, "model_args": ARGS}, tmp_path / "ckpt.pt")
-    stored, model_args = catalogue(tmp_path)
-    assert [(one.name, one.shape) for one in stored] == [("a", (2,))] and model_args == ARGS
-
-
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", INDEX, "model.safetensors"])
 def test_a_file_of_weights_is_served_from_its_folder(name, tensors, folder):
     write_shards(folder, "model", ".safetensors", tensors, save_file)
@@ -170,45 +160,25 @@ class Call:
         return self.call
 
 
-class Wakes:
-    """Unpickled, its __setstate__ would run."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __setstate__(self, state):
-        open(state["path"], "w").close()
-
-
-def command(mark):
-    return Call(os.system, f"touch {mark}")
-
-
 HOSTILE_VALUES = {
-    "os.system": lambda mark: command(mark),
-    "eval": lambda mark: Call(eval, f"open({str(mark)!r}, 'w')"),
-    "open": lambda mark: Call(open, str(mark), "w"),
-    "setstate": lambda mark: Wakes(str(mark)),
-    "in a dictionary of lists": lambda mark: {"a": [command(mark)]},
-    "in a tuple key": lambda mark: {(1, command(mark)): 2},
-    "torch.hub": lambda mark: Call(torch.hub.load, str(mark), "x"),
+    "os.system": lambda mark: Call(os.system, f"touch {mark}"),
+    "open": lambda mark: Call(open, mark, "w"),
+    "eval in a list": lambda mark: {"a": [Call(eval, f"open({mark!r}, 'w')")]},
+    "torch.hub": lambda mark: Call(torch.hub.load, mark, "x"),
 }
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("value", HOSTILE_VALUES)
 def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(
-    value, legacy, tensors, folder, tmp_path
+    value, tensors, folder, save_pickle, tmp_path
 ):
-    path, mark = folder / "pytorch_model.bin", tmp_path / "mark"
-    hostile = {**tensors, "z": HOSTILE_VALUES[value](mark)}
-    torch.save(hostile, path, _use_new_zipfile_serialization=not legacy)
+    mark = tmp_path / "mark"
+    path = save_pickle({**tensors, "z": HOSTILE_VALUES[value](str(mark))})
     assert refusal(folder).startswith(f"{path} ")
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_pytorch_is_always_asked_for_weights_only(legacy, tensors, folder, monkeypatch):
+def test_pytorch_is_always_asked_for_weights_only(tensors, folder, save_pickle, monkeypatch):
     """And to map the file where it can be mapped."""
     asked, real = set(), torch.load
 
@@ -216,11 +186,10 @@ def test_pytorch_is_always_asked_for_weights_only(legacy, tensors, folder, monke
         asked.add((options["weights_only"], options["mmap"]))
         return real(*args, **options)
 
-    path = folder / "pytorch_model.bin"
-    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    save_pickle(tensors)
     monkeypatch.setattr(torch, "load", load)
     assert load_model(folder).config.n_layer == 2
-    assert asked == {(True, not legacy)}
+    assert asked == {(True, not save_pickle.is_legacy)}
 
 
 # ---- pickles that hold something else than plain tensors -----------------------------------------
@@ -232,96 +201,68 @@ def made_of(count, offset, shape, strides):
 
 
 NO_PLAIN_TENSORS = {
-    "one number, a trillion times": lambda: torch.zeros(1).expand(10**6, 10**6),
     "one number, the right shape": lambda: torch.zeros(1).expand(48, 144),
     "more than its storage": lambda: made_of(1, 0, (48, 144), (144, 1)),
     "negative strides": lambda: made_of(48 * 144, 0, (48, 144), (-144, 1)),
-    "a negative offset": lambda: made_of(48 * 144, -8, (48, 144), (144, 1)),
     "an offset past the end": lambda: made_of(48 * 144, 48 * 144, (48, 144), (144, 1)),
     "no numbers in the file": lambda: Call(torch.FloatTensor, 48, 144),
     "sparse": lambda: torch.eye(48, 144).to_sparse(),
     "quantised": lambda: torch.quantize_per_tensor(torch.zeros(48, 144), 0.1, 0, torch.qint8),
     "meta": lambda: torch.zeros(48, 144, device="meta"),
-    "complex": lambda: torch.zeros(48, 144, dtype=torch.complex64),
     "integers": lambda: torch.zeros(48, 144, dtype=torch.int64),
-    "a NumPy array": lambda: torch.zeros(48, 144).numpy(),
     "a dictionary": lambda: {"weight": torch.zeros(48, 144)},
-    "nothing": lambda: None,
-    "a type": lambda: torch.float32,
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse rows and storages
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("kind", NO_PLAIN_TENSORS)
-def test_what_is_no_plain_tensor_of_numbers_in_the_file_is_refused(kind, legacy, tensors, folder):
-    path = folder / "pytorch_model.bin"
-    held = {**tensors, MATRIX: NO_PLAIN_TENSORS[kind]()}
-    torch.save(held, path, _use_new_zipfile_serialization=not legacy)
+def test_what_is_no_plain_tensor_of_numbers_in_the_file_is_refused(
+    kind, tensors, folder, save_pickle
+):
+    path = save_pickle({**tensors, MATRIX: NO_PLAIN_TENSORS[kind]()})
     message = refusal_in_a_child(folder)
     assert message.startswith(f"{path}")
     if ": tensor " in message or ": entry " in message:
         assert repr(MATRIX) in message
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_storage_that_many_tensors_share_is_refused_before_it_is_copied_for_each(legacy, folder):
+def test_a_storage_that_many_tensors_share_is_not_copied_for_each(folder, save_pickle):
     """200 layers that are all one matrix: 0.4 MB of file, and 85 MB of memory as weights."""
     shape = {"n_layer": 200, "n_head": 3, "n_embd": 96, "vocab_size": 61, "n_positions": 32}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
     small = GPT(GPTConfig(**SHAPE | {"n_layer": 1, "n_embd": 96})).init_weights().state_dict()
-    layer = {name[4:]: tensor for name, tensor in small.items() if name.startswith("h.0.")}
-    one = {name: t.t() if name.endswith(CONV1D) else t for name, t in layer.items()}
-    named = {f"h.{layer}.{name}": tensor for layer in range(200) for name, tensor in one.items()}
-    named |= {name: small[name] for name in small if not name.startswith(("h.", "lm_head"))}
-    path = folder / "pytorch_model.bin"
-    torch.save(named, path, _use_new_zipfile_serialization=not legacy)
+    named = {name: small[name] for name in small if not name.startswith(("h.", "lm_head"))}
+    for name in small.keys() - named.keys() - {"lm_head.weight"}:
+        tensor = small[name].t() if name.endswith(CONV1D) else small[name]
+        named |= {f"h.{layer}.{name[4:]}": tensor for layer in range(200)}
+    path = save_pickle(named)
     assert path.stat().st_size < 2 << 20
     assert refusal_in_a_child(folder).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize(
-    "value",
-    [[1, 2], "weights", None, torch.zeros(2), {}, {1: torch.zeros(2)}, {"model": 3}],
-    ids=str,
-)
-def test_a_pickle_of_something_else_is_refused(value, legacy, folder):
-    torch.save(value, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    assert refusal(folder).startswith(str(folder / "pytorch_model.bin"))
-
-
-def doubled(times, kind=list):
-    """A value of a few hundred bytes that is 2 ** times as long when it is written out."""
-    value = kind(["ha"])
-    for _ in range(times):
-        value = kind([value, value])
-    return value
+@pytest.mark.parametrize("value", [[1, 2], None, torch.zeros(2), {}, {1: torch.zeros(2)}], ids=str)
+def test_a_pickle_of_something_else_is_refused(value, folder, save_pickle):
+    path = save_pickle(value)
+    assert refusal(folder).startswith(str(path))
 
 
 NANOGPT_FAULTS = {
     "model is no dictionary": {"model": [1]},
-    "model is empty": {"model": {}},
     "model_args is a list": {"model_args": [1]},
     "model_args is empty": {"model_args": {}},
     "n_layer is text": {"model_args": ARGS | {"n_layer": "2"}},
     "n_layer is a tensor": {"model_args": ARGS | {"n_layer": torch.tensor(2)}},
     "n_layer is 3": {"model_args": ARGS | {"n_layer": 3}},
     "n_layer is 2 ** 200": {"model_args": ARGS | {"n_layer": 2**200}},
-    "n_layer unfolds without end": {"model_args": ARGS | {"n_layer": doubled(60)}},
     "vocab_size is another": {"model_args": ARGS | {"vocab_size": 62}},
     "block_size is missing": {"model_args": {k: v for k, v in ARGS.items() if k != "block_size"}},
 }
 
 
-def as_nanogpt(tensors):
-    """Linear layout: nanoGPT transposes what it takes over from Hugging Face."""
-    return {n: (t.t() if n.endswith(CONV1D) else t).contiguous() for n, t in tensors.items()}
-
-
 @pytest.mark.parametrize("fault", NANOGPT_FAULTS)
 def test_a_nanogpt_checkpoint_of_another_form_is_refused(fault, tensors, tmp_path):
-    good = {"model": as_nanogpt(tensors), "model_args": ARGS, "iter_num": 5}
+    linear = {name: t.t() if name.endswith(CONV1D) else t for name, t in tensors.items()}
+    good = {"model": linear, "model_args": ARGS, "iter_num": 5}
     torch.save(good, tmp_path / "ckpt.pt")
     assert load_model(tmp_path).config.n_layer == 2
     torch.save(good | NANOGPT_FAULTS[fault], tmp_path / "ckpt.pt")
@@ -329,12 +270,8 @@ def test_a_nanogpt_checkpoint_of_another_form_is_refused(fault, tensors, tmp_pat
 
 
 # ---- pickles that are damaged --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_pickle_that_was_cut_off_anywhere_is_refused(legacy, tensors, folder):
-    path = folder / "pytorch_model.bin"
-    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+def test_a_pickle_that_was_cut_off_anywhere_is_refused(tensors, folder, save_pickle):
+    path = save_pickle(tensors)
     whole = path.read_bytes()
     size = len(whole)
     for kept in [*range(12), 63, 64, 65, *range(0, size, size // 40), size - 22, size - 1]:
@@ -356,29 +293,20 @@ def repack(path, edits=None, without=(), extra=(), packed=None):
 
 ZIP_FAULTS = {
     "numbers compressed": {"packed": "data/0"},
-    "pickle compressed": {"packed": "data.pkl"},
     "a bomb": {"edits": {"data.pkl": b"\x80\x02}" + bytes(1 << 28) + b"."}, "packed": "data.pkl"},
     "two pickles": {"extra": [("TOP/data.pkl", b"\x80\x02}.")]},
     "no pickle": {"without": ["data.pkl"]},
-    "no numbers": {"without": ["data/0"]},
-    "numbers cut off": {"edits": {"data/0": bytes(48 * 144 * 4 - 4)}},
     "numbers of more than is claimed": {"edits": {"data/0": bytes(48 * 144 * 4 + 4)}},
     "numbers of another tensor": {"edits": {"data/0": b""}},
     "a strange byte order": {"edits": {"byteorder": b"\xff\xfe"}},
-    "an empty pickle": {"edits": {"data.pkl": b""}},
     "names that climb out": {"extra": [("../../evil", b"x"), ("/tmp/evil", b"x")]},
     "two names that differ in case": {"extra": [("TOP/DATA.PKL", b"\x80\x02}.")]},
     "a program of 5 MB": {"edits": {"data.pkl": b"\x80\x02" + b"N0" * (5 << 19) + b"}."}},
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(name, marks=pytest.mark.regression) if "more than is claimed" in name else name
-        for name in ZIP_FAULTS
-    ],
-)
+@pytest.mark.regression
+@pytest.mark.parametrize("fault", ZIP_FAULTS)
 def test_a_zip_that_torch_would_not_write_is_refused(fault, tensors, folder):
     path = folder / "pytorch_model.bin"
     torch.save({MATRIX: tensors[MATRIX], **tensors}, path)
@@ -399,61 +327,29 @@ def test_a_zip_with_a_nul_in_a_name_is_refused(tensors, folder):
     assert "a name with a NUL" in refusal(folder)
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("count", [48 * 144 + 1, 2**31 - 1, -1])
-def test_a_storage_of_another_size_than_is_claimed_is_refused(count, legacy, tensors, folder):
+def test_a_storage_of_another_size_than_is_claimed_is_refused(count, tensors, folder, save_pickle):
     """The program says how many numbers the first storage has: 48 * 144, which is 0x1b00."""
-    path = folder / "pytorch_model.bin"
-    first = {MATRIX: tensors[MATRIX], **tensors}
-    torch.save(first, path, _use_new_zipfile_serialization=not legacy)
-    if legacy:
-        program, end = path.read_bytes(), b"N"
+    path = save_pickle({MATRIX: tensors[MATRIX], **tensors})
+    old, new = b"M\x00\x1b", b"J" + struct.pack("<i", count)
+    if save_pickle.is_legacy:
+        path.write_bytes(path.read_bytes().replace(old + b"N", new + b"N", 1))
     else:
         with zipfile.ZipFile(path) as archive:
-            program, end = archive.read(f"{path.stem}/data.pkl"), b"t"
-    changed = program.replace(b"M\x00\x1b" + end, b"J" + struct.pack("<i", count) + end, 1)
-    assert changed != program
-    if legacy:
-        path.write_bytes(changed)
-    else:
-        repack(path, {"data.pkl": changed})
+            program = archive.read(f"{path.stem}/data.pkl")
+        repack(path, {"data.pkl": program.replace(old + b"t", new + b"t", 1)})
+    assert new in path.read_bytes()
     assert refusal_in_a_child(folder).startswith(str(path))
-
-
-def test_an_encrypted_zip_is_refused(tensors, folder):
-    path = folder / "pytorch_model.bin"
-    torch.save(tensors, path)
-    data = bytearray(path.read_bytes())
-    for magic, flags_at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        at = -1
-        while (at := data.find(magic, at + 1)) >= 0:
-            data[at + flags_at] |= 1
-    path.write_bytes(data)
-    assert refusal(folder).startswith(str(path))
-
-
-def write_tar(path):
-    """The format before 2018 was a tar; this one would make a pipe and wait at it for ever."""
-    with tarfile.open(path, "w") as archive:
-        pipe = tarfile.TarInfo("storages")
-        pipe.type = tarfile.FIFOTYPE
-        archive.addfile(pipe)
-
-
-def make_sparse(path, size=3 << 30):
-    with path.open("wb") as file:
-        file.truncate(size)
 
 
 ODD_FILES = {
     "empty": lambda path: path.write_bytes(b""),
     "a page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
-    "a tar": write_tar,
     "a folder": lambda path: path.mkdir(),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "endless zeros": lambda path: path.symlink_to("/dev/zero"),
     "a pipe": lambda path: os.mkfifo(path),
-    "3 GB of nothing": make_sparse,
+    "3 GB of nothing": lambda path: (path.touch(), os.truncate(path, 3 << 30)),
 }
 
 
@@ -473,14 +369,11 @@ def test_what_is_no_file_of_its_kind_is_refused_at_once(name, odd, tensors, fold
 def test_forty_gigabytes_of_nothing_are_refused_before_they_fill_the_memory(tensors, folder):
     """A sparse file takes no room on the disk. Its config agrees with it."""
     header, at = {}, 0
-    for name, tensor in tensors.items():
+    for name in tensors:
         shape = [10_000_000, 1000] if name.endswith("wte.weight") else [1000, 1000]
-        header[name] = {
-            "dtype": "F32",
-            "shape": shape,
-            "data_offsets": [at, at + 4 * shape[0] * 1000],
-        }
-        at = header[name]["data_offsets"][1]
+        end = at + 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        at = end
     write_safetensors(folder, header)
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size + at)
@@ -528,12 +421,12 @@ def test_a_link_that_leads_elsewhere_after_the_check_is_not_followed_again(
     (folder / name).symlink_to("good")
     monkeypatch.setattr(weight_files, "safe_open", flip(weight_files.safe_open))
     monkeypatch.setattr(torch, "load", flip(torch.load))
-    said = (
+    end = (
         "is no regular file"
         if other == "a pipe"
         else "was changed while it was read: load it again"
     )
-    assert refusal_in_a_child(folder) == f"{folder / name} {said}"  # where it is opened again
+    assert refusal_in_a_child(folder) == f"{folder / name} {end}"  # where it is opened again
 
 
 # ---- the index of a checkpoint in shards ---------------------------------------------------------
@@ -553,9 +446,8 @@ def edit_index(folder, edit):
 
 @pytest.mark.parametrize(
     "home",
-    ["../" + SHARD, "/etc/x.safetensors", "a/b.safetensors", "", ".", "./" + SHARD,
-     "C:\\x.safetensors", "x\0.safetensors", "pytorch_model.bin", "nul\n.safetensors", 7, [SHARD],
-     "x" * 5000 + ".safetensors"],
+    ["../" + SHARD, "/etc/x.safetensors", "", ".", "C:\\x.safetensors", "x\0.safetensors",
+     "pytorch_model.bin", "nul\n.safetensors", 7, [SHARD], "x" * 5000 + ".safetensors"],
     ids=repr,
 )  # fmt: skip
 def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(home, sharded):
@@ -572,24 +464,15 @@ def test_an_index_that_is_none_is_refused(text, sharded):
     assert refusal(sharded).startswith(str(sharded / INDEX))
 
 
-def test_a_shard_that_is_not_there_is_named(sharded):
-    (sharded / SHARD).unlink()
-    assert refusal(sharded).startswith(f"{sharded / SHARD} is missing")
-
-
-def test_a_tensor_that_its_shard_lacks_is_named(sharded):
+def test_a_shard_or_a_tensor_that_is_not_there_or_twice_is_named(tensors, sharded):
     held = load_file(sharded / SHARD)
-    lost = sorted(held)[0]
+    lost, other = sorted(held)[0], sorted(tensors.keys() - held.keys())[0]
     save_file({name: held[name] for name in held if name != lost}, sharded / SHARD)
-    assert refusal(sharded).startswith(f"{sharded / SHARD}: tensor {lost!r}")
-
-
-def test_a_tensor_in_two_shards_is_refused(tensors, sharded):
-    held = load_file(sharded / SHARD)
-    other = sorted(tensors.keys() - held.keys())[0]
+    assert refusal(sharded).startswith(f"{sharded / SHARD}: tensor {lost!r} is not there")
     save_file({**held, other: tensors[other]}, sharded / SHARD)
-    message = refusal(sharded)
-    assert message.startswith(str(sharded)) and repr(other) in message
+    assert re.search(rf"00002.safetensors: tensor {other!r} is in {SHARD} too", refusal(sharded))
+    (sharded / SHARD).unlink()
+    assert refusal(sharded) == f"{sharded / SHARD} is missing"
 
 
 def test_a_tensor_that_the_index_forgets_is_read_or_named(tensors, sharded):
@@ -599,26 +482,16 @@ def test_a_tensor_that_the_index_forgets_is_read_or_named(tensors, sharded):
 
 
 # ---- safetensors by hand -------------------------------------------------------------------------
-def write_safetensors(folder, header, numbers=b"", length=None):
-    """A file with this header (bytes, or what JSON makes of it) and this length before it."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    length = len(text) if length is None else length
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + text + numbers)
-
-
-def parts(tensors):
-    """The header of a good file as a dictionary, and its numbers."""
-    data = save(tensors)
-    length = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
+def write_safetensors(folder, header, numbers=b""):
+    """A file with this header and these numbers."""
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + numbers)
 
 
 ENTRIES = {  # the library's own checks, and the types that PyTorch or the model has not
     "past the end": {"data_offsets": [0, 10**12]},
     "2^124 numbers": {"shape": [2**62, 2**62]},
     "100,000 dimensions": {"shape": [1] * 100_000 + [48]},
-    "half the type": {"dtype": "F16"},
-    "8-bit exponents": {"dtype": "F8_E8M0", "shape": [192]},
     "4-bit floats": {"dtype": "F4", "shape": [384]},
     "complex numbers": {"dtype": "C64", "shape": [24]},
 }
@@ -626,7 +499,9 @@ ENTRIES = {  # the library's own checks, and the types that PyTorch or the model
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_entry_that_is_not_what_the_model_needs_is_refused(entry, tensors, folder):
-    header, numbers = parts(tensors)
+    data = save(tensors)
+    (length,) = struct.unpack("<Q", data[:8])
+    header, numbers = json.loads(data[8 : 8 + length]), data[8 + length :]
     write_safetensors(folder, header, numbers)
     assert load_model(folder).config.n_layer == 2
     header[GAIN] |= ENTRIES[entry]
@@ -645,35 +520,21 @@ def test_a_tensor_too_many_is_named_in_a_message_that_can_be_read(name, tensors,
 
 
 # ---- config.json that asks for the impossible ----------------------------------------------------
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"n_layer": 10_000_000},
-        {"n_embd": 9_999_999, "n_inner": 10_000_000, "vocab_size": 10_000_000},
-        {"n_embd": 10_000_000, "n_head": 10_000_000},
-        {"model_type": "x" * 10**6},
-        {"layer_norm_epsilon": 10**400},
-        {"layer_norm_epsilon": -1e-5},
-    ],
-    ids=lambda changes: ", ".join(f"{k} {str(v)[:20]}" for k, v in changes.items()),
-)
+ABSURD = [
+    {"n_layer": 10_000_000},
+    {"n_embd": 9_999_999, "n_inner": 10_000_000, "vocab_size": 10_000_000},
+    {"model_type": "x" * 10**6},
+    {"layer_norm_epsilon": 10**400},
+]
+
+
+@pytest.mark.parametrize("changes", ABSURD, ids=lambda changes: list(changes)[0])
 def test_a_config_of_absurd_numbers_is_refused_at_once(changes, tensors, folder):
     save_file(tensors, folder / "model.safetensors")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     message = refusal_in_a_child(folder)
     assert message.startswith((str(path), str(folder / "model.safetensors")))
-
-
-def test_many_layers_of_nothing_do_not_take_long(folder):
-    """2,500 tensors without a number, of 90 bytes of header each, and 400 layers to hold them."""
-    names = [f"h.{i}.{name}" for i in range(250) for name in ("ln_1.weight", "ln_1.bias") * 5]
-    names = [f"{name}.{at}" for at, name in enumerate(names)]
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    write_safetensors(folder, dict.fromkeys(names, empty))
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 400}))
-    assert refusal_in_a_child(folder).startswith(str(folder / "model.safetensors"))
 
 
 # ---- damaged at random ---------------------------------------------------------------------------
