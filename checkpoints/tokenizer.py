@@ -8,17 +8,11 @@ them, but 344 of the 50,256 hold only a part of a character. A cat emoji takes t
     bytes        20 F0 9F 90 88
     tokens       |20 F0 9F|  |90|  |88|      each alone is no valid UTF-8: it decodes to U+FFFD
 
-So tokens are joined as bytes first and decoded as UTF-8 afterwards. `outputs.py` does the same for
-a stream. People have trained GPT-2 models with other vocabularies too, in these files:
-
-    tokenizer.json                  the library `tokenizers` does all that it says
-    vocab.json, merges.txt          GPT-2's kind
-    vocab.txt of a BertTokenizer    words and pieces of words
-    others, such as spiece.model    `Unreadable`: the model is served with token ids alone
-    tokenizer_config.json, special_tokens_map.json, added_tokens.json: what was added, what ends
-
-The ids are those of transformers' AutoTokenizer on the same folder; the tests compare them. A model
-of GPT-2's vocabulary in a folder without such files has the one that tiktoken has fetched.
+So tokens are joined as bytes first and decoded as UTF-8 afterwards, in `outputs.py` too. People
+have trained GPT-2 models with other vocabularies. All that stand in `tokenizer.json`, in
+`vocab.json` and `merges.txt`, or in a BertTokenizer's `vocab.txt` are read by the library
+`tokenizers`, and the ids are those of transformers' AutoTokenizer. A folder of another family is
+`Unreadable`. A model of GPT-2's vocabulary in a folder without any gets GPT-2's own, by tiktoken.
 
 Sennrich et al. 2016, arXiv:1508.07909, section 3.2 (merges); Radford et al. 2019, section 2.2.
 """
@@ -36,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.untrusted import MOST_SHOWN, read_json, read_text, shown
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer  # imported where needed, and so is tiktoken
+    from tokenizers import Tokenizer  # imported where it is needed, and so is tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
@@ -52,6 +46,7 @@ MOST_VOCABULARY_CHARS = 4_000_000
 MOST_OTHER_CHARS = 1_000_000  # of added tokens and rules
 MOST_TEXT_CHARS = 10_000  # of one of them
 MOST_BLANKS = 900_000  # in a row; tiktoken's regular expression fails at 999,999
+TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LACKING = "(none)"  # the library looks for it where a vocabulary lacks a character
 
 # Where tiktoken fetches GPT-2's two files from, and the SHA-256 of each.
@@ -69,10 +64,9 @@ class Unreadable(ValueError):
 def byte_to_char() -> dict[int, str]:
     """The printable character that stands for each byte in the files: " " is written "Ġ".
 
-    Printable bytes stand for themselves; the other 68, which would be lost or invisible in a text
-    file, take the characters from 256 on. From `bytes_to_unicode` of github.com/openai/gpt-2.
+    The 68 bytes that no text file shows take the characters from 256 on, as OpenAI chose.
     """
-    # ! to ~, ¡ to ¬, ® to ÿ: left out are the blanks and U+00AD, a hyphen that is seldom shown.
+    # ! to ~, ¡ to ¬, ® to ÿ; left out are blanks and U+00AD, a hyphen that is seldom shown
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]  # 32 is others[32] -> chr(288)
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -221,40 +215,46 @@ def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
     """Load the tokenizer of a model's folder; None if it has none.
 
     Raises `Unreadable` for the files of a family that is not read here, and ValueError, naming the
-    file, for those that are damaged or too large.
+    file or the folder, for those that are damaged or too large.
     """
     folder = Path(folder)
     config = read_optional(folder / "tokenizer_config.json")
     kind, model = config.get("tokenizer_class"), folder / "config.json"
     if kind is None and model.exists():
         kind = read_json(model).get("tokenizer_class")
-    others = [path.name for pattern in OTHER_FILES for path in folder.glob(pattern)]
-    if (path := folder / "tokenizer.json").exists():
-        tokenizer = read_whole(path, config, kind)
-    elif kind in PLAIN_CLASSES and any((folder / f).exists() for f in ("vocab.json", "merges.txt")):
-        path = folder / "vocab.json"
-        tokenizer = byte_level(path, folder / "merges.txt", config)
-    elif kind in BERT_CLASSES and "vocab.txt" in others:
-        path = folder / "vocab.txt"
-        tokenizer = word_piece(path, config)
-    elif others or kind not in PLAIN_CLASSES:
-        named = shown(others[0] if kind in PLAIN_CLASSES else kind)
-        raise Unreadable(f"{folder}: its tokenizer ({named}) is of a family that is not read here")
-    else:
+    path, tokenizer = read_vocabulary(folder, kind, config)
+    if tokenizer is None:
         return None
-    own = GPT2_ROLES if kind in GPT2_CLASSES else BERT_ROLES if kind in BERT_CLASSES else {}
-    ids = add_tokens(folder, tokenizer, config, own)
+    is_bert = kind in BERT_CLASSES
+    own = GPT2_ROLES if kind in GPT2_CLASSES else BERT_ROLES if is_bert else {}
+    problem = f"{folder}: its added tokens cannot be read"
+    ids = call(problem, add_tokens, tokenizer, *call(problem, read_added, folder, config, own))
     if path.name != "tokenizer.json":  # which says itself what stands around a text
-        if kind in BERT_CLASSES:
-            add_template(tokenizer, "cls_token", "sep_token", ids)
-        else:
-            switched = {role: ids[role] for role in ids if config.get(f"add_{role}")}
-            add_template(tokenizer, "bos_token", "eos_token", switched)
+        begin, end = ("cls_token", "sep_token") if is_bert else ("bos_token", "eos_token")
+        around = {role: ids[role] for role in ids if is_bert or config.get(f"add_{role}")}
+        add_template(tokenizer, begin, end, around)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     try:
         return LibraryTokenizer(tokenizer, ids.get("eos_token"))
     except Unreadable as error:
         raise Unreadable(f"{path}: {error}") from None
+
+
+def read_vocabulary(folder: Path, kind: object, config: dict) -> tuple[Path, "Tokenizer | None"]:
+    """The tokenizer without what other files add to it, and its file; `kind` names its class."""
+    others = [path.name for pattern in OTHER_FILES for path in folder.glob(pattern)]
+    if (path := folder / "tokenizer.json").exists():
+        return path, read_whole(path, config, kind)
+    if kind in PLAIN_CLASSES and any((folder / f).exists() for f in ("vocab.json", "merges.txt")):
+        path = folder / "vocab.json"
+        return path, byte_level(path, folder / "merges.txt", config)
+    if kind in BERT_CLASSES and "vocab.txt" in others:
+        path = folder / "vocab.txt"
+        return path, word_piece(path, config)
+    if others or kind not in PLAIN_CLASSES:
+        named = shown(others[0] if kind in PLAIN_CLASSES else kind)
+        raise Unreadable(f"{folder}: its tokenizer ({named}) is of a family that is not read here")
+    return path, None
 
 
 def read_eos_ids(folder: Path) -> set[int]:
@@ -277,9 +277,8 @@ def gpt2_tokenizer() -> GPT2Tokenizer | None:
     """
     default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", default)
-    paths = [
-        Path(cache) / hashlib.sha1((GPT2_URL + name).encode()).hexdigest() for name in GPT2_FILES
-    ]
+    urls = [GPT2_URL + name for name in GPT2_FILES]
+    paths = [Path(cache) / hashlib.sha1(url.encode()).hexdigest() for url in urls]
     if not cache or not all(path.is_file() for path in paths):  # "" means: no cache
         return None
     for path, (name, sha256) in zip(paths, GPT2_FILES.items(), strict=True):
@@ -373,69 +372,47 @@ def add_template(tokenizer: "Tokenizer", begin: str, end: str, ids: dict[str, in
 
 
 # ---- added tokens --------------------------------------------------------------------------------
-def added_token(where: object, entry: object, **flags: bool) -> "AddedToken":
-    """An entry of a list or a role: a text, or an object with flags."""
+def read_added(folder: Path, config: dict, own: dict) -> tuple[list, list]:
+    """What files beside tokenizer.json add: tokens in the order of their ids, and (role, token).
+
+    `own` are the roles of the class. A role that is null does not exist.
+    """
     from tokenizers import AddedToken
 
-    fields = {"content": entry} if isinstance(entry, str) else entry
-    if not isinstance(fields, dict) or not fields.get("content"):
-        raise ValueError(f"{where}: {shown(entry)} is no token")
-    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = {name: fields[name] for name in names if fields.get(name) is not None} | flags
-    return call(where, AddedToken, **flags)
+    def token(entry: str | dict, **flags: bool) -> AddedToken:
+        fields = {"content": entry} if isinstance(entry, str) else entry
+        known = {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
+        return AddedToken(**(known | flags))
+
+    decoder = config.get("added_tokens_decoder")
+    # Where the config has this list, the two older files are relics.
+    old = read_optional(folder / "special_tokens_map.json") if decoder is None else {}
+    fields = own | config | old
+    extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    named = [  # add_bos_token is a switch
+        (role, token(value, special=True))
+        for role, value in [*fields.items(), *(("extra_token", one) for one in extra)]
+        if role.endswith("_token") and not isinstance(value, bool | None)
+    ]
+    if decoder is not None:
+        return [token(decoder[key]) for key in sorted(decoder, key=int)], named
+    ids = read_optional(folder / "added_tokens.json")  # no flags: special is what has a role
+    special = {one.content for _, one in named}
+    return [token(text, special=text in special) for text in sorted(ids, key=ids.get)], named
 
 
-def read_roles(folder: Path, config: dict) -> dict[str, list["AddedToken"]]:
-    """The tokens to which a field such as "eos_token" gives a role; [] where it is null."""
-    roles, path = {}, folder / "special_tokens_map.json"
-    # Where tokenizer_config.json has the map's successor, the map is a relic.
-    by_map = {} if "added_tokens_decoder" in config else read_optional(path)
-    for role, value in (config | by_map).items():
-        where = f"{path if role in by_map else folder / 'tokenizer_config.json'}, {role}"
-        if role in ("additional_special_tokens", "extra_special_tokens"):
-            values = list(value.values()) if isinstance(value, dict) else value or []
-        elif role.endswith("_token") and not isinstance(value, bool):  # add_bos_token is a switch
-            values = [] if value is None else [value]
-        else:
-            continue
-        if not isinstance(values, list):
-            raise ValueError(f"{where} is {shown(values)}, not a list")
-        roles[role] = [added_token(where, one, special=True) for one in values]
-    return roles
+def add_tokens(tokenizer: "Tokenizer", listed: list, named: list) -> dict[str, int]:
+    """Add the listed tokens, and make those with a role special; returns the ids of the roles.
 
-
-def read_listed(folder: Path, config: dict, special: set[str]) -> list["AddedToken"]:
-    """The tokens that files beside tokenizer.json add, in the order of their ids."""
-    path = folder / "tokenizer_config.json"
-    if (decoder := config.get("added_tokens_decoder")) is not None:
-        where = f"{path}, added_tokens_decoder"
-        by_id = call(where, lambda: sorted(decoder.items(), key=lambda item: int(item[0])))
-        return [added_token(where, entry) for _, entry in by_id]
-    path = folder / "added_tokens.json"  # it has no flags: a token is special if it has a role
-    ids = read_optional(path)
-    by_id = call(path, sorted, ids, key=ids.get)
-    return [added_token(path, text, special=text in special) for text in by_id]
-
-
-def add_tokens(folder: Path, tokenizer: "Tokenizer", config: dict, own: dict) -> dict[str, int]:
-    """Add what the files list, and make what has a role special; returns the ids of the roles.
-
-    `own` are the roles of the class. A token that the vocabulary lacks gets no role: transformers
-    would give it an id for which the model has no row.
+    A token that the vocabulary lacks gets no role: transformers would give it an id for which the
+    model has no row.
     """
-    roles = {role: [added_token(folder, name, special=True)] for role, name in own.items()}
-    roles |= read_roles(folder, config)
-    named = [(role, token) for role, tokens in roles.items() for token in tokens]
-    listed = read_listed(folder, config, {token.content for _, token in named})
-    call(folder, tokenizer.add_tokens, listed)
+    tokenizer.add_tokens(listed)
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    ids, special = {}, []
-    for role, token in named:
-        if (token_id := tokenizer.token_to_id(token.content)) is not None:
-            ids.setdefault(role, token_id)
-            special.append(known.get(token.content, token))
-    call(folder, tokenizer.add_special_tokens, special)
-    return ids
+    found = [(role, t) for role, t in named if tokenizer.token_to_id(t.content) is not None]
+    tokenizer.add_special_tokens([known.get(token.content, token) for _, token in found])
+    return {role: tokenizer.token_to_id(token.content) for role, token in found}
 
 
 def save_vocabulary(folder: Path, merges: list[tuple[bytes, bytes]]) -> None:
