@@ -413,14 +413,3 @@ def add_tokens(tokenizer: "Tokenizer", listed: list, named: list) -> dict[str, i
     found = [(role, t) for role, t in named if tokenizer.token_to_id(t.content) is not None]
     tokenizer.add_special_tokens([known.get(token.content, token) for _, token in found])
     return {role: tokenizer.token_to_id(token.content) for role, token in found}
-
-
-def save_vocabulary(folder: Path, merges: list[tuple[bytes, bytes]]) -> None:
-    """Write `vocab.json` and `merges.txt`: 256 bytes, these merges, and <|endoftext|> last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = [["".join(BYTE_TO_CHAR[byte] for byte in part) for part in merge] for merge in merges]
-    tokens = [*BYTE_TO_CHAR.values(), *("".join(pair) for pair in pairs), END_OF_TEXT]
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -24,10 +24,10 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub.errors import HfHubHTTPError
+from vocabularies import save_vocabulary
 
 from checkpoints.hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name
 from checkpoints.load import load_model, save_model
-from checkpoints.tokenizer import save_vocabulary
 from model import GPT, GPTConfig
 
 OLD, NEW = "a" * 40, "b" * 40  # two commits

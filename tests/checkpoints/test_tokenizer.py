@@ -32,6 +32,7 @@ from tokenizers import (
 )
 from tokenizers.implementations import BertWordPieceTokenizer, SentencePieceUnigramTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vocabularies import save_vocabulary
 
 from checkpoints.tokenizer import (
     BYTE_TO_CHAR,
@@ -40,7 +41,6 @@ from checkpoints.tokenizer import (
     Unreadable,
     gpt2_tokenizer,
     load_tokenizer,
-    save_vocabulary,
 )
 from llm import find_tokenizer
 from outputs import StreamDecoder

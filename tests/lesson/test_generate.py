@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from vocabularies import save_vocabulary
 
 import generate
 from checkpoints.load import save_model
-from checkpoints.tokenizer import save_vocabulary
 from generate import OPENINGS, main, parse_args
 from kernels.backends import BACKENDS
 from llm import LLM, EngineConfig, SamplingParams

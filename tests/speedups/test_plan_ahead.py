@@ -21,10 +21,11 @@ import pytest
 import torch
 from interrupts import interrupted_at
 from torch import Tensor
+from vocabularies import save_vocabulary
 from worlds import DEVICE, SEED, needs_gpu
 
 from block_allocator import BlockAllocator
-from checkpoints.tokenizer import load_tokenizer, save_vocabulary
+from checkpoints.tokenizer import load_tokenizer
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.triton_decode import INTERPRETED, paged_attention_triton
 from kernels.triton_prefill import write_kv_triton
