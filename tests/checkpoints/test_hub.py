@@ -1,28 +1,25 @@
 """A name becomes a folder: what is here is taken, what is cached is found, what is not is fetched.
 
-The download is tested end to end: the real huggingface_hub, in a process of its own (HF_ENDPOINT is
-read when the library is imported), against a server that answers as the hub does and logs what it
-is asked.
+The download is tested end to end: the real huggingface_hub, whose constants (they are read from the
+environment when it is imported) name a server that answers as the hub does and logs what it is
+asked.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import ROOT
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from vocabularies import save_vocabulary
 
@@ -132,63 +129,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-# ---- a user's process ----------------------------------------------------------------------------
-WORKER = """
-import json, sys, time
-from checkpoints.hub import find_folder
-print("ready", flush=True)
-for line in sys.stdin:
-    started = time.perf_counter()
-    try:
-        answer = {"folder": str(find_folder(*json.loads(line)))}
-    except ValueError as error:  # any other exception ends this process, and the test
-        answer = {"refusal": str(error)}
-    print(json.dumps(answer | {"seconds": time.perf_counter() - started}), flush=True)
-"""
-
-
-class Answer(NamedTuple):
-    seconds: float
-    folder: Path | None = None
-    refusal: str = ""
-
-
-class User:
-    """A process of its own that calls find_folder for us, where no name is a local folder."""
-
-    def __init__(self, endpoint, home, **env):
-        kept = [name for name in os.environ if "proxy" not in name.lower()]
-        kept = [name for name in kept if not name.startswith(("HF_", "TRANSFORMERS_"))]
-        home.mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=home,
-            env={name: os.environ[name] for name in kept}
-            | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
-            | env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self.process:  # which waits for its end and closes the pipes
-            self.process.kill()
-
-    def find(self, name, cache=None) -> Answer:
-        self.process.stdin.write(json.dumps([name, str(cache) if cache else None]) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "find_folder raised something other than a ValueError, see above"
-        answer = json.loads(line)
-        folder = Path(answer["folder"]) if "folder" in answer else None
-        return Answer(answer["seconds"], folder, answer.get("refusal", ""))
-
-
+# ---- a user of it --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def server():
     hub = FakeHub()
@@ -198,22 +139,37 @@ def server():
 
 
 @pytest.fixture
-def hub(server):
+def connect(monkeypatch):
+    """A function that leads huggingface_hub to another endpoint, as HF_ENDPOINT does."""
+
+    def lead_to(url):
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    return lead_to
+
+
+@pytest.fixture
+def hub(server, connect):
     server.clear()
+    connect(server.url)
     return server
-
-
-@pytest.fixture(scope="module")
-def user(server, tmp_path_factory):
-    """A user with a network, shared by all tests that need nothing else of the environment."""
-    with User(server.url, tmp_path_factory.mktemp("home")) as user:
-        yield user
 
 
 @pytest.fixture
 def cache(tmp_path):
     """Where the library keeps what it fetches; empty at first."""
     return tmp_path / "cache"
+
+
+def refusal(name, cache):
+    """The one sentence of the ValueError."""
+    with pytest.raises(ValueError) as caught:
+        find_folder(name, cache)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -359,7 +315,7 @@ def test_a_half_download_under_the_new_name_does_not_hide_a_whole_one_under_the_
 
 
 # ---- a download ----------------------------------------------------------------------------------
-def test_a_model_is_fetched_once_and_loads(hub, user, cache, tmp_path):
+def test_a_model_is_fetched_once_and_loads(hub, cache, tmp_path):
     shape = {"vocab_size": 257, "max_seq_len": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
     save_model(GPT(GPTConfig(**shape)).init_weights(), tmp_path / "model", torch.float32)
     save_vocabulary(tmp_path / "model", [])
@@ -372,43 +328,41 @@ def test_a_model_is_fetched_once_and_loads(hub, user, cache, tmp_path):
     files = contents(tmp_path / "model")
     files |= {name: json.dumps({"from": name}).encode() for name in more}
     hub.add("me/tales", files | others)
-    answer = user.find("me/tales", cache)
-    assert answer.folder == cache / "models--me--tales" / "snapshots" / NEW
-    assert contents(answer.folder) == files
+    folder = find_folder("me/tales", cache)
+    assert folder == cache / "models--me--tales" / "snapshots" / NEW
+    assert contents(folder) == files
     # Each file once, the weights last: a snapshot that has them has all.
     assert sorted(hub.asked()) == sorted(files) and hub.asked()[-1] == "model.safetensors"
     want = load_model(tmp_path / "model").state_dict()
-    got = load_model(answer.folder).state_dict()
+    got = load_model(folder).state_dict()
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.fixture
-def fetched(hub, user, cache) -> Path:
+def fetched(hub, cache) -> Path:
     """A snapshot that is in the cache; the log is empty again."""
     hub.add("me/tales", SMALL)
-    folder = user.find("me/tales", cache).folder
+    folder = find_folder("me/tales", cache)
     assert contents(folder) == SMALL
     hub.log.clear()
     return folder
 
 
-def test_what_is_cached_is_found_without_a_request(hub, user, cache, fetched):
+def test_what_is_cached_is_found_without_a_request(hub, cache, fetched):
     for name in ("me/tales", "me/tales@main", f"me/tales@{NEW}"):
-        assert user.find(name, cache).folder == fetched
+        assert find_folder(name, cache) == fetched
     assert hub.log == []
 
 
-@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_in_offline_mode_too_and_what_is_not_is_refused(hub, cache, fetched, tmp_path, variable):
-    with User(hub.url, tmp_path / "home", **{variable: "1"}) as offline:
-        assert offline.find("me/tales", cache).folder == fetched
-        answer = offline.find("gpt2", cache)
-    assert answer.refusal == (
+def test_in_offline_mode_too_and_what_is_not_is_refused(hub, cache, fetched, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_folder("me/tales", cache) == fetched
+    assert refusal("gpt2", cache) == (
         f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}, and "
         "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it and connect once, or give a "
         "folder"
     )
-    assert answer.seconds < 2 and hub.log == []
+    assert hub.log == []
 
 
 SETS = [
@@ -423,37 +377,37 @@ SHARDED = {"config.json": CONFIG, "vocab.json": b"{}"} | SETS[1]
 
 
 @pytest.mark.parametrize("best", range(4), ids=WEIGHTS)
-def test_of_several_sets_of_weights_the_best_is_fetched_and_no_other(hub, user, cache, best):
+def test_of_several_sets_of_weights_the_best_is_fetched_and_no_other(hub, cache, best):
     files = {"config.json": CONFIG}
     for weights in reversed(SETS[best:]):
         files |= weights
     hub.add("me/tales", files)
-    folder = user.find("me/tales", cache).folder
+    folder = find_folder("me/tales", cache)
     assert contents(folder) == {"config.json": CONFIG} | SETS[best]
     assert sorted(hub.asked()) == sorted(["config.json", *SETS[best]])
 
 
-def test_a_branch_a_tag_and_a_commit_can_be_named(hub, user, cache):
+def test_a_branch_a_tag_and_a_commit_can_be_named(hub, cache):
     older = SMALL | {"model.safetensors": b"older"}
     hub.add("me/tales", SMALL)
     hub.add("me/tales", older, commit=OLD)
     hub.branches = {"main": NEW, "v1": OLD, "refs/pr/7": OLD}
-    assert contents(user.find("me/tales", cache).folder) == SMALL
+    assert contents(find_folder("me/tales", cache)) == SMALL
     for revision in ("v1", "refs/pr/7", OLD):
-        folder = user.find(f"me/tales@{revision}", cache).folder
+        folder = find_folder(f"me/tales@{revision}", cache)
         assert folder.name == OLD and contents(folder) == older
     hub.log.clear()
-    assert user.find("me/tales@refs/pr/7", cache).folder == folder and hub.log == []
+    assert find_folder("me/tales@refs/pr/7", cache) == folder and hub.log == []
 
 
 @pytest.mark.parametrize("moment", ["list", "config.json", WEIGHTS[1]])
-def test_all_files_are_of_one_commit_even_while_somebody_pushes(hub, user, cache, moment):
+def test_all_files_are_of_one_commit_even_while_somebody_pushes(hub, cache, moment):
     newer = {name: text + b" " for name, text in SHARDED.items()}
     hub.add("me/tales", SHARDED, commit=OLD)
     hub.add("me/tales", newer)
     hub.branches = {"main": OLD}
     hub.before = {moment: lambda: hub.branches.update(main=NEW)}
-    folder = user.find("me/tales", cache).folder
+    folder = find_folder("me/tales", cache)
     # The commit is that of the config: a push before it is seen, one after it is not.
     assert (folder.name, contents(folder)) == ((NEW, newer) if moment == "list" else (OLD, SHARDED))
 
@@ -481,26 +435,25 @@ def port_of(kind):
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="others refuse what the queue cannot hold")
-def test_without_a_hub_there_is_one_sentence_in_less_than_five_seconds(
-    url, reason, tmp_path, cache
-):
+def test_without_a_hub_there_is_one_sentence_in_less_than_five_seconds(url, reason, connect, cache):
     with port_of("closed") as closed, port_of("full") as full:
         url = url.format(closed=closed, full=full)
-        with User(url, tmp_path / "home") as user:
-            answer = user.find("gpt2", cache)
-            user.process.stdin.close()
-            user.process.wait(10)  # what still waits for the answer does not keep the process
+        connect(url)
+        before, started = set(threading.enumerate()), time.perf_counter()
+        said = refusal("gpt2", cache)
+        assert time.perf_counter() - started < 5
+        # What still waits for the answer does not keep the process.
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     nowhere = f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}"
-    assert answer.refusal.startswith(f"{nowhere}, and {url} did not deliver it {reason}")
-    assert "\n" not in answer.refusal and answer.seconds < 5
+    assert said.startswith(f"{nowhere}, and {url} did not deliver it {reason}")
 
 
 @pytest.mark.parametrize("text", [b"<html>Welcome to the hotel</html>", b"{}"])
-def test_a_server_that_is_no_hub_is_named(hub, user, cache, text):
+def test_a_server_that_is_no_hub_is_named(hub, cache, text):
     hub.list_answer = text
-    refusal = user.find("me/tales", cache).refusal
-    assert refusal.startswith(f"{hub.url} does not answer as a hub does (")
-    assert refusal.endswith("): is HF_ENDPOINT right, or is a proxy in between?")
+    said = refusal("me/tales", cache)
+    assert said.startswith(f"{hub.url} does not answer as a hub does (")
+    assert said.endswith("): is HF_ENDPOINT right, or is a proxy in between?")
 
 
 # ---- refused -------------------------------------------------------------------------------------
@@ -518,14 +471,11 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("refusal, words", REFUSALS)
-def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(
-    hub, user, cache, refusal, words
-):
-    hub.refusal = refusal
-    answer = user.find("me/tales", cache)
-    assert words in answer.refusal and "\n" not in answer.refusal
-    assert "me/tales" in answer.refusal and len(hub.log) == 1 and answer.seconds < 3
+@pytest.mark.parametrize("answer, words", REFUSALS)
+def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(hub, cache, answer, words):
+    hub.refusal = answer
+    said = refusal("me/tales", cache)
+    assert words in said and "me/tales" in said and len(hub.log) == 1
 
 
 @pytest.mark.parametrize(
@@ -535,9 +485,9 @@ def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(
         ({"config.json": CONFIG, "tf_model.h5": b""}, "weights, that is one of"),
     ],
 )
-def test_a_repository_without_a_model_says_what_it_lacks(hub, user, cache, files, lacks):
+def test_a_repository_without_a_model_says_what_it_lacks(hub, cache, files, lacks):
     hub.add("me/tales", files)
-    assert f"the repository me/tales has no {lacks}" in user.find("me/tales", cache).refusal
+    assert f"the repository me/tales has no {lacks}" in refusal("me/tales", cache)
     assert hub.asked() == []
 
 
@@ -548,14 +498,12 @@ def test_a_repository_without_a_model_says_what_it_lacks(hub, user, cache, files
         ("two.safetensors", "not there"),
     ],
 )
-def test_a_shard_outside_or_absent_is_refused_before_any_shard_is_fetched(
-    hub, user, cache, shard, words
-):
+def test_a_shard_outside_or_absent_is_refused_before_any_shard_is_fetched(hub, cache, shard, words):
     files = {"config.json": CONFIG, WEIGHTS[1]: index_of("a.safetensors", shard)}
     hub.add("me/tales", files | {"a.safetensors": b"", "../evil": b"evil"})
     for _ in range(2):  # the second time the index is in the cache
-        refusal = user.find("me/tales", cache).refusal
-        assert shard in refusal and words in refusal
+        said = refusal("me/tales", cache)
+        assert shard in said and words in said
     assert hub.asked() == ["config.json", WEIGHTS[1]] and not list(cache.rglob("evil*"))
 
 

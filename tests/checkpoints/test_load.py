@@ -26,6 +26,7 @@ from checkpoints import load
 from checkpoints.load import CONV1D, load_model, save_model, weights_kind
 from model import GPT, GPTConfig, attend_one_sequence
 
+SAFETENSORS = "model.safetensors"
 SHAPE = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
 CONFIG = GPTConfig(**SHAPE, eos_token_id=60)
 
@@ -159,27 +160,9 @@ def as_views(tensors):
     return {n: t.t().contiguous().t() if n.endswith(CONV1D) else t for n, t in tensors.items()}
 
 
-def as_parameters(tensors):
-    return {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
-
-
 def as_linear(tensors):
     """(out, in), as nn.Linear has it, under Hugging Face's names."""
     return {n: t.t().contiguous() if n.endswith(CONV1D) else t for n, t in tensors.items()}
-
-
-def zipped(tensors, folder):
-    torch.save(tensors, folder / "pytorch_model.bin")
-
-
-def as_safetensors(tensors, folder):
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors"
-    )
-
-
-def legacy(tensors, folder):
-    save_legacy(tensors, folder / "pytorch_model.bin")
 
 
 def by_transformers(tensors, folder):
@@ -192,48 +175,53 @@ def by_transformers(tensors, folder):
 
 
 def in_shards_by_transformers(tensors, folder):
-    as_safetensors(tensors, folder)
+    FILES["safetensors"](tensors, folder)
     theirs = GPT2LMHeadModel.from_pretrained(folder)
     theirs.save_pretrained(folder, max_shard_size="40KB")  # 245 KB in all
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert len(list(folder.glob("model-*.safetensors"))) >= 5
 
 
-def shards(tensors, folder, stem, suffix, save):
-    write_shards(folder, stem, suffix, tensors, save)
-
-
-LAYOUTS = {
-    "safetensors": as_safetensors,
-    "safetensors in shards": in_shards_by_transformers,
-    "safetensors, no prefix": lambda t, f: as_safetensors(renamed(t, ""), f),
-    "safetensors, nn.Linear": lambda t, f: as_safetensors(as_linear(t), f),
-    "zip": zipped,
-    "zip by transformers": by_transformers,
-    "zip in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", torch.save),
-    "zip, masks": lambda t, f: zipped(with_masks(t, torch.bool), f),
-    "zip, parameters": lambda t, f: zipped(as_parameters(t), f),
-    "zip, views": lambda t, f: zipped(as_views(t), f),
-    "zip, one storage": lambda t, f: zipped(in_one_storage(t), f),
-    "zip, nn.Linear": lambda t, f: zipped(as_linear(t), f),
-    "legacy": legacy,
-    "legacy, masks and head": lambda t, f: legacy(with_the_head(with_masks(t, torch.uint8)), f),
-    "legacy, one storage": lambda t, f: legacy(in_one_storage(as_views(t)), f),
-    "legacy in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", save_legacy),
-    **{
-        f"zip, {prefix}": lambda t, f, prefix=prefix: zipped(renamed(with_the_head(t), prefix), f)
-        for prefix in (
-            "module._orig_mod.transformer.",
-            "_orig_mod.module.transformer.",
-            "transformer._orig_mod.",
-            "_orig_mod.",
-            "module.",
-        )
-    },
-    "zip, layers compiled one by one": lambda t, f: zipped(
-        {re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()}, f
-    ),
+FILES = {  # each writes tensors into a folder
+    "safetensors": lambda t, f: save_file({n: x.clone() for n, x in t.items()}, f / SAFETENSORS),
+    "zip": lambda t, f: torch.save(t, f / "pytorch_model.bin"),
+    "legacy": lambda t, f: save_legacy(t, f / "pytorch_model.bin"),
+    "safetensors in shards": lambda t, f: write_shards(f, "model", ".safetensors", t, save_file),
+    "zip in shards": lambda t, f: write_shards(f, "pytorch_model", ".bin", t, torch.save),
+    "legacy in shards": lambda t, f: write_shards(f, "pytorch_model", ".bin", t, save_legacy),
 }
+WRAPPERS = ["module._orig_mod.transformer.", "_orig_mod.module.transformer.", "_orig_mod.",
+            "transformer._orig_mod.", "module."]  # fmt: skip
+CHANGED = {  # a kind of file, and what is done to the tensors before
+    "safetensors, no prefix": lambda t: renamed(t, ""),
+    "safetensors, nn.Linear": as_linear,
+    "zip, masks": lambda t: with_masks(t, torch.bool),
+    "zip, parameters": lambda t: {name: torch.nn.Parameter(tensor) for name, tensor in t.items()},
+    "zip, views": as_views,
+    "zip, one storage": in_one_storage,
+    "zip, nn.Linear": as_linear,
+    "legacy, masks and head": lambda t: with_the_head(with_masks(t, torch.uint8)),
+    "legacy, one storage": lambda t: in_one_storage(as_views(t)),
+    "zip, layers compiled one by one": lambda t: {
+        re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()
+    },
+    **{f"zip, {name}": lambda t, name=name: renamed(with_the_head(t), name) for name in WRAPPERS},
+}
+
+
+def write_layout(layout, tensors, folder):
+    """Write tensors in one of the layouts, into a folder without weights."""
+    (folder / SAFETENSORS).unlink(missing_ok=True)
+    if layout in BY_TRANSFORMERS:
+        return BY_TRANSFORMERS[layout](tensors, folder)
+    FILES[layout.split(",")[0]](CHANGED.get(layout, dict)(tensors), folder)
+
+
+BY_TRANSFORMERS = {
+    "zip by transformers": by_transformers,
+    "shards by transformers": in_shards_by_transformers,
+}
+LAYOUTS = [*FILES, *CHANGED, *BY_TRANSFORMERS]
 
 
 @torch.inference_mode()
@@ -252,8 +240,7 @@ def their_logits(model, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_tensors_and_logits(layout, model, their_logits, folder):
-    (folder / "model.safetensors").unlink()
-    LAYOUTS[layout](in_the_file(model), folder)
+    write_layout(layout, in_the_file(model), folder)
     loaded = load_model(folder)
     assert_same_weights(loaded, model)
     assert all(parameter.is_contiguous() for parameter in loaded.parameters())
@@ -264,10 +251,9 @@ def test_every_layout_gives_the_same_tensors_and_logits(layout, model, their_log
 @pytest.mark.parametrize("tied", [False, True, ...], ids=["not tied", "tied", "not said"])
 def test_a_stored_head_that_differs_is_used_whatever_the_config_says(tied, layout, model, folder):
     """As in transformers, which reads the same folder."""
-    (folder / "model.safetensors").unlink()
     edit_config(folder, tie_word_embeddings=tied)
     head = torch.randn(61, 48, generator=torch.Generator().manual_seed(1))
-    LAYOUTS[layout](in_the_file(model) | {"lm_head.weight": head}, folder)
+    write_layout(layout, in_the_file(model) | {"lm_head.weight": head}, folder)
     loaded = load_model(folder)
     assert not loaded.config.tie_word_embeddings
     assert torch.equal(loaded.lm_head.weight, head)
@@ -482,12 +468,11 @@ def as_nanogpt_at_124m(tensors, folder):
 
 
 REAL_LAYOUTS = {
-    "safetensors": as_safetensors,
-    "safetensors in shards": lambda t, f: shards(t, f, "model", ".safetensors", save_file),
-    "zip": lambda t, f: zipped(with_the_head(t), f),
-    "zip in shards": lambda t, f: shards(t, f, "pytorch_model", ".bin", torch.save),
+    name: FILES[name]
+    for name in ("safetensors", "safetensors in shards", "zip in shards", "legacy")
+} | {
+    "zip": lambda t, f: FILES["zip"](with_the_head(t), f),
     "nanoGPT": as_nanogpt_at_124m,
-    "legacy": legacy,
 }
 
 
@@ -560,8 +545,7 @@ LAYOUTS_TO_COMPARE = {
 
 @pytest.mark.parametrize("layout", LAYOUTS_TO_COMPARE)
 def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(layout, model, folder, capsys):
-    (folder / "model.safetensors").unlink()
-    LAYOUTS[layout](in_the_file(model), folder)
+    write_layout(layout, in_the_file(model), folder)
     load.describe(str(folder))
     assert re.search(rf"transformers +{LAYOUTS_TO_COMPARE[layout]}", capsys.readouterr().out)
 
