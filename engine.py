@@ -14,9 +14,9 @@ Two functions are passed in. `forward(batch) -> logits` runs the model: layer by
 as a recorded CUDA graph in speedups/cuda_graphs.py. And each request has a strategy, which turns
 the logits of its sequences into their continuations: one token each (sampling), several children
 (beam search), or several tokens (speculative decoding). The loop is the same for all of them: see
-`run_step`. Recorders and progress bars are functions that get each step's `StepOutput`. `step` runs
-the loop's body as a whole or not at all: an exception or Ctrl-C loses no request. vLLM can plan the
-next step while the device still runs this one, as speedups/plan_ahead.py does.
+`run_step`. `step` calls it and gives its `StepOutput` to the watchers (a recorder, for example). An
+exception or Ctrl-C undoes the whole step, so no request is lost. vLLM can plan the next step while
+the device still runs this one, as speedups/plan_ahead.py does.
 
 Yu et al. 2022, "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI,
 section 3.
@@ -117,9 +117,9 @@ def one_token_each(
     ids = token_ids.tolist()
     if is_finite.all() and not any(logprobs or ()):
         # The same as Continuation(seq, [token_id]) in half the time, 256 times a step.
-        new, rest = tuple.__new__, (None, None, None, None)
+        new, defaults = tuple.__new__, (None, None, None, None)
         pairs = zip(sequences, ids, strict=True)
-        return [new(Continuation, (seq, [token_id], *rest)) for seq, token_id in pairs]
+        return [new(Continuation, (seq, [token_id], *defaults)) for seq, token_id in pairs]
     error = "the logits are NaN, +inf or all -inf: there is no token to choose"
     rows = zip(sequences, ids, logprobs or [None] * len(ids), is_finite, strict=True)
     return [
@@ -144,12 +144,13 @@ def check_strategy(strategy: Strategy) -> None:
 def ask(
     strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
 ) -> list[Continuation]:
-    """The continuations of a strategy that came with a request, checked.
+    """The checked continuations of a strategy that came with a request. `logits` is (B, V).
 
-    If it raises, or returns what cannot be applied, its own sequences end with an error.
+    If it raises, or returns what cannot be applied, these B sequences end with an error, and no
+    others.
     """
     try:
-        # It gets a list of its own: the engine keeps the other one for the next step.
+        # A copy of the list, because the strategy may change it and the engine needs it again.
         continuations = list(strategy(list(sequences), logits))
         check_continuations(continuations, sequences, vocab_size)
         return continuations
@@ -173,8 +174,8 @@ def check_continuations(
 ) -> None:
     """Raise ValueError unless continuations can be applied to the sequences that were asked for.
 
-    Each must continue one of them with at least one known token, or end it with an error. No
-    request may lose all its sequences without having written a text.
+    Each must continue one of them with at least one known token, or end it with an error. A
+    sequence without a continuation is dropped, but a request must keep at least one text.
     """
     parents = set(sequences)
     for c in continuations:
@@ -193,29 +194,29 @@ def check_continuations(
             raise ValueError("logprobs is None, and the request asked for them")
         if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
             raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
-    going_on = {c.parent.request for c in continuations}
-    for request in {seq.request for seq in sequences} - going_on:
-        # A sequence of it may wait: the strategy is asked about that one in a later step.
+    continued = {c.parent.request for c in continuations}
+    for request in {seq.request for seq in sequences} - continued:
+        # Another of its sequences may wait: the strategy is asked about that one in a later step.
         waits = any(seq.status != FINISHED and seq not in parents for seq in request.sequences)
         if not waits and not any(seq.finish_reason for seq in request.sequences):
             raise ValueError("it returned no continuation for any sequence of the request")
 
 
 class Sampler:
-    """`sample_next`, with rows that are kept while the same sequences are drawn."""
+    """The engine's own strategy: `sample_next`, with rows kept while the sequences are the same."""
 
     def __init__(self, draw: Draw = draw_tokens):
         self.draw = draw
         self._kept: tuple[list[Sequence], SampleRows] = ([], SampleRows([]))
 
     def rows(self, sequences: list[Sequence]) -> SampleRows:
-        """The rows of sequences that are sampled in the step that was planned last."""
+        """What the draw needs of each sequence. Call it before the next step is planned."""
         if self._kept[0] != sequences:
             self._kept = (list(sequences), rows_to_draw(sequences))
         rows = self._kept[1]
         for row, seq in zip(rows.rows, sequences, strict=True):
-            # All tokens before it are computed in this step. (It is not len(token_ids): a token may
-            # be in flight, see speedups/plan_ahead.py.)
+            # After this step tokens [0, 20) are computed -> the drawn token has position 20.
+            # (len(token_ids) is 19 if token 19 is still in flight: see speedups/plan_ahead.py.)
             row.position = seq.num_computed_tokens
         return rows
 
@@ -224,21 +225,21 @@ class Sampler:
         return sample_next(sequences, logits, self.draw, self.rows(sequences))
 
 
-# Each strategy's sequences that get a token, and which of the M rows of logits it comes from.
+# strategy -> its sequences that get a token, and for each the row of logits (M, V) it is drawn from
 Groups = dict[Strategy, tuple[list[Sequence], list[int]]]
 
 
 def rows_by_strategy(plan: Plan, counts: list[int]) -> Groups:
-    """Which rows of the logits each strategy gets.
+    """Which rows of the logits (M, V) each strategy gets.
 
-    `counts` are the numbers of rows that the plan's sequences have among the M.
+    `counts` has one number for each entry of `plan.scheduled`: how many of the M rows are its own.
     """
-    sampled = set(plan.sampled)  # the sequences in the middle of a prompt are not in it
+    sampled = set(plan.sampled)  # without the sequences whose prompt is not computed to its end
     groups: Groups = {}
     end = 0
-    for (seq, _, _), count_of_rows in zip(plan.scheduled, counts, strict=True):
+    for (seq, _, _), num_rows in zip(plan.scheduled, counts, strict=True):
         # Counts 1, 0, 3 -> rows [0, 1), [1, 1) and [1, 4): the logits have no row for the second.
-        end += count_of_rows  # the sequence's rows are [end - count, end)
+        end += num_rows  # the sequence's rows are [end - num_rows, end)
         if seq in sampled:
             sequences, rows = groups.setdefault(seq.request.strategy, ([], []))
             sequences.append(seq)
@@ -248,12 +249,12 @@ def rows_by_strategy(plan: Plan, counts: list[int]) -> Groups:
 
 # ---- the engine ----------------------------------------------------------------------------------
 class Inputs(NamedTuple):
-    """What a step is computed from."""
+    """A plan, prepared for the forward and the strategies."""
 
-    sequences: list[Sequence]  # that get a token
+    sequences: list[Sequence]  # those that get a token
     batch: Batch
     groups: Groups
-    counts: list[int] | None  # rows of logits of each sequence; None: one each
+    counts: list[int] | None  # rows of logits of each sequence; None: one each, for its next token
 
 
 Watcher = Callable[[StepOutput], object]
@@ -263,8 +264,9 @@ class InferenceEngine:
     """Owns the loop. `llm.py` builds one; the demo below builds one by hand from its parts.
 
     One thread calls `step`. Any thread may call `add_request` and `abort` at any time, also while a
-    step runs: both take effect when the next step begins. `watchers` are functions that see the
-    output of each step, in the thread that steps; one that raises is removed, with a warning.
+    step runs: both take effect when the next step begins. `watchers` are functions that get the
+    output of each step, in the thread that steps; one that raises is removed, with a warning. A
+    watcher or a strategy may call `add_request` and `abort` too, but not `step`.
     """
 
     def __init__(
@@ -292,21 +294,25 @@ class InferenceEngine:
         self.sampler = Sampler(draw)
         self.output_processor = OutputProcessor(scheduler, tokenizer)
         self.watchers: list[Watcher] = list(watchers)
-        # Requests from their arrival to their end, by id; and those that the next step has to look
-        # at, because they are new or aborted. Other threads write to both, in one operation each.
+        # Requests by id, until their output is handed over or an abort takes effect.
         self.requests: dict[str, Request] = {}
+        # New and aborted requests, for the next step. Other threads write to the dict and the deque
+        # too. Each write is one operation of the interpreter, so no lock is needed.
         self._inbox: deque[Request] = deque()
         self._numbers = count()  # of requests: the next id and arrival
-        # Between two steps: what the next output reports.
-        self._added: dict[Request, None] = {}  # dicts: to enter a request twice changes nothing
+        # What the next output reports. They are dicts, because a step that was interrupted enters a
+        # request twice.
+        self._added: dict[Request, None] = {}
         self._aborted: dict[Request, None] = {}
-        self._counted = self._totals = self._count_blocks()  # reported so far, and now
-        # Inside a step:
-        self._is_whole = True  # False in a step, and after an exception until the repair
+        # Blocks counted since the start: at the last output that was handed over, and now.
+        self._reported_totals = self._totals = self._count_blocks()
+        # What `step` needs to undo an interrupted step:
+        self._is_whole = True  # False in a step, and after an exception until the repair is done
         self._plan: Plan | None = None  # of the step that runs
         self._output: StepOutput | None = None  # of a step that is done and not handed over
-        self._unshown: list[Watcher] = []  # that have not seen this output yet
-        self._carried: Inputs | None = None  # of the last decode step; the next may change them
+        self._watchers_left: list[Watcher] = []  # those that have not got this output yet
+        # Inputs of the last decode step. The next one changes them in place.
+        self._carried: Inputs | None = None
 
     # ---- the loop ----
     def run_step(self) -> StepOutput:
@@ -318,7 +324,7 @@ class InferenceEngine:
         if plan.scheduled:  # empty if nothing waits or runs
             self.cache.copy_blocks(plan.copies)  # before the forward writes into the copies
             inputs = self._inputs_of(plan)
-            logits = self.forward(inputs.batch)  # (M, V), one row for each that gets a token
+            logits = self.forward(inputs.batch)  # (M, V), one row for each of batch.sample_rows
             clock.lap("forward")
             continuations = self._continue(plan, inputs, logits)
             clock.lap("sample")
@@ -330,7 +336,8 @@ class InferenceEngine:
         """A plan's tokens as tensors in host memory; the forward moves them to its device.
 
         While the same sequences decode step after step, the batch of the step before is changed in
-        place. `in_flight`: the tokens of that step are not known yet, so any number stands for one.
+        place. `in_flight`: the tokens of that step are not known yet. The batch has any id in their
+        place, and the caller replaces them (see speedups/plan_ahead.py).
         """
         sequences = plan.sampled
         block_size, scratch_block = self.cache.block_size, self.cache.scratch_block
@@ -350,6 +357,7 @@ class InferenceEngine:
         for (seq, start, num_new_tokens), num_rows in zip(plan.scheduled, counts, strict=True):
             # Positions [start, start + num_new_tokens) are computed. The block table gives them the
             # slots where their K and V are written. K and V of earlier positions are only read.
+            # If all known tokens are computed, the new one is in flight: 0 stands for it.
             ids = [*seq.token_ids, 0] if start == len(seq.token_ids) else seq.token_ids
             rows.append(Row(ids, start, num_new_tokens, seq.block_table, num_rows))
         batch = make_batch(rows, block_size, scratch_block)
@@ -378,12 +386,13 @@ class InferenceEngine:
         finished = [
             processor.request_output(request)
             for request in processor.finish_step(plan, clock.started)
-            if request.end.setdefault("by", "step") == "step"  # otherwise it was just aborted
+            # If another thread has aborted it in this moment, "by" is set and there is no output.
+            if request.end.setdefault("by", "step") == "step"
         ]
-        # Totals now minus totals at the last report: a block freed by an abort between two steps is
-        # counted in the later one.
+        # A difference of totals: blocks that an abort freed before this step are counted too.
         self._totals = self._count_blocks()
-        blocks = BlockCounts(*(now - before for now, before in zip(self._totals, self._counted)))
+        pairs = zip(self._totals, self._reported_totals, strict=True)
+        blocks = BlockCounts(*(now - before for now, before in pairs))
         blocks = blocks._replace(
             copied=len(plan.copies), swapped=len(plan.swap_in) + len(plan.swap_out)
         )
@@ -400,32 +409,34 @@ class InferenceEngine:
 
     # ---- a step is done as a whole, or not at all ----
     def step(self) -> StepOutput:
-        """Run one step; an exception, Ctrl-C at any line for example, undoes all of it.
+        """Run one step and call the watchers. Only one thread may step, and no watcher or strategy.
 
-        The tokens of the step are taken back and the books are made again. The next call repeats
-        the step and draws the same tokens, because a draw has no random state. An output is kept
-        until it is handed over: after an exception behind the update the next call returns it.
+        An exception, or Ctrl-C at any line, undoes the whole step: its tokens are removed, and all
+        running sequences go back to the waiting queue. The next call repeats the step and draws the
+        same tokens, because a draw has no random state. If the exception comes later than the
+        update, in a watcher for example, the step is done: the next call returns its output.
         """
-        if not self._is_whole:  # the repair after an exception was interrupted too
+        if not self._is_whole:  # Ctrl-C has interrupted the repair, too
             self._repair()
         self._is_whole = False
         output = None
         try:
             if self._output is None:
-                # torch.inference_mode() without its functions in Python: nothing is recorded for
-                # gradients, and Ctrl-C cannot come between entering the mode and this block.
+                # What torch.inference_mode() does: nothing is recorded for gradients. But that is a
+                # Python function, and Ctrl-C in the middle of it would leave the mode switched on.
                 with torch._C._InferenceMode(True):
-                    self._unshown, self._output = list(self.watchers), self.run_step()
-            self._show(self._output)
+                    self._watchers_left, self._output = list(self.watchers), self.run_step()
+            self._call_watchers(self._output)
             self._commit(self._output)
             self._is_whole = True
-            # No call between here and the caller's assignment: Python looks for a signal at calls.
+            # Python handles signals when a function is called. From here to the caller's assignment
+            # none is called, so the output cannot be lost.
             output, self._output = self._output, None
             return output
         except BaseException as error:
             self._output = self._output or output
             self._repair()
-            # Numba wraps a Ctrl-C that meets one of its functions, sometimes more than once.
+            # Ctrl-C in a function of Numba arrives as the cause of a SystemError, or of several.
             while isinstance(error, SystemError) and error.__cause__ is not None:
                 error = error.__cause__
             raise error
@@ -439,13 +450,13 @@ class InferenceEngine:
             self._added.pop(request, None)
         for request in output.aborted:
             self._aborted.pop(request, None)
-        self._counted = self._totals
+        self._reported_totals = self._totals
 
-    def _show(self, output: StepOutput) -> None:
-        """Call the watchers. Each sees an output once, even if another is interrupted."""
-        while self._unshown:
-            # No call between the two lines: see `step`.
-            watcher, *self._unshown = self._unshown
+    def _call_watchers(self, output: StepOutput) -> None:
+        """Call each watcher once with an output, even if Ctrl-C interrupts one of them."""
+        while self._watchers_left:
+            # No signal is handled between this line and the call of the watcher: see `step`.
+            watcher, *self._watchers_left = self._watchers_left
             try:
                 watcher(output)
             except Exception as error:
@@ -453,20 +464,20 @@ class InferenceEngine:
                 warnings.warn(f"{watcher} raised {error!r}: it no longer watches", stacklevel=2)
 
     def _repair(self) -> None:
-        """Make the books right after an exception. Nothing is lost; running it twice is harmless.
+        """Put everything in order after an exception. Running it twice is harmless.
 
-        The requests and their tokens are the truth. All else is made again from them: the queues,
-        the block tables, the decoders of texts.
+        The requests and their tokens are kept. The queues, the block tables and the decoders of
+        texts may be half changed, so they are made again from the tokens.
         """
         self._is_whole = False
         if self._output is None and self._plan is not None:
             self.scheduler.take_back(self._plan)
         self._plan = self._carried = None
-        # `list` copies in one step of the interpreter: another thread may add a request meanwhile.
+        # Another thread may add a request during the loop. `list` copies in one operation.
         requests = [request for request in list(self.requests.values()) if request.is_queued]
         for request in requests:
             if request.end.get("by") == "step" and self._output is None:
-                request.end.clear()  # that step is undone
+                request.end.clear()  # the step that ended it is undone
             for seq in request.sequences:
                 seq.decoder = None
         self.scheduler.rebuild(requests)
@@ -488,7 +499,8 @@ class InferenceEngine:
         `strategy` None is sampling. `priority`, `user` and `deadline` are for a policy to read;
         first come first served reads none of them. Raises ValueError, and keeps nothing, if the
         prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
-        the pool.
+        the pool; if `params` or `strategy` is not what it must be; if the policy or reserve
+        function fails. Both are called here, in the caller's thread.
         """
         params = SamplingParams() if params is None else params
         if strategy is None:
@@ -519,7 +531,7 @@ class InferenceEngine:
             self._inbox.append(request)
             return request.request_id
         except BaseException:  # Ctrl-C: the caller gets no id, so nothing is kept
-            request.end["by"] = "abort"  # in case that another thread has queued it by now
+            request.end["by"] = "abort"  # a step in another thread may have queued it already
             self._inbox.append(request)
             self.requests.pop(request.request_id, None)
             raise
@@ -548,15 +560,16 @@ class InferenceEngine:
         return bool(self.requests or self._inbox or self._output)
 
     def abort(self, request_id: str) -> bool:
-        """End a request in any state; False if it has ended already, or never was.
+        """End a request in any state. False if it has ended or is not known: nothing changes then.
 
-        After True no output of it is returned. Its blocks are freed when the next step begins.
+        After True the engine returns no output of it. Its blocks are freed when the next step
+        begins. Of several calls for one request only one returns True.
         """
         request = self.requests.get(request_id)
         if request is None:
             return False
-        # The step, or an abort in another thread or in a signal handler, may end the same request
-        # in this moment. The object of the first one stays: only one of them has done it.
+        # The step, or another abort (of a thread, of a signal handler), may end this request at the
+        # same moment. `setdefault` is one operation: the first to call it has ended the request.
         claim = object()
         try:
             is_first = request.end.setdefault("by", claim) is claim
@@ -569,9 +582,10 @@ class InferenceEngine:
             raise
 
     def _take_requests(self) -> None:
-        """Let the scheduler know what was added and aborted. `step` begins with it."""
-        for _ in range(len(self._inbox)):  # what comes meanwhile is for the next step
-            # An interruption may come at any line. The entry goes last, so that it is taken again.
+        """Give the scheduler the requests that were added or aborted. A step begins with it."""
+        for _ in range(len(self._inbox)):  # requests added during this loop wait for the next step
+            # Ctrl-C may come at any line. The entry is removed at the end, so that the next step
+            # handles it again. To queue or to drop a request twice is harmless.
             request = self._inbox[0]
             if request.is_aborted:
                 self._drop(request)
@@ -585,7 +599,7 @@ class InferenceEngine:
         request.is_queued = True
 
     def _drop(self, request: Request) -> None:
-        if request.is_queued:  # otherwise the scheduler has never seen it
+        if request.is_queued:  # otherwise the scheduler does not know it
             for seq in request.sequences:
                 self.scheduler.finish(seq, "abort")
             self._aborted[request] = None

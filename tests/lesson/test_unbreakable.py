@@ -381,7 +381,7 @@ def check_line(kind, lines):
             guilty = {i for i, o in finished if any(SENTENCE in (c.error or "") for c in o.outputs)}
             assert len(guilty) < 4
         # An exception between taking a watcher and calling it: no signal comes there.
-        ledger.check(guilty, watchers=lines.function != "_show")
+        ledger.check(guilty, watchers=lines.function != "_call_watchers")
     except (AssertionError, KeyboardInterrupt, Exception) as failure:
         name = lines.error.__name__
         where = f"{name} at {lines.target[0]}:{lines.target[1]}, hit {lines.at_hit}"
