@@ -129,15 +129,15 @@ def advance(
 ) -> None:
     """Turn the batch of a decode step into that of the next one, in place.
 
-    The same B sequences decode one more token each, `token_ids` (None if they are not known yet).
-    So each position rises by 1, and only a sequence that begins a new block has a new table entry.
-    The batch is in host memory, and no step may still be reading it.
+    The same B sequences decode one more token each, `token_ids`; None keeps the old ones. Only a
+    sequence that begins a new block gets a new table entry. The batch must be in host memory, and
+    no copy to the device may still be reading it.
     """
     positions, tables = batch.positions.numpy(), batch.block_tables.numpy()
     positions += 1
     columns, offsets = positions // block_size, positions % block_size
     if columns.max() == tables.shape[1]:
-        tables = np.pad(tables, ((0, 0), (0, 4)), constant_values=scratch_block)  # rare: 4 at once
+        tables = np.pad(tables, ((0, 0), (0, 4)), constant_values=scratch_block)  # rare: 4 more
         batch.block_tables = torch.from_numpy(tables)
     for i in np.flatnonzero(offsets == 0):  # position 32, block_size 16 -> entry 2
         tables[i, columns[i]] = block_tables[i][columns[i]]

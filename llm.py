@@ -214,7 +214,7 @@ class ProgressBar(tqdm):
     one taken, and the next bar of the process would wait for it without end, even a disabled one.
     """
 
-    _lock = RLock()  # taken in one step of the interpreter
+    _lock = RLock()  # one lock, which is taken in one operation
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ class LLM:
             sampler=sampler,
         )
 
-    # ---- the face of vLLM ----
+    # ---- vLLM's interface ----
     def generate(
         self,
         prompts: str | list[int] | Sequence[str | list[int]],
@@ -443,7 +443,8 @@ class LLM:
         """Complete all prompts together; the outputs are in the order of the prompts.
 
         A prompt is text or a list of token ids; `sampling_params` is one for all prompts or one
-        for each. Raises ValueError if any prompt is refused; then no prompt is served.
+        for each. Raises ValueError if any prompt is refused (then no prompt is served), or if the
+        engine still has requests of an earlier caller.
         """
         if self.engine.has_unfinished():
             raise ValueError(
@@ -465,10 +466,10 @@ class LLM:
                 try:
                     for request_id in request_ids:
                         self.engine.abort(request_id)
-                    while self.engine.has_unfinished():  # nothing is computed: blocks are freed
+                    while self.engine.has_unfinished():  # this step computes nothing, frees blocks
                         self.engine.step()
                     break
-                except KeyboardInterrupt:  # the second Ctrl-C; the first is raised below
+                except KeyboardInterrupt:  # a second Ctrl-C: try again; the first is raised below
                     continue
             raise
         return [outputs[request_id] for request_id in request_ids]

@@ -210,8 +210,8 @@ class Delta:
     def text(self) -> str:
         """The text that became final with these tokens; "" without a tokenizer.
 
-        It is decoded when it is read, so that tokens which nobody reads cost nothing. Read it in
-        the thread that calls `step`.
+        It is decoded when this property is read, so text that nobody reads costs nothing. Only the
+        thread that calls `step` may read it, because the decoder belongs to the sequence.
         """
         if self.tokenizer is None:
             return ""
@@ -243,13 +243,13 @@ class BlockCounts(NamedTuple):
 class Timings(NamedTuple):
     """Where the time of a step went on the host's clock, in milliseconds.
 
-    On a GPU the forward is only launched in `forward`; `sample` waits for its result.
+    On a GPU `forward` is the time to launch the model's kernels; `sample` waits for their result.
     """
 
     schedule: float = 0.0
     forward: float = 0.0  # the batch is built, the model runs
     sample: float = 0.0
-    update: float = 0.0  # tokens are applied, stop strings looked for, outputs built
+    update: float = 0.0  # stop strings are looked for, tokens applied, outputs built
 
     @property
     def total(self) -> float:
@@ -258,14 +258,14 @@ class Timings(NamedTuple):
 
 
 class Clock:
-    """Milliseconds of the parts of a step, which follow one another; a part may come twice."""
+    """Measures the parts of a step, one after the other, in milliseconds; a part may come twice."""
 
     def __init__(self):
         self.started = self._last = time.monotonic()
         self.laps_ms: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """The part of this name ends, and the next one begins."""
+        """Add the time since the last call to the part of this name."""
         now = time.monotonic()
         self.laps_ms[name] = self.laps_ms.get(name, 0.0) + (now - self._last) * 1e3
         self._last = now
@@ -277,7 +277,7 @@ class StepOutput:
 
     plan: Plan
     finished: list[RequestOutput]  # of the requests that ended in this step
-    added: list[Request]  # that came to the scheduler since the step before
+    added: list[Request]  # queued by the scheduler since the step before
     aborted: list[Request]  # since the step before
     blocks: BlockCounts  # since the step before
     timings: Timings
@@ -351,7 +351,7 @@ class OutputProcessor:
         for (seq, start, _), count in zip(plan.scheduled, counts, strict=True):
             end += count  # the sequence's rows are [end - count, end)
             scores = seq.request.prompt_logprobs
-            # After an error the next chunk would not follow on what is scored.
+            # An error leaves a gap in the scores, so later chunks are not scored.
             if scores is not None and seq.index == 0 and seq.error is None:
                 try:
                     self._score_prompt(seq.request, start, logits[end - count : end])
@@ -378,9 +378,9 @@ class OutputProcessor:
 
     # ---- before the update ----
     def find_stops(self, continuations: list[Continuation]) -> list[Continuation]:
-        """Decode new tokens where a stop string may end a text, and cut behind the one it ends at.
+        """Decode the new tokens of requests with stop strings, and cut where one is found.
 
-        Only requests with stop strings are decoded here.
+        A cut continuation ends with the token that completes the stop string.
         """
         if self.tokenizer is None or not any(c.parent.request.params.stop for c in continuations):
             return continuations
@@ -396,8 +396,9 @@ class OutputProcessor:
         """A continuation that ends with the token that completes a stop string, if one does."""
         seq = c.parent
         decoder = decode(tokenizer, seq, len(seq.token_ids))
-        # The tokens below are not the sequence's yet. If the step is interrupted, or if they become
-        # those of a forked child, the sequence has to be decoded from its start again.
+        # `update` has not appended these tokens yet. If the step is interrupted, or a forked child
+        # gets them, the decoder has seen tokens that are not the sequence's. Then it is dropped,
+        # and `decode` begins a new one at the first token.
         seq.decoder = None
         num_kept, reason = self.scheduler.find_end(seq, c.token_ids)
         num_decoded = num_kept - (reason == "stop")  # a stop token adds no text
@@ -414,7 +415,7 @@ class OutputProcessor:
 
     # ---- after the update ----
     def finish_step(self, plan: Plan, started: float) -> list[Request]:
-        """Complete what a step wrote about its sequences; returns the requests that have ended.
+        """Fill in the requests' metrics and token texts; returns the requests that have ended.
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """

@@ -239,20 +239,21 @@ class SampleRow:
 
 
 class SampleRows:
-    """M rows, and what can be read off them once while the same sequences are drawn step by step.
+    """M rows, and what stays the same while the same sequences are drawn in step after step.
 
-    Only `position` (and the length of `token_ids`) may change between two draws.
+    Between two draws only `position` and `token_ids` of a row may change.
     """
 
     def __init__(self, rows: list[SampleRow]):
         self.rows = rows
+        # Indices of the rows that draw at random, whose logits may be edited (`biased` and
+        # `penalised`), and that ask for log-probabilities.
         self.drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-        # The rows whose logits may be edited.
         self.biased = [i for i, r in enumerate(rows) if r.params.logit_bias or r.params.min_tokens]
         self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
         self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
-        self.kept: dict = {}  # a sampler may keep tensors of these rows from draw to draw here
+        self.kept: dict = {}  # here a sampler keeps tensors made from these rows
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -43,7 +43,7 @@ def reserve_now(seq: Sequence) -> int:
 
 
 def key_shape(key: Any) -> Any:
-    """What two keys must have in common to be comparable: (3, "a") -> (Real, str).
+    """The form of a key; keys of one form are comparable. (3, "a") -> (Real, str).
 
     Raises TypeError for anything but numbers, strings, and tuples of them, and for a NaN.
     """
@@ -89,7 +89,9 @@ class Scheduler:
         # The tie-breaker: of two equal keys the earlier push comes first. Without it the heap would
         # compare two Sequences, which have no order.
         self._pushes = 0
-        self._key_shape: dict[str, Any] = {}  # "of all": the first key's; all must have the same
+        # Under "of all" the form of the first key, which all others must have. A dict, because
+        # several threads may call `check`, and `setdefault` is one operation.
+        self._key_shape: dict[str, Any] = {}
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
         # Totals, for statistics:
         self.num_preemptions = 0
@@ -100,10 +102,11 @@ class Scheduler:
 
     # ---- in and out ----
     def check(self, request: Request) -> None:
-        """Ask the policy for the keys of a request's sequences, and see whether the pool suffices.
+        """Set `key` and `longest` of a request's sequences, and refuse what can never be served.
 
-        Raises ValueError if the pool is too small for one of them, or if `reserve` or the policy
-        fails. It changes no queue, so any thread may call it.
+        Raises ValueError if the pool is too small for one sequence, if `reserve` or the policy
+        fails, or if a key cannot be compared with the others. It changes no queue, so any thread
+        may call it.
         """
         shapes = []
         for seq in request.sequences:
@@ -125,12 +128,11 @@ class Scheduler:
                     f"{needed} blocks of {self.allocator.block_size}, the pool has "
                     f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
                 )
-        # The first key of all decides which keys can be compared with it.
         if any(self._key_shape.setdefault("of all", shape) != shape for shape in shapes):
             raise ValueError(f"the policy's key {seq.key!r} cannot be compared with other keys")
 
     def enqueue(self, request: Request) -> None:
-        """Let the sequences of a request wait; `check` has been called for it."""
+        """Put the sequences of a request into the waiting queue. Call `check` before it."""
         for seq in request.sequences:
             self._push(seq)
 
@@ -153,8 +155,8 @@ class Scheduler:
         else:
             return
         seq.status, seq.finish_reason = FINISHED, reason
-        # An entry in the middle of a heap is slow to find, so the entry of a sequence that was
-        # aborted while it waited stays there. When most entries are such, the heap is built again.
+        # If a waiting sequence is aborted its entry stays in the heap, because it is slow to find.
+        # When more than half of all entries are of that kind, the heap is built again without them.
         if len(self._waiting) > 2 * self.num_waiting + 8:
             self._waiting = [entry for entry in self._waiting if entry[2].status == WAITING]
             heapq.heapify(self._waiting)
@@ -178,7 +180,7 @@ class Scheduler:
     def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
         block_size, ref_count = self.allocator.block_size, self.allocator.ref_count
-        for seq in self.running[: self.max_num_seqs]:  # forks may make more than one step takes
+        for seq in self.running[: self.max_num_seqs]:  # forks may make `running` longer than that
             # The loop walks over a copy of the list (a slice), because preemption shortens the list
             # itself, from its end. If this sequence was preempted for an earlier one, then all
             # that follow it were too.
@@ -189,7 +191,7 @@ class Scheduler:
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
                 num_new_tokens = budget
             if num_new_tokens == 0:
-                # Its next token is in flight. If that is the last one it may get, it has no more.
+                # Its next token is in flight. Does the sequence end with it? Then it needs no row.
                 if not in_flight or len(seq.token_ids) + in_flight >= seq.longest:
                     continue
                 num_new_tokens = in_flight
@@ -289,7 +291,7 @@ class Scheduler:
             if type(reserved) is not int:
                 raise TypeError(f"it returned {reserved!r}: an int is needed")
             wanted = self.allocator.blocks_needed(max(num_tokens, reserved))
-        except Exception as error:  # a caller's function: it ends this sequence, and no other
+        except Exception as error:  # the caller's function failed: only this sequence ends
             seq.error = f"the reserve function failed: {error!r}"
             wanted = self.allocator.blocks_needed(num_tokens)
         return min(wanted, self.allocator.num_blocks)
@@ -338,7 +340,8 @@ class Scheduler:
             if seq.status == RUNNING:
                 # What this plan computed; a later plan may have advanced the sequence already.
                 self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
-        # In reverse, so that of several children the first remains: it goes on as the parent.
+        # parent -> its first child: reversed, because a dict keeps the last of equal keys. The
+        # parent itself goes on as its first child.
         first = {c.parent: c for c in reversed(continuations)}
         if len(first) < len(continuations):
             for c in continuations:
@@ -354,7 +357,7 @@ class Scheduler:
                     self._extend(seq, continuation, plan)
 
     def _extend(self, seq: Sequence, continuation: Continuation, plan: Plan) -> None:
-        """Append a continuation's tokens up to the one that ends the sequence, and end it then."""
+        """Append a continuation's tokens. If one of them ends the sequence, drop those after it."""
         new_token_ids = continuation.token_ids
         num_before = len(seq.token_ids)
         num_kept, reason = self.find_end(seq, new_token_ids)
@@ -425,9 +428,9 @@ class Scheduler:
 
     # ---- after an interruption ----
     def take_back(self, plan: Plan) -> None:
-        """Undo what `update` did with the tokens of a plan, also if it was interrupted half-way.
+        """Remove the tokens and forks that `update` made, even if it was interrupted half-way.
 
-        The queues and blocks are not right then: `rebuild` has to follow.
+        It does not repair the queues and block tables: call `rebuild` after it.
         """
         for seq, num_before, _ in plan.extended:
             del seq.token_ids[num_before:]
@@ -440,11 +443,11 @@ class Scheduler:
                 child.request.sequences.remove(child)
 
     def rebuild(self, requests: list[Request]) -> None:
-        """Make all books again from the requests: each unfinished sequence waits, with no blocks.
+        """Empty the pool and the queues, then queue each unfinished sequence, with no blocks.
 
-        The books are the queues, the block tables and the allocator's counts. An exception in the
-        middle of a step (Ctrl-C, for example) may leave them half written. The tokens of a sequence
-        are enough to make them again, and a sequence that waits computes its tokens again.
+        An exception in the middle of a step (Ctrl-C, for example) may leave the queues, the block
+        tables and the allocator's counts half changed. The tokens of the sequences are intact, and
+        a sequence that waits computes its tokens again.
         """
         self.allocator.reset()
         self.num_blocks_freed = self.num_blocks_taken

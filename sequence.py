@@ -50,8 +50,8 @@ class RequestMetrics:
 class Request:
     """What a client asked for; it owns its sequences.
 
-    The scheduler does not read `params` (a `SamplingParams`), `strategy` and what stands below
-    `sequences`: they are for the sampler, the engine and the outputs.
+    The scheduler reads only what a policy reads, and `sequences`. The other fields are for the
+    sampler, the engine and the outputs; `params` is a `SamplingParams`.
     """
 
     request_id: str
@@ -69,8 +69,8 @@ class Request:
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     is_queued: bool = False  # the scheduler has it
-    # Who ended it, under the key "by": "step", or an object of the call that aborted it. The first
-    # one wins, in any thread: dict.setdefault is one step of the interpreter.
+    # Key "by": what ended it, "step" or an object of the `abort` call; empty while it runs. Threads
+    # write it with `setdefault`, which is one operation: only the first of them has ended it.
     end: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -88,7 +88,7 @@ class Sequence:
     token_ids: list[int]  # prompt and generated; K and V of the newest are not written yet
     num_prompt_tokens: int
     max_tokens: int  # generated tokens at which it ends
-    longest: int = 0  # tokens that it may have at most, its prompt included; the scheduler sets it
+    longest: int = 0  # most tokens it may have, prompt included; `Scheduler.check` sets it
     min_tokens: int = 0  # generated tokens before which no stop token ends it
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
@@ -97,10 +97,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     status: str = WAITING
     key: Any = None  # its place in the order of precedence, from the scheduler's policy
-    # "stop", "length", "abort", "error"; None while it runs, or if a strategy dropped it
+    # "stop", "length", "abort", "error"; None until it ends, and if a strategy dropped it
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token (not EOS) or stop string that ended it
-    error: str | None = None  # a sentence, if it has to end with "error"
+    error: str | None = None  # what happened, in a sentence; the next update ends it with "error"
     logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
     num_preemptions: int = 0
     decoder: Any = None  # turns its tokens into text (outputs.py); the scheduler does not read it
@@ -133,8 +133,8 @@ class Plan:
     swap_in: list[tuple[int, int]] = field(default_factory=list)  # (host block id, block id)
     # Pairs of block ids (from, to), for copy-on-write.
     copies: list[tuple[int, int]] = field(default_factory=list)
-    # What `Scheduler.update` did after the forward. Sequences that got their tokens [start, end);
-    # those that ended; those that are new. With these lists an interrupted step can be taken back.
+    # What `Scheduler.update` did after the forward; `take_back` undoes it. (sequence, start, end):
+    # it got its tokens [start, end). Then sequences that ended, and children that are new.
     extended: list[tuple[Sequence, int, int]] = field(default_factory=list)
     ended: list[Sequence] = field(default_factory=list)
     forked: list[Sequence] = field(default_factory=list)
