@@ -82,16 +82,16 @@ class Calls:
 class Graphs:
     """The launcher on a GPU. All graphs share one memory pool, because no two run at a time.
 
-    A rehearsal and the recordings after it are given one object. Libraries take a workspace for
-    each stream on which they run, and PyTorch has 32 streams: object 33 gets the first one's.
+    Use one object for `rehearse` and for the recordings after it, because libraries allocate a
+    workspace for each stream on which they run. (PyTorch has 32 streams, used in turn.)
     """
 
     def __init__(self):
         self.memory = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
         self.sent = torch.cuda.Event()  # recorded after each copy
-        # A pool whose graphs are all gone is closed: PyTorch refuses to record into it again. So
-        # the last graph is kept until there is another.
+        # When the last graph in a memory pool is freed, PyTorch refuses to record into that pool
+        # again. So one graph is kept until there is another.
         self.last_graph: torch.cuda.CUDAGraph | None = None
 
     def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -130,7 +130,7 @@ class Graphs:
         self.sent.record()
 
     def wait(self) -> None:
-        """Return when the source of the last copy may be overwritten; mostly it may be already."""
+        """Return when the source of the last copy may be overwritten; usually that is at once."""
         if not self.sent.query():
             self.sent.synchronize()
 
@@ -200,7 +200,7 @@ class RecordedStep:
     source: Tensor  # (num_bytes,) uint8: the bytes of `host`
     target: Tensor  # (num_bytes,) uint8: the bytes of `batch`
     replay: Callable[[], Tensor]  # -> logits (size, V)
-    # What the last batch has used of `host`. All rows and table columns after it are padding.
+    # How much of `host` the last batch filled. All rows and table columns after that are padding.
     num_rows: int
     num_columns: int
 
@@ -286,10 +286,10 @@ class GraphForward:
     def decode(self, batch: Batch, rows: SampleRows) -> tuple[Tensor, Tensor]:
         """The next tokens (M,) of the batch's sample rows, and their peaks (M,), without a wait.
 
-        The result is that of `draw_tokens_triton` on the logits. Where the step is recorded, so is
-        the draw, which takes the logits unedited: for rows with a bias or penalties call the object
-        itself. Both tensors are views of `drawn`, which the next step overwrites. (More rows than
-        were recorded do not fit into it: they get tensors of their own.)
+        The result is that of `draw_tokens_triton` on the logits. The draw in a recorded step does
+        not edit the logits: for rows with a bias, min_tokens or penalties call the object itself.
+        Both tensors are views of `drawn`, which the next step overwrites. (If there are more rows
+        than the largest recorded size, they are new tensors.)
         """
         size = self.recorded_size(batch)
         token_ids, peaks = self.token_ids[: len(rows)], self.peaks[: len(rows)]
@@ -350,7 +350,7 @@ class GraphForward:
         return RecordedStep(host, batch, source, target, replay, num_rows=size, num_columns=0)
 
     def _replay(self, step: RecordedStep, batch: Batch, rows: SampleRows | None = None) -> Tensor:
-        """Logits (size, V) of a batch's rows and the padded ones; `rows` if tokens are wanted."""
+        """Fill in a batch and replay: logits (size, V), padded rows too. `rows`: draw for them."""
         self.launcher.wait()  # the copy of the step before may still be reading the host's bytes
         if self.sampler is not None:
             self._fill_draws(step, rows or SampleRows([]))
@@ -361,12 +361,12 @@ class GraphForward:
         return step.replay()
 
     def _fill(self, step: RecordedStep, batch: Batch) -> None:
-        """Write a batch's rows over the first ones; what only the last batch had becomes padding.
+        """Write a batch's rows to `step.host`, and padding over the other rows of the last batch.
 
-        5 rows after 7: rows 0 to 4 are written, rows 5 and 6 are padded, the others were already.
+        5 rows after 7: rows 0 to 4 are written, rows 5 and 6 are padded. Row 7 is padded already.
         """
         num_rows = len(batch.context_lens)
-        # A reservation may have given a sequence more blocks than max_seq_len needs.
+        # A `reserve` function may have given a sequence more blocks than max_seq_len needs.
         tables = batch.block_tables.numpy()[:, : self.max_blocks]
         num_columns = tables.shape[1]
         for name in ("input_ids", "positions", "slot_mapping", "context_lens"):
@@ -382,8 +382,9 @@ class GraphForward:
         step.num_columns = num_columns
 
     def _fill_draws(self, step: RecordedStep, rows: SampleRows) -> None:
-        """Write what the sampler needs; rows that draw no token get zeros, which are greedy."""
-        # The vocabulary's size is not known here; any top_k of 31 bits will do.
+        """Write what the sampler needs. Rows without a draw get zeros: temperature 0 is greedy."""
+        # `row_tensors` lowers a top_k above the vocabulary's size. The size is not known here, so
+        # the largest int32 takes its place.
         columns = row_tensors(rows, LOW_32 >> 1, torch.device("cpu"))
         for name, column in zip(self.draw_inputs, columns, strict=True):
             values = step.host[f"draw {name}"]
@@ -401,10 +402,10 @@ def rehearse(
 ) -> tuple[GraphForward, Tensor]:
     """Hold the memory that recording all sizes will take, for as long as the result is kept.
 
-    `llm.py` measures the pool's size meanwhile. `cache` may be of one block, `launcher` is the one
-    that will record. Only the largest size is recorded, because the smaller ones will work in the
-    memory that it has allocated. But each size keeps logits of its own, and room for those is held
-    too: (the sum of the others' rows, V or the padded V).
+    `llm.py` measures the free memory in that time. `cache` may have one block; `launcher` is the
+    one that will record. Only the largest size is recorded, because the smaller ones will use the
+    memory that it has allocated. But each size keeps its own logits, so the second result has room
+    for them: (the sum of the other sizes, V), or the padded V.
     """
     largest = GraphForward(cache, forward, [max(sizes)], max_seq_len, launcher)
     logits = largest.steps[max(sizes)].replay()  # (largest size, V)

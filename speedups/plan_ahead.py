@@ -14,12 +14,12 @@ from its length. The ids are on the GPU, where the next step reads them:
 
 The host learns too late that a text has ended. If a sequence drew EOS in step 1 it still has a row
 in step 2. That token is computed for nothing and dropped, and the sequence's blocks are freed. They
-may be given to another sequence while step 2 still runs: its writes come in a later step, and the
-device runs steps in order.
+may be given to another sequence while step 2 still runs. That is safe: the other sequence writes to
+them in a later step, and the device runs steps in order.
 
-Steps overlap only while each running request needs no earlier token on the host (`needs_no_past`).
-A penalty counts tokens, the host reads a log-probability, a strategy chooses: with such a request
-steps run one after the other.
+Steps overlap only while no unfinished request needs the host between two steps. A penalty counts
+the tokens so far, the host reads log-probabilities, and a strategy chooses tokens on the host. With
+such a request (`needs_no_past` is False) steps run one after the other.
 
 How it is checked: every text, step by step, against the engine that waits, also in random traffic
 with aborts, preemptions and exceptions (tests/speedups/test_plan_ahead.py). A production engine
@@ -51,8 +51,8 @@ Decode = Callable[[Batch, SampleRows], tuple[Tensor, Tensor]]
 
 
 # A step planned ahead is launched before the host has read the last tokens. These fields of
-# SamplingParams allow that with one value only: with others the draw depends on tokens that are not
-# known yet, or the host reads probabilities after each step, or the logits are edited first.
+# SamplingParams allow that only at the value given here. At any other value the draw depends on
+# tokens that are not known yet, or the host reads or edits numbers in each step.
 ONLY_VALUE_AHEAD = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
@@ -62,11 +62,11 @@ ONLY_VALUE_AHEAD = {
     "logprobs": None,
     "prompt_logprobs": None,
 }
-# These allow it with any value. (A new field belongs into one of the two: a test compares them with
-# the dataclass.)
+# These fields allow it at any value. (A new field must be entered in one of the two: a test
+# compares them with the dataclass.)
 ANY_VALUE_AHEAD = {
     *("n", "temperature", "top_k", "top_p", "min_p", "seed"),  # the draw needs no earlier token
-    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # a text may end: one token is wasted
+    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # a text ends: one token is wasted
 }
 
 
@@ -79,19 +79,19 @@ class InFlight(NamedTuple):
     """A step that is launched and whose tokens are not read yet."""
 
     plan: Plan
-    sequences: list[Sequence]  # whose tokens it draws, in the order of its rows
+    sequences: list[Sequence]  # the M sequences that get a token, in the order of the rows
     token_ids: Tensor  # (M,) on the device, where the next step reads them
-    arriving: tuple[Tensor, Tensor]  # token ids and peaks, (M,) each, copied to the host
-    arrival: torch.cuda.Event | None  # recorded after the copy; None on a CPU
+    on_host: tuple[Tensor, Tensor]  # token ids and peaks, (M,) each; valid after `copied`
+    copied: torch.cuda.Event | None  # recorded after the copy to the host; None on a CPU
 
 
 class AheadEngine(InferenceEngine):
     """An engine whose `step()` launches the next step before it reads the tokens of this one.
 
     `step()` returns the output of the step that it has read, the older of the two. The arguments
-    are those of `InferenceEngine`, and `decode(batch, rows) -> token ids (M,), peaks (M,)`: it runs
-    the model and draws without waiting for the device, as `GraphForward.decode` does. None draws
-    from the logits of `forward`. The token ids must stay valid until the next call of `decode`.
+    are those of `InferenceEngine`, and `decode(batch, rows) -> token ids (M,), peaks (M,)`. It runs
+    the model and draws without waiting for the device, as `GraphForward.decode` does; None calls
+    `forward` and `draw`. The token ids must stay valid until the next call of `decode`.
     """
 
     def __init__(self, *args, draw: Draw = draw_tokens, decode: Decode | None = None, **kwargs):
@@ -99,17 +99,20 @@ class AheadEngine(InferenceEngine):
         self.decode = decode or (lambda batch, rows: draw(self.forward(batch), rows))
         self.num_wasted_tokens = 0  # computed for sequences that had ended
         self._flight: InFlight | None = None
-        self._must_wait_for: set[str] = set()  # ids of requests that forbid a step ahead
+        self._must_wait_for: set[str] = set()  # ids of the requests that forbid a step ahead
 
     # ---- requests ----
     def _queue(self, request: Request) -> None:
-        # First, because an interruption may come between the two, and a set takes an id twice.
+        # The id is added first. After Ctrl-C between the two lines `_queue` is called again, and a
+        # set does not change if an id is added twice.
         if request.strategy is not self.sampler or not needs_no_past(request.params):
             self._must_wait_for.add(request.request_id)
         super()._queue(request)
 
     def _repair(self) -> None:
-        self._flight = None  # its rows are computed again; what it still writes is overwritten
+        # The step in flight is forgotten, and its tokens are computed again. What it still writes
+        # to the pool is overwritten, because the device runs steps in order.
+        self._flight = None
         super()._repair()
 
     # ---- the loop ----
@@ -132,11 +135,12 @@ class AheadEngine(InferenceEngine):
             clock.lap("forward")
         self._plan = flight.plan
         scheduler = self.scheduler
-        # One more token takes each sequence at most one block. With fewer free blocks the plan
-        # might preempt a sequence. A sequence that ends in this step may free enough: wait for it.
+        # Each running sequence needs at most one new block for its next token. With fewer free
+        # blocks than sequences, a plan made now might preempt one. But the step in flight may end
+        # a sequence and free its blocks, so its tokens are read first.
         if not self._must_wait_for and scheduler.allocator.num_free >= len(scheduler.running):
             plan = scheduler.schedule(in_flight=1)
-            if plan.preempted:  # their tokens are drawn again when they are back
+            if plan.preempted:  # they lose the token in flight, and draw it again later
                 self._drop_ended(flight.plan)
             clock.lap("schedule")
             self._flight = self._launch(plan, flight) if plan.scheduled else None
@@ -158,25 +162,26 @@ class AheadEngine(InferenceEngine):
         if before is not None:
             batch = take_tokens(batch, plan, before)
         token_ids, peaks = self.decode(batch, self.sampler.rows(plan.sampled))
-        # Copied in the stream's order: after this step and before the next one.
-        arriving = copy_to_host(token_ids, peaks, non_blocking=True)
-        arrival = torch.cuda.Event() if token_ids.is_cuda else None
-        if arrival is not None:
-            arrival.record(torch.cuda.current_stream(token_ids.device))
-        return InFlight(plan, plan.sampled, token_ids, arriving, arrival)
+        # The device copies in the stream's order: after this step and before the next one.
+        on_host = copy_to_host(token_ids, peaks, non_blocking=True)
+        copied = torch.cuda.Event() if token_ids.is_cuda else None
+        if copied is not None:
+            copied.record(torch.cuda.current_stream(token_ids.device))
+        return InFlight(plan, plan.sampled, token_ids, on_host, copied)
 
     def _read(self, flight: InFlight) -> list[Continuation]:
         """Wait for a step's tokens: a continuation for each sequence that still runs."""
-        if flight.arrival is not None:
-            flight.arrival.synchronize()
-        continuations = one_token_each(flight.sequences, *flight.arriving)
+        if flight.copied is not None:
+            flight.copied.synchronize()
+        continuations = one_token_each(flight.sequences, *flight.on_host)
+        # `_drop_ended` may have made the plan's list shorter since the launch.
         if len(flight.plan.sampled) == len(continuations):
             return continuations
         still_running = set(flight.plan.sampled)
         return [c for c in continuations if c.parent in still_running]
 
     def _drop_ended(self, plan: Plan) -> None:
-        """Take sequences that no longer run out of a step's plan."""
+        """Remove the sequences that have ended or were preempted from a step's plan."""
         ended = [entry for entry in plan.scheduled if entry.seq.status == FINISHED]
         self.num_wasted_tokens += sum(entry.num_new_tokens for entry in ended)
         plan.scheduled = [entry for entry in plan.scheduled if entry.seq.status == RUNNING]
@@ -184,20 +189,24 @@ class AheadEngine(InferenceEngine):
 
 
 def take_tokens(batch: Batch, plan: Plan, before: InFlight) -> Batch:
-    """A batch with the tokens that the step before has drawn; they are on its device already."""
-    # A row without a token to choose holds any number: its sequence ends when the step is read.
+    """The batch with the tokens that the step before has drawn, which only the device has.
+
+    Example: the step before drew for [A, B, C]. This one decodes A and C and computes 3 tokens of a
+    prompt, 5 rows: rows 0 and 1 get the drawn tokens 0 and 2, rows 2 to 4 keep their known tokens.
+    """
+    # (M,). If a row's logits were NaN its id may be any: the sequence ends when the step is read.
     drawn = before.token_ids
     is_same = plan.sampled == before.sequences and not plan.started
-    if is_same and len(plan.scheduled) == len(plan.sampled):
+    if is_same and len(plan.scheduled) == len(plan.sampled):  # the same sequences decode again
         return replace(batch, input_ids=drawn)
     row_before = {seq: row for row, seq in enumerate(before.sequences)}
-    # The known tokens of a sequence end where the one in flight begins.
+    # 20 tokens are known, [0, 20). A row for position 20 is for the token in flight.
     is_unknown = [start >= len(seq.token_ids) for seq, start, _ in plan.scheduled]
     sources = [row_before[e.seq] for e, unknown in zip(plan.scheduled, is_unknown) if unknown]
     rows = batch.query_start_locs[:-1][torch.tensor(is_unknown)].long()
     input_ids = to_device(batch.input_ids, drawn.device)
-    sources_there = to_device(torch.tensor(sources, dtype=torch.int64), drawn.device)
-    input_ids[to_device(rows, drawn.device)] = drawn[sources_there]
+    source_rows = to_device(torch.tensor(sources, dtype=torch.int64), drawn.device)
+    input_ids[to_device(rows, drawn.device)] = drawn[source_rows]
     return replace(batch, input_ids=input_ids)
 
 
