@@ -1,8 +1,8 @@
-"""Memory of host and device: huge pages for the pool, what is free, one copy for what was drawn.
+"""Memory of host and device: huge pages for the pool, the free bytes, one copy of drawn tokens.
 
-A pool of 1 GB is 262,144 ordinary pages of 4 KB. The processor caches the translation of some
-2,000 pages (the TLB). Blocks of a shuffled table lie in pages whose translation is not cached, and
-each read waits for it. In huge pages of 2 MB the same pool has 512 pages.
+A pool of 1 GiB is 262,144 ordinary pages of 4 KiB. The processor caches the address translations of
+about 2,000 pages (the TLB). The blocks of a shuffled table lie in pages whose translation is not
+cached, and each read waits for it. In huge pages of 2 MiB the same pool has 512 pages.
 
 `llm.py` passes `preallocate` to the cache as its allocation function.
 
@@ -31,7 +31,7 @@ V2 = "memory.max", "memory.current", "inactive_file"
 def preallocate(
     shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """An uninitialised tensor; in huge pages where it is on a CPU, on Linux, and 2 MB or larger.
+    """An uninitialised tensor; in huge pages if it is on a CPU, on Linux, and 2 MiB or larger.
 
     The memory is freed with the last tensor that is a view of it.
     """

@@ -1,11 +1,12 @@
 """The draw of sampling.py on a GPU: one launch for all rows, no sort, and the host does not wait.
 
 To keep the 50 most likely of 50,257 tokens, `sampling.py` sorts all of them. One program of this
-kernel draws the token of one row, and most rows it reads only twice. The first walk over the row
-finds the peak, its largest logit, and on the way the largest logit of each of 2,048 lanes: lane 7
-holds tokens 7, 2,055, 4,103 and so on. If 50 lanes have a logit of at least x, at least 50 tokens
-have, and seldom many more, since few lanes hold two of the most likely. The second walk lists the
-tokens from x up: about 51. The rest is done in registers, without the row.
+kernel draws the token of one row, and it reads most rows only twice. The first walk over the row
+finds the peak, its largest logit. On the way it finds the largest logit of each of 2,048 lanes:
+lane 7 holds tokens 7, 2,055, 4,103 and so on. Let x be the 50th largest of these 2,048 logits. Then
+at least 50 tokens have a logit of at least x, and seldom many more, because few lanes hold two of
+the most likely tokens. The second walk lists the tokens with at least x: about 51. The program cuts
+and draws from this list in registers, without reading the row again.
 
     key of a token  |weight: 30 bits......|vocab_size - 1 - id: 20 bits |  no two keys are equal
     `search`        |1111001              |                             |  the highest level that 50
@@ -13,11 +14,11 @@ tokens from x up: about 51. The rest is done in registers, without the row.
                     `------ level ----->                                   breaks ties
 
 Positive floats have the same order as their bits, so a search of the keys needs no floats. The cut
-of top_p is the same search with the weights of the keys summed instead of counted, in a list of a
-thousand tokens if top_k has not made it shorter. Where a list is too short for the cut, walks
-narrow the range of levels to an eighth of it, until the tokens that are left in it can be listed.
-Where nothing is cut, the second walk sums the weights of 64 segments of the row. The draw finds the
-segment that u leads to, and in it the token.
+of top_p is the same search, but it sums the weights of the keys instead of counting the keys, in a
+list of about a thousand tokens if there is no top_k. If a list is too short for the cut, further
+walks over the row find the level: each narrows the range of levels to an eighth, until the tokens
+in the range fit into a list. If nothing is cut, the second walk sums the weights of 64 segments of
+the row. The draw finds the segment in which u times the total lies, and in it the token.
 
 Weights are added up as whole numbers of 2^-40, so the sums are exact: a row draws the same token in
 any batch. u has the bits that it has in sampling.py. The exponentials differ in their last bits,
@@ -58,16 +59,16 @@ from sampling import (
 
 # A kernel may read a global only if it is a constexpr.
 TILE = tl.constexpr(2048)  # tokens of a row that are read at a time, 8 for each of 256 threads
-NARROW_TILE = tl.constexpr(256)  # the same where each meets eight levels
-NARROW_LIST = tl.constexpr(1024)  # tokens that are listed when the walks have narrowed the range
+NARROW_TILE = tl.constexpr(256)  # the same in `narrow`, which compares each with eight levels
+NARROW_LIST = tl.constexpr(1024)  # most tokens in the list that `search_row` makes after its walks
 MAX_VOCAB = tl.constexpr(2**20)
-ID_BITS = tl.constexpr(20)  # of a key, for the ids of so many tokens
-KEY_BITS = tl.constexpr(50)  # those and the 30 of a weight
+ID_BITS = tl.constexpr(20)  # bits of a key for the id: 2**20 ids
+KEY_BITS = tl.constexpr(50)  # 30 bits of the weight, then ID_BITS
 UNITS = tl.constexpr(2.0**40)  # units in a weight of 1
-NUM_SEGMENTS = tl.constexpr(64)  # segments of the line
+NUM_SEGMENTS = tl.constexpr(64)  # segments of a row
 SEGMENT_STEP = tl.constexpr(32)  # tokens of each segment that are read at a time
-# The kernel reads one number a row from each of these tensors (M,), in this order. Of several types
-# the first is the one that `row_tensors` makes.
+# The kernel reads one number a row from each of these tensors (M,), in this order. Where several
+# dtypes are allowed, `row_tensors` makes the first.
 ROW_INPUTS = {
     "seeds": (torch.int64,),
     "positions": (torch.int64,),
@@ -79,8 +80,8 @@ ROW_INPUTS = {
 # It writes one number a row to these.
 ROW_OUTPUTS = {"out": (torch.int64,), "peaks": (torch.float32,)}
 
-# What carries out each field of SamplingParams when this file draws. The kernel ignores all fields
-# but its own, so a new field needs a line here: a test compares the keys with the dataclass.
+# Which code applies each field of SamplingParams when this file draws. The kernel reads only its
+# own fields, so a new field needs a line here: a test compares the keys with the dataclass.
 HANDLED_BY = {
     "temperature": "kernel: temperatures",
     "top_k": "kernel: top_ks",
@@ -128,8 +129,8 @@ def random_u(seed, position):
 def load_logits(logits, vocab_size, ids, GROUP: tl.constexpr):
     """Logits in 32 bits; -inf for ids >= vocab_size.
 
-    Where rows begin at multiples of 16 bytes, GROUP is the number of logits in 16 bytes. Groups are
-    then loaded whole or not at all, so that one instruction loads 16 bytes.
+    If each row begins at a multiple of 16 bytes, GROUP is the number of logits in 16 bytes, else 1.
+    The mask is the same for all logits of a group, so one instruction can load the whole group.
     """
     x = tl.load(logits + ids, ids // GROUP * GROUP < vocab_size, other=0.0).to(tl.float32)
     return tl.where(ids < vocab_size, x, float("-inf"))
@@ -181,7 +182,7 @@ def read_keys(row, ids):
 
 @triton.jit
 def weights_of(keys):
-    """The weights (fp32) in these keys. That of a negative key means nothing, but is finite."""
+    """The weights (fp32) in these keys. A negative key gives a finite number without meaning."""
     return ((keys >> ID_BITS).to(tl.int32) & 0x3FFFFFFF).to(tl.float32, bitcast=True)
 
 
@@ -189,8 +190,8 @@ def weights_of(keys):
 def units_at(keys, level):
     """The weights in units of 2^-40 (int64), 0 for keys below the level, which is at least 0.
 
-    Sums of whole numbers are exact, so they do not depend on an order. They are rounded up, so that
-    no possible token becomes impossible.
+    Sums of whole numbers are exact, so they do not depend on the order of the terms. Weights are
+    rounded up, so a token of a tiny weight keeps one unit and can be drawn.
     """
     return tl.where(keys >= level, tl.ceil(weights_of(keys) * UNITS).to(tl.int64), 0)
 
@@ -200,7 +201,8 @@ def units_at(keys, level):
 def collect(row, low, high, found):
     """Write the keys in [low, high) to `found`, by rising ids, but no more than TILE of them.
 
-    One walk. Returns how many there are (int32), and the weight of the whole row in units.
+    One walk. Returns how many are in the range (int32; more than TILE if some were not written),
+    and the weight of the whole row in units.
     """
     count = tl.full([], 0, tl.int32)
     units = tl.zeros([TILE], tl.int64)
@@ -224,13 +226,16 @@ def load_list(found, count, SIZE: tl.constexpr):
 
 @triton.jit
 def search(keys, amounts, goal, level):
-    """The highest level at or above which the amounts reach the goal: keys, amounts (SIZE,) int64.
+    """The highest level such that the amounts of the keys at or above it reach the goal.
 
-    At or above the given level they do. What is added to it is found bit by bit, without a walk.
+    It may return a lower level that has the same keys at or above it. `keys` and `amounts` are
+    (SIZE,) int64. The amounts at or above the given `level` must reach the goal. The search adds
+    bits to that level, from the highest bit down, without a walk.
+    Example: keys 9, 7, 4, an amount of 1 each, goal 2, level 0 -> 4 -> 6, which 9 and 7 reach.
     """
     step = tl.full([], 1, tl.int64) << (KEY_BITS - 1)
     reached = tl.sum(tl.where(keys >= level, amounts, 0), 0)
-    while (step > 0) & (reached > goal):  # once they are equal, nothing is left to drop
+    while (step > 0) & (reached > goal):  # if they are equal, no key may be dropped
         above = tl.sum(tl.where(keys >= level + step, amounts, 0), 0)
         level += tl.where(above >= goal, step, 0)
         reached = tl.where(above >= goal, above, reached)
@@ -240,11 +245,11 @@ def search(keys, amounts, goal, level):
 
 @triton.jit
 def list_likely(row, peaks, best, top_k, found):
-    """`collect` the top_k most likely tokens and a few more: from a level up that k lanes reach.
+    """List the top_k most likely tokens and a few more, with `collect`.
 
-    They reach it with their peaks, so at least k tokens are listed. k is top_k, but 1,024 if top_k
-    is 0 or larger. `peaks` and `best` are those of `find_peak`.
-    Returns the level, and what `collect` returns.
+    The list has all tokens at or above the highest level that the peaks of k lanes reach, so it has
+    at least k. k is top_k, but 1,024 if top_k is 0 or larger than that. `peaks` and `best` are
+    those of `find_peak`. Returns the level, and what `collect` returns.
     """
     k = tl.where(top_k > 0, tl.minimum(top_k, TILE // 2), TILE // 2)
     zero = tl.full([], 0, tl.int64)
@@ -257,22 +262,22 @@ def list_likely(row, peaks, best, top_k, found):
 @triton.jit
 def share_of(top_p, total):
     """The least number of units that is at least top_p (float64) of the total (int64)."""
-    # Rounding may lift a p of nearly 1 above all that there is.
+    # If p is nearly 1 the product may be rounded to more than the total: take the total then.
     return tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
 
 
 @triton.jit
 def narrow(
     row,
-    low, high,  # int64: the level is in [low, high), or below
-    above, num_above,  # int64, int32: what is at or above `high`, in amounts and in tokens
+    low, high,  # int64: the level is in [low, high), or below it
+    above, num_above,  # int64, int32: the amount and the tokens at or above `high`
     goal,  # int64: the amount that the level must reach
     BY_MASS: tl.constexpr,  # an amount is a number of units if True, of tokens if False
 ):  # fmt: skip
-    """One walk: the eighth of a range in which the level is, or all that is below the range.
+    """One walk: the eighth of [low, high) in which the level is; [0, low) if it is below the range.
 
-    Returns the new low and high, what is at or above the new high in amounts and in tokens, and the
-    number of tokens between the two.
+    Returns the new low and high, the amount and the number of tokens at or above the new high, and
+    the number of tokens between the two.
     """
     digit = tl.arange(0, 8)
     step = (high - low + 7) >> 3
@@ -285,10 +290,10 @@ def narrow(
         counts += is_above.to(tl.int32)
         if BY_MASS:
             units += tl.where(is_above, units_at(keys, 0), 0)
-    num_tokens = tl.sum(counts, 1)  # (8,) at or above each start, falling
+    num_tokens = tl.sum(counts, 1)  # (8,) tokens at or above each start; it falls as starts rise
     amounts = tl.sum(units, 1) if BY_MASS else num_tokens.to(tl.int64)
-    num_reached = tl.sum((amounts >= goal).to(tl.int32), 0)  # the goal, at so many starts
-    if num_reached < 8:  # the start of the next eighth is the new high
+    num_reached = tl.sum((amounts >= goal).to(tl.int32), 0)  # starts 0 to num_reached - 1 reach it
+    if num_reached < 8:  # the first start that does not reach the goal is the new high
         high = low + num_reached * step
         above = tl.sum(tl.where(digit == num_reached, amounts, 0), 0)
         num_above = tl.sum(tl.where(digit == num_reached, num_tokens, 0), 0)
@@ -303,8 +308,8 @@ def narrow(
 
 @triton.jit
 def search_row(row, goal, found, BY_MASS: tl.constexpr):
-    """`search` among all tokens: walks until so few are undecided that they can be listed."""
-    low = tl.full([], 111 << 23, tl.int64) << ID_BITS  # a weight of 2^-16: few are cut lower
+    """`search` among all tokens: walks narrow the range until its tokens fit into a list."""
+    low = tl.full([], 111 << 23, tl.int64) << ID_BITS  # a weight of 2^-16: few cuts are lower
     high = tl.full([], (127 << 23) + 1, tl.int64) << ID_BITS  # above a weight of 1
     above = tl.full([], 0, tl.int64)
     num_above = tl.full([], 0, tl.int32)
@@ -332,7 +337,7 @@ def segment_sums(row, level, SEGMENT_LEN: tl.constexpr):
 
 @triton.jit
 def cut_row(row, found, total, top_k, top_p, SEGMENT_LEN: tl.constexpr):
-    """`_cut_tail` of sampling.py by walks: a level that exactly the kept tokens reach.
+    """`_cut_tail` of sampling.py, with walks: a level that exactly the kept tokens reach.
 
     `total` is the weight of the row in units; a top_k of 0 keeps all.
     """
@@ -350,13 +355,13 @@ def cut_row(row, found, total, top_k, top_p, SEGMENT_LEN: tl.constexpr):
 # ---- The draw ------------------------------------------------------------------------------------
 @triton.jit
 def place_of(u, total):
-    """u of the total, rounded down: whole numbers exceed it if they exceed u times the total."""
+    """u times the total, rounded down: a whole number is above both or above neither."""
     return (u.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
 
 
 @triton.jit
 def first_beyond(units, ids, before, place):
-    """The first id at which the units, added up from `before`, exceed the place; the ids rise."""
+    """The first id at which `before` plus the units up to it exceed the place; the ids rise."""
     ends = before + tl.cumsum(units, 0)
     return tl.min(tl.where(ends > place, ids, MAX_VOCAB), 0)
 
@@ -366,10 +371,11 @@ def sample_list(row, level, found, count, total, top_k, top_p, u):
     """`_cut_tail` and `_draw` of sampling.py, from a list of all `count` tokens from a level up.
 
     `total` is the weight of the row in units; a top_k of 0 keeps all. Returns a level that exactly
-    the kept tokens reach, the token, and whether the list was long enough to know them.
+    the kept tokens reach, the token, and whether both are right: whether the list holds all tokens
+    that are kept.
     """
     keys = load_list(found, count, TILE)
-    is_known = (top_k <= count) & (count <= TILE)
+    is_known = (top_k <= count) & (count <= TILE)  # if count > TILE, some were not written
     if top_k > 0:
         level = search(keys, (tl.arange(0, TILE) < count).to(tl.int64), top_k, level)
         total = tl.sum(units_at(keys, level), 0)
@@ -387,7 +393,7 @@ def sample_list(row, level, found, count, total, top_k, top_p, u):
 def draw_from_row(row, level, u, SEGMENT_LEN: tl.constexpr):
     """The first id whose cumulated weight exceeds u times the total.
 
-    One walk over the row, and a second look at the segment that u leads to.
+    One walk over the row, then the segment with that token is read a second time.
     """
     sums = segment_sums(row, level, SEGMENT_LEN)
     ends = tl.cumsum(sums, 0)  # (NUM_SEGMENTS,) where each segment ends on the line
@@ -470,7 +476,7 @@ def row_sizes(vocab_size: int) -> dict[str, int]:
 
 
 def group_len(logits: Tensor) -> int:
-    """The constexpr GROUP of `load_logits`: logits in 16 bytes if every row may be read in such."""
+    """The constexpr GROUP of `load_logits`: the logits in 16 bytes if rows are aligned, else 1."""
     group = 16 // logits.element_size()
     is_aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) % group == 0
     return group if is_aligned and logits.stride(0) >= logits.shape[1] else 1
