@@ -1,9 +1,9 @@
 """The host's work in a step: scheduler and engine, with a model that costs nothing.
 
 A GPU computes a decode step of the 124M GPT-2 in 0.5 to 2 ms. In that time Python must schedule,
-allocate blocks, fill tables, read tokens and apply them, or the GPU waits. Here the forward returns
-the same logits and the draw the same tokens in every step, so only that work is left. The inputs of
-the sampler that runs on a GPU are made too. Three things are timed:
+allocate blocks, fill tables, read tokens and apply them, or the GPU waits. Here the forward and the
+draw return the same tensors in every step, so only the host's work is left. The inputs that a GPU's
+sampler would need are made too. Three things are timed:
 
     schedule() + update()   of one decode step, with 0 or 100,000 requests waiting: the time must
                             not grow with the number waiting
@@ -11,8 +11,8 @@ the sampler that runs on a GPU are made too. Three things are timed:
                             a step ahead (speedups/plan_ahead.py), in turn
     a whole run             256 requests, prompts and texts of 64 to 512 tokens: tokens a second
 
-Each is repeated, because the machine may be busy. The best repeat is the row's max for rates and
-its min for times; a goal is compared with the best.
+Each is repeated, because the machine may be busy. The best repeat is the max of a row of rates and
+the min of a row of times. A goal is compared with the best repeat.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
     """Milliseconds of schedule() plus update() in a decode step.
 
-    Each value is the mean of 16 steps, in which each sequence takes one new block.
+    Each value is the mean of 16 steps: in 16 steps each sequence takes one new block.
     """
     allocator = BlockAllocator(running * MAX_SEQ_LEN // BLOCK_SIZE, BLOCK_SIZE)
     scheduler = Scheduler(allocator, running, 8192, MAX_SEQ_LEN)

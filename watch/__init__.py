@@ -1,8 +1,9 @@
 """Ways to look at a run from outside: nothing here changes what a step computes.
 
-`Recorder`, `Explainer`, `Meter` and `Screen` are watchers: the engine calls each function in
-`engine.watchers` with the output of each step. No lesson needs this wing. A file imports only files
-above it.
+`Recorder`, `Explainer`, `Meter` and `Screen` are watchers: the engine calls each entry of
+`engine.watchers` with the output of each step, in the thread that steps. A watcher may add requests
+and abort them. It must not call `step`. No lesson needs this wing. A file imports only files above
+it.
 
     recorder   one line of JSON a step; the pictures are drawn from it
     roofline   what a machine can do at most, and so how long work takes at least

@@ -93,11 +93,11 @@ def count_sample_rows(plan: Plan) -> int:
 def is_scored(entry: Scheduled) -> bool:
     """Whether a step computed the log-probabilities of a prompt, which the request asked for.
 
-    After a preemption the prompt is taken as scored before.
+    For a sequence that was preempted it returns False: its prompt was probably scored before.
     """
     seq, start, _ = entry
-    asked = seq.request.prompt_logprobs is not None and seq.index == 0
-    return asked and start < seq.num_prompt_tokens and not seq.num_preemptions
+    is_asked = seq.request.prompt_logprobs is not None and seq.index == 0
+    return is_asked and start < seq.num_prompt_tokens and not seq.num_preemptions
 
 
 def next_is_launched(plan: Plan) -> bool:
@@ -253,9 +253,8 @@ class Explainer:
         self.cache = cache
         self.forward = forward
         self.steps: list[CountedStep] = []
-        # Of the step before:
-        self._was_awaited = True  # the host waited for its end
-        self._launched_next = False
+        self._was_awaited = True  # the host waited for the end of the step before
+        self._launched_next = False  # the step after it was launched before it was read
 
     def __call__(self, output: StepOutput) -> None:
         """Count a step that has just run, if its time is its own."""
@@ -268,13 +267,14 @@ class Explainer:
 
     def _has_own_time(self, plan: Plan, is_decode: bool) -> bool:
         """Whether the time of a step is that of its own work, or of a step like it."""
-        # The host waits for a GPU when it reads tokens. A chunk in the middle of a prompt leads to
-        # none: its time is too short, and the next step waits for both.
+        # The host waits for a GPU when it reads tokens. A chunk in the middle of a prompt gives no
+        # token, so the host does not wait: the measured time of that step is too short, and that of
+        # the next step includes both.
         was_awaited = self._was_awaited
         self._was_awaited = bool(plan.sampled) or not self.cache.pool.is_cuda
-        # If the next step is launched before this one is read, its work may be in this one's time.
-        # In the middle of a row of decode steps that makes no difference, because they are alike.
-        # But the first of the row has the work of two steps, and the last has none.
+        # If the next step is launched before this one is read, the measured time may be that of the
+        # next step's work. Between decode steps that makes no difference, because they are alike.
+        # But the first of a row of such steps has the time of two, and the last has almost none.
         was_launched, self._launched_next = self._launched_next, next_is_launched(plan)
         is_in_a_row = was_launched == self._launched_next and (is_decode or not was_launched)
         return was_awaited and self._was_awaited and is_in_a_row

@@ -65,8 +65,8 @@ class Recorder:
 
     A file at `path` is replaced. `about` are more fields of the header, for example
     `model="assets/tiny-gpt2"`. A request that ran before the recorder was made appears with its
-    next step. Raises OSError if the file cannot be written. (If that happens after a step, the
-    engine goes on without the recorder.)
+    next step. Raises OSError if the file cannot be written. (If that happens during a run, the
+    engine removes the recorder with a warning and goes on.)
     """
 
     def __init__(self, scheduler: Scheduler, path: str | Path, **about: str):
@@ -86,8 +86,8 @@ class Recorder:
     def _line(self, output: StepOutput) -> dict:
         """The fields of STEP_FIELDS after a step."""
         scheduled = {seq: num_new_tokens for seq, _, num_new_tokens in output.plan.scheduled}
-        # Other running sequences hold blocks too: forks made in this step, and sequences for which
-        # the step's token budget did not suffice.
+        # Other running sequences hold blocks too: forks made in this step, and sequences that got
+        # no tokens because the step's budget was used up.
         others = {seq: 0 for seq in self.scheduler.running if seq not in scheduled}
         num_new_tokens_of = scheduled | others
         return {

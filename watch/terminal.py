@@ -154,7 +154,8 @@ class Screen:
         if time.monotonic() - self.last_drawn < interval and scheduler.has_unfinished():
             return
         self.last_drawn = time.monotonic()
-        # A line that fills the last column would take two lines, and the next drawing one of them.
+        # A line that fills the last column makes some terminals begin a new line. The next drawing
+        # would then begin one line too low.
         widest = columns_of(self.stream) - 1 if self.is_terminal else STRIP_WIDTH + 2
         strip_width = max(1, min(STRIP_WIDTH, widest - 2))  # without the two bars
         lines = pool_strip(scheduler, self.in_colour, strip_width) if self.has_strip else []
