@@ -341,6 +341,7 @@ class InferenceEngine:
         """
         sequences = plan.sampled
         block_size, scratch_block = self.cache.block_size, self.cache.scratch_block
+        # Each sequence computes one token and gets a next one.
         is_decode = plan.num_tokens == len(sequences) == len(plan.scheduled)
         inputs = self._carried
         is_same = inputs is not None and inputs.sequences == sequences
@@ -500,7 +501,7 @@ class InferenceEngine:
         first come first served reads none of them. Raises ValueError, and keeps nothing, if the
         prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
         the pool; if `params` or `strategy` is not what it must be; if the policy or reserve
-        function fails. Both are called here, in the caller's thread.
+        function fails. Both are called here first, in the caller's thread.
         """
         params = SamplingParams() if params is None else params
         if strategy is None:

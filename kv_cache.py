@@ -135,7 +135,7 @@ def advance(
     """
     positions, tables = batch.positions.numpy(), batch.block_tables.numpy()
     positions += 1
-    columns, offsets = positions // block_size, positions % block_size
+    columns, offsets = positions // block_size, positions % block_size  # 33 -> column 2, offset 1
     if columns.max() == tables.shape[1]:
         tables = np.pad(tables, ((0, 0), (0, 4)), constant_values=scratch_block)  # rare: 4 more
         batch.block_tables = torch.from_numpy(tables)

@@ -124,9 +124,9 @@ class EngineConfig:
 def find_tokenizer(path: Path | None, vocab_size: int) -> FileTokenizer | None:
     """The tokenizer in the folder of the weights; else, for GPT-2's vocabulary, tiktoken's.
 
-    Returns None if there is neither: then prompts and outputs are token ids. So they are, with a
-    warning, where the folder has a tokenizer that is not read here. Raises ValueError for files
-    that are damaged, or that belong to a larger vocabulary than the model's.
+    Returns None if there is neither, and, with a warning, if the folder's tokenizer is of a kind
+    that is not read here. Then prompts and outputs are token ids. Raises ValueError for files that
+    are damaged, or that belong to a larger vocabulary than the model's.
     """
     if path is not None:
         folder = path if path.is_dir() else path.parent
@@ -373,7 +373,7 @@ class LLM:
             gpu_memory_utilization=config.gpu_memory_utilization,
             device=self.device,
         )
-        del rehearsal  # the recordings take its memory over
+        del rehearsal  # the real recordings will use its memory
         return num_blocks
 
     def _build_cache(self, num_blocks: int) -> KVCache:

@@ -415,7 +415,7 @@ class OutputProcessor:
 
     # ---- after the update ----
     def finish_step(self, plan: Plan, started: float) -> list[Request]:
-        """Fill in the requests' metrics and token texts; returns the requests that have ended.
+        """Fill in metrics, texts of log-probabilities, stop reasons; returns the ended requests.
 
         `started` is when the step began, in seconds of `time.monotonic()`.
         """
@@ -436,8 +436,8 @@ class OutputProcessor:
             request = seq.request
             if seq.stop_reason in request.eos_token_ids and not request.params.ignore_eos:
                 seq.stop_reason = None
-        # By request, because several sequences of one request may have ended. The dict keeps their
-        # order and drops repetitions.
+        # Each request once, even if several of its sequences have ended: a dict drops repetitions
+        # and keeps the order.
         requests = dict.fromkeys(seq.request for seq in plan.ended)
         ended = [r for r in requests if all(seq.status == FINISHED for seq in r.sequences)]
         for request in ended:

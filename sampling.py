@@ -253,7 +253,7 @@ class SampleRows:
         self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
         self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
-        self.kept: dict = {}  # here a sampler keeps tensors made from these rows
+        self.kept: dict = {}  # tensors that a sampler has made from these rows, for its next draw
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -453,13 +453,14 @@ def collect_logprobs(
     """The log-probabilities of each row that asked for them, None for the others: M entries.
 
     `token_ids` and `peaks` (M,) come from `draw_tokens`. An entry always holds the drawn token. A
-    row without a token to choose (its peak is not finite) gets None. Waits for the device.
+    row without a token to choose (its peak is not finite) gets None. Waits for the device if a row
+    asked.
     """
     rows = as_rows(rows)
     answers: list[Logprobs | None] = [None] * len(rows)
     if rows.asking:
-        is_good = peaks.isfinite().tolist()
-        asked = [i for i in rows.asking if is_good[i]]
+        is_finite = peaks.isfinite().tolist()
+        asked = [i for i in rows.asking if is_finite[i]]
         counts = [rows.rows[i].params.logprobs or 0 for i in asked]
         found = token_logprobs(logits[asked], token_ids[asked].to(logits.device), counts)
         for i, answer in zip(asked, found, strict=True):

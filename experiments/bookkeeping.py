@@ -73,8 +73,8 @@ def time_scheduler(running: int, waiting: int, repeats: int) -> list[float]:
         if step >= 3:  # all prompts are computed
             assert len(plan.scheduled) == running
             times_ms.append((planned - started + time.perf_counter() - resumed) * 1e3)
-    in_16s = [times_ms[i : i + BLOCK_SIZE] for i in range(0, len(times_ms), BLOCK_SIZE)]
-    return [sum(times) / BLOCK_SIZE for times in in_16s]
+    repeats_ms = [times_ms[i : i + BLOCK_SIZE] for i in range(0, len(times_ms), BLOCK_SIZE)]
+    return [sum(times) / BLOCK_SIZE for times in repeats_ms]
 
 
 # ---- the engine ----------------------------------------------------------------------------------
