@@ -141,7 +141,7 @@ def check_strategy(strategy: Strategy) -> None:
         raise ValueError(sentence) from error
 
 
-def ask(
+def ask_strategy(
     strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
 ) -> list[Continuation]:
     """The checked continuations of a strategy that came with a request. `logits` is (B, V).
@@ -326,7 +326,7 @@ class InferenceEngine:
             inputs = self._inputs_of(plan)
             logits = self.forward(inputs.batch)  # (M, V), one row for each of batch.sample_rows
             clock.lap("forward")
-            continuations = self._continue(plan, inputs, logits)
+            continuations = self._continuations(plan, inputs, logits)
             clock.lap("sample")
             continuations = self.output_processor.find_stops(continuations)
             self.scheduler.update(plan, continuations)
@@ -367,7 +367,7 @@ class InferenceEngine:
             self._carried = Inputs(sequences, batch, groups, None)
         return Inputs(sequences, batch, groups, counts)
 
-    def _continue(self, plan: Plan, inputs: Inputs, logits: Tensor) -> list[Continuation]:
+    def _continuations(self, plan: Plan, inputs: Inputs, logits: Tensor) -> list[Continuation]:
         """Ask each strategy how its sequences continue."""
         if inputs.counts is not None:
             self.output_processor.score_prompts(plan, inputs.counts, logits)
@@ -378,7 +378,7 @@ class InferenceEngine:
             if strategy is self.sampler:
                 continuations += self.sampler(sequences, chosen)
             else:
-                continuations += ask(strategy, sequences, chosen, self.vocab_size)
+                continuations += ask_strategy(strategy, sequences, chosen, self.vocab_size)
         return continuations
 
     def _report(self, plan: Plan, clock: Clock) -> StepOutput:

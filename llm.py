@@ -93,7 +93,7 @@ class EngineConfig:
     cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")
-    few_rows: int = option(0, "with fused, up to so many sequences multiply by kernels of our own")
+    few_rows: int = option(0, "with fused, steps of up to this many sequences use our own products")
     seed: int = option(0, "the seed of requests that bring none")
 
     def __post_init__(self):
