@@ -92,7 +92,7 @@ def build(
     allocator = BlockAllocator(num_blocks, block_size)
     scheduler = Scheduler(allocator, max_num_seqs, budget, MAX_SEQ_LEN, **(scheduling or {}))
     forward = stand_in(cache, poison)
-    options = {"tokenizer": Pieces(), "eos_token_id": EOS} | kwargs
+    options = {"tokenizer": Pieces(), "eos_token_ids": [EOS]} | kwargs
     return kind(forward, cache, scheduler, VOCAB_SIZE, **options)
 
 
