@@ -47,7 +47,7 @@ MOST_OTHER_CHARS = 1_000_000  # of added tokens and rules
 MOST_TEXT_CHARS = 10_000  # of one of them
 MOST_BLANKS = 900_000  # in a row; tiktoken's regular expression fails at 999,999
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-LACKING = "(none)"  # the library looks for it where a vocabulary lacks a character
+LACKING = "\0none"  # the library looks for it where a vocabulary lacks a character
 
 # Where tiktoken fetches GPT-2's two files from, and the SHA-256 of each.
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
