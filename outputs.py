@@ -278,7 +278,7 @@ class StepOutput:
     plan: Plan
     finished: list[RequestOutput]  # of the requests that ended in this step
     added: list[Request]  # queued by the scheduler since the step before
-    aborted: list[Request]  # since the step before
+    aborted: list[Request]  # removed by an abort since the step before
     blocks: BlockCounts  # since the step before
     timings: Timings
     tokenizer: Tokenizer | None = None  # for the texts of the deltas
@@ -305,7 +305,8 @@ class StepOutput:
 def decode(tokenizer: Tokenizer, seq: Sequence, end: int) -> StreamDecoder:
     """The decoder of a sequence, after it has seen at least `seq.token_ids` up to `end`."""
     params = seq.request.params
-    # A token that ended the text adds nothing to it. (A stop string is a `str`.)
+    # A token that ended the text adds nothing to it. The reason is then an int (a stop token) or
+    # None (EOS); it is a str for a stop string.
     ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
     if ended_by_token and end == len(seq.token_ids):
         end -= 1

@@ -369,8 +369,8 @@ class Scheduler:
             seq.error = continuation.error or seq.error
             reason = "error"
         elif continuation.stop_string is not None:
-            # It is found in the text up to the last token. If that token ends the sequence too, at
-            # max_tokens for example, the stop string's reason replaces the other one.
+            # The last token completes the stop string. If that token ends the sequence too, at
+            # max_tokens for example, the reason is still the stop string.
             reason, seq.stop_reason = "stop", continuation.stop_string
         elif reason == "stop":
             seq.stop_reason = seq.token_ids[-1]

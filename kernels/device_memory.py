@@ -97,7 +97,7 @@ def split_drawn(buffer: Tensor) -> tuple[Tensor, Tensor]:
 
     The sampler writes both into one buffer, so that one copy brings both to the host.
     """
-    num_rows = len(buffer) // 12
+    num_rows = len(buffer) // 12  # 8 bytes for an id and 4 for a peak
     return buffer[: 8 * num_rows].view(torch.int64), buffer[8 * num_rows :].view(torch.float32)
 
 
@@ -117,6 +117,7 @@ def copy_to_host(
     storage = token_ids.untyped_storage()
     if storage.data_ptr() != peaks.untyped_storage().data_ptr():
         return fetch(token_ids), fetch(peaks)
+    # Both are views made by `split_drawn`. The buffer may have more rows than M: all are copied.
     buffer = torch.empty(0, dtype=torch.uint8, device=token_ids.device).set_(storage)
     all_ids, all_peaks = split_drawn(fetch(buffer))
     return all_ids[: len(token_ids)], all_peaks[: len(peaks)]

@@ -66,7 +66,7 @@ ONLY_VALUE_AHEAD = {
 # compares them with the dataclass.)
 ANY_VALUE_AHEAD = {
     *("n", "temperature", "top_k", "top_p", "min_p", "seed"),  # the draw needs no earlier token
-    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # a text ends: one token is wasted
+    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # an end wastes one token at most
 }
 
 
@@ -125,6 +125,7 @@ class AheadEngine(InferenceEngine):
         if flight is not None:
             self._drop_ended(flight.plan)  # a request may have been aborted since the launch
         if flight is None or not flight.plan.scheduled:
+            # Nothing is in flight, or all of it was aborted: a step is planned and launched now.
             if self._must_wait_for:
                 return super().run_step()
             plan = self._plan = self.scheduler.schedule()
