@@ -225,13 +225,13 @@ class GraphForward:
     the pool, and may not read a value from the device. `sizes` are the numbers of rows to record,
     `max_seq_len` is the longest context. The largest size is recorded first, so that the smaller
     ones fit into the memory that it has allocated; `progress` wraps the sizes in that order.
-    `sampler`, a function like `sample_triton`, is recorded after the logits; `decode` needs it.
-    `launcher` None is the device's own. Raises ValueError for no sizes, and for sizes or lengths
-    below 1.
+    `sampler`, a function like `sample_triton`, is recorded after the logits, so `decode` launches
+    the draw with them; without it `decode` launches the draw separately. `launcher` None: the one
+    of `choose_launcher`. Raises ValueError for no sizes, and for sizes or lengths below 1.
 
-    Logits are valid until the next call: any next step, of any size, may overwrite them, because
-    the graphs share their memory. `drawn` (12 x the largest size,) uint8 holds the tokens and peaks
-    of the last `decode` on the device, so one copy brings both to the host (see `split_drawn`).
+    Logits are valid until the next call: a step of any size may overwrite them, because the graphs
+    share their memory. `drawn` (12 x the largest size,) uint8, on the device, holds the tokens and
+    peaks of the last `decode`, so one copy brings both to the host (see `split_drawn`).
     """
 
     @torch.inference_mode()
@@ -268,8 +268,8 @@ class GraphForward:
             "context_lens": 0,
             "block_tables": cache.scratch_block,
         }
-        # On the device all sizes share one buffer. Each begins at its first byte, and a step copies
-        # only the bytes that its size needs.
+        # On the device all sizes share one buffer. The inputs of each size begin at its first byte,
+        # and a step copies only the bytes that its size needs.
         _, num_bytes = plan_layout(most_rows, self.max_blocks, self.draw_inputs)
         self.packed = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.steps = {size: self._record(size) for size in progress(self.sizes[::-1])}

@@ -18,8 +18,8 @@ may be given to another sequence while step 2 still runs. That is safe: the othe
 them in a later step, and the device runs steps in order.
 
 Steps overlap only while no unfinished request needs the host between two steps. A penalty counts
-the tokens so far, the host reads log-probabilities, and a strategy chooses tokens on the host. With
-such a request (`needs_no_past` is False) steps run one after the other.
+the tokens so far, the host reads log-probabilities, and a strategy chooses tokens on the host. As
+long as the engine has such a request, steps run one after the other.
 
 How it is checked: every text, step by step, against the engine that waits, also in random traffic
 with aborts, preemptions and exceptions (tests/speedups/test_plan_ahead.py). A production engine

@@ -84,7 +84,7 @@ def count_step(output: StepOutput) -> CountedStep:
 
 
 def count_sample_rows(plan: Plan) -> int:
-    """Rows whose logits were computed: of each sampled sequence one, of a scored prompt all."""
+    """Rows whose logits were computed: one of each sampled sequence, all of a scored prompt."""
     scored = [entry for entry in plan.scheduled if is_scored(entry)]
     sampled = set(plan.sampled).difference(entry.seq for entry in scored)
     return len(sampled) + sum(entry.num_new_tokens for entry in scored)
