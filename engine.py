@@ -414,8 +414,8 @@ class InferenceEngine:
 
         An exception, or Ctrl-C at any line, undoes the whole step: its tokens are removed, and all
         running sequences go back to the waiting queue. The next call repeats the step and draws the
-        same tokens, because a draw has no random state. If the exception comes later than the
-        update, in a watcher for example, the step is done: the next call returns its output.
+        same tokens, because a draw has no random state. If the exception comes after `run_step`, in
+        a watcher for example, the step is done: the next call returns its output.
         """
         if not self._is_whole:  # Ctrl-C has interrupted the repair, too
             self._repair()
@@ -430,8 +430,8 @@ class InferenceEngine:
             self._call_watchers(self._output)
             self._commit(self._output)
             self._is_whole = True
-            # Python handles signals when a function is called. From here to the caller's assignment
-            # none is called, so the output cannot be lost.
+            # Python handles a signal only at a call or when a loop repeats. From here to the
+            # caller's assignment there is neither, so the output cannot be lost.
             output, self._output = self._output, None
             return output
         except BaseException as error:
@@ -443,7 +443,7 @@ class InferenceEngine:
             raise error
 
     def _commit(self, output: StepOutput) -> None:
-        """Forget what the output of a step has reported. Running it twice is harmless."""
+        """Remove what an output has reported, so that no later one does. Twice is harmless."""
         self._plan = None
         for finished in output.finished:
             self.requests.pop(finished.request_id, None)
