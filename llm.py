@@ -443,8 +443,9 @@ class LLM:
         """Complete all prompts together; the outputs are in the order of the prompts.
 
         A prompt is text or a list of token ids; `sampling_params` is one for all prompts or one
-        for each. Raises ValueError if any prompt is refused (then no prompt is served), or if the
-        engine still has requests of an earlier caller.
+        for each. It calls `step`: use it in one thread, and not in a watcher or a strategy. Raises
+        ValueError if any prompt is refused (then no prompt is served), or if the engine still has
+        requests of an earlier caller.
         """
         if self.engine.has_unfinished():
             raise ValueError(
