@@ -83,7 +83,8 @@ def call(problem: object, function: Callable, *args, **options) -> Any:
     except BaseException as error:  # a panic of Rust is no Exception, and neither is Ctrl-C
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{problem}: {str(error)[:MOST_SHOWN]}") from None
+        kind = Unreadable if isinstance(error, Unreadable) else ValueError
+        raise kind(f"{problem}: {str(error)[:MOST_SHOWN]}") from None
 
 
 # ---- text to ids and back ------------------------------------------------------------------------
@@ -234,10 +235,7 @@ def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
         around = {role: ids[role] for role in ids if is_bert or config.get(f"add_{role}")}
         add_template(tokenizer, begin, end, around)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-    try:
-        return LibraryTokenizer(tokenizer, ids.get("eos_token"))
-    except Unreadable as error:
-        raise Unreadable(f"{path}: {error}") from None
+    return call(path, LibraryTokenizer, tokenizer, ids.get("eos_token"))
 
 
 def read_vocabulary(folder: Path, kind: object, config: dict) -> tuple[Path, "Tokenizer | None"]:

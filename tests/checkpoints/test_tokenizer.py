@@ -194,11 +194,14 @@ def switched(**switches):
     return layout
 
 
+GENERAL = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
 def with_rules(**rules):
     """A tokenizer.json with other rules, in the general class."""
 
     def layout(folder):
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+        config = GENERAL | {"eos_token": END_OF_TEXT}
         added = [{"id": 400, "content": END_OF_TEXT, "special": True, "rstrip": True}]
         added += [{"id": 401, "content": "cat", "special": False, "single_word": True}]
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -230,7 +233,7 @@ def bert(**options):
 def general(folder, tok, **roles):
     """Any tokenizer of the library, in the general class."""
     tok.save(str(folder / "tokenizer.json"))
-    write(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"} | roles)
+    write(folder, tokenizer_config=GENERAL | roles)
 
 
 def unigram(folder):
@@ -554,6 +557,10 @@ def test_a_panic_of_the_library_is_a_sentence(tmp_path):
     write(tmp_path, tokenizer=facts() | {"pre_tokenizer": split | {"invert": False}})
     with pytest.raises(ValueError, match="the text cannot be written in tokens: .*retry-limit"):
         load_tokenizer(tmp_path).encode("a" * 40)
+    strip = {"type": "Strip", "content": "!", "start": 0, "stop": 2}  # of a token of one letter
+    write(tmp_path, tokenizer=facts() | {"decoder": strip}, tokenizer_config=GENERAL)
+    with pytest.raises(ValueError, match="tokenizer.json: index out of bounds"):
+        load_tokenizer(tmp_path)
 
 
 DAMAGED = [  # file, what it holds, what is said
