@@ -9,8 +9,9 @@ again when its text ends. If the pool is full, the newest request is preempted.
     |AAAaBBbCCCCc··DDd·EEe···|
     step   12     96 tokens   ...   running   5  waiting   7  pool  80%
 
-The text of one prompt is printed word by word; those of several prompts are printed at the end, in
-the order of the prompts. Each option of the engine is a flag, with the default of `EngineConfig`.
+The text of one prompt is printed word by word; those of several prompts are written in the order of
+the prompts, each when it and those before it have ended. After Ctrl-C the finished texts are
+written. Each option of the engine is a flag, with the default of `EngineConfig`.
 
 Run: python generate.py
      python generate.py "Once upon a time" --max-tokens 200 --temperature 0.8
@@ -23,7 +24,10 @@ Try: --num-blocks 40: more preemptions, and the same texts.
      --block-size 1: no small letters, because a block of one token is always full.
 """
 
+import io
 import json
+import os
+import shutil
 import sys
 import textwrap
 from argparse import (
@@ -33,16 +37,25 @@ from argparse import (
     RawDescriptionHelpFormatter,
     _ArgumentGroup,
 )
+from contextlib import nullcontext, suppress
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import get_args
+from reprlib import repr as short_repr
+from typing import NamedTuple, TextIO, get_args
 
 from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput
-from watch.terminal import Meter, Screen, letter_of
+from watch.terminal import Meter, Screen, can_hold, letter_of
 
-Prompt = str | list[int]  # text or token ids
+
+class Entry(NamedTuple):
+    """A prompt, its parameters, and where it stands in a file, for messages."""
+
+    prompt: str | list[int]  # text or token ids
+    params: SamplingParams
+    place: str = ""  # "prompts.txt, line 3: "
+
 
 # (opening, tokens to write): short and long ones, so that requests end at different times.
 OPENINGS = [
@@ -152,70 +165,168 @@ def sampling_params(args: Namespace, **overrides) -> SamplingParams:
     """
     names = {field.name for field in fields(SamplingParams)}
     if unknown := set(overrides) - names:
-        raise ValueError(f"{min(unknown)!r} is no sampling parameter")
+        raise ValueError(f"{short_repr(min(unknown))} is no sampling parameter")
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return SamplingParams(**(values | overrides))
 
 
-def read_entry(line: str, args: Namespace) -> tuple[Prompt, SamplingParams]:
+def read_entry(line: str, args: Namespace, place: str) -> Entry:
     """One line of JSONL: an object with a "prompt", and parameters if it has its own."""
     entry = json.loads(line)
     if "prompt" not in entry:
         raise ValueError("there is no 'prompt'")
     prompt = entry.pop("prompt")
     if not isinstance(prompt, str | list):
-        raise ValueError(f"the prompt is {prompt!r}: give text or a list of token ids")
+        raise ValueError(f"the prompt is {short_repr(prompt)}: give text or a list of token ids")
     if isinstance(entry.get("logit_bias"), dict):  # JSON has strings as keys: make them integers
         entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
-    return prompt, sampling_params(args, **entry)
+    return Entry(prompt, sampling_params(args, **entry), place)
 
 
-def read_file(args: Namespace, from_flags: SamplingParams) -> list[tuple[Prompt, SamplingParams]]:
+def read_text(path: str) -> str:
+    """The whole text of a file, or of standard input for "-", by the same rules."""
+    # "-sig": some editors begin a file with an invisible mark, which is left out.
+    if path != "-":
+        return Path(path).read_text("utf-8-sig")
+    if sys.stdin is None:
+        raise OSError("it is closed")
+    # Decoded here, because sys.stdin has the encoding of the terminal.
+    return io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), "utf-8-sig").read()
+
+
+def read_file(args: Namespace, from_flags: SamplingParams) -> list[Entry]:
     """The prompts of --file. Raises ValueError that names the line."""
+    name = "standard input" if args.file == "-" else args.file
     try:
-        if args.file == "-":
-            text = sys.stdin.read()
-        else:
-            # "-sig": some editors begin a file with an invisible mark, which is left out
-            text = Path(args.file).read_text("utf-8-sig")
+        text = read_text(args.file)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{args.file} cannot be read: {error}") from None
-    prompts: list[tuple[Prompt, SamplingParams]] = []
+        raise ValueError(f"{name} cannot be read: {error}") from None
+    entries: list[Entry] = []
     for number, line in enumerate(text.split("\n"), 1):
+        place = f"{name}, line {number}: "
         try:
             if line.lstrip().startswith("{"):
-                prompts.append(read_entry(line, args))
+                entries.append(read_entry(line, args, place))
             elif line.strip():
-                prompts.append((line.rstrip("\r"), from_flags))
+                entries.append(Entry(line, from_flags, place))
         # TypeError: JSON of an unexpected type; RecursionError: too many nested brackets
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{args.file}, line {number}: {error}") from None
-    return prompts
+            raise ValueError(f"{place}{error}") from None
+    return entries
 
 
-def read_prompts(args: Namespace) -> list[tuple[Prompt, SamplingParams]]:
+def read_prompts(args: Namespace) -> list[Entry]:
     """The prompts of the arguments, then those of --file, each with its parameters."""
     from_flags = sampling_params(args)  # first, so that no line is blamed for a bad flag
     if args.is_demo:
         # At least half of the tokens are written, so that no text ends at once.
         return [
-            (opening, replace(from_flags, max_tokens=num, min_tokens=num // 2))
+            Entry(opening, replace(from_flags, max_tokens=num, min_tokens=num // 2))
             for opening, num in OPENINGS
         ]
-    prompts: list[tuple[Prompt, SamplingParams]] = [(p, from_flags) for p in args.prompts]
+    entries = [Entry(prompt, from_flags) for prompt in args.prompts]
     if args.file is not None:
-        prompts += read_file(args, from_flags)
-    if not prompts:
+        entries += read_file(args, from_flags)
+    if not entries:
         raise ValueError(f"{args.file} holds no prompt: one a line, or JSONL with a 'prompt' each")
-    return prompts
+    return entries
+
+
+# ---- where the texts go --------------------------------------------------------------------------
+def usable_stdout() -> TextIO:
+    """Standard output, which writes "?" for a character that its encoding lacks."""
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: write to a file with --out")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+    return sys.stdout
+
+
+class TextWriter:
+    """Writes texts in the order of the prompts, to standard output or to a file.
+
+    It is made before the model is loaded, so that a file that cannot be written is noticed before
+    the work. A text is written when all before it are; on a terminal, where the pool is drawn, all
+    at the end. The texts go to a file beside the target, which takes its place at the end.
+    """
+
+    def __init__(self, target: Path | None):
+        self.num_written = 0
+        self.waiting: dict[int, str] = {}  # texts that are not written yet, by their numbers
+        self.part: Path | None = None
+        if target is None:
+            self.stream = usable_stdout()
+            return
+        if target.is_dir() or not target.parent.is_dir():
+            raise ValueError(f"--out {target} is a folder, or there is no folder {target.parent}")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise ValueError(f"--out {target} cannot be written: its permissions forbid it")
+        if target.is_file() or not target.exists():  # a pipe or a device is not replaced
+            self.target = target.resolve()
+            self.part = self.target.with_name(f"{target.name[:99]}.{os.getpid()}.part")
+        self.stream = open(self.part or target, "w", encoding="utf-8", errors="replace")
+        self.whole_bytes = 0  # of the part, up to the end of the last text
+
+    def add(self, number: int, text: str) -> None:
+        """Take the text of a prompt, given by its number from 0 on, with its line end."""
+        self.waiting[number] = text
+        while self.num_written in self.waiting and (self.part or not self.stream.isatty()):
+            self._write(self.num_written)
+
+    def write_rest(self) -> None:
+        """Write all texts that wait, also those behind a text that never came."""
+        for number in sorted(self.waiting):
+            self._write(number)
+
+    def _write(self, number: int) -> None:
+        text = self.waiting.pop(number)
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:  # a full disk, a closed pipe
+            self.waiting.clear()
+            name = self.part or "the output"
+            kept = f"; {self.num_written} texts are in it" if self.part and self.num_written else ""
+            raise ValueError(f"{name} cannot be written: {error.strerror}{kept}") from None
+        self.num_written += 1
+        if self.part is not None:
+            self.whole_bytes = self.part.stat().st_size
+
+    def __enter__(self) -> "TextWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Put the file in its place, after Ctrl-C too; after an error the old one stays."""
+        if self.stream is sys.stdout:
+            return
+        with suppress(OSError) if kind else nullcontext():
+            self.stream.close()
+        if self.part is None:
+            return
+        if kind is None or (kind is KeyboardInterrupt and self.num_written):
+            if self.target.exists():
+                shutil.copymode(self.target, self.part)
+            self.part.replace(self.target)
+        elif self.num_written:
+            os.truncate(self.part, self.whole_bytes)  # without the half of a text at its end
+        else:
+            self.part.unlink()
 
 
 # ---- running -------------------------------------------------------------------------------------
-def stream_one(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
+def add_entry(llm: LLM, entry: Entry) -> str:
+    """Queue a prompt; returns the request's id. ValueError names the line of a refused one."""
+    try:
+        return llm.engine.add_request(entry.prompt, entry.params)
+    except ValueError as error:
+        raise ValueError(f"{entry.place}{error}") from None
+
+
+def stream_one(llm: LLM, entry: Entry) -> list[RequestOutput]:
     """Print a single text while it is written; without a tokenizer its token ids."""
     engine = llm.engine
-    engine.add_request(prompt, params)
-    print(prompt if isinstance(prompt, str) else "", end="", flush=True)
+    add_entry(llm, entry)
+    print(entry.prompt if isinstance(entry.prompt, str) else "", end="", flush=True)
     finished: list[RequestOutput] = []
     while engine.has_unfinished():
         output = engine.step()
@@ -223,14 +334,41 @@ def stream_one(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[Request
         for delta in output.deltas:
             ids = "".join(f" {token_id}" for token_id in delta.token_ids)
             print(delta.text if llm.tokenizer else ids, end="", flush=True)
-    print()
+    print(flush=True)
     return finished
 
 
-def as_json(output: RequestOutput, llm: LLM) -> str:
-    """One line of JSONL for a request."""
+def serve_all(
+    llm: LLM, entries: list[Entry], writer: TextWriter, args: Namespace
+) -> list[RequestOutput]:
+    """Serve all prompts together; the outputs are in their order. What has ended is written."""
+    engine = llm.engine
+    numbers = {add_entry(llm, entry): number for number, entry in enumerate(entries)}
+    outputs: dict[int, RequestOutput] = {}
+    try:
+        while engine.has_unfinished():
+            for output in engine.step().finished:
+                number = numbers[output.request_id]
+                outputs[number] = output
+                if args.jsonl:
+                    text = as_json(output, llm, writer.stream)
+                else:
+                    text = "\n" * (number > 0) + as_text(output, llm, args.is_demo)
+                writer.add(number, f"{text}\n")
+    except KeyboardInterrupt:
+        done = f"interrupted: {len(outputs)} of {len(entries)} texts are finished and written"
+        raise KeyboardInterrupt(done) from None
+    finally:
+        print(file=sys.stderr)
+        writer.write_rest()
+    return [outputs[number] for number in sorted(outputs)]
+
+
+def as_json(output: RequestOutput, llm: LLM, stream: TextIO) -> str:
+    """One line of JSONL for a request; in ASCII if the stream lacks one of its characters."""
     row = {"model": llm.model_name, "weights": llm.weights} | asdict(output)
-    return json.dumps(row, ensure_ascii=False)
+    line = json.dumps(row, ensure_ascii=False)
+    return line if can_hold(stream, line) else json.dumps(row)
 
 
 def as_text(output: RequestOutput, llm: LLM, has_letter: bool) -> str:
@@ -244,30 +382,12 @@ def as_text(output: RequestOutput, llm: LLM, has_letter: bool) -> str:
     return "\n\n".join(texts)
 
 
-def write_all(outputs: list[RequestOutput], llm: LLM, args: Namespace) -> None:
-    """Print all outputs or write them to --out, as texts or as lines of JSON."""
-    if args.jsonl:
-        whole = "\n".join(as_json(output, llm) for output in outputs)
-    else:
-        whole = "\n\n".join(as_text(output, llm, args.is_demo) for output in outputs)
-    if args.out is None:
-        print(whole)
-    else:
-        args.out.write_text(f"{whole}\n", encoding="utf-8")
-
-
 def check_errors(outputs: list[RequestOutput]) -> None:
     """Raise ValueError for a text that ended with an error; the others have been written."""
     for number, output in enumerate(outputs, 1):
         for completion in output.outputs:
             if completion.error is not None:
                 raise ValueError(f"prompt {number}: {completion.error}")
-
-
-def check_flags(args: Namespace) -> None:
-    """Raise ValueError for flags that would fail only after the texts are written."""
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise ValueError(f"--out {args.out} is a folder, or there is no folder {args.out.parent}")
 
 
 def build_llm(args: Namespace) -> LLM:
@@ -288,44 +408,61 @@ def build_llm(args: Namespace) -> LLM:
 
 def run(args: Namespace) -> None:
     """Load the model, serve the prompts, print or write their texts."""
-    prompts = read_prompts(args)
-    check_flags(args)
-    llm = build_llm(args)
-    engine = llm.engine
-    meter = Meter(engine.scheduler, f"{llm.weights}, {llm.backend}, {str(llm.dtype)[6:]}")
-    engine.watchers.append(meter)
-    explainer = None
-    if args.explain:
-        from watch.explain import Explainer  # for --explain only
+    entries = read_prompts(args)
+    with TextWriter(args.out) as writer:
+        llm = build_llm(args)
+        engine = llm.engine
+        meter = Meter(engine.scheduler, f"{llm.weights}, {llm.backend}, {str(llm.dtype)[6:]}")
+        engine.watchers.append(meter)
+        explainer = None
+        if args.explain:
+            from watch.explain import Explainer  # for --explain only
 
-        explainer = Explainer(llm.model, engine.cache, engine.forward)
-        engine.watchers.append(explainer)
-    if args.record is not None:
-        from watch.recorder import Recorder  # for --record only
+            explainer = Explainer(llm.model, engine.cache, engine.forward)
+            engine.watchers.append(explainer)
+        if args.record is not None:
+            from watch.recorder import Recorder  # for --record only
 
-        name = Path(llm.model_name).name
-        engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
+            name = Path(llm.model_name).name
+            engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
 
-    is_one_text = len(prompts) == 1 and prompts[0][1].n == 1
-    if is_one_text and not args.jsonl and args.out is None:
-        outputs = stream_one(llm, *prompts[0])
-    else:
-        engine.watchers.append(Screen(meter, args.is_demo, stream=sys.stderr))
-        outputs = llm.generate([p for p, _ in prompts], [params for _, params in prompts])
-        print(file=sys.stderr)
-        write_all(outputs, llm, args)
+        is_one_text = len(entries) == 1 and entries[0].params.n == 1
+        if is_one_text and not args.jsonl and args.out is None:
+            outputs = stream_one(llm, entries[0])
+        else:
+            engine.watchers.append(Screen(meter, args.is_demo, stream=sys.stderr))
+            outputs = serve_all(llm, entries, writer, args)
     print(f"\n{meter.summary()}", file=sys.stderr)
     if explainer is not None:
         print("", *explainer.report(), sep="\n", file=sys.stderr)
     check_errors(outputs)
 
 
+def flush_stdout() -> None:
+    """Python flushes it again at exit, and would print a traceback if it cannot be written."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and run it; a caller's mistake is one sentence and exit code 1."""
+    if sys.stderr is None:  # closed: print(file=None) would write to standard output
+        sys.stderr = open(os.devnull, "w")
     try:
         run(parse_args(argv))
+    except KeyboardInterrupt as error:
+        flush_stdout()
+        print(f"\ngenerate.py: {str(error) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        raise SystemExit(f"generate.py: {error}") from None
+        flush_stdout()
+        sentence = str(error).replace("\n", " ")
+        if len(sentence) > 360:  # with a value of 3,000 numbers, for example
+            sentence = f"{sentence[:240]} ... {sentence[-100:]}"
+        raise SystemExit(f"generate.py: {sentence}") from None
 
 
 if __name__ == "__main__":

@@ -25,12 +25,13 @@ blocks, and the texts are the same. TIGHT_POOL_TOKENS = 16: a prompt and its 24 
 fit into the pool, so the request is refused.
 """
 
-import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short_repr
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,9 @@ class EngineConfig:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", *may_be_none):
             value = getattr(self, name)
             is_left_open = value is None and name in may_be_none
-            if not is_left_open and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}: it must be an integer of at least 1")
+            if not is_left_open and (type(value) is not int or not 1 <= value < 2**63):
+                allowed = "it must be an integer of at least 1 and below 2**63"
+                raise ValueError(f"{name} is {short_repr(value)}: {allowed}")
         for name in ("cuda_graphs", "plan_ahead", "fused"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
@@ -111,8 +113,9 @@ class EngineConfig:
         if self.few_rows and not self.fused:
             raise ValueError(f"few_rows is {self.few_rows}: it needs fused=True")
         mb = self.kv_cache_mb
-        if mb is not None and not (isinstance(mb, int | float) and 0 < mb < math.inf):
-            raise ValueError(f"kv_cache_mb is {mb!r}: it must be a number above 0")
+        if mb is not None and not (isinstance(mb, int | float) and 0 < mb <= 1e12):
+            allowed = "it must be a number above 0 and at most 1e12"
+            raise ValueError(f"kv_cache_mb is {short_repr(mb)}: {allowed}")
         share = self.gpu_memory_utilization
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization is {share}: it must be in (0, 1]")
@@ -242,8 +245,11 @@ class LLM:
         policy: Callable = first_come_first_served,
         **config,
     ):
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise ValueError(f"threads is {threads!r}: it must be an integer of at least 1")
+        # Far more threads than cores only wait for one another, and a process may start so many.
+        most = max(64, os.cpu_count() or 1)
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= most):
+            allowed = f"it must be an integer of at least 1, and at most {most} on this machine"
+            raise ValueError(f"threads is {short_repr(threads)}: {allowed}")
         self.config = EngineConfig(**config)
         if isinstance(model, GPT):
             self._take_model(model, device, dtype)

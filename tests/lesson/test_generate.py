@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,9 +172,22 @@ def test_arguments_then_lines_of_a_file_are_answered_in_order(tmp_path, monkeypa
     assert all(len(row["outputs"][0]["token_ids"]) <= 3 for row in rows)
     assert re.search(r"^step .* tokens/s .* running .* waiting .* pool", err, re.MULTILINE)
     assert "|" not in err  # the strip belongs to the demonstration
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The wolf\nThe princess\n"))
-    rows = completions(run_main("--file", "-", "--max-tokens", 3, "--jsonl", *SMALL_POOL)[0])
-    assert [row["prompt"] for row in rows] == ["The wolf", "The princess"]
+
+
+def test_standard_input_is_read_by_the_rules_of_a_file(monkeypatch, bytes_model, tmp_path):
+    """In UTF-8, whatever the terminal has, without an invisible first mark, with any line ends."""
+    raw = b'\xef\xbb\xbfK\xc3\xb6nigin\r\n{"prompt": "ab"}\rThe fox\n'
+    (tmp_path / "prompts").write_bytes(raw)
+    flags = ["--model", bytes_model, "--max-tokens", 1, "--jsonl", *SMALL_POOL]
+    for path in ("-", tmp_path / "prompts"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "ascii"))
+        rows = completions(run_main("--file", path, *flags)[0])
+        assert [row["prompt"] for row in rows] == ["K\u00f6nigin", "ab", "The fox"]
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after 0<&-
+    message = refusal("--file", "-", *flags)
+    assert message == "generate.py: standard input cannot be read: it is closed"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{}")))
+    assert "standard input, line 1: there is no 'prompt'" in refusal("--file", "-", *flags)
 
 
 def test_a_line_of_jsonl_brings_its_own_parameters_and_may_be_token_ids(tmp_path):
@@ -230,6 +244,180 @@ def test_out_and_jsonl_write_one_json_object_a_prompt(tmp_path):
         assert isinstance(output["text"], str) and output["token_ids"]
 
 
+# ---- where the texts go --------------------------------------------------------------------------
+def interrupt(monkeypatch, after_steps, files=()):
+    """Ctrl-C after so many steps of the next run; a list of the sizes that the files then have."""
+    sizes = []
+
+    def build(*args, **kwargs):
+        llm = LLM(*args, **kwargs)
+        forward, calls = llm.engine.forward, iter(range(1, 1000))
+
+        def forward_or_stop(batch):
+            if next(calls) > after_steps:
+                sizes.extend(file.stat().st_size for pattern in files for file in pattern())
+                raise KeyboardInterrupt
+            return forward(batch)
+
+        llm.engine.forward = forward_or_stop
+        return llm
+
+    monkeypatch.setattr(generate, "LLM", build)
+    return sizes
+
+
+@pytest.fixture
+def three_prompts(tmp_path, bytes_model):
+    """Flags of a run whose second text is the longest: texts of 2, 9 and 3 tokens."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(PROMPT_LINE % pair for pair in (("ab", 2), ("cd", 9), ("ef", 3))))
+    return ["--model", bytes_model, "--file", path, "--temperature", 0, *SMALL_POOL]
+
+
+PROMPT_LINE = '{"prompt": "%s", "max_tokens": %d, "logit_bias": {"87": 100}}\n'  # writes x
+FINISHED = "abxx\n\nefxxx\n"
+
+
+def test_after_ctrl_c_the_finished_texts_are_written_and_a_sentence_says_so(
+    monkeypatch, three_prompts, tmp_path, capsys
+):
+    path = tmp_path / "texts.txt"
+    path.write_text("old\n")
+    parts = [lambda: tmp_path.glob("*.part")]
+    sizes = interrupt(monkeypatch, 5, parts)
+    for flags, written in ((["--out", path], path.read_text), ([], lambda: capsys.readouterr()[0])):
+        with pytest.raises(SystemExit) as end:
+            main([str(flag) for flag in [*three_prompts, *flags]])
+        assert end.value.code == 130
+        if flags:
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert message == "generate.py: interrupted: 2 of 3 texts are finished and written"
+        assert written() == FINISHED
+    assert sizes == [len("abxx\n")]  # while the second text runs, only the first may be written
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_ctrl_c_before_any_text_has_ended_leaves_the_old_file(
+    monkeypatch, three_prompts, tmp_path, capsys
+):
+    path = tmp_path / "texts.txt"
+    path.write_text("old\n")
+    interrupt(monkeypatch, 1)
+    with pytest.raises(SystemExit, match="130"):
+        main([str(flag) for flag in [*three_prompts, "--out", path]])
+    assert path.read_text() == "old\n" and list(tmp_path.glob("*.part")) == []
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == "generate.py: interrupted: 0 of 3 texts are finished and written"
+    interrupt(monkeypatch, 1)
+    with pytest.raises(SystemExit, match="130"):  # a single text: what it has is on the screen
+        main(["ab", *SMALL_POOL])
+    assert capsys.readouterr().err == "\ngenerate.py: interrupted\n"
+
+
+class FullDisk(io.TextIOWrapper):
+    """A file on a disk that has room for 9 more bytes."""
+
+    def write(self, text):
+        self.num_written = getattr(self, "num_written", 0) + len(text)
+        return super().write(text)
+
+    def flush(self):
+        if self.num_written > 9:
+            self.buffer.raw.write(b"\ncdx")  # a half of the text
+            raise OSError(28, "No space left on device")
+        super().flush()
+
+
+def test_on_a_full_disk_the_old_file_stays_and_the_whole_texts_are_kept_beside_it(
+    monkeypatch, three_prompts, tmp_path
+):
+    path = tmp_path / "texts.txt"
+    path.write_text("old\n")
+    whole = open
+
+    def open_full(file, *args, **kwargs):
+        opened = whole(file, *args, **kwargs)
+        is_part = str(file).endswith(".part")
+        return FullDisk(opened.detach(), encoding="utf-8") if is_part else opened
+
+    monkeypatch.setattr("builtins.open", open_full)
+    message = refusal(*three_prompts, "--out", path)
+    monkeypatch.undo()
+    (part,) = tmp_path.glob("*.part")
+    assert message == (
+        f"generate.py: {part} cannot be written: No space left on device; 1 texts are in it"
+    )
+    assert path.read_text() == "old\n" and part.read_text() == "abxx\n"
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions_and_a_link_stays_a_link(
+    three_prompts, tmp_path
+):
+    target, link = tmp_path / "texts.txt", tmp_path / "link.txt"
+    target.write_text("old\n")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    run_main(*three_prompts, "--out", link)
+    assert link.is_symlink() and target.read_text() == "abxx\n\ncdxxxxxxxxx\n\nefxxx\n"
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_device_is_written_to_and_not_replaced(three_prompts):
+    run_main(*three_prompts, "--out", "/dev/null")
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "K?nigin ?"), ("cp1252", "K\u00f6nigin ?")])
+def test_a_character_that_standard_output_lacks_is_written_as_a_question_mark_and_in_json_escaped(
+    monkeypatch, bytes_model, encoding, shown
+):
+    flags = ["--model", str(bytes_model), "--max-tokens", "1", *SMALL_POOL]
+    prompt = "K\u00f6nigin \U0001f409"
+    for more, is_right in (
+        ([], lambda text: text.startswith(shown)),
+        (["--n", "2"], lambda text: text.count(shown) == 2),
+        (["--jsonl"], lambda text: json.loads(text)["prompt"] == prompt),
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        main([prompt, *flags, *more])
+        assert is_right(stream.buffer.getvalue().decode(encoding))
+
+
+def test_a_lone_surrogate_in_a_prompt_does_not_lose_the_texts(bytes_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n')
+    writer = generate.TextWriter(tmp_path / "texts")
+    with writer:
+        writer.add(0, "a\ud800b\n")
+    assert (tmp_path / "texts").read_text() == "a?b\n"
+    assert not generate.can_hold(writer.stream, "a\ud800b")  # in JSON it is escaped
+
+
+def as_process(command):
+    """Exit code and stderr of the program in a shell, where streams can be closed or full."""
+    program = f"{sys.executable} generate.py The --max-tokens 2 --num-blocks 8"
+    done = subprocess.run(
+        ["bash", "-c", command.format(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_closed_or_full_standard_output_is_one_sentence():
+    code, message = as_process("{} --model no/such >&-")  # before the model is looked for
+    assert (code, message) == (
+        1,
+        "generate.py: standard output is closed: write to a file with --out\n",
+    )
+    code, message = as_process("{} --jsonl > /dev/full")
+    assert code == 1 and message.count("generate.py") == 1 and "Traceback" not in message
+    assert message.endswith("generate.py: the output cannot be written: No space left on device\n")
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 BAD_LINES = {
     "no JSON": ('{"prompt": "a"', "Expecting ',' delimiter"),
@@ -260,6 +448,12 @@ REFUSED = {
     "a prompt that is too long": (["word " * 2000], "max_seq_len is 1024: shorten it"),
     "two sizes of the pool": (["x", "--num-blocks", "9", "--kv-cache-mb", "1"], "give one"),
     "a pool beyond the memory": (["x", "--num-blocks", "1000000000000"], "lower num_blocks"),
+    "a pool beyond all numbers": (
+        ["x", "--kv-cache-mb", "1e308"],
+        "kv_cache_mb is 1e+308: it must",
+    ),
+    "blocks beyond all numbers": (["x", "--num-blocks", "9" * 400], "below 2**63"),
+    "threads beyond all machines": (["x", "--threads", "100000"], "threads is 100000: it must be"),
     "a folder to read from": (["--file", "."], "cannot be read"),
 }
 
@@ -285,9 +479,36 @@ def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path):
     assert "latin.txt cannot be read" in refusal("--file", tmp_path / "latin.txt")
 
 
+def test_a_prompt_that_the_engine_refuses_is_named_by_file_and_line(bytes_model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('The wolf\n\n{"prompt": [5, 257]}\n')
+    message = refusal("--file", path, "--model", bytes_model, *SMALL_POOL)
+    assert message.endswith(
+        "prompts.jsonl, line 3: the prompt has token id 257: ids are integers from 0 to 256"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "stop_token_ids": [%s"x"]}' % ("7, " * 3000),
+        '{"prompt": [[%s7]]}' % ("7, " * 3000),
+        '{"prompt": {"a": [%s7]}}' % ("7, " * 3000),
+        '{"prompt": "a", "%s": 1}' % ("x" * 3000),
+        '{"prompt": "a", "logit_bias": {"%s": 1}}' % ("x" * 3000),
+    ],
+)
+def test_a_refusal_never_repeats_three_thousand_values(bytes_model, tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text(line)
+    assert "p.jsonl, line 1: " in refusal("--file", path, "--model", bytes_model, *SMALL_POOL)
+
+
 TOO_LATE = {  # flags -> words: refused before the model is loaded
     "--out=no/such/folder/x.txt": "there is no folder no/such",
     "--out=.": "--out . is a folder",
+    "--out=/proc/no.txt": "No such file or directory: '/proc/no.txt.",
+    f"--out={'x' * 300}": "File name too long",
 }
 
 
