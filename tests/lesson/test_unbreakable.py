@@ -43,6 +43,7 @@ from traffic import (
 from engine import InferenceEngine, sample_next
 from llm import LLM
 from sampling import Logprob, SampleRow, SamplingParams, child_seed, sample
+from scheduler import Scheduler
 from sequence import Continuation
 from speedups.plan_ahead import AheadEngine
 
@@ -356,9 +357,10 @@ def play_with_lines(kind, lines):
     return ledger
 
 
-# What keeps the promises is tried at each of its lines, near the end of the run.
+# What keeps the promises is tried at each of its lines: near the end of the run, and in its middle
+# where the line is rare.
 GUARDS = [InferenceEngine.step, InferenceEngine.abort, InferenceEngine.add_request]
-GUARDS += [InferenceEngine._commit]
+GUARDS += [InferenceEngine._commit, AheadEngine._queue, Scheduler._end, Scheduler._fork]
 
 
 def check_lines(kind, share, seed):
@@ -371,7 +373,8 @@ def check_lines(kind, share, seed):
     runs = []
     for line, num_hits in sorted(reached.hits.items()):
         if line in guards:
-            runs.append((line, num_hits - num_hits // 5, KeyboardInterrupt))
+            hits = {num_hits - num_hits // 5, (num_hits + 1) // 2 if num_hits < 30 else num_hits}
+            runs += [(line, at_hit, KeyboardInterrupt) for at_hit in hits]
         for error in (KeyboardInterrupt, RuntimeError):
             hits = {1, numbers.randint(1, num_hits)}
             runs += [(line, at_hit, error) for at_hit in hits if numbers.random() < share]
