@@ -29,6 +29,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
+from reprlib import repr as short_repr
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,7 @@ def rows_to_draw(sequences: list[Sequence]) -> SampleRows:
                 token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
                 num_prompt_tokens=seq.num_prompt_tokens,
                 eos_token_ids=seq.request.eos_token_ids,
+                bad_words_ids=seq.request.bad_words_ids,
             )
             for seq in sequences
         ]
@@ -520,6 +522,7 @@ class InferenceEngine:
             params=params,
             strategy=strategy,
             eos_token_ids=self.eos_token_ids,
+            bad_words_ids=self._encode_bad_words(params),
             prompt=prompt if isinstance(prompt, str) else None,
         )
         if params.prompt_logprobs is not None:
@@ -619,7 +622,7 @@ class InferenceEngine:
         unknown = [i for i in ids if type(i) is not int or not 0 <= i < self.vocab_size]
         if unknown:
             known = f"ids are integers from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"the prompt has token id {unknown[0]!r}: {known}")
+            raise ValueError(f"the prompt has token id {short_repr(unknown[0])}: {known}")
         max_seq_len = self.scheduler.max_seq_len
         # `>=`: a prompt that fills the context leaves no position for a generated token.
         if len(ids) >= max_seq_len:
@@ -631,13 +634,29 @@ class InferenceEngine:
         """The token ids of a text; a list as it is. ValueError where a tokenizer is missing."""
         if self.tokenizer is not None and isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            asked = "a text prompt" if isinstance(prompt, str) else "a stop string"
+        asks_for_text = params.stop or params.bad_words
+        if self.tokenizer is None and (isinstance(prompt, str) or asks_for_text):
+            asked = "a stop string" if params.stop else "a bad word"
+            asked = "a text prompt" if isinstance(prompt, str) else asked
             raise ValueError(f"{asked} needs a tokenizer, and this model has none: give token ids")
         if not isinstance(prompt, list):
             kind = type(prompt).__name__
             raise ValueError(f"the prompt is of type {kind}: give text or a list of token ids")
         return prompt
+
+    def _encode_bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, at the beginning of a text and, as vLLM, after a space.
+
+        The form after a space counts if it is another first token and as long.
+        """
+        words: list[tuple[int, ...]] = []
+        for word in params.bad_words or ():
+            assert self.tokenizer is not None  # `_encode` has refused it
+            plain, spaced = (tuple(self.tokenizer.encode(s + word.lstrip())) for s in ("", " "))
+            words.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                words.append(spaced)
+        return tuple(words)
 
     def _count_blocks(self) -> BlockCounts:
         """Totals of the scheduler and its allocator since the start."""

@@ -89,18 +89,20 @@ SAMPLING_HELP = {
     "seed": "the same seed writes the same text, in any batch",
     "max_tokens": "tokens to write at most",
     "min_tokens": "tokens to write before the text may end",
+    "bad_words": "a string that is not written; may be given several times",
     "stop": "a string that ends the text; may be given several times",
+    "include_stop_str_in_output": "whether the text ends with the stop string",
     "ignore_eos": "go on after the end-of-text token",
     "logprobs": "log-probabilities of this many likeliest tokens, in --jsonl output",
 }
 # These have no flag: a dict or a list of ids is hard to type. A line of JSONL may set them.
-SAMPLING_WITHOUT_FLAG = {"logit_bias", "stop_token_ids", "prompt_logprobs"}
+SAMPLING_WITHOUT_FLAG = {"logit_bias", "allowed_token_ids", "stop_token_ids", "prompt_logprobs"}
 
 
 def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
     """A flag for a field of a dataclass, with the field's name, type and default."""
     flag = "--" + field.name.replace("_", "-")
-    if field.name == "stop":
+    if field.name in ("stop", "bad_words"):
         group.add_argument(flag, action="append", help=help)
     elif isinstance(field.default, bool):
         help = f"{help}; {'on' if field.default else 'off'} by default"
@@ -178,8 +180,6 @@ def read_entry(line: str, args: Namespace, place: str) -> Entry:
     prompt = entry.pop("prompt")
     if not isinstance(prompt, str | list):
         raise ValueError(f"the prompt is {short_repr(prompt)}: give text or a list of token ids")
-    if isinstance(entry.get("logit_bias"), dict):  # JSON has strings as keys: make them integers
-        entry["logit_bias"] = {int(key): bias for key, bias in entry["logit_bias"].items()}
     return Entry(prompt, sampling_params(args, **entry), place)
 
 

@@ -448,7 +448,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete all prompts together; the outputs are in the order of the prompts.
 
-        A prompt is text or a list of token ids; `sampling_params` is one for all prompts or one
+        A prompt is text or token ids (a list, a tuple, an array, or a dict with "prompt" or
+        "prompt_token_ids"); `sampling_params` is one for all prompts or one
         for each. It calls `step`: use it in one thread, and not in a watcher or a strategy. Raises
         ValueError if any prompt is refused (then no prompt is served), or if the engine still has
         requests of an earlier caller.
@@ -487,11 +488,14 @@ def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParam
 
     Example: `_pair([5, 6], None)` is one prompt of two token ids: `[([5, 6], None)]`.
     """
-    if not isinstance(prompts, str | list | tuple) or isinstance(sampling_params, dict):
+    if hasattr(prompts, "tolist"):  # an array of NumPy or PyTorch; rows are prompts
+        prompts = prompts.tolist()
+    is_known = isinstance(prompts, str | list | tuple | dict)
+    if not is_known or isinstance(sampling_params, dict):
         kinds = f"{type(prompts).__name__} and {type(sampling_params).__name__}"
         raise ValueError(f"{kinds} given: prompts are text or lists, params SamplingParams")
     # A list of integers is one prompt of token ids, a list of anything else is a list of prompts.
-    is_one_prompt = isinstance(prompts, str) or (prompts and all(type(p) is int for p in prompts))
+    is_one_prompt = isinstance(prompts, str | dict) or (prompts and all(map(_is_number, prompts)))
     if is_one_prompt:
         prompts = [prompts]
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -499,7 +503,30 @@ def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParam
     if len(sampling_params) != len(prompts):
         counts = f"{len(prompts)} prompts but {len(sampling_params)} sampling params"
         raise ValueError(f"{counts}: give one for all, or one each")
-    return list(zip(prompts, sampling_params, strict=True))
+    return [(_plain(p), params) for p, params in zip(prompts, sampling_params, strict=True)]
+
+
+def _is_number(value) -> bool:
+    # numbers of NumPy and PyTorch are arrays without a dimension
+    return type(value) is int or (hasattr(value, "item") and not value.shape)
+
+
+def _plain(prompt) -> str | list[int]:
+    """A prompt in one of vLLM's other forms as text or a list of ids: a dict, a tuple, an array."""
+    if isinstance(prompt, dict):
+        given = [prompt.get(key) for key in ("prompt_token_ids", "prompt")]
+        if set(prompt) - {"prompt_token_ids", "prompt"} or given == [None, None]:
+            keys = short_repr(list(prompt))
+            raise ValueError(f"a prompt has the keys {keys}: give 'prompt' or 'prompt_token_ids'")
+        prompt = given[1] if given[0] is None else given[0]
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if isinstance(prompt, list | tuple):
+        return [
+            value.item() if _is_number(value) and type(value) is not int else value
+            for value in prompt
+        ]
+    return prompt
 
 
 # --------------------------------------------------------------------------------------------------

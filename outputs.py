@@ -73,13 +73,20 @@ class StreamDecoder:
     tokens, but may begin inside it, as in vLLM. Raises ValueError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = (), min_tokens: int = 0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Iterable[str] = (),
+        min_tokens: int = 0,
+        keeps_stop: bool = False,  # whether a stop string that ends the text is a part of it
+    ):
         self._tokenizer = tokenizer
         self._stop = [stop] if isinstance(stop, str) else list(stop)  # "END" is not E, N and D
         if "" in self._stop:
             raise ValueError("a stop string is empty, which every text contains: leave it out")
         self._longest = max(map(len, self._stop), default=0)  # characters
         self._min_tokens = min_tokens
+        self._keeps_stop = keeps_stop
         # Python's decoder keeps the bytes of an incomplete character (at most 3) until the rest
         # comes, and gives U+FFFD for bytes that can never become a character. So two parts of the
         # text are held back: bytes in `_utf8`, and complete characters in `_held`.
@@ -122,7 +129,7 @@ class StreamDecoder:
         if found:
             start, order = min(found)  # the earliest; of two that begin together the first listed
             self.stopped, self._held = self._stop[order], ""
-            return window[:start]
+            return window[: start + self._keeps_stop * len(self.stopped)]
         # "a BUST" with the stop string "STOP": "a BU" is sent, "ST" is held.
         keep = self._first_possible_start(window)
         self._held = window[keep:]
@@ -310,7 +317,9 @@ def decode(tokenizer: Tokenizer, seq: Sequence, end: int) -> StreamDecoder:
     ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
     if ended_by_token and end == len(seq.token_ids):
         end -= 1
-    decoder = seq.decoder or StreamDecoder(tokenizer, params.stop, params.min_tokens)
+    decoder = seq.decoder or StreamDecoder(
+        tokenizer, params.stop, params.min_tokens, params.include_stop_str_in_output
+    )
     num_seen = seq.num_prompt_tokens + len(decoder.pieces)
     if num_seen < end:
         # An interruption in this loop leaves no decoder, and the next call begins a new one.

@@ -25,6 +25,7 @@ strip of top_p then has no c, because a and b reach 0.65 together.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the tokens of one request are chosen. Names, meanings and defaults are vLLM's.
 
+    Three things differ. There is no `skip_special_tokens`: special tokens that do not end the text
+    are shown, as with False. `include_stop_str_in_output` is about strings: a stop token's text is
+    never shown. Some of vLLM's fields do not exist here (structured outputs, `detokenize`).
     A value that is not allowed raises ValueError with the name, the value and what is allowed.
     """
 
@@ -51,26 +55,35 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted once for each time that the output has it
     repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or output
     logit_bias: dict[int, float] | None = None  # token id -> what is added to its logit
-    seed: int | None = None  # None: the engine picks one
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None  # no others; None: all
+    bad_words: list[str] | tuple[str, ...] | None = None  # never written, as far as tokens tell
+    seed: int | None = None  # None or -1: the engine picks one
     max_tokens: int | None = 16  # None: until max_seq_len is reached
     min_tokens: int = 0  # EOS and stop tokens are forbidden until the output has this many
     stop: str | list[str] | tuple[str, ...] | None = None  # strings that end the text
     stop_token_ids: list[int] | tuple[int, ...] | None = None  # tokens that end the text
+    include_stop_str_in_output: bool = False  # whether the text ends with the stop string
     ignore_eos: bool = False  # continue after EOS, for benchmarks of a fixed length
-    logprobs: int | None = None  # this many log-probabilities a token, and the drawn token's own
+    # This many log-probabilities a token, and the drawn token's own; -1: of the whole vocabulary.
+    logprobs: int | None = None
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     def __post_init__(self):
         check_params(self)
-        # The three fields that a caller may give in several forms are stored in one form each. (A
-        # frozen dataclass can be changed only in this way.)
-        bias = self.logit_bias or {}
-        # Clamped as in vLLM: +-100 already means "always" and "never" for real logits.
-        clamped = {token_id: max(-100.0, min(100.0, x)) for token_id, x in bias.items()}
+        # The fields that a caller may give in several forms are stored in one form each. (A frozen
+        # dataclass can be changed only in this way.) A bias is clamped as in vLLM: +-100 already
+        # means "always" and "never" for real logits. JSON has "5" where Python has 5.
+        bias = (self.logit_bias or {}).items()
+        clamped = {int(token_id): max(-100.0, min(100.0, x)) for token_id, x in bias}
         object.__setattr__(self, "logit_bias", clamped)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop_token_ids", "bad_words"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
 
     @property
     def greedy(self) -> bool:
@@ -88,6 +101,8 @@ class SamplingParams:
         in_range = f"ids below {vocab_size}"
         require(self, "stop_token_ids", all(t < vocab_size for t in stop_ids), in_range)
         require(self, "logit_bias", all(t < vocab_size for t in biased_ids), in_range)
+        allowed_ids = self.allowed_token_ids or ()
+        require(self, "allowed_token_ids", all(t < vocab_size for t in allowed_ids), in_range)
         # While min_tokens forbids the stop tokens and EOS, at least one other token must exist.
         one_remains = not self.min_tokens or len(stop_ids) < vocab_size - 1
         require(self, "stop_token_ids", one_remains, "fewer than all ids while min_tokens is set")
@@ -105,18 +120,18 @@ RULES: dict[str, tuple[Any, float, float, str]] = {
     "presence_penalty": (int | float, -2, 2, "a number from -2 to 2"),
     "frequency_penalty": (int | float, -2, 2, "a number from -2 to 2"),
     "repetition_penalty": (int | float, 1e-6, 1e6, "a number above 0, from 1e-6 to 1e6"),
-    "seed": (int | None, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1, or None"),
+    "seed": (int | None, -1, 2**63 - 1, "an integer from 0 to 2**63 - 1, or None or -1"),
     "max_tokens": (int | None, 1, math.inf, "an integer of at least 1, or None for all that fits"),
     "min_tokens": (int, 0, math.inf, "an integer of at least 0"),
-    "logprobs": (int | None, 0, math.inf, "an integer of at least 0, or None"),
-    "prompt_logprobs": (int | None, 0, math.inf, "an integer of at least 0, or None"),
+    "logprobs": (int | None, -1, math.inf, "an integer of at least 0, -1 for all, or None"),
+    "prompt_logprobs": (int | None, -1, math.inf, "an integer of at least 0, -1 for all, or None"),
 }
 
 
 def require(params: SamplingParams, name: str, is_allowed: bool, words: str) -> None:
     """Raise ValueError if a field has a value that is not allowed; `words` say what is."""
     if not is_allowed:
-        raise ValueError(f"{name} is {getattr(params, name)!r}: it must be {words}")
+        raise ValueError(f"{name} is {short_repr(getattr(params, name))}: it must be {words}")
 
 
 def check_params(params: SamplingParams) -> None:
@@ -125,7 +140,8 @@ def check_params(params: SamplingParams) -> None:
         value = getattr(params, name)
         is_allowed = _is(value, kind) and (value is None or smallest <= value <= largest)
         require(params, name, is_allowed, words)
-    require(params, "ignore_eos", isinstance(params.ignore_eos, bool), "True or False")
+    for name in ("ignore_eos", "include_stop_str_in_output"):
+        require(params, name, isinstance(getattr(params, name), bool), "True or False")
     limit = params.max_tokens or math.inf
     require(params, "min_tokens", params.min_tokens <= limit, f"at most max_tokens, {limit}")
     require(params, "n", params.n == 1 or not params.greedy, "1 when using greedy sampling")
@@ -133,11 +149,18 @@ def check_params(params: SamplingParams) -> None:
     stop = [params.stop] if isinstance(params.stop, str) else params.stop
     is_allowed = _is_list_of(stop, lambda string: isinstance(string, str) and string != "")
     require(params, "stop", is_allowed, "a string or a list, none empty")
-    is_allowed = _is_list_of(params.stop_token_ids, _is_token_id)
-    require(params, "stop_token_ids", is_allowed, "a list of integers of at least 0")
+    is_allowed = _is_list_of(
+        params.bad_words, lambda word: isinstance(word, str) and bool(word.strip())
+    )
+    require(params, "bad_words", is_allowed, "a list of strings, none blank")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        is_allowed = _is_list_of(getattr(params, name), _is_token_id)
+        require(params, name, is_allowed, "a list of integers of at least 0")
+    require(params, "allowed_token_ids", params.allowed_token_ids not in ([], ()), "not empty")
     bias = {} if params.logit_bias is None else params.logit_bias
     is_allowed = isinstance(bias, dict) and all(
-        _is_token_id(token_id) and _is(x, int | float) and -math.inf < x < math.inf
+        (_is_token_id(token_id) or (isinstance(token_id, str) and token_id.isdecimal()))
+        and (_is(x, int | float) and -math.inf < x < math.inf)
         for token_id, x in bias.items()
     )
     require(params, "logit_bias", is_allowed, "a dict from token ids to finite numbers")
@@ -223,18 +246,31 @@ class SampleRow:
     token_ids: list[int]  # prompt and output so far; only read
     num_prompt_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of each of bad_words
+
+    @property
+    def edits(self) -> bool:
+        """Whether something else than a penalty may change its logits."""
+        p = self.params
+        return bool(p.logit_bias or p.min_tokens or p.allowed_token_ids or self.bad_words_ids)
 
     def additions(self) -> list[tuple[int, float]]:
         """(token id, what is added to its logit): logit_bias, and -inf for forbidden tokens.
 
         EOS (all of its ids) and the stop tokens are forbidden while the output is shorter than
-        min_tokens, even if EOS is ignored.
+        min_tokens, even if EOS is ignored. The last token of a bad word is forbidden where the
+        output ends with the tokens before it.
         """
         params = self.params
         biases = (params.logit_bias or {}).items()
-        if len(self.token_ids) - self.num_prompt_tokens >= params.min_tokens:
-            return list(biases)
-        forbidden = {*(params.stop_token_ids or ()), *self.eos_token_ids}
+        num_written = len(self.token_ids) - self.num_prompt_tokens
+        forbidden = set()
+        if num_written < params.min_tokens:
+            forbidden = {*(params.stop_token_ids or ()), *self.eos_token_ids}
+        for *before, last in self.bad_words_ids:
+            start = len(self.token_ids) - len(before)
+            if len(before) <= num_written and self.token_ids[start:] == before:
+                forbidden.add(last)
         return [*biases, *((token_id, -math.inf) for token_id in forbidden)]
 
 
@@ -249,7 +285,7 @@ class SampleRows:
         # Indices of the rows that draw at random, whose logits may be edited (`biased` and
         # `penalised`), and that ask for log-probabilities.
         self.drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-        self.biased = [i for i, r in enumerate(rows) if r.params.logit_bias or r.params.min_tokens]
+        self.biased = [i for i, row in enumerate(rows) if row.edits]
         self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
         self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
@@ -307,14 +343,19 @@ def edit_logits(
     logits: Tensor,  # (M, V)
     rows: SampleRows | list[SampleRow],
 ) -> Tensor:
-    """logit_bias, then min_tokens, then penalties: a new (M, V), or `logits` if no row has any.
+    """What is allowed and added, then penalties: a new (M, V), or `logits` if no row has any.
 
     They can change the arg max, so greedy rows need them too.
     """
     rows = as_rows(rows)
     added = [(i, *pair) for i in rows.biased for pair in rows.rows[i].additions()]
     penalised = [(i, rows.rows[i]) for i in rows.penalised]
-    scores = logits.to(_wide(logits), copy=True) if added or penalised else logits
+    allowed = [i for i in rows.biased if rows.rows[i].params.allowed_token_ids]
+    is_edited = added or penalised or allowed
+    scores = logits.to(_wide(logits), copy=True) if is_edited else logits
+    for row in allowed:
+        kept = torch.tensor(rows.rows[row].params.allowed_token_ids, device=scores.device)
+        scores[row] = torch.full_like(scores[row], -math.inf).index_copy(0, kept, scores[row, kept])
     if added:  # (row, token id, value) of each addition -> three tensors
         i, ids, values = (torch.as_tensor(np.array(c), device=scores.device) for c in zip(*added))
         # accumulate: a token may have a bias and be forbidden too, and x + -inf is -inf.
@@ -475,6 +516,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list
     how many of the most likely tokens each row gets. Of equally likely tokens the lower id ranks
     first. Raises ValueError for a row of NaN. Waits for the device.
     """
+    counts = [logits.shape[1] if count < 0 else count for count in counts]  # -1: all
     logprobs = logits.log_softmax(dim=-1, dtype=_wide(logits))
     own = logprobs.gather(1, token_ids[:, None])  # (M, 1)
     refuse(own.isnan().squeeze(1))

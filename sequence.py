@@ -64,6 +64,7 @@ class Request:
     params: Any = None
     strategy: Any = None
     eos_token_ids: tuple[int, ...] = ()  # for the sampler; a sequence ends at its stop_token_ids
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of the words it must not write
     sequences: list["Sequence"] = field(default_factory=list)
     prompt: str | None = None  # its text; None if it came as token ids
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for

@@ -89,6 +89,8 @@ HANDLED_BY = {
     "min_p": "kernel: min_ps",
     "seed": "kernel: seeds",
     "logit_bias": "edit_logits, before the launch",
+    "allowed_token_ids": "edit_logits, before the launch",
+    "bad_words": "edit_logits, before the launch",
     "min_tokens": "edit_logits, before the launch",
     "stop_token_ids": "edit_logits, before the launch",
     "presence_penalty": "edit_logits, before the launch",
@@ -100,6 +102,7 @@ HANDLED_BY = {
     "max_tokens": "the scheduler",
     "ignore_eos": "the scheduler",
     "stop": "the output processor",
+    "include_stop_str_in_output": "the output processor",
 }
 
 

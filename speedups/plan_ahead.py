@@ -58,6 +58,8 @@ ONLY_VALUE_AHEAD = {
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
+    "allowed_token_ids": None,
+    "bad_words": (),
     "min_tokens": 0,
     "logprobs": None,
     "prompt_logprobs": None,
@@ -66,7 +68,8 @@ ONLY_VALUE_AHEAD = {
 # compares them with the dataclass.)
 ANY_VALUE_AHEAD = {
     *("n", "temperature", "top_k", "top_p", "min_p", "seed"),  # the draw needs no earlier token
-    *("max_tokens", "ignore_eos", "stop", "stop_token_ids"),  # an end wastes one token at most
+    # an end wastes one token at most
+    *("max_tokens", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output"),
 }
 
 

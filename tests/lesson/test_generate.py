@@ -539,7 +539,8 @@ def test_the_defaults_of_the_flags_are_those_of_the_dataclasses():
     args = vars(parse_args(["a prompt"]))
     for cls, without in (
         (EngineConfig, {"seed"}),  # the flag of this name is the requests'
-        (SamplingParams, {"logit_bias", "stop_token_ids", "prompt_logprobs"}),  # for JSONL only
+        # for JSONL only
+        (SamplingParams, {"logit_bias", "allowed_token_ids", "stop_token_ids", "prompt_logprobs"}),
     ):
         defaults = {field.name: field.default for field in fields(cls)}
         assert {name for name in defaults if name not in args or name in without} == without

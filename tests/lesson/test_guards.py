@@ -28,11 +28,14 @@ OTHER_VALUE = {
     "frequency_penalty": 1.0,
     "repetition_penalty": 2.0,
     "logit_bias": {3: 5.0},
+    "allowed_token_ids": [2, 5],
+    "bad_words": ["x"],
     "seed": 7,
     "max_tokens": 99,
     "min_tokens": 5,
     "stop": "x",
     "stop_token_ids": [4],
+    "include_stop_str_in_output": True,
     "ignore_eos": True,
     "logprobs": 1,
     "prompt_logprobs": 1,
@@ -74,7 +77,12 @@ def test_a_field_acts_on_the_draw_where_the_sampler_expects_it(name):
     edits_logits = not torch.equal(edit_logits(logits, [row]), logits)
     changes_weights = not torch.equal(draw_weights(logits, [row]), draw_weights(logits, [row_of()]))
     is_seed = name == "seed"  # the engine has made each row's seed from it
-    assert edits_logits == (HANDLED_BY[name].startswith("edit_logits") and name != "stop_token_ids")
+    # Stop tokens are forbidden only with min_tokens, and a row has the ids of bad words of its own.
+    alone = HANDLED_BY[name].startswith("edit_logits") and name not in (
+        "stop_token_ids",
+        "bad_words",
+    )
+    assert edits_logits == alone
     assert (changes_weights or is_seed) == HANDLED_BY[name].startswith("kernel")
 
 

@@ -6,7 +6,9 @@ asserted, never its words.
 
 import copy
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from vocabularies import save_vocabulary
@@ -77,7 +79,8 @@ REFUSED = [  # prompts, params, words
     (["one", "two", [257]], GREEDY, "token id 257"),
     (["one", "two", "three"], [GREEDY] * 2, "3 prompts but 2 sampling params"),
     (None, None, "given: prompts are text or lists, params SamplingParams"),
-    ({"prompt": "a"}, None, "given: prompts are text or lists, params SamplingParams"),
+    ({"text": "a"}, None, r"a prompt has the keys \['text'\]: give 'prompt' or 'prompt_token_ids'"),
+    ([[1.5, 2.0]], None, "token id 1.5: ids are integers"),
     ("a", {"n": 2}, "given: prompts are text or lists, params SamplingParams"),
 ]
 
@@ -115,6 +118,73 @@ def test_text_and_its_token_ids_are_the_same_prompt_and_one_prompt_needs_no_list
     assert (as_text.prompt, as_ids.prompt) == (text, None)
     for alone in (llm.generate(text, GREEDY), llm.generate(ids, GREEDY)):
         assert ids_of(alone) == ids_of([as_text])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        (5, 6, 7),
+        np.array([5, 6, 7]),
+        list(np.array([5, 6, 7])),
+        torch.tensor([5, 6, 7]),
+        {"prompt_token_ids": [5, 6, 7]},
+        {"prompt_token_ids": (5, 6, 7), "prompt": "a text that stands for these ids"},
+    ],
+    ids=str,
+)
+def test_the_other_forms_in_which_vllm_takes_a_prompt(llm, prompt):
+    expected = llm.generate([5, 6, 7], GREEDY)[0]
+    for outputs in (llm.generate(prompt, GREEDY), llm.generate([prompt], GREEDY)):
+        (output,) = outputs
+        assert output.prompt_token_ids == [5, 6, 7] and output.outputs == expected.outputs
+    (output,) = llm.generate({"prompt": "ab"}, GREEDY)
+    assert output.prompt == "ab"
+    both = llm.generate(np.array([[5, 6, 7], [8, 9, 10]]), GREEDY)
+    assert [output.prompt_token_ids for output in both] == [[5, 6, 7], [8, 9, 10]]
+
+
+# A token is a byte: "a" is 64, "b" 65, "c" 66, "x" 87.
+WRITES_ABC = {"temperature": 0, "max_tokens": 6, "logit_bias": {"64": 90, "65": 60, "66": 30}}
+
+
+def test_a_bad_word_is_not_written_neither_of_one_token_nor_of_several(llm):
+    def written(**params):
+        return llm.generate("q", SamplingParams(**WRITES_ABC | params))[0].outputs[0].text
+
+    assert written() == "aaaaaa"
+    assert written(bad_words=["a"]) == "bbbbbb"
+    assert written(bad_words=["aa"]) == "ababab"
+    assert written(bad_words=["aa", "b"]) == "acacac"
+    assert written(bad_words=["aba"]) == "aaaaaa"  # a word of three tokens
+    assert written(bad_words=["aaa", "qa"]) == "aabaab"  # what the prompt ends with is not written
+    assert written(allowed_token_ids=[66, 87]) == "cccccc"
+    assert written(allowed_token_ids=[66, 87], bad_words=["cc"]) == "cxcxcx"
+
+
+def test_the_text_ends_with_its_stop_string_only_if_that_was_asked_for(llm):
+    for more, text in (({}, "a"), ({"include_stop_str_in_output": True}, "aaa")):
+        params = SamplingParams(**WRITES_ABC, stop=["aa", "b"], min_tokens=2, **more)
+        (completion,) = llm.generate("q", params)[0].outputs
+        assert (completion.text, completion.stop_reason) == (text, "aa")
+        assert len(completion.token_ids) == 3
+
+
+def test_minus_1_is_all_log_probabilities_and_a_seed_of_the_engines_choice(llm):
+    params = SamplingParams(max_tokens=1, logprobs=-1, prompt_logprobs=-1, seed=-1)
+    assert params.seed is None
+    (output,) = llm.generate("ab", params)
+    (entry,) = output.outputs[0].logprobs
+    assert sorted(entry) == list(range(257)) == sorted(output.prompt_logprobs[1])
+    assert sum(math.exp(value.logprob) for value in entry.values()) == pytest.approx(1)
+
+
+def test_a_bad_word_without_a_tokenizer_and_no_allowed_token_are_refused(tiny_gpt):
+    with pytest.raises(ValueError, match="a bad word needs a tokenizer"):
+        LLM(tiny_gpt(), num_blocks=8).generate([1], SamplingParams(bad_words=["x"]))
+    with pytest.raises(ValueError, match=r"allowed_token_ids is \[\]: it must be not empty"):
+        SamplingParams(allowed_token_ids=[])
+    with pytest.raises(ValueError, match=r"bad_words is \[' '\]: it must be a list of strings"):
+        SamplingParams(bad_words=[" "])
 
 
 def test_generate_refuses_to_mix_with_requests_that_were_added_by_hand(folder):

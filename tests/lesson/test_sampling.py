@@ -706,6 +706,9 @@ def test_the_defaults_are_vllms():
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "logit_bias": {},
+        "allowed_token_ids": None,
+        "bad_words": (),
+        "include_stop_str_in_output": False,
         "seed": None,
         "max_tokens": 16,
         "min_tokens": 0,
@@ -775,7 +778,7 @@ REFUSED = [
     ({"n": 1025}, "n is 1025: it must be an integer from 1 to 1024"),
     ({"n": True}, "n is True: it must be an integer from 1 to 1024"),
     ({"n": 2, "temperature": 0}, "n is 2: it must be 1 when using greedy sampling"),
-    ({"seed": -1}, "seed is -1: it must be an integer from 0 to 2**63 - 1, or None"),
+    ({"seed": -2}, "seed is -2: it must be an integer from 0 to 2**63 - 1, or None"),
     ({"seed": 2**63}, "seed is 9223372036854775808: it must be an integer from 0 to 2**63 - 1"),
     ({"max_tokens": 0}, "max_tokens is 0: it must be an integer of at least 1, or None"),
     ({"min_tokens": -1}, "min_tokens is -1: it must be an integer of at least 0"),
@@ -787,10 +790,10 @@ REFUSED = [
     ({"stop_token_ids": [1, -1]}, "stop_token_ids is [1, -1]: it must be a list of integers"),
     ({"stop_token_ids": [True]}, "stop_token_ids is [True]: it must be a list of integers"),
     ({"ignore_eos": 1}, "ignore_eos is 1: it must be True or False"),
-    ({"logprobs": -1}, "logprobs is -1: it must be an integer of at least 0, or None"),
-    ({"prompt_logprobs": -1}, "prompt_logprobs is -1: it must be an integer of at least 0"),
+    ({"logprobs": -2}, "logprobs is -2: it must be an integer of at least 0, -1 for all"),
+    ({"prompt_logprobs": -2}, "prompt_logprobs is -2: it must be an integer of at least 0"),
     ({"logit_bias": [1, 2]}, "logit_bias is [1, 2]: it must be a dict from token ids to finite"),
-    ({"logit_bias": {"3": 1}}, "logit_bias is {'3': 1}: it must be a dict from token ids to"),
+    ({"logit_bias": {"-3": 1}}, "logit_bias is {'-3': 1}: it must be a dict from token ids to"),
     ({"logit_bias": {-3: 1}}, "logit_bias is {-3: 1}: it must be a dict from token ids to"),
     (
         {"logit_bias": {3: NAN}},
@@ -813,7 +816,9 @@ def test_a_value_that_cannot_be_meant_is_refused_in_one_clear_sentence(params, w
 
 def test_every_number_has_a_rule():
     fields = set(asdict(SamplingParams()))
-    assert set(sampling.RULES) == fields - {"stop", "stop_token_ids", "ignore_eos", "logit_bias"}
+    others = {"stop", "stop_token_ids", "ignore_eos", "logit_bias"}
+    others |= {"allowed_token_ids", "bad_words", "include_stop_str_in_output"}
+    assert set(sampling.RULES) == fields - others
 
 
 def test_a_token_that_the_model_does_not_have_is_refused_before_the_first_step():
