@@ -40,9 +40,8 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the tokens of one request are chosen. Names, meanings and defaults are vLLM's.
 
-    Three things differ. There is no `skip_special_tokens`: special tokens that do not end the text
-    are shown, as with False. `include_stop_str_in_output` is about strings: a stop token's text is
-    never shown. Some of vLLM's fields do not exist here (structured outputs, `detokenize`).
+    Two differ: special tokens that end no text are shown, as with `skip_special_tokens=False`, and
+    `include_stop_str_in_output` is about strings alone. Fields that are not here do not exist.
     A value that is not allowed raises ValueError with the name, the value and what is allowed.
     """
 
@@ -64,26 +63,21 @@ class SamplingParams:
     stop_token_ids: list[int] | tuple[int, ...] | None = None  # tokens that end the text
     include_stop_str_in_output: bool = False  # whether the text ends with the stop string
     ignore_eos: bool = False  # continue after EOS, for benchmarks of a fixed length
-    # This many log-probabilities a token, and the drawn token's own; -1: of the whole vocabulary.
-    logprobs: int | None = None
+    logprobs: int | None = None  # so many log-probabilities a token, and its own; -1: all
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     def __post_init__(self):
         check_params(self)
-        # The fields that a caller may give in several forms are stored in one form each. (A frozen
-        # dataclass can be changed only in this way.) A bias is clamped as in vLLM: +-100 already
-        # means "always" and "never" for real logits. JSON has "5" where Python has 5.
+        # Each field is stored in one form. (A frozen dataclass can be changed only in this way.)
+        # A bias is clamped as in vLLM: +-100 already means "always" and "never" for real logits.
         bias = (self.logit_bias or {}).items()
         clamped = {int(token_id): max(-100.0, min(100.0, x)) for token_id, x in bias}
         object.__setattr__(self, "logit_bias", clamped)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop or ()))
-        for name in ("stop_token_ids", "bad_words"):
+        for name in ("stop_token_ids", "bad_words", "allowed_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        if self.seed == -1:
-            object.__setattr__(self, "seed", None)
+        object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
 
     @property
     def greedy(self) -> bool:
@@ -97,12 +91,10 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError for a token id that the model does not have."""
-        stop_ids, biased_ids = set(self.stop_token_ids or ()), set(self.logit_bias or ())
+        stop_ids = set(self.stop_token_ids or ())
         in_range = f"ids below {vocab_size}"
-        require(self, "stop_token_ids", all(t < vocab_size for t in stop_ids), in_range)
-        require(self, "logit_bias", all(t < vocab_size for t in biased_ids), in_range)
-        allowed_ids = self.allowed_token_ids or ()
-        require(self, "allowed_token_ids", all(t < vocab_size for t in allowed_ids), in_range)
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            require(self, name, all(t < vocab_size for t in getattr(self, name)), in_range)
         # While min_tokens forbids the stop tokens and EOS, at least one other token must exist.
         one_remains = not self.min_tokens or len(stop_ids) < vocab_size - 1
         require(self, "stop_token_ids", one_remains, "fewer than all ids while min_tokens is set")
@@ -149,14 +141,12 @@ def check_params(params: SamplingParams) -> None:
     stop = [params.stop] if isinstance(params.stop, str) else params.stop
     is_allowed = _is_list_of(stop, lambda string: isinstance(string, str) and string != "")
     require(params, "stop", is_allowed, "a string or a list, none empty")
-    is_allowed = _is_list_of(
-        params.bad_words, lambda word: isinstance(word, str) and bool(word.strip())
-    )
+    is_allowed = _is_list_of(params.bad_words, lambda x: isinstance(x, str) and x.strip() != "")
     require(params, "bad_words", is_allowed, "a list of strings, none blank")
     for name in ("stop_token_ids", "allowed_token_ids"):
         is_allowed = _is_list_of(getattr(params, name), _is_token_id)
         require(params, name, is_allowed, "a list of integers of at least 0")
-    require(params, "allowed_token_ids", params.allowed_token_ids not in ([], ()), "not empty")
+    require(params, "allowed_token_ids", params.allowed_token_ids != [], "not empty")
     bias = {} if params.logit_bias is None else params.logit_bias
     is_allowed = isinstance(bias, dict) and all(
         (_is_token_id(token_id) or (isinstance(token_id, str) and token_id.isdecimal()))
@@ -248,25 +238,17 @@ class SampleRow:
     eos_token_ids: tuple[int, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of each of bad_words
 
-    @property
-    def edits(self) -> bool:
-        """Whether something else than a penalty may change its logits."""
-        p = self.params
-        return bool(p.logit_bias or p.min_tokens or p.allowed_token_ids or self.bad_words_ids)
-
     def additions(self) -> list[tuple[int, float]]:
         """(token id, what is added to its logit): logit_bias, and -inf for forbidden tokens.
 
-        EOS (all of its ids) and the stop tokens are forbidden while the output is shorter than
-        min_tokens, even if EOS is ignored. The last token of a bad word is forbidden where the
-        output ends with the tokens before it.
+        EOS (all its ids, even if ignored) and stop tokens are forbidden up to min_tokens; a bad
+        word's last token where the output ends with those before it.
         """
         params = self.params
         biases = (params.logit_bias or {}).items()
         num_written = len(self.token_ids) - self.num_prompt_tokens
-        forbidden = set()
-        if num_written < params.min_tokens:
-            forbidden = {*(params.stop_token_ids or ()), *self.eos_token_ids}
+        is_short = num_written < params.min_tokens
+        forbidden = {*(params.stop_token_ids or ()), *self.eos_token_ids} if is_short else set()
         for *before, last in self.bad_words_ids:
             start = len(self.token_ids) - len(before)
             if len(before) <= num_written and self.token_ids[start:] == before:
@@ -285,7 +267,9 @@ class SampleRows:
         # Indices of the rows that draw at random, whose logits may be edited (`biased` and
         # `penalised`), and that ask for log-probabilities.
         self.drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-        self.biased = [i for i, row in enumerate(rows) if row.edits]
+        pairs = [(row.bad_words_ids, row.params) for row in rows]
+        edits = [w or p.logit_bias or p.min_tokens or p.allowed_token_ids for w, p in pairs]
+        self.biased = [i for i, is_edited in enumerate(edits) if is_edited]
         self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
         self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
@@ -351,8 +335,7 @@ def edit_logits(
     added = [(i, *pair) for i in rows.biased for pair in rows.rows[i].additions()]
     penalised = [(i, rows.rows[i]) for i in rows.penalised]
     allowed = [i for i in rows.biased if rows.rows[i].params.allowed_token_ids]
-    is_edited = added or penalised or allowed
-    scores = logits.to(_wide(logits), copy=True) if is_edited else logits
+    scores = logits.to(_wide(logits), copy=True) if added or penalised or allowed else logits
     for row in allowed:
         kept = torch.tensor(rows.rows[row].params.allowed_token_ids, device=scores.device)
         scores[row] = torch.full_like(scores[row], -math.inf).index_copy(0, kept, scores[row, kept])

@@ -58,7 +58,7 @@ ONLY_VALUE_AHEAD = {
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
-    "allowed_token_ids": None,
+    "allowed_token_ids": (),
     "bad_words": (),
     "min_tokens": 0,
     "logprobs": None,

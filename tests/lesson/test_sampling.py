@@ -706,7 +706,7 @@ def test_the_defaults_are_vllms():
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "logit_bias": {},
-        "allowed_token_ids": None,
+        "allowed_token_ids": (),
         "bad_words": (),
         "include_stop_str_in_output": False,
         "seed": None,
