@@ -586,7 +586,9 @@ class RefusesToHash(Unhashable):
 
 
 @pytest.mark.parametrize(
-    "strategy", [5, "sample", Unhashable(), RefusesToHash(), [fork_once]], ids=str
+    "strategy",
+    [5, "sample", Unhashable(), RefusesToHash(), [fork_once]],
+    ids=["a number", "a word", "no hash", "a hash that raises", "a list"],
 )
 def test_a_strategy_that_cannot_be_called_or_hashed_is_refused(strategy):
     engine = build()
