@@ -298,6 +298,19 @@ def token_budgets() -> list[str]:
     return table(f"{head} | the prompt's first token after", rows)
 
 
+def host_work() -> list[str]:
+    """The host's work in a step of both engines, and in whole runs."""
+    engines, rows = ("the plain engine", "one step ahead"), []
+    for running in (1, 64, 256):
+        of = "time a step", f"running={running}"
+        cells = [f"{newest('cpu/bookkeeping.csv', e, *of, dtype='none'):.2f} ms" for e in engines]
+        rows.append(f"a step of {running} | {' | '.join(cells)}")
+    of = "tokens of all texts", "256 requests"
+    rates = [newest("cpu/bookkeeping.csv", e, *of, dtype="none") / 1e3 for e in engines]
+    rows.append("256 requests | " + " | ".join(f"{rate:.0f} thousand tokens/s" for rate in rates))
+    return table(f"sequences | {' | '.join(engines)}", rows)
+
+
 def block_sizes() -> list[str]:
     """Utilisation and speed for block sizes 1 to 256."""
     file, rows = "cpu/block_size.csv", []
@@ -341,6 +354,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "without-a-cache": without_a_cache,
     "equal-memory": equal_memory,
     "token-budgets": token_budgets,
+    "host-work": host_work,
     "block-sizes": block_sizes,
     "shipped-model": shipped_model,
 }
