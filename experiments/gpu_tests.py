@@ -44,7 +44,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Begin to watch, if a file is given."""
     if config.getoption("outcomes"):
-        config.pluginmanager.register(Watcher(config.getoption("outcomes")))
+        config.pluginmanager.register(Watcher(config.getoption("outcomes"), config))
 
 
 def pytest_collection_modifyitems(items):
@@ -62,9 +62,10 @@ def num_bytes(item) -> int:
 class Watcher:
     """Writes outcomes down. With xdist there is one in each worker too, which writes none."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, config):
         self.path = path
-        self.worker = os.environ.get("PYTEST_XDIST_WORKER")  # "gw0", or None
+        # "gw0", or None. (Not from the environment: this run may itself be a worker's child.)
+        self.worker = getattr(config, "workerinput", {}).get("workerid")
         self.session = None
         self.is_poisoned = False
 
