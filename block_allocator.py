@@ -47,7 +47,7 @@ class BlockAllocator:
         self.reset()
 
     def reset(self) -> None:
-        """Take back all blocks, whoever holds them: the block tables of all sequences are void."""
+        """Free all blocks. The block tables of all sequences are invalid after it."""
         # Two lists of integers are the whole state. The memory itself belongs to kv_cache.py, and
         # the block tables belong to the sequences.
         # A stack whose top is the end of the list. The block that was freed last is taken first,

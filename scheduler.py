@@ -451,12 +451,15 @@ class Scheduler:
         """
         self.allocator.reset()
         self.num_blocks_freed = self.num_blocks_taken
-        self.running, self._waiting, self.num_waiting = [], [], 0
+        self.running = []
+        self._waiting = []
+        self.num_waiting = 0
         for request in requests:
             for seq in request.sequences:
                 if seq.status != FINISHED:
                     self.num_recomputed_tokens += seq.num_computed_tokens
-                    seq.block_table, seq.num_computed_tokens = [], 0
+                    seq.block_table = []
+                    seq.num_computed_tokens = 0
                     self._push(seq)
 
     # ---- the queues ----

@@ -263,11 +263,9 @@ def build(name: str, model: GPT, cache: KVCache, args: argparse.Namespace) -> Co
         forward = fused_forward(model, cache, forward, few_rows)
         most_rows = min(most_rows, MOST_ROWS) if few_rows else most_rows
     if name != EAGER:
-        free, started, sizes = (
-            free_bytes(args.device),
-            time.perf_counter(),
-            recorded_sizes(most_rows),
-        )
+        free = free_bytes(args.device)
+        started = time.perf_counter()
+        sizes = recorded_sizes(most_rows)
         forward = GraphForward(cache, forward, sizes, max_seq_len, sampler=sampler)
         if args.device.type == "cuda":  # on a CPU nothing is recorded
             taken = free - free_bytes(args.device)  # waits for the device
