@@ -22,16 +22,12 @@ Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a m
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.untrusted import MOST_SHOWN, read_json, shown
@@ -294,54 +290,6 @@ def is_copy(tensor: Tensor, other: Tensor) -> bool:
     return all(torch.equal(part.to(own), own) for part, own in rows)
 
 
-# ---- written -------------------------------------------------------------------------------------
-def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` as transformers does, weights in `dtype`."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == HEAD and model.config.tie_word_embeddings:
-            continue  # safetensors refuses one tensor under two names
-        tensor = tensor.detach().to(dtype)
-        turned = tensor.t() if name.endswith(CONV1D) else tensor
-        tensors[transformers_name(name)] = turned.contiguous()
-    fields = transformers_fields(model.config)
-    fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-    fields |= {"bos_token_id": model.config.eos_token_id, "dtype": str(dtype)[len("torch.") :]}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        save_file(tensors, Path(name) / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(fields, indent=2) + "\n"
-        (Path(name) / "config.json").write_text(text, encoding="utf-8")
-        move_together(Path(name), folder)
-
-
-def transformers_name(name: str) -> str:
-    """A tensor's name in Hugging Face's layout: the head stands outside of `transformer`."""
-    return name if name == HEAD else "transformer." + name
-
-
-def transformers_fields(config: GPTConfig) -> dict:
-    """The fields of a config under the names of transformers."""
-    return {name: getattr(config, field.name) for name, field in CONFIG_FIELDS.items()}
-
-
-def move_together(source: Path, folder: Path) -> None:
-    """Move all files of a new model into a folder, whose other files stay.
-
-    The old weights go first and the new ones come last: whoever is stopped in between leaves a
-    folder without weights, not one with the weights of another tokenizer.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    arrived = {  # from another disk this takes a while, so the old files stay
-        folder / file.name: Path(shutil.move(file, folder / f".{file.name}.new"))
-        for file in source.iterdir()
-    }
-    weights.unlink(missing_ok=True)
-    for path in sorted(arrived, key=lambda path: path == weights):
-        arrived[path].replace(path)
-
-
 # ---- described -----------------------------------------------------------------------------------
 def describe(name: str) -> None:
     """Print what a checkpoint holds, and whether transformers computes the same logits from it."""
@@ -361,6 +309,16 @@ def describe(name: str) -> None:
         print(f"files          {len(stored)} tensors in {files}, in {stored[0].path.parent}")
         is_nanogpt = "not compared: transformers reads no nanoGPT checkpoints"
         print(f"transformers   {is_nanogpt if model_args else compare(stored, model)}")
+
+
+def transformers_name(name: str) -> str:
+    """A tensor's name in Hugging Face's layout: the head stands outside of `transformer`."""
+    return name if name == HEAD else "transformer." + name
+
+
+def transformers_fields(config: GPTConfig) -> dict:
+    """The fields of a config under the names of transformers."""
+    return {name: getattr(config, field.name) for name, field in CONFIG_FIELDS.items()}
 
 
 def compare(stored: list[Stored], model: GPT) -> str:

@@ -25,17 +25,19 @@ import json
 import math
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 
 from block_allocator import BlockAllocator
-from checkpoints.load import load_model, move_together, save_model
+from checkpoints.load import CONV1D, HEAD, load_model, transformers_fields, transformers_name
 from checkpoints.tokenizer import load_tokenizer
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
@@ -255,6 +257,47 @@ def train(model: GPT, stream: Tensor, args: argparse.Namespace, checkpoint: Path
             save_state(checkpoint, model, optimizers, step + 1, loss_mean)
             saved_at = time.monotonic()
     return loss_mean
+
+
+# ---- the model's files ---------------------------------------------------------------------------
+def save_model(model: GPT, folder: Path, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors` as transformers does, weights in `dtype`."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == HEAD and model.config.tie_word_embeddings:
+            continue  # safetensors refuses one tensor under two names
+        tensor = tensor.detach().to(dtype)
+        turned = tensor.t() if name.endswith(CONV1D) else tensor
+        tensors[transformers_name(name)] = turned.contiguous()
+    fields = transformers_fields(model.config) | {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "bos_token_id": model.config.eos_token_id,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        save_file(tensors, Path(name) / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(fields, indent=2) + "\n"
+        (Path(name) / "config.json").write_text(text, encoding="utf-8")
+        move_together(Path(name), folder)
+
+
+def move_together(source: Path, folder: Path) -> None:
+    """Move all files of a new model into a folder, whose other files stay.
+
+    The old weights go first and the new ones come last. A run that is stopped in between leaves a
+    folder without weights, which is refused. It leaves no tokenizer beside another model's weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    arrived = {  # from another disk this takes a while, so the old files stay
+        folder / file.name: Path(shutil.move(file, folder / f".{file.name}.new"))
+        for file in source.iterdir()
+    }
+    weights.unlink(missing_ok=True)
+    for path in sorted(arrived, key=lambda path: path == weights):
+        arrived[path].replace(path)
 
 
 # ---- the model card ------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model
+from checkpoints.train_tiny import save_model
 from model import GPT, GPTConfig
 
 SECONDS = 20  # for one load, on a machine that is busy with other things

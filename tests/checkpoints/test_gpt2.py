@@ -21,7 +21,7 @@ from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
 from checkpoints.hub import find_folder
-from checkpoints.load import save_model
+from checkpoints.train_tiny import save_model
 from llm import LLM, SamplingParams
 from model import GPT, GPTConfig, attend_one_sequence
 

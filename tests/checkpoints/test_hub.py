@@ -24,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from vocabularies import save_vocabulary
 
 from checkpoints.hub import WEIGHTS, find_folder, find_in_cache, is_whole, parse_name
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model
+from checkpoints.train_tiny import save_model
 from model import GPT, GPTConfig
 
 OLD, NEW = "a" * 40, "b" * 40  # two commits

@@ -22,8 +22,9 @@ from fuzz_checkpoints import in_a_child, write_shards
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoints import load
-from checkpoints.load import CONV1D, load_model, save_model, weights_kind
+from checkpoints import load, train_tiny
+from checkpoints.load import CONV1D, load_model, weights_kind
+from checkpoints.train_tiny import save_model
 from model import GPT, GPTConfig, attend_one_sequence
 
 SAFETENSORS = "model.safetensors"
@@ -618,7 +619,7 @@ def test_a_save_that_is_stopped_leaves_the_old_model_or_none(folder, tiny_gpt, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(load, "save_file", stopped)
+        patch.setattr(train_tiny, "save_file", stopped)
         save_model(tiny_gpt(), folder, torch.float32)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,8 @@ from fuzz_checkpoints import SECONDS, fuzz, in_a_child, verdict, write_shards, w
 from safetensors.torch import load_file, save, save_file
 
 from checkpoints import weight_files
-from checkpoints.load import CONV1D, load_model, save_model
+from checkpoints.load import CONV1D, load_model
+from checkpoints.train_tiny import save_model
 from checkpoints.weight_files import catalogue, read
 from model import GPT, GPTConfig
 

@@ -198,7 +198,7 @@ def test_a_library_that_computes_something_else_is_not_used(monkeypatch):
 
 # ---- in the engine -------------------------------------------------------------------------------
 def test_an_llm_packs_the_model_that_it_loads_and_writes_the_same_tokens(kind, tmp_path):
-    from checkpoints.load import save_model
+    from checkpoints.train_tiny import save_model
 
     save_model(wide_gpt(), tmp_path, torch.float32)
     prompts, params = [[5, 6, 7], [9] * 20], SamplingParams(temperature=0, max_tokens=12)
@@ -220,7 +220,7 @@ def test_in_panels_a_requests_probabilities_are_the_same_bits_alone_and_among_ot
 
     (In float32 neither the plain product nor oneDNN's of 3,072 inputs passes this.)
     """
-    from checkpoints.load import save_model
+    from checkpoints.train_tiny import save_model
 
     if not can_use_panels(dtype):
         pytest.skip(f"no panels of {dtype} on this machine")

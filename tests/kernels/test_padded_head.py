@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from checkpoints.load import save_model
+from checkpoints.train_tiny import save_model
 from kernels.padded_head import pad_vocabulary
 from kernels.triton_prefill import INTERPRETED
 from kernels.triton_sampling import draw_tokens_triton

@@ -22,8 +22,9 @@ from worlds import SEED
 
 from baselines import generate_no_cache
 from block_allocator import BlockAllocator
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model
 from checkpoints.tokenizer import load_tokenizer
+from checkpoints.train_tiny import save_model
 from engine import InferenceEngine, eager_forward, sample_next
 from kernels.backends import BACKENDS, resolve_backend
 from kv_cache import KVCache

@@ -20,7 +20,7 @@ from conftest import ROOT
 from vocabularies import save_vocabulary
 
 import generate
-from checkpoints.load import save_model
+from checkpoints.train_tiny import save_model
 from generate import OPENINGS, main, parse_args
 from kernels.backends import BACKENDS
 from llm import LLM, EngineConfig, SamplingParams

@@ -16,8 +16,9 @@ from vocabularies import save_vocabulary
 import llm as llm_module
 from baselines import generate_no_cache
 from checkpoints import load
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model
 from checkpoints.tokenizer import END_OF_TEXT
+from checkpoints.train_tiny import save_model
 from engine import InferenceEngine
 from kernels import backends
 from kernels.backends import BACKENDS, resolve_backend, resolve_device, resolve_dtype

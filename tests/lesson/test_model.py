@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpoints.load import load_model, save_model
+from checkpoints.load import load_model
+from checkpoints.train_tiny import save_model
 from model import GPT, GPTConfig, attend_one_sequence
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
