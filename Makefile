@@ -11,6 +11,9 @@ help:  ## this list
 demo: $(VENV)/runs  ## a dozen fairy tales at once, from one pool of blocks
 	$(RUN) generate.py
 
+serve: $(VENV)/serves  ## OpenAI's API at http://127.0.0.1:8000/v1; make serve ARGS="--port 8080"
+	$(RUN) -m serving.server $(ARGS)
+
 test: $(VENV)/tests  ## what a reader runs: the lesson's tests and one a kernel
 	$(RUN) -m pytest -q -n 2 -m "(lesson or oracle or regression) and not slow" $(READERS_TESTS)
 
@@ -46,7 +49,11 @@ $(VENV)/runs: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/tests: $(VENV)/runs requirements-dev.txt
+$(VENV)/serves: $(VENV)/runs requirements-serve.txt
+	$(RUN) -m pip install --quiet -r requirements-serve.txt
+	touch $@
+
+$(VENV)/tests: $(VENV)/serves requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
@@ -57,4 +64,4 @@ $(VENV)/triton-3.6.0: $(VENV)/tests
 	mkdir -p $@
 	touch $@
 
-.PHONY: help demo test check test-gpt2 bench notebook gpu-check gpu-rehearsal train
+.PHONY: help demo serve test check test-gpt2 bench notebook gpu-check gpu-rehearsal train

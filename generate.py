@@ -115,6 +115,20 @@ def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
         group.add_argument(flag, type=kind, default=field.default, help=help)
 
 
+def add_engine_flags(parser: ArgumentParser) -> None:
+    """The flags that `build_llm` reads: the model, its device, the fields of EngineConfig."""
+    models = "a name on the hub, a folder, ckpt.pt, or random:gpt2"
+    parser.add_argument("--model", default=str(SHIPPED_MODEL), help=models)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
+    parser.add_argument("--threads", type=int, help="CPU threads (default 1 for the shipped model)")
+    engine_flags = parser.add_argument_group("the engine")
+    for field in fields(EngineConfig):
+        if field.name != "seed":  # --seed is the requests' seed
+            add_flag(engine_flags, field, field.metadata["help"])
+
+
 def build_parser() -> ArgumentParser:
     """The flags: a few of this program, then those of EngineConfig and SamplingParams.
 
@@ -123,20 +137,11 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="prompts; none: the demonstration")
     parser.add_argument("--file", help="prompts, one a line or JSONL; - is standard input")
-    models = "a name on the hub, a folder, ckpt.pt, or random:gpt2"
-    parser.add_argument("--model", default=str(SHIPPED_MODEL), help=models)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
-    parser.add_argument("--threads", type=int, help="CPU threads (default 1 for the shipped model)")
     parser.add_argument("--out", type=Path, help="write the texts to this file")
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     parser.add_argument("--record", type=Path, help="write what each step did to this file")
     parser.add_argument("--explain", action="store_true", help="say why steps take so long")
-    engine_flags = parser.add_argument_group("the engine")
-    for field in fields(EngineConfig):
-        if field.name != "seed":  # --seed is the requests' seed
-            add_flag(engine_flags, field, field.metadata["help"])
+    add_engine_flags(parser)
     sampling_flags = parser.add_argument_group("sampling")
     for field in fields(SamplingParams):
         if field.name not in SAMPLING_WITHOUT_FLAG:

@@ -67,7 +67,7 @@ def test_the_files_marked_with_a_star_import_no_torch():
 
 
 def test_the_demo_that_is_printed_in_full_is_what_the_file_prints():
-    shown = re.search(r"lesson prints this:\n\n```\n(.*?)```", README, re.DOTALL)
+    shown = re.search(r"lesson prints:\n\n```\n(.*?)```", README, re.DOTALL)
     command = [sys.executable, "block_allocator.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown is not None and shown.group(1) == printed.stdout
@@ -76,7 +76,7 @@ def test_the_demo_that_is_printed_in_full_is_what_the_file_prints():
 def test_the_make_targets_that_are_named_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = {name for page in PAGES for name in re.findall(r"make ([a-z-]+)", page.read_text())}
-    for target in named & {"demo", "test", "check", "bench", "notebook", "gpu-check"}:
+    for target in named & {"demo", "serve", "test", "check", "bench", "notebook", "gpu-check"}:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     assert {"demo", "test", "check", "notebook", "gpu-check"} <= named
 
@@ -85,7 +85,7 @@ def test_the_make_targets_that_are_named_exist():
 def test_every_module_that_a_page_runs_exists(page):
     text = page.read_text(encoding="utf-8")
     for module in re.findall(
-        r"python3? -m ((?:kernels|checkpoints|plots|experiments|watch)\.\w+)", text
+        r"python3? -m ((?:kernels|checkpoints|plots|experiments|watch|serving)\.\w+)", text
     ):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
     import benchmark

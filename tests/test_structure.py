@@ -25,7 +25,7 @@ MAY_IMPORT = {  # beside lessons and the wing itself
     "checkpoints": {"kernels.device_memory", "kernels.padded_head"},
     "speedups": {"kernels"},
     "watch": set(),
-    "serving": {"llm", "watch", "kernels"},
+    "serving": {"llm", "generate", "watch", "kernels"},
     "plots": {"watch", "experiments.results"},
     "experiments": {"kernels", "checkpoints", "speedups", "watch", "serving", "plots", *COMPOSERS},
 }
