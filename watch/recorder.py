@@ -6,15 +6,17 @@ writes a line: who ran, how many tokens each sequence has in the cache, and whic
 
     {"format": "PagedGPT recording", "num_blocks": 60, "block_size": 8, ...}          the header
     {"step": 1, "num_free": 39, "sequences": [{"request": "0", "phase": "prefill",
-     "new_tokens": 14, "num_computed_tokens": 14, "block_table": [0, 1], ...}, ...], ...}
+     "new_tokens": 14, "num_computed_tokens": 14, "block_table": [0, 1], ...}, ...],
+     "tokens": [["0", 0, 0, ["Once", " upon", " a", ...]], ...], ...}
     {"step": 2, ...          <- cut off here by Ctrl-C: the lines above are complete
 
 A line is the state between its step and the next one: a sequence that ended in the step has no
 blocks any more. An engine that plans ahead has planned the next step by then, so the next step's
 tokens and blocks are in the line already. A line holds the block tables of all running sequences,
 so it is enough to draw the pool. Of the waiting requests a line names only those that arrived or
-were aborted, because many thousands may wait. `holders` and `strips` turn lines into what the
-pictures show.
+were aborted, because many thousands may wait. A token is written once, in the first line in which
+its sequence runs: a recording holds the texts of prompts and answers. `holders` and `strips` turn
+lines into what the pictures show; `serving/view.js` does the same for the pages.
 
 The tests compare each line with the scheduler's state after the step, and read recordings that
 were damaged. vLLM counts the same things of a step in SchedulerStats and IterationStats.
@@ -25,7 +27,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from outputs import StepOutput
+from outputs import StepOutput, Tokenizer
 from scheduler import Scheduler
 from sequence import FINISHED, Sequence
 
@@ -48,6 +50,11 @@ STEP_FIELDS = {
     "blocks_evicted": int,
     "blocks_swapped": int,
 }
+# Fields that older recordings lack. Each is a list.
+NEWER_FIELDS = {
+    "tokens",  # [request, index, first position, texts of the tokens from there on]
+    "copies",  # [from block, to block], before the forward: copy-on-write
+}
 SEQUENCE_FIELDS = {
     "request": str,
     "index": int,
@@ -60,6 +67,66 @@ SEQUENCE_FIELDS = {
 
 
 # ---- writing -------------------------------------------------------------------------------------
+class Describer:
+    """Turns the output of each step into the fields of a line. It remembers which tokens it told.
+
+    It is a part of a watcher: call it once a step, in the thread that steps.
+    """
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.num_steps = 0
+        # How many of its tokens were told, for each sequence that runs or waits. A fork is a
+        # sequence of its own, so all of its tokens are told with its first line.
+        self.num_told: dict[Sequence, int] = {}
+
+    @property
+    def header(self) -> dict:
+        """The fields of the first line."""
+        allocator = self.scheduler.allocator
+        sizes = {"num_blocks": allocator.num_blocks, "block_size": allocator.block_size}
+        return {"format": FORMAT, "version": VERSION} | sizes
+
+    def __call__(self, output: StepOutput) -> dict:
+        """The fields of STEP_FIELDS and NEWER_FIELDS after a step."""
+        self.num_steps += 1
+        scheduled = {seq: num_new_tokens for seq, _, num_new_tokens in output.plan.scheduled}
+        # Other running sequences hold blocks too: forks made in this step, and sequences that got
+        # no tokens because the step's budget was used up.
+        others = {seq: 0 for seq in self.scheduler.running if seq not in scheduled}
+        num_new_tokens_of = scheduled | others
+        for request in output.aborted:
+            for seq in request.sequences:
+                self.num_told.pop(seq, None)
+        return {
+            "step": self.num_steps,
+            "milliseconds": round(output.timings.total, 3),
+            "sequences": [_entry(seq, num) for seq, num in num_new_tokens_of.items()],
+            "added": [(request.request_id, request.params.n) for request in output.added],
+            "aborted": [request.request_id for request in output.aborted],
+            "preempted": [(seq.request.request_id, seq.index) for seq in output.plan.preempted],
+            "num_waiting": self.scheduler.num_waiting,
+            "num_free": self.scheduler.allocator.num_free,
+            **{f"blocks_{name}": num for name, num in output.blocks._asdict().items()},
+            "tokens": self._new_tokens(list(num_new_tokens_of), output.tokenizer),
+            "copies": output.plan.copies,
+        }
+
+    def _new_tokens(self, sequences: list[Sequence], tokenizer: Tokenizer | None) -> list[tuple]:
+        """The tokens that were not told yet; without a tokenizer their ids as text."""
+        as_text = str if tokenizer is None else tokenizer.token_text
+        entries = []
+        for seq in sequences:
+            first = self.num_told.get(seq, 0)
+            texts = [as_text(token_id) for token_id in seq.token_ids[first:]]
+            self.num_told[seq] = first + len(texts)
+            if texts:
+                entries.append((seq.request.request_id, seq.index, first, texts))
+            if seq.status == FINISHED:
+                del self.num_told[seq]
+        return entries
+
+
 class Recorder:
     """A watcher that writes a line after each step: `engine.watchers.append(recorder)`.
 
@@ -70,43 +137,21 @@ class Recorder:
     """
 
     def __init__(self, scheduler: Scheduler, path: str | Path, **about: str):
-        self.scheduler = scheduler
         self.path = Path(path)
-        self._num_steps = 0
-        allocator = scheduler.allocator
-        sizes = {"num_blocks": allocator.num_blocks, "block_size": allocator.block_size}
-        self.path.write_text("", encoding="utf-8")
-        self._write({"format": FORMAT, "version": VERSION} | about | sizes)
+        self.describe = Describer(scheduler)
+        # Opening a file takes longer than writing a line, so it stays open. It has no buffer: each
+        # finished step is in the file even if the process is killed, and there is no close().
+        self._file = self.path.open("wb", buffering=0)
+        self._write(self.describe.header | about)
 
     def __call__(self, output: StepOutput) -> None:
         """Write the line of a step that has just run."""
-        self._num_steps += 1
-        self._write(self._line(output))
-
-    def _line(self, output: StepOutput) -> dict:
-        """The fields of STEP_FIELDS after a step."""
-        scheduled = {seq: num_new_tokens for seq, _, num_new_tokens in output.plan.scheduled}
-        # Other running sequences hold blocks too: forks made in this step, and sequences that got
-        # no tokens because the step's budget was used up.
-        others = {seq: 0 for seq in self.scheduler.running if seq not in scheduled}
-        num_new_tokens_of = scheduled | others
-        return {
-            "step": self._num_steps,
-            "milliseconds": round(output.timings.total, 3),
-            "sequences": [_entry(seq, num) for seq, num in num_new_tokens_of.items()],
-            "added": [(request.request_id, request.params.n) for request in output.added],
-            "aborted": [request.request_id for request in output.aborted],
-            "preempted": [(seq.request.request_id, seq.index) for seq in output.plan.preempted],
-            "num_waiting": self.scheduler.num_waiting,
-            "num_free": self.scheduler.allocator.num_free,
-            **{f"blocks_{name}": num for name, num in output.blocks._asdict().items()},
-        }
+        self._write(self.describe(output))
 
     def _write(self, record: dict) -> None:
-        # The file is closed after each line. So each finished step is on disk even if the process
-        # is killed, and a recorder needs no close().
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        line = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        while line:  # a disk that is nearly full takes a part of it, then raises
+            line = line[self._file.write(line) :]
 
 
 def _entry(seq: Sequence, num_new_tokens: int) -> dict:
@@ -180,6 +225,9 @@ def _check_step(step: Any, records: list[dict]) -> None:
     for pair in [*step["added"], *step["preempted"], *aborted]:
         if not isinstance(pair, list) or [type(item) for item in pair] != [str, int]:
             raise ValueError(f"{pair!r} where a request and a number belong")
+    for name in NEWER_FIELDS & step.keys():
+        if not isinstance(step[name], list):
+            raise ValueError(f"{name!r} is {step[name]!r}")
     num_blocks = records[0]["num_blocks"]
     held: set[int] = set()
     for sequence in step["sequences"]:

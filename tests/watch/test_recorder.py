@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
     outputs = [engine.step(), engine.step()]
     first, second = read_recording(path)[1]
     nothing = {"blocks_copied": 0, "blocks_hit": 0, "blocks_evicted": 0, "blocks_swapped": 0}
-    nothing |= {"aborted": [], "preempted": [], "num_waiting": 0}
+    nothing |= {"aborted": [], "preempted": [], "num_waiting": 0, "copies": []}
     entry = {"request": "0", "index": 0, "phase": "prefill", "new_tokens": 6}
     entry |= {"num_computed_tokens": 6, "finish_reason": None, "block_table": [0, 1]}
     assert first == nothing | {
@@ -89,6 +88,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
         "num_free": 6,
         "blocks_taken": 2,
         "blocks_freed": 0,
+        "tokens": [["0", 0, 0, ["1"] * 6 + ["0"]]],  # no tokenizer: their ids
     }
     # It has ended, so its blocks are back: the line says what holds between this step and the next.
     entry |= {"phase": "decode", "new_tokens": 1, "num_computed_tokens": 7}
@@ -101,6 +101,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
         "num_free": 8,
         "blocks_taken": 0,
         "blocks_freed": 2,
+        "tokens": [["0", 0, 7, ["0"]]],  # the one that is new
     }
 
 
@@ -158,6 +159,11 @@ def test_two_sequences_that_share_a_block_both_name_it(path):
     assert holders(header, steps[0]) == [["0", "0"], ["0", "0"], [], [], [], [], [], []]
     # The first to write into the shared tail copies it; the first block stays shared.
     assert holders(header, steps[1])[0] == ["0", "0"] and steps[1]["blocks_copied"] == 1
+    assert steps[1]["copies"] == [[1, 2]]
+    # The fork is told with all its tokens, then with what is new.
+    prompt = ["1"] * 6
+    assert steps[0]["tokens"] == [["0", 0, 0, [*prompt, "0"]], ["0", 1, 0, [*prompt, "1"]]]
+    assert steps[1]["tokens"] == [["0", 0, 7, ["0"]], ["0", 1, 7, ["0"]]]
     assert [(s["index"], s["phase"]) for s in steps[0]["sequences"]] == [(0, "prefill"), (1, None)]
     assert strips(steps) == {("0", 0): "Pddd", ("0", 1): ".ddd"}
 
@@ -219,6 +225,7 @@ def test_a_last_line_cut_at_any_byte_costs_that_line_alone(five):
         (2, '"new_tokens":6', '"new_tokens":true', "'new_tokens' is True"),
         (2, '["0",1]', '["0"]', "where a request and a number belong"),
         (2, '"aborted":[]', '"aborted":[7]', "where a request and a number belong"),
+        (2, '"copies":[]', '"copies":7', "'copies' is 7"),
         (3, '"step":2', '"step":3', "step 3 stands where step 2 belongs"),
     ],
 )
@@ -230,6 +237,14 @@ def test_a_malformed_line_is_named_with_its_number_and_the_reason(five, line, ol
     with pytest.raises(ValueError) as error:
         read_recording(five)
     assert str(error.value).startswith(f"{five}, line {line}: ") and words in str(error.value)
+
+
+def test_a_recording_of_before_there_were_tokens_and_copies_is_read(five):
+    header, *steps = [json.loads(line) for line in five.read_text().splitlines()]
+    for step in steps:
+        del step["tokens"], step["copies"]
+    five.write_text("".join(json.dumps(line) + "\n" for line in [header, *steps]))
+    assert read_recording(five) == (header, steps)
 
 
 def test_a_line_without_one_of_its_fields_is_malformed(five):
@@ -307,7 +322,7 @@ def test_when_the_disk_is_full_the_requests_go_on_without_the_recorder(path):
     (recorder,) = engine.watchers
     engine.add_request([1] * 6, wanting(3))
     engine.step()
-    recorder.path = Path("/dev/full")  # a device on which each write fails
+    recorder._file = open("/dev/full", "wb", buffering=0)  # a device on which each write fails
     with pytest.warns(UserWarning, match="No space left on device.*no longer watches"):
         engine.step()
     assert engine.watchers == []
