@@ -18,7 +18,7 @@ Run: python generate.py
      python generate.py --file prompts.txt --jsonl --out texts.jsonl      (one prompt a line)
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
-     python generate.py --record steps.jsonl     (python -m plots.draw pool --recording steps.jsonl)
+     python generate.py --record steps.jsonl     (then python -m serving.replay steps.jsonl x.html)
      python generate.py --explain                (how long each kind of step takes, and why)
 Try: --num-blocks 40: more preemptions, and the same texts.
      --block-size 1: no small letters, because a block of one token is always full.
