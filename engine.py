@@ -133,14 +133,32 @@ def one_token_each(
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise ValueError unless this can be called, and can be a key of a dict (see `Groups`)."""
+    """Raise ValueError unless this can be called, and can be a key of a dict (see `Groups`).
+
+    A strategy may have two attributes, which `Request` explains: `max_num_sequences`, at least 1,
+    and `runs_together`, a bool.
+    """
     sentence = f"strategy is {strategy!r}: it must be callable and hashable"
     if not callable(strategy):
         raise ValueError(sentence)
     try:
         hash(strategy)
+        most, together = most_sequences(strategy), runs_together(strategy)
     except Exception as error:
         raise ValueError(sentence) from error
+    if type(most) is not int or most < 1 or type(together) is not bool:
+        found = f"max_num_sequences is {most!r}, runs_together {together!r}"
+        raise ValueError(f"{found}: the strategy needs an int of at least 1 and a bool")
+
+
+def most_sequences(strategy: Strategy) -> int:
+    """How many sequences a strategy makes of a request at most; 1 if it does not say so."""
+    return getattr(strategy, "max_num_sequences", 1)
+
+
+def runs_together(strategy: Strategy) -> bool:
+    """Whether a strategy is called with all sequences of a request, or with none of them."""
+    return getattr(strategy, "runs_together", False)
 
 
 def ask_strategy(
@@ -499,11 +517,12 @@ class InferenceEngine:
     ) -> str:
         """Queue a prompt, text or token ids; returns the request's id.
 
-        `strategy` None is sampling. `priority`, `user` and `deadline` are for a policy to read;
-        first come first served reads none of them. Raises ValueError, and keeps nothing, if the
-        prompt is empty, has unknown ids, leaves no room in the context, or could never fit into
-        the pool; if `params` or `strategy` is not what it must be; if the policy or reserve
-        function fails. Both are called here first, in the caller's thread.
+        `strategy` None is sampling; `check_strategy` says what another may be. `priority`, `user`
+        and `deadline` are for a policy to read; first come first served reads none of them. Raises
+        ValueError, and keeps nothing, if the prompt is empty, has unknown ids, leaves no room in
+        the context, or could never fit into the pool; if `params` or `strategy` is not what it must
+        be; if the policy or reserve function fails. These two are called here first, in the
+        caller's thread.
         """
         params = SamplingParams() if params is None else params
         if strategy is None:
@@ -521,6 +540,8 @@ class InferenceEngine:
             deadline=deadline,
             params=params,
             strategy=strategy,
+            max_num_sequences=max(params.n, most_sequences(strategy)),
+            runs_together=runs_together(strategy),
             eos_token_ids=self.eos_token_ids,
             bad_words_ids=self._encode_bad_words(params),
             prompt=prompt if isinstance(prompt, str) else None,

@@ -8,10 +8,11 @@ smallest key runs first; the largest is preempted first:
     arrival      1   2   3   4   5            the pool is full: sequence 3 is preempted, not 1,
                 [running  ] [waiting]         and returns before 4, because its key is smaller
 
-The scheduler asks a policy once for each sequence, when it is added or forked, and keeps the key.
-So the running sequence with the smallest key is never preempted, and it ends. (With keys that
-change, two sequences could take blocks from each other for ever, and neither would end.) There is
-one rule: any two keys must be comparable. A key is a number, a string, or a tuple of those, and all
+The scheduler asks a policy once for each request, when it is added, and keeps the key. Forks stand
+in line behind their parent; of equal keys the earlier arrival comes first. So the running sequence
+with the smallest key is never preempted, and it ends. (With keys that change, two sequences could
+take blocks from each other for ever, and neither would end.) There is one rule: any two keys must
+be comparable. A key is a number, a string, or a tuple of those, and all
 keys have the same form, for example (number, string). A request whose key is None, NaN or of
 another form than the first one is refused with a ValueError.
 

@@ -29,6 +29,7 @@ import heapq
 import numbers
 from bisect import insort
 from collections.abc import Callable
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -60,8 +61,9 @@ class Scheduler:
     """Decides which sequences run, and which blocks each of them holds.
 
     `reserve(seq)` says for how many tokens a sequence needs memory, `policy(seq)` its place in
-    the order of precedence (see policies.py); it is asked once for each sequence. A sequence holds
-    its blocks from its start until it ends or is preempted. Raises ValueError for a limit below 1.
+    the order of precedence (see policies.py). The policy is asked once for each request: its forks
+    stand in line behind their parent. A sequence holds its blocks from its start until it ends or
+    is preempted. Raises ValueError for a limit below 1.
     """
 
     def __init__(
@@ -83,7 +85,8 @@ class Scheduler:
         self.reserve = reserve
         self.policy = policy
         # A sequence that has not ended is either in `running` or in the heap. `running` is sorted
-        # by the policy's key, so its last entry is the next one to be preempted.
+        # by `seq.key`, so its last entry is the next one to be preempted, and the sequences of a
+        # request stand side by side.
         self.running: list[Sequence] = []
         self._waiting: list[tuple] = []  # a heap of (key, tie-breaker, sequence)
         # The tie-breaker: of two equal keys the earlier push comes first. Without it the heap would
@@ -104,32 +107,60 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Set `key` and `longest` of a request's sequences, and refuse what can never be served.
 
-        Raises ValueError if the pool is too small for one sequence, if `reserve` or the policy
-        fails, or if a key cannot be compared with the others. It changes no queue, so any thread
-        may call it.
+        Raises ValueError if the pool is too small for one sequence, or for all those that run
+        together; if `reserve` or the policy fails; or if a key cannot be compared with the others.
+        It changes no queue, so any thread may call it.
         """
-        shapes = []
         for seq in request.sequences:
             seq.longest = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
-            try:
-                reserved = self.reserve(seq)
-                seq.key = self.policy(seq)
-                shapes.append(key_shape(seq.key))
-            except Exception as error:
-                raise ValueError(f"the policy or reserve function failed: {error!r}") from error
-            if type(reserved) is not int:
-                raise ValueError(f"the reserve function returned {reserved!r}: an int is needed")
-            # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
-            # that has preempted all others always gets its blocks.
-            needed = self.allocator.blocks_needed(max(seq.longest, reserved))
-            if needed > self.allocator.num_blocks:
-                raise ValueError(
-                    f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
-                    f"{needed} blocks of {self.allocator.block_size}, the pool has "
-                    f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
-                )
-        if any(self._key_shape.setdefault("of all", shape) != shape for shape in shapes):
-            raise ValueError(f"the policy's key {seq.key!r} cannot be compared with other keys")
+        try:
+            key = self.policy(request.sequences[0])
+            shape = key_shape(key)
+            reserved = [self.reserve(seq) for seq in request.sequences]
+        except Exception as error:
+            raise ValueError(f"the policy or reserve function failed: {error!r}") from error
+        for seq, num_reserved in zip(request.sequences, reserved, strict=True):
+            # Of equal keys of the policy the earlier arrival comes first.
+            seq.key = (key, request.arrival, seq.index)
+            needed = self._check_size(seq, num_reserved)
+            if request.runs_together:
+                self._check_together(request.max_num_sequences, needed)
+        if self._key_shape.setdefault("of all", shape) != shape:
+            raise ValueError(f"the policy's key {key!r} cannot be compared with other keys")
+
+    def _check_size(self, seq: Sequence, num_reserved: int) -> int:
+        """How many blocks a sequence needs at its end; refuse more than the pool has."""
+        if type(num_reserved) is not int:
+            raise ValueError(f"the reserve function returned {num_reserved!r}: an int is needed")
+        # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
+        # that has preempted all others always gets its blocks.
+        needed = self.allocator.blocks_needed(max(seq.longest, num_reserved))
+        if needed > self.allocator.num_blocks:
+            raise ValueError(
+                f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
+                f"{needed} blocks of {self.allocator.block_size}, the pool has "
+                f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
+            )
+        return needed
+
+    def _check_together(self, num_sequences: int, num_blocks_each: int) -> None:
+        """Refuse so many sequences that get their tokens in one step, if no step can hold them."""
+        limits = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        for name, limit in limits.items():
+            if num_sequences > limit:
+                found = f"{num_sequences} sequences have to run in one step, {name} is {limit}"
+                raise ValueError(f"{found}: ask for fewer or raise it")
+        # After a preemption each of them computes its tokens again, in blocks of its own.
+        needed = num_sequences * num_blocks_each
+        if needed > self.allocator.num_blocks:
+            found = f"{num_sequences} sequences that run together may need {needed} blocks"
+            raise ValueError(
+                f"{found}, the pool has {self.allocator.num_blocks}: "
+                "ask for fewer, lower max_tokens or enlarge the pool"
+            )
 
     def enqueue(self, request: Request) -> None:
         """Put the sequences of a request into the waiting queue. Call `check` before it."""
@@ -180,12 +211,18 @@ class Scheduler:
     def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
         block_size, ref_count = self.allocator.block_size, self.allocator.ref_count
+        together: Request | None = None  # the last of those whose sequences run together
         for seq in self.running[: self.max_num_seqs]:  # forks may make `running` longer than that
             # The loop walks over a copy of the list (a slice), because preemption shortens the list
             # itself, from its end. If this sequence was preempted for an earlier one, then all
             # that follow it were too.
             if budget == 0 or seq.status != RUNNING:
                 break
+            if seq.request.runs_together:
+                if seq.request is not together:  # with the first of them all of them are planned
+                    together = seq.request
+                    budget -= self._continue_together(seq, plan, budget)
+                continue
             start, table = seq.num_computed_tokens, seq.block_table
             num_new_tokens = len(seq.token_ids) - start  # 1: a decode
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
@@ -194,13 +231,17 @@ class Scheduler:
                 # Its next token is in flight. Does the sequence end with it? Then it needs no row.
                 if not in_flight or len(seq.token_ids) + in_flight >= seq.longest:
                     continue
+                # Nor if it forks with it: of its n next tokens only the first would be computed.
+                if seq.request.max_num_sequences > 1 and seq.num_generated == 0:
+                    continue
                 num_new_tokens = in_flight
             # The common case: one token is written, to a block that the sequence has and shares
             # with no other. Position 18, block_size 16 -> logical block 1.
             first = start // block_size
             has_room = first < len(table) and ref_count(table[first]) == 1
-            if not (num_new_tokens == 1 and has_room or self._make_room(seq, num_new_tokens, plan)):
-                break  # it was the last in line, and gave up its own blocks
+            if not (num_new_tokens == 1 and has_room):
+                if not self._make_room([(seq, num_new_tokens)], plan):
+                    break  # it was the last in line, and gave up its own blocks
             self._advance(seq, num_new_tokens, plan)
             budget -= num_new_tokens
         return budget
@@ -211,11 +252,18 @@ class Scheduler:
         # Otherwise short prompts could overtake a long one for ever.
         while budget and len(self.running) < self.max_num_seqs:
             seq = self._next_waiting()
-            if seq is None or not self._start(seq):
+            if seq is None:
                 break
-            plan.started.append(seq)
-            num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
-            self._advance(seq, num_new_tokens, plan)
+            if seq.request.runs_together:
+                num_new_tokens = self._start_together(seq.request, plan, budget)
+                if num_new_tokens == 0:
+                    break
+            elif self._start(seq):
+                plan.started.append(seq)
+                num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+                self._advance(seq, num_new_tokens, plan)
+            else:
+                break
             budget -= num_new_tokens
 
     def _advance(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> None:
@@ -229,63 +277,152 @@ class Scheduler:
         if start + num_new_tokens >= len(seq.token_ids):
             plan.sampled.append(seq)  # its newest token is computed, so the next can be drawn
 
-    # ---- blocks for a running sequence ----
-    def _make_room(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> bool:
-        """Give a sequence the blocks that its next tokens are written to; none of them is shared.
+    # ---- sequences that run together ----
+    # A beam search compares all its beams in each step. So they get their tokens in the same step,
+    # or none of them does, and they start and are preempted together.
+    def _continue_together(self, first: Sequence, plan: Plan, budget: int) -> int:
+        """Plan the running sequences of a request; returns how many tokens they compute.
 
-        If the pool is full, the last in line is preempted, again and again, until the blocks are
-        there. Returns False if the sequence itself was the last and had to be preempted.
+        `first` is the first of them in line.
         """
-        start = seq.num_computed_tokens
-        end = start + num_new_tokens  # K and V of positions [start, end) are written
+        siblings = self._running_sequences(first.request)
+        end = self.running.index(first) + len(siblings)  # the places up to here get their turn
+        chunks = self._chunks_together(siblings, budget, end <= self.max_num_seqs)
+        if not self._make_room(chunks, plan):
+            return 0
+        for seq, num_new_tokens in chunks:
+            self._advance(seq, num_new_tokens, plan)
+        return sum(num_new_tokens for _, num_new_tokens in chunks)
+
+    def _chunks_together(
+        self, siblings: list[Sequence], budget: int, can_sample: bool
+    ) -> list[tuple[Sequence, int]]:
+        """How many tokens each sequence computes now. Those that compute none are left out.
+
+        Example: beams are 1, 1 and 6 behind. With a budget of 8 all of them compute all of it, and
+        get their next tokens. With a budget of 5 only the third one computes, and is 1 behind, too.
+        """
+        behind = [len(seq.token_ids) - seq.num_computed_tokens for seq in siblings]
+        if 0 in behind:  # their next tokens are in flight
+            return []
+        if can_sample and sum(behind) <= budget:
+            return list(zip(siblings, behind, strict=True))
+        chunks = []
+        for seq, num_tokens in zip(siblings, behind, strict=True):
+            num_new_tokens = min(num_tokens - 1, budget)  # the last one only with its siblings
+            if num_new_tokens:
+                chunks.append((seq, num_new_tokens))
+                budget -= num_new_tokens
+        return chunks
+
+    def _start_together(self, request: Request, plan: Plan, budget: int) -> int:
+        """Start all waiting sequences of a request, or none; returns how many tokens they compute.
+
+        If only some of them started, they would hold blocks and wait for the others, which may wait
+        for those blocks.
+        """
+        siblings = [seq for seq in request.sequences if seq.status == WAITING]
+        if len(self.running) + len(siblings) > self.max_num_seqs:
+            return 0
+        needed = sum(self._blocks_wanted(seq, len(seq.token_ids)) for seq in siblings)
+        if needed > self.allocator.num_free:
+            return 0
+        for seq in siblings:
+            has_started = self._start(seq)
+            assert has_started, "its blocks were free"
+        plan.started += siblings
+        chunks = self._chunks_together(siblings, budget, can_sample=True)
+        for seq, num_new_tokens in chunks:
+            self._advance(seq, num_new_tokens, plan)
+        return sum(num_new_tokens for _, num_new_tokens in chunks)
+
+    def _running_sequences(self, request: Request) -> list[Sequence]:
+        """Those of one request, in the order of precedence."""
+        return [seq for seq in self.running if seq.request is request]
+
+    # ---- blocks for running sequences ----
+    def _make_room(self, chunks: list[tuple[Sequence, int]], plan: Plan) -> bool:
+        """Give sequences the blocks that their next tokens are written to; none of them is shared.
+
+        `chunks` are sequences of one request, and how many tokens each of them computes. All blocks
+        are counted, then taken at once. If the pool has too few, the last in line is preempted,
+        again and again, until it has enough. Returns False if that was one of these sequences.
+        """
+        new_blocks = [self._num_new_blocks(seq, num_new_tokens) for seq, num_new_tokens in chunks]
         while True:
+            # Counted anew after each preemption. If the last in line was a fork, the blocks that it
+            # shared may have no second holder any more, and need no copy.
+            shared = self._shared_blocks(chunks)
             try:
-                self._grow(seq, end)
-                self._copy_on_write(seq, start, end, plan)
-                return True
+                block_ids = self.allocator.allocate(sum(new_blocks) + len(shared))
+                break
             except NoFreeBlocks:
-                # If only step 2 failed, the blocks of step 1 stay in the table, and the next turn
-                # of the loop finds the table long enough.
-                if self._preempt_last(plan) is seq:
+                self._preempt_last(plan, chunks[0][0].request)
+                if any(seq.status != RUNNING for seq, _ in chunks):
                     return False
+        self.num_blocks_taken += len(block_ids)
+        taken = iter(block_ids)
+        for (seq, _), count in zip(chunks, new_blocks, strict=True):
+            seq.block_table += islice(taken, count)
+        for (seq, i), copy in zip(shared, taken, strict=True):
+            self._copy_on_write(seq.block_table, i, copy, plan)
+        return True
 
-    def _grow(self, seq: Sequence, end: int) -> None:
-        """Step 1: append blocks to the table until it has room for `end` tokens."""
-        table, allocator = seq.block_table, self.allocator
+    def _num_new_blocks(self, seq: Sequence, num_new_tokens: int) -> int:
+        """How many blocks its table lacks for its next tokens."""
+        end = seq.num_computed_tokens + num_new_tokens
+        num_held = len(seq.block_table)
         # A comparison of sizes, never a modulo: 17 tokens, block_size 16, 1 block held -> 1 more.
-        if end > len(table) * allocator.block_size:
-            new_blocks = allocator.allocate(self._blocks_wanted(seq, end) - len(table))
-            self.num_blocks_taken += len(new_blocks)
-            table += new_blocks
+        if end <= num_held * self.allocator.block_size:
+            return 0
+        return self._blocks_wanted(seq, end) - num_held
 
-    def _copy_on_write(self, seq: Sequence, start: int, end: int, plan: Plan) -> None:
-        """Step 2: replace shared blocks that hold positions [start, end) by copies of its own."""
-        table, allocator = seq.block_table, self.allocator
-        # Positions 6 to 8 in blocks of 4: the logical blocks 1 and 2 are written, [1, 3).
-        written = range(start // allocator.block_size, allocator.blocks_needed(end))
-        shared = [i for i in written if allocator.ref_count(table[i]) > 1]
-        new_blocks = allocator.allocate(len(shared))  # all or none; usually none is shared
-        self.num_blocks_taken += len(new_blocks)
-        for i, new_block in zip(shared, new_blocks, strict=True):
-            # The copy is only planned here. The engine makes it before the forward, and only the
-            # forward writes into blocks, so the source still has its content then.
-            plan.copies.append((table[i], new_block))
-            allocator.free([table[i]])  # the fork that shares it still holds it
-            table[i] = new_block
+    def _shared_blocks(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Which blocks must be copied before they are written: (sequence, index in its table).
 
-    def _preempt_last(self, plan: Plan) -> Sequence:
-        """Step 3, if the pool is full: the last in line gives up its blocks. Returns it.
-
-        The caller then tries again from step 1. If the last in line was a fork, the blocks that it
-        shared may have no second holder any more, and need no copy.
+        Of a block that nobody else holds one of the writers needs no copy: the last of them.
         """
-        victim = self.running[-1]
-        self.preempt(victim)
-        plan.preempted.append(victim)
-        return victim
+        allocator = self.allocator
+        num_holders: dict[int, int] = {}  # of a block, without those that will have copied it
+        shared = []
+        for seq, num_new_tokens in chunks:
+            start, table = seq.num_computed_tokens, seq.block_table
+            # Positions 6 to 8 in blocks of 4: the logical blocks 1 and 2 are written, [1, 3).
+            end_block = min(allocator.blocks_needed(start + num_new_tokens), len(table))
+            for i in range(start // allocator.block_size, end_block):
+                count = num_holders.get(table[i], allocator.ref_count(table[i]))
+                if count > 1:
+                    shared.append((seq, i))
+                    num_holders[table[i]] = count - 1
+        return shared
+
+    def _copy_on_write(self, table: list[int], i: int, copy: int, plan: Plan) -> None:
+        """Replace a shared block in a table by a copy of its own."""
+        # The copy is only planned here. The engine makes all copies of a step in one call before
+        # the forward, and only the forward writes into blocks, so the source still has its content.
+        plan.copies.append((table[i], copy))
+        self.allocator.free([table[i]])  # the fork that shares it still holds it
+        table[i] = copy
+
+    def _preempt_last(self, plan: Plan, keeper: Request | None = None) -> None:
+        """The last request in line gives up the blocks of all its sequences.
+
+        If it is the `keeper`, the request that needs the blocks, only its last sequence does:
+        otherwise a request that is alone in the pool would lose everything again and again.
+        """
+        last = self.running[-1]
+        is_alone = last.request is keeper and not last.request.runs_together
+        victims = [last] if is_alone else self._running_sequences(last.request)
+        for seq in victims:
+            if seq.status == RUNNING:  # the first of those that run together takes all others along
+                self.preempt(seq)
+        plan.preempted += victims
 
     def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
-        """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool."""
+        """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool.
+
+        Of several that run together each gets at most its share of the pool.
+        """
         try:
             reserved = self.reserve(seq)
             if type(reserved) is not int:
@@ -294,7 +431,8 @@ class Scheduler:
         except Exception as error:  # the caller's function failed: only this sequence ends
             seq.error = f"the reserve function failed: {error!r}"
             wanted = self.allocator.blocks_needed(num_tokens)
-        return min(wanted, self.allocator.num_blocks)
+        together = seq.request.max_num_sequences if seq.request.runs_together else 1
+        return min(wanted, self.allocator.num_blocks // together)
 
     def _start(self, seq: Sequence) -> bool:
         """Move the first waiting sequence to running if the pool has what it reserves."""
@@ -318,16 +456,22 @@ class Scheduler:
         return True
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's blocks and let it wait, to compute its tokens again later."""
-        self.running.remove(seq)
-        self.num_preemptions += 1
-        self.num_recomputed_tokens += seq.num_computed_tokens
-        # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and output.
-        # vLLM recomputes too; its first engine could also swap the blocks to host memory.
-        seq.num_preemptions += 1
-        seq.num_computed_tokens = 0
-        self._free(seq)
-        self._push(seq)
+        """Take a running sequence's blocks and let it wait, to compute its tokens again later.
+
+        Those that run together with it are preempted, too.
+        """
+        request = seq.request
+        for victim in self._running_sequences(request) if request.runs_together else [seq]:
+            self.running.remove(victim)
+            self.num_preemptions += 1
+            self.num_recomputed_tokens += victim.num_computed_tokens
+            # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and
+            # output. vLLM recomputes too; its first engine could also swap the blocks to host
+            # memory.
+            victim.num_preemptions += 1
+            victim.num_computed_tokens = 0
+            self._free(victim)
+            self._push(victim)
 
     # ---- after the forward ----
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
@@ -355,6 +499,17 @@ class Scheduler:
                     self._end(seq, None, plan)
                 else:
                     self._extend(seq, continuation, plan)
+        self._end_those_that_are_too_many(plan)
+
+    def _end_those_that_are_too_many(self, plan: Plan) -> None:
+        """End a request that has more sequences than can run together: no step could hold them."""
+        for request in {child.request for child in plan.forked if child.request.runs_together}:
+            running = self._running_sequences(request)
+            if len(running) > request.max_num_sequences:
+                found = f"{len(running)} sequences, max_num_sequences {request.max_num_sequences}"
+                for seq in running:
+                    seq.error = f"the request's strategy made too many children: {found}"
+                    self._end(seq, "error", plan)
 
     def _extend(self, seq: Sequence, continuation: Continuation, plan: Plan) -> None:
         """Append a continuation's tokens. If one of them ends the sequence, drop those after it."""
@@ -415,12 +570,8 @@ class Scheduler:
             block_table=list(parent.block_table),  # the same block ids in a list of its own
             logprobs=list(parent.logprobs),
         )
-        try:
-            child.key = self.policy(child)
-            if key_shape(child.key) != key_shape(parent.key):
-                raise TypeError(f"the key {child.key!r} cannot be compared with the others")
-        except Exception as error:  # as in `_blocks_wanted`
-            child.key, child.error = parent.key, f"the policy failed: {error!r}"
+        policy_key, arrival, _ = parent.key
+        child.key = (policy_key, arrival, child.index)
         plan.forked.append(child)
         parent.request.sequences.append(child)
         self._run(child)

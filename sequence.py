@@ -66,6 +66,11 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()  # for the sampler; a sequence ends at its stop_token_ids
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of the words it must not write
     sequences: list["Sequence"] = field(default_factory=list)
+    # The most sequences that it has at once (those that have ended are not counted).
+    max_num_sequences: int = 1
+    # They get their next tokens in the same step, or none of them does: its strategy needs to see
+    # the logits of all of them at once, as a beam search does.
+    runs_together: bool = False
     prompt: str | None = None  # its text; None if it came as token ids
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
@@ -97,7 +102,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: str = WAITING
-    key: Any = None  # its place in the order of precedence, from the scheduler's policy
+    key: Any = None  # its place in the order of precedence: (policy's key, arrival, index)
     # "stop", "length", "abort", "error"; None until it ends, and if a strategy dropped it
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token (not EOS) or stop string that ended it

@@ -620,7 +620,7 @@ def test_a_policy_or_reserve_that_cannot_be_used_is_refused_and_leaves_nothing(
     assert first.token_ids == written_alone(range(1000, 1003), 4)
 
 
-def test_the_policy_is_asked_once_for_each_sequence():
+def test_the_policy_is_asked_once_for_each_request():
     asked = []
 
     def policy(seq):
@@ -633,7 +633,7 @@ def test_the_policy_is_asked_once_for_each_sequence():
     fork(loop, seq, [11], [12])
     loop.scheduler.preempt(seq)
     loop.run_to_the_end()
-    assert asked == ["A", "B", "A1"]
+    assert asked == ["A", "B"]
 
 
 @pytest.mark.parametrize("reserve", [returns(1), returns(-5)])
@@ -654,15 +654,10 @@ def test_a_function_that_fails_later_ends_its_own_sequence_with_an_error():
     def reserve(seq):
         return 1 / 0 if seq is one else len(seq.token_ids)
 
-    def policy(seq):
-        return (seq.request.arrival, 1) if seq.index == 0 else None
-
-    loop.scheduler.reserve, loop.scheduler.policy = reserve, policy
-    (child,) = fork(loop, two, [11], [12])
+    loop.scheduler.reserve = reserve
     loop.run_to_the_end()
     assert (one.finish_reason, one.num_generated) == ("error", 2)
     assert one.error.startswith("the reserve function failed: ZeroDivisionError")
-    assert (child.finish_reason, child.error[:18]) == ("error", "the policy failed:")
     assert [seq.finish_reason for seq in (two, three)] == ["length", "length"]
 
 
