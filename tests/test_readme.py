@@ -53,11 +53,11 @@ def test_the_lessons_table_names_every_root_file_in_reading_order():
     assert stems == [name for name in LESSONS if name in stems]
 
 
-def test_the_allocator_comes_second_and_the_engine_within_75_minutes():
+def test_the_allocator_comes_second_and_the_engine_within_85_minutes():
     names = list(tables.LESSON)
     assert names[1] == "block_allocator.py"
     before = names[: names.index("engine.py")]
-    assert sum(map(tables.minutes, before)) <= 75
+    assert sum(map(tables.minutes, before)) <= 85
 
 
 def test_the_files_marked_with_a_star_import_no_torch():
