@@ -7,6 +7,7 @@ share is view.js and view.css. No lesson needs this wing. A file imports only fi
     replay          a recording as a page of its own: one file that needs no network
     engine_thread   the engine in a thread of its own; what it writes, handed to an event loop
     openai_api      requests in OpenAI's form to sampling parameters, outputs to its answers
+    answers         whole answers, streams of events, and clients that leave
     protection      who may ask and how much: hosts, keys, bodies, slow connections
     server          the routes, and the program
 """

@@ -35,10 +35,9 @@ MAX_STRING_CHARS = 1024
 LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON does not have; as in vLLM
 
 # What would change the answer and is not served, if it is neither null, false nor empty.
-REFUSED = """suffix tools functions tool_choice function_call structured_outputs guided_json
-guided_regex guided_choice guided_grammar logits_processors truncate_prompt_tokens prompt_embeds
-prompt_logprobs best_of use_beam_search chat_template continue_final_message documents audio
-web_search_options prediction kv_transfer_params""".split()
+REFUSED = """suffix tools functions structured_outputs guided_json guided_regex guided_choice
+guided_grammar logits_processors truncate_prompt_tokens prompt_embeds prompt_logprobs
+use_beam_search echo chat_template continue_final_message documents audio""".split()
 
 
 class ApiError(Exception):
@@ -97,6 +96,7 @@ class SamplingFields(BaseModel):
     bad_words: Texts | None = None
     seed: int | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # the newer name of max_tokens
     min_tokens: int | None = None
     stop: str | Texts | None = None
     stop_token_ids: TokenIds | None = None
@@ -105,10 +105,13 @@ class SamplingFields(BaseModel):
 
     def refuse_unknown_meanings(self) -> None:
         """Raise ApiError for a field that would change the answer and is not served."""
+        unknown = self.model_extra or {}
         for name in REFUSED:
-            if (self.model_extra or {}).get(name):
+            if unknown.get(name):
                 raise ApiError(f"{name} is not served here: leave it out", param=name)
-        form = (self.model_extra or {}).get("response_format")
+        if unknown.get("best_of") not in (None, self.n or 1):
+            raise ApiError("best_of must be n: leave it out", param="best_of")
+        form = unknown.get("response_format")
         if form and form != {"type": "text"}:
             raise ApiError("response_format must be text: leave it out", param="response_format")
         if self.stream_options is not None and not self.stream:
@@ -122,9 +125,17 @@ class SamplingFields(BaseModel):
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
         """The parameters; `changes` replace fields. Raises ValueError for a value out of range."""
-        names = {field.name for field in fields(SamplingParams)}
-        given = {name: value for name, value in self if name in names and value is not None}
-        return SamplingParams(**(given | changes))
+        names = {field.name for field in fields(SamplingParams)} & set(type(self).model_fields)
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**(given | {"max_tokens": self.most_tokens} | changes))
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit of a text under its older or its newer name; None: what fits."""
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        return self.max_completion_tokens
 
 
 class CompletionRequest(SamplingFields):
@@ -142,7 +153,7 @@ class CompletionRequest(SamplingFields):
         scores = {"logprobs": self.logprobs}
         if self.echo:
             scores["prompt_logprobs"] = self.logprobs
-        return self.sampling_params(max_tokens=self.max_tokens, **scores)
+        return self.sampling_params(**scores)
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt: a text or token ids. A list of numbers is one prompt."""
@@ -183,7 +194,6 @@ class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
 
     def params(self) -> SamplingParams:
         """Raises ApiError or ValueError for what is not served."""
@@ -192,9 +202,7 @@ class ChatRequest(SamplingFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs is for logprobs=true", param="top_logprobs")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.sampling_params(
-            max_tokens=most,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             # A base model goes on with the user's next message: the text ends before it.
             stop=[*stop, f"\n{SPEAKERS['user']}:"],
@@ -249,7 +257,7 @@ class Offsets:
     """
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._end = start
 
@@ -257,7 +265,7 @@ class Offsets:
         """The offsets of the next tokens."""
         for token_id in token_ids:
             yield self._end
-            self._end += len(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+            self._end += len(self._utf8.decode(self.tokenizer.token_bytes(token_id)))
 
 
 def completion_logprobs(
@@ -269,7 +277,7 @@ def completion_logprobs(
         if entry is None:
             values.append(None)
             tops.append(None)
-            tokens.append(offsets._tokenizer.token_text(token_id))
+            tokens.append(offsets.tokenizer.token_text(token_id))
             continue
         top: dict[str, float] = {}
         for logprob in entry.values():  # best first
@@ -321,7 +329,7 @@ def usage(num_prompt_tokens: int, num_written: int) -> dict:
 class Answer:
     """Writes the answer to one request: whole with `whole`, or chunk by chunk.
 
-    `prompts` are its prompts as texts, `prompt_ids` as token ids.
+    `prompts` are its prompts as they came, texts or ids, `prompt_ids` are their token ids.
     """
 
     def __init__(
@@ -329,7 +337,7 @@ class Answer:
         request: CompletionRequest | ChatRequest,
         model: str,
         tokenizer: Tokenizer | None,
-        prompts: list[str],
+        prompts: list[str | list[int]],
         prompt_ids: list[list[int]],
         n: int,
     ):
@@ -354,6 +362,14 @@ class Answer:
     def num_prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(map(len, self.prompt_ids))
+
+    def echoed(self, prompt_number: int) -> str:
+        """A prompt as text."""
+        prompt = self.prompts[prompt_number]
+        if isinstance(prompt, str):
+            return prompt
+        tokens = map(self.tokenizer.token_bytes, prompt) if self.tokenizer else ()
+        return b"".join(tokens).decode(errors="replace")
 
     # ---- a whole answer ----
     def whole(self, outputs: list[RequestOutput]) -> dict:
@@ -386,7 +402,7 @@ class Answer:
             }
         text = completion.text
         if self.echoes:
-            text = self.prompts[number] + text
+            text = self.echoed(number) + text
             if scores is not None:
                 ids = output.prompt_token_ids + ids
                 scores = [*(output.prompt_logprobs or []), *scores]
@@ -410,7 +426,7 @@ class Answer:
             if self.is_chat:
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
             elif self.echoes and self.request.logprobs is None:
-                yield self._chunk(index, {"text": self.prompts[index // self.n]}, None)
+                yield self._chunk(index, {"text": self.echoed(index // self.n)}, None)
 
     def chunk(self, piece: Any) -> dict:
         """The chunk of one step's piece of a text (see engine_thread.py)."""
@@ -419,7 +435,7 @@ class Answer:
         text, ids, scores = piece.text, piece.token_ids, piece.logprobs
         if self.echoes and piece.prompt_logprobs is not None:
             # With log-probabilities the prompt stands in one chunk with the first token.
-            text = self.prompts[piece.prompt_number] + text
+            text = self.echoed(piece.prompt_number) + text
             ids = self.prompt_ids[piece.prompt_number] + ids
             scores = [*piece.prompt_logprobs, *(scores or [])]
         content = {"delta": {"content": text}} if self.is_chat else {"text": text}

@@ -19,28 +19,29 @@ Run: python -m serving.server --help
 """
 
 import asyncio
-import json
 import logging
 import os
 import time
 import tomllib
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from reprlib import repr as short_repr
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from generate import add_engine_flags, build_llm
 from llm import LLM, SHIPPED_MODEL, SamplingParams
+from serving.answers import AsciiJSONResponse, EventStream, event, unless_disconnected
 from serving.engine_thread import Busy, Closing, EngineThread, Job, StepFailed, TooLong, TooSlow
 from serving.openai_api import (
     Answer,
@@ -51,13 +52,13 @@ from serving.openai_api import (
     TokenizeRequest,
 )
 from serving.protection import Guard, SlowClientProtocol, is_loopback
+from watch.metrics import Metrics
 
 logger = logging.getLogger("pagedgpt.server")
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 STATUS_OF = {Busy: 429, Closing: 503, TooLong: 408, TooSlow: 408, StepFailed: 500}
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,37 +76,14 @@ class ServerConfig:
     drain_s: float = 10.0
     log_prompts: bool = False
 
-
-# ---- answers -------------------------------------------------------------------------------------
-def as_json(value: dict) -> str:
-    """In ASCII: the answer to a text with half of a surrogate pair can be sent too."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-class AsciiJSONResponse(JSONResponse):
-    """An answer that is whole."""
-
-    def render(self, content: Any) -> bytes:
-        """The bytes that are sent."""
-        return as_json(content).encode()
+    def __post_init__(self):
+        limits = {"max_waiting": 0, "max_body_bytes": 1, "timeout_s": 0.001, "drain_s": 0}
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. Its generator is closed at once when the client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str]):
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    async def stream_response(self, send) -> None:
-        """Send each event. Starlette cancels this when the client disconnects."""
-        try:
-            await super().stream_response(send)
-        finally:
-            await self.body_iterator.aclose()  # its `finally` runs now, not at some later time
-
-
+# ---- errors --------------------------------------------------------------------------------------
 @contextmanager
 def refusals() -> Iterator[None]:
     """Within it a ValueError is a client's mistake: a prompt or a parameter is refused."""
@@ -113,24 +91,6 @@ def refusals() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ApiError(str(error)) from None
-
-
-async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled if the client goes away: ClientDisconnect then."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -143,6 +103,18 @@ def to_api_error(error: Exception) -> ApiError:
     return ApiError(message, status, headers=headers)
 
 
+async def on_error(request: Request, error: Exception) -> Response:
+    """The answer to an exception, in OpenAI's form."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        error = ApiError(f"{short_repr(place)}: {first['msg']}", param=place[:200] or None)
+    elif isinstance(error, HTTPException):
+        error = ApiError(str(error.detail), error.status_code, headers=error.headers)
+    error = to_api_error(error)
+    return AsciiJSONResponse(error.body, error.status, error.headers)
+
+
 # ---- one request ---------------------------------------------------------------------------------
 class Service:
     """What the routes share: the engine's thread, the model's name, and how a request is served."""
@@ -153,6 +125,8 @@ class Service:
         self.engine_thread = engine_thread
         self.config = config
         self.started = int(time.time())
+        self.metrics = Metrics(llm.engine.scheduler, config.served_model_name)
+        engine_thread.watch(self.metrics)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError unless this is the model's name, or no name at all."""
@@ -186,13 +160,11 @@ class Service:
             raise ValueError(f"{found}, more than {self.llm.max_seq_len} tokens can hold")
         return self.tokenizer.encode(prompt)
 
-    @property
+    @cached_property
     def longest_token(self) -> int:
         """The bytes of the longest token."""
-        if not hasattr(self, "_longest_token"):
-            ids = range(self.llm.model.config.vocab_size)
-            self._longest_token = max(len(self.tokenizer.token_bytes(i)) for i in ids)
-        return self._longest_token
+        ids = range(self.llm.model.config.vocab_size)
+        return max(len(self.tokenizer.token_bytes(i)) for i in ids)
 
     async def complete(self, body: CompletionRequest | ChatRequest, request: Request) -> Response:
         """Serve a completion or a chat, whole or as a stream."""
@@ -207,23 +179,18 @@ class Service:
                 self.check_length(prompt_ids[-1], params.max_tokens)
                 await asyncio.sleep(0)  # other requests may go on between two prompts
             job = self.engine_thread.submit(prompt_ids, params, self.config.timeout_s, is_stream)
-        answer = Answer(
-            body,
-            self.config.served_model_name,
-            self.tokenizer,
-            [self.as_text(prompt) for prompt in prompts],
-            prompt_ids,
-            params.n,
-        )
+        name = self.config.served_model_name
+        answer = Answer(body, name, self.tokenizer, prompts, prompt_ids, params.n)
+        end = partial(self.end, job, answer)
         if is_stream:
-            return EventStream(self.events(job, answer, prompts))
+            return EventStream(self.events(job, answer), at_end=end)
         try:
             outputs = await unless_disconnected(request, job.outputs())
             return AsciiJSONResponse(answer.whole(outputs))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         finally:
-            self.end(job, answer, prompts)
+            end()
 
     def check_length(self, prompt_ids: list[int], max_tokens: int | None) -> None:
         """Raise ApiError if a prompt and what may follow it are longer than the context."""
@@ -233,13 +200,7 @@ class Service:
             message = f"{found}, and the context has {most}: shorten one of them"
             raise ApiError(message, param="max_tokens", code="context_length_exceeded")
 
-    def as_text(self, prompt: str | list[int]) -> str:
-        """A prompt as text, to be echoed."""
-        if isinstance(prompt, str):
-            return prompt
-        return self.tokenizer.decode(prompt) if self.tokenizer else ""
-
-    async def events(self, job: Job, answer: Answer, prompts: list) -> AsyncIterator[str]:
+    async def events(self, job: Job, answer: Answer) -> AsyncIterator[str]:
         """The events of a stream, with an error as the last one if it breaks off."""
         try:
             for chunk in answer.openings():
@@ -252,23 +213,16 @@ class Service:
                 yield event(chunk)
         except tuple(STATUS_OF) + (ApiError,) as error:
             yield event(to_api_error(error).body)
-        finally:
-            self.end(job, answer, prompts)
         yield "data: [DONE]\n\n"
 
-    def end(self, job: Job, answer: Answer, prompts: list) -> None:
+    def end(self, job: Job, answer: Answer) -> None:
         """Close a job, and write its line into the log."""
         outcome = job.outcome
         self.engine_thread.close(job)
-        text = f": {short_repr(prompts)}" if self.config.log_prompts else ""
-        counts = len(prompts), answer.num_prompt_tokens, answer.num_written
+        text = f": {answer.prompts!r}" if self.config.log_prompts else ""
+        counts = len(answer.prompts), answer.num_prompt_tokens, answer.num_written
         line = "%s: prompts %d, tokens %d + %d, %s%s"
         logger.info(line, answer.head["id"], *counts, outcome, text)
-
-
-def event(value: dict) -> str:
-    """One server-sent event."""
-    return f"data: {as_json(value)}\n\n"
 
 
 # ---- the routes ----------------------------------------------------------------------------------
@@ -290,6 +244,13 @@ async def health(request: Request) -> Response:
 async def version() -> dict:
     """The version of this program."""
     return {"version": VERSION}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """The engine's numbers for Prometheus."""
+    text = service_of(request).metrics.text()
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/v1/models")
@@ -334,19 +295,6 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     if service.tokenizer is None or not all(0 <= i < vocab_size for i in body.tokens):
         raise ApiError(f"tokens: ids from 0 to {vocab_size - 1} are needed", param="tokens")
     return AsciiJSONResponse({"prompt": service.tokenizer.decode(body.tokens)})
-
-
-# ---- errors --------------------------------------------------------------------------------------
-async def on_error(request: Request, error: Exception) -> Response:
-    """The answer to an exception, in OpenAI's form."""
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        error = ApiError(f"{short_repr(place)}: {first['msg']}", param=place[:200] or None)
-    elif isinstance(error, HTTPException):
-        error = ApiError(str(error.detail), error.status_code, headers=error.headers)
-    error = to_api_error(error)
-    return AsciiJSONResponse(error.body, error.status, error.headers)
 
 
 EXPECTED_ERRORS = (ApiError, RequestValidationError, HTTPException, *STATUS_OF)
@@ -448,8 +396,8 @@ def server_config(args: Namespace) -> ServerConfig:
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, load the model, and serve until a signal comes."""
     args = build_parser().parse_args(argv)
-    config = server_config(args)
     try:
+        config = server_config(args)
         llm = build_llm(args)
         # The first request would wait for kernels to be compiled: do that before clients come.
         llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))
@@ -465,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
             host=config.host,
             port=config.port,
             http=SlowClientProtocol,
+            loop="asyncio",  # whose clock is time.monotonic, as the deadlines are
             ws="none",
             proxy_headers=False,  # who asks is the connection's other end
             server_header=False,
