@@ -7,10 +7,12 @@ milliseconds.
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -26,6 +28,7 @@ from checkpoints.train_tiny import (
     make_optimizers,
     parse_args,
     read_tales,
+    save_model,
     train_tokenizer,
 )
 from model import GPT, GPTConfig, attend_one_sequence
@@ -283,6 +286,55 @@ def test_every_weight_has_exactly_one_optimizer():
         "h.0.mlp.c_fc.weight",
         "h.0.mlp.c_proj.weight",
     }
+
+
+# ---- the model's files ---------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_is_read_back_bit_by_bit_and_transformers_finds_every_tensor(tied, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    shape = {"vocab_size": 61, "max_seq_len": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
+    ours = GPT(GPTConfig(**shape, eos_token_id=60, tie_word_embeddings=tied)).init_weights(std=0.2)
+    save_model(ours, folder, torch.float32)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    theirs, info = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())  # nothing missing, unexpected or misshapen
+    assert theirs.config.eos_token_id == 60
+    heads = [name for name in load_file(folder / "model.safetensors") if "lm_head" in name]
+    assert heads == ([] if tied else ["lm_head.weight"])  # it stands outside the prefix
+    loaded, ids = load_model(folder), torch.arange(32)
+    assert loaded.config == ours.config
+    assert all(torch.equal(loaded.state_dict()[name], t) for name, t in ours.state_dict().items())
+    with torch.inference_mode():
+        logits = loaded.logits(loaded(ids, ids, attend_one_sequence))
+        torch.testing.assert_close(logits, theirs.eval()(ids[None]).logits[0], rtol=0, atol=1e-4)
+    save_model(ours, folder, torch.float16)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+    assert torch.equal(load_model(folder).wpe.weight, ours.wpe.weight.half().float())
+
+
+def test_a_save_that_is_stopped_leaves_the_old_model_or_none(tmp_path, tiny_gpt, monkeypatch):
+    """Never the config or the tokenizer of one model and the weights of another."""
+    save_model(tiny_gpt(), tmp_path, torch.float32)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = Path.replace
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def stopped_after_one(path, target):
+        monkeypatch.setattr(Path, "replace", stopped)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tiny, "save_file", stopped)
+        save_model(tiny_gpt(n_layer=3), tmp_path, torch.float32)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(Path, "replace", stopped_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tiny_gpt(n_layer=3), tmp_path, torch.float32)
+    assert json.loads((tmp_path / "config.json").read_text())["n_layer"] == 3
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_model(tmp_path)
 
 
 # ---- the program ---------------------------------------------------------------------------------
