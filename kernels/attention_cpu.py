@@ -36,6 +36,7 @@ from torch import Tensor
 from kernels.numba_tools import (
     HAS_NUMBA,
     compiled,
+    compiled_in_order,
     compiled_parallel,
     flat_memory,
     inlined,
@@ -297,7 +298,7 @@ def walk_chunks(chunks, locs, queries, k, v, layout, tables, context_lens, m, l,
         )
 
 
-@compiled
+@compiled_in_order
 def merge_chunks(chunks, chunk_locs, locs, m, l, acc, out):
     """Combine the partial results of each sequence's chunks in out (N, H, D).
 

@@ -58,7 +58,7 @@ def compiled(function: Callable, **options) -> Callable:
     """
     if not HAS_NUMBA:
         return function
-    options |= {"nogil": True, "fastmath": FASTMATH}
+    options = {"nogil": True, "fastmath": FASTMATH} | options
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for the result: a read-only installation, no home folder
@@ -69,6 +69,16 @@ def compiled(function: Callable, **options) -> Callable:
 def compiled_parallel(function: Callable) -> Callable:
     """`compiled` for a function whose loops over `prange` run on several threads."""
     return compiled(function, parallel=True)
+
+
+def compiled_in_order(function: Callable) -> Callable:
+    """`compiled` for a function whose sums are added in the order of its loops.
+
+    A compiled caller contains a copy of each function that it calls, and LLVM optimises that copy
+    again. With FASTMATH it may then add in another order, and the copy's last bits may differ from
+    the function's own. Which of the two runs depends on what the process has compiled before.
+    """
+    return compiled(function, fastmath=False)
 
 
 @functools.cache  # said once

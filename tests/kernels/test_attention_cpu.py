@@ -264,8 +264,6 @@ def openmp_answers(request, monkeypatch):
 MIXED = ([1, 1, 90, 1, 3, 1, 40, 1], [700, 3, 90, 64, 65, 300, 400, 1000])
 
 
-# It has failed in processes that ran tests of other wings before, and never alone: not understood.
-@pytest.mark.xfail(reason="differs in some processes, the cause is being looked for", strict=False)
 @EACH_DTYPE
 @pytest.mark.parametrize("query_lens", [[1] * 8, MIXED[0]], ids=["decode", "mixed"])
 def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_threads, openmp_answers):
@@ -277,6 +275,30 @@ def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_thread
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert len(openmp_answers) == 3  # asked whenever there is more than one thread
     world.check(paged_attention_cpu)
+
+
+TWO_THREADS_AND_THEN_ONE = """
+import torch
+from kernels.attention_cpu import paged_attention_cpu
+from worlds import World
+world = World([1] * 8, {context_lens}, block_size=16)
+torch.set_num_threads(2)
+expected = world.run(paged_attention_cpu)
+torch.set_num_threads(1)
+assert torch.equal(world.run(paged_attention_cpu), expected)
+"""
+
+
+def test_kernels_that_are_loaded_from_disk_give_the_same_bits_too(set_threads):
+    """OpenMP's threads run copies of the functions that one thread runs.
+
+    In the process that compiles both, the two may be one function. A new process loads the copies
+    first, and keeps them apart.
+    """
+    context_lens = MIXED[1]
+    set_threads(2)
+    World([1] * 8, context_lens, block_size=16).run(paged_attention_cpu)  # now they are on disk
+    in_new_process(TWO_THREADS_AND_THEN_ONE.format(context_lens=context_lens))
 
 
 FIRST_CALL = """
