@@ -12,7 +12,7 @@ sequence's last block is wasted.
 
 Several sequences may hold the same block: those with an equal prefix, or the beams of a search. A
 reference count says how many do. A block returns to the free list when its last holder frees it.
-The allocator knows no sequences and no tensors, only block ids. vLLM's allocator also keeps the
+The allocator knows no sequences and no tensors, only block ids. prefix_cache.py also keeps the
 contents of freed blocks for later prompts, and evicts the least recently used ones.
 
 Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with
@@ -36,6 +36,8 @@ class BlockAllocator:
 
     Invariant: a block is on the free list exactly when its reference count is zero.
     """
+
+    keeps_contents = False  # whether `match_prefix` may find what `publish` was told
 
     def __init__(self, num_blocks: int, block_size: int = 16):
         if num_blocks < 1 or block_size < 1:
@@ -122,7 +124,7 @@ class BlockAllocator:
         """How many holders a block has; 0 means free."""
         return self._ref_counts[block_id]
 
-    def match_prefix(self, token_ids: list[int], salt: object = None) -> list[int]:
+    def match_prefix(self, token_ids: list[int], salt: str | None = None) -> list[int]:
         """Blocks that already hold the start of `token_ids`, each with one more holder.
 
         This allocator keeps no contents, so there are none. A prefix cache returns some.
@@ -130,7 +132,11 @@ class BlockAllocator:
         return []
 
     def publish(
-        self, block_table: list[int], token_ids: list[int], num_computed_tokens: int
+        self,
+        block_table: list[int],
+        token_ids: list[int],
+        num_computed_tokens: int,
+        salt: str | None = None,
     ) -> None:
         """Learn after a forward which tokens a table's blocks now hold. This allocator ignores it.
 
@@ -151,10 +157,14 @@ class BlockAllocator:
             assert count == tables, f"block {block_id}: ref_count {count}, {tables} tables name it"
         # The loop popped every id of the pool. What is left is no block of the pool.
         assert not held, f"tables name blocks {sorted(held)}, the pool has {self.num_blocks}"
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is on the free list twice"
+        listed = self._without_holder()
+        free = set(listed)
+        assert len(free) == len(listed), "a block is on the free list twice"
         zero = {block_id for block_id, count in enumerate(self._ref_counts) if count == 0}
         assert free == zero, f"free list and reference counts disagree on {sorted(free ^ zero)}"
+
+    def _without_holder(self) -> list[int]:
+        return self._free
 
     def _check_held(self, block_ids: list[int]) -> None:
         for block_id in block_ids:

@@ -161,6 +161,14 @@ def runs_together(strategy: Strategy) -> bool:
     return getattr(strategy, "runs_together", False)
 
 
+def check_sharing(cache_prefix: bool, cache_salt: str | None) -> None:
+    """Raise ValueError for a `cache_prefix` or a `cache_salt` of another type."""
+    if type(cache_prefix) is not bool:
+        raise ValueError(f"cache_prefix is {cache_prefix!r}: it must be True or False")
+    if not isinstance(cache_salt, str | None):
+        raise ValueError(f"cache_salt is {cache_salt!r}: it must be text or None")
+
+
 def ask_strategy(
     strategy: Strategy, sequences: list[Sequence], logits: Tensor, vocab_size: int
 ) -> list[Continuation]:
@@ -514,21 +522,25 @@ class InferenceEngine:
         user: str | None = None,
         deadline: float | None = None,
         strategy: Strategy | None = None,
+        cache_prefix: bool = True,
+        cache_salt: str | None = None,
     ) -> str:
         """Queue a prompt, text or token ids; returns the request's id.
 
         `strategy` None is sampling; `check_strategy` says what another may be. `priority`, `user`
-        and `deadline` are for a policy to read; first come first served reads none of them. Raises
-        ValueError, and keeps nothing, if the prompt is empty, has unknown ids, leaves no room in
-        the context, or could never fit into the pool; if `params` or `strategy` is not what it must
-        be; if the policy or reserve function fails. These two are called here first, in the
-        caller's thread.
+        and `deadline` are for a policy to read; first come first served reads none of them. If the
+        allocator is a prefix cache, the request shares blocks with those that have the same
+        `cache_salt`; with `cache_prefix=False` it finds none and leaves none. Raises ValueError,
+        and keeps nothing, if the prompt is empty, has unknown ids, leaves no room in the context,
+        or could never fit into the pool; if another argument is not what it must be; if the policy
+        or reserve function fails. These two are called here first, in the caller's thread.
         """
         params = SamplingParams() if params is None else params
         if strategy is None:
             strategy = self.sampler
         else:
             check_strategy(strategy)
+        check_sharing(cache_prefix, cache_salt)
         prompt_token_ids = self._check_prompt(prompt, params)
         number = next(self._numbers)
         request = Request(
@@ -545,6 +557,8 @@ class InferenceEngine:
             eos_token_ids=self.eos_token_ids,
             bad_words_ids=self._encode_bad_words(params),
             prompt=prompt if isinstance(prompt, str) else None,
+            cache_prefix=cache_prefix,
+            cache_salt=cache_salt,
         )
         if params.prompt_logprobs is not None:
             # Nothing precedes a prompt's first token, so nothing predicts it.

@@ -8,7 +8,7 @@ vLLM's names, so that a script written for vLLM needs little more than another i
     llm = LLM("assets/tiny-gpt2")
     outputs = llm.generate(["Once upon a time", "The wolf"], SamplingParams(max_tokens=40, seed=1))
 
-    name ─> checkpoint ─> GPT ┐            ┌─> BlockAllocator ─> Scheduler ┐
+    name ─> checkpoint ─> GPT ┐            ┌─> PrefixCache ─> Scheduler ───┐
             tokenizer         ├─> LLM ─────┼─> KVCache ───────────────────┼─> InferenceEngine
             EngineConfig      ┘            └─> forward(batch) -> logits ───┘
 
@@ -54,6 +54,7 @@ from kv_cache import KVCache
 from model import GPT
 from outputs import RequestOutput
 from policies import first_come_first_served
+from prefix_cache import PrefixCache
 from sampling import SamplingParams, draw_tokens
 from scheduler import Scheduler, reserve_now
 
@@ -91,6 +92,7 @@ class EngineConfig:
     # A prompt of so many tokens keeps all decoding sequences waiting for one long step.
     max_num_batched_tokens: int = option(2048, "tokens in one step at most")
     max_seq_len: int | None = option(None, "tokens in one sequence; if not given, as the model")
+    enable_prefix_caching: bool = option(True, "prompts that begin alike share blocks")
     cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")
@@ -105,7 +107,7 @@ class EngineConfig:
             if not is_left_open and (type(value) is not int or not 1 <= value < 2**63):
                 allowed = "it must be an integer of at least 1 and below 2**63"
                 raise ValueError(f"{name} is {short_repr(value)}: {allowed}")
-        for name in ("cuda_graphs", "plan_ahead", "fused"):
+        for name in ("enable_prefix_caching", "cuda_graphs", "plan_ahead", "fused"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         if type(self.few_rows) is not int or self.few_rows < 0:
@@ -304,8 +306,9 @@ class LLM:
         # From now on the config says what was chosen: a size in blocks.
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
+        allocator_class = PrefixCache if config.enable_prefix_caching else BlockAllocator
         scheduler = Scheduler(
-            BlockAllocator(num_blocks, config.block_size),
+            allocator_class(num_blocks, config.block_size),
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_seq_len,
@@ -445,25 +448,29 @@ class LLM:
         prompts: str | list[int] | Sequence[str | list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
+        cache_prefix: bool = True,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts together; the outputs are in the order of the prompts.
 
         A prompt is text or token ids (a list, a tuple, an array, or a dict with "prompt" or
-        "prompt_token_ids"); `sampling_params` is one for all prompts or one
-        for each. It calls `step`: use it in one thread, and not in a watcher or a strategy. Raises
-        ValueError if any prompt is refused (then no prompt is served), or if the engine still has
-        requests of an earlier caller.
+        "prompt_token_ids"); `sampling_params` is one for all prompts or one for each;
+        `cache_prefix` and `cache_salt` are those of `InferenceEngine.add_request`. It calls `step`:
+        use it in one thread, and not in a watcher or a strategy. Raises ValueError if any prompt is
+        refused (then no prompt is served), or if the engine still has requests of an earlier
+        caller.
         """
         if self.engine.has_unfinished():
             raise ValueError(
                 "the engine still has requests: finish them with llm.engine.step() first"
             )
         pairs = _pair(prompts, sampling_params)
+        add = partial(self.engine.add_request, cache_prefix=cache_prefix, cache_salt=cache_salt)
         request_ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, params in pairs:
-                request_ids.append(self.engine.add_request(prompt, params))
+                request_ids.append(add(prompt, params))
             with ProgressBar(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
                 while self.engine.has_unfinished():
                     finished = self.engine.step().finished

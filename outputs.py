@@ -186,6 +186,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     metrics: RequestMetrics
     finished: bool
+    num_cached_tokens: int | None = None  # of the prompt, found in a prefix cache; None: not begun
 
 
 @dataclass(slots=True)
@@ -241,10 +242,9 @@ class BlockCounts(NamedTuple):
     taken: int = 0
     freed: int = 0
     copied: int = 0
-    # The next three are 0 here. A prefix cache or a swap space would count them.
     hit: int = 0  # found in the prefix cache
     evicted: int = 0  # dropped from it
-    swapped: int = 0
+    swapped: int = 0  # always 0 without a swap space
 
 
 class Timings(NamedTuple):
@@ -471,6 +471,7 @@ class OutputProcessor:
             prompt_logprobs=None if scores is None else list(scores),
             metrics=request.metrics,
             finished=all(seq.status == FINISHED for seq in request.sequences),
+            num_cached_tokens=request.num_cached_tokens,
         )
 
     def _completion(self, seq: Sequence) -> CompletionOutput:

@@ -96,11 +96,13 @@ class Scheduler:
         # several threads may call `check`, and `setdefault` is one operation.
         self._key_shape: dict[str, Any] = {}
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
+        self._num_plans = 0  # made so far
+        self._last_plan = Plan()
         # Totals, for statistics:
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0  # tokens that were computed, and lost to a preemption
-        self.num_blocks_taken = 0
-        self.num_blocks_freed = 0
+        self.num_blocks_taken = 0  # that got their first holder
+        self.num_blocks_freed = 0  # that lost their last one
         self.num_blocks_hit = 0  # found already filled, by the allocator's `match_prefix`
 
     # ---- in and out ----
@@ -205,7 +207,9 @@ class Scheduler:
         # After a preemption nothing starts. The first that waits is the preempted sequence, and it
         # could only take back blocks that the running ones need in the next steps.
         if not plan.preempted:
-            self._start_waiting(plan, budget)
+            self._start_waiting(plan, budget, in_flight)
+        self._last_plan = plan
+        self._num_plans += 1
         return plan
 
     def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
@@ -246,25 +250,50 @@ class Scheduler:
             budget -= num_new_tokens
         return budget
 
-    def _start_waiting(self, plan: Plan, budget: int) -> None:
-        """Start waiting sequences in their order, until one does not fit or the budget is used."""
+    def _start_waiting(self, plan: Plan, budget: int, in_flight: int) -> None:
+        """Start waiting sequences in their order, until some do not fit or the budget is used.
+
+        Those that wait a step for a block (see `_is_being_filled`) keep their places. Others behind
+        them may start if that takes nothing from them: their blocks and their places among
+        `max_num_seqs` stay free, and no prompt behind them is left half computed.
+        """
         # The first that does not fit stops the loop, even if a shorter one behind it would fit.
         # Otherwise short prompts could overtake a long one for ever.
-        while budget and len(self.running) < self.max_num_seqs:
-            seq = self._next_waiting()
-            if seq is None:
+        postponed: list[tuple] = []  # entries of the heap
+        blocks_left = 0  # free blocks that those will need
+        while budget:
+            group = self._next_waiting()
+            num_seqs = len(self.running) + len(postponed) + len(group)
+            if not group or num_seqs > self.max_num_seqs:
                 break
-            if seq.request.runs_together:
-                num_new_tokens = self._start_together(seq.request, plan, budget)
-                if num_new_tokens == 0:
-                    break
-            elif self._start(seq):
-                plan.started.append(seq)
-                num_new_tokens = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
-                self._advance(seq, num_new_tokens, plan)
-            else:
+            num_free = self.allocator.num_free
+            tables = [self._find_blocks(seq) for seq in group]
+            if self._is_being_filled(group[0], len(tables[0]), plan, in_flight):
+                self._give_back(tables)
+                postponed += [heapq.heappop(self._waiting) for _ in group]
+                blocks_left += sum(self._blocks_to_start(group))
+                continue
+            num_found = sum(map(len, tables)) * self.allocator.block_size  # tokens
+            is_cut = sum(len(seq.token_ids) for seq in group) - num_found > budget
+            if (postponed and is_cut) or not self._start(group, tables, blocks_left):
+                self._give_back(tables)
                 break
-            budget -= num_new_tokens
+            self.num_blocks_taken += num_free - self.allocator.num_free
+            plan.started += group
+            budget -= self._advance_started(group, plan, budget)
+        for entry in postponed:
+            heapq.heappush(self._waiting, entry)
+
+    def _advance_started(self, group: list[Sequence], plan: Plan, budget: int) -> int:
+        """Plan sequences that have just started; returns how many tokens they compute."""
+        if group[0].request.runs_together:
+            chunks = self._chunks_together(group, budget, can_sample=True)
+        else:
+            num_behind = len(group[0].token_ids) - group[0].num_computed_tokens
+            chunks = [(group[0], min(num_behind, budget))]
+        for seq, num_new_tokens in chunks:
+            self._advance(seq, num_new_tokens, plan)
+        return sum(num_new_tokens for _, num_new_tokens in chunks)
 
     def _advance(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> None:
         """Enter a sequence's new tokens in the plan."""
@@ -314,27 +343,6 @@ class Scheduler:
                 chunks.append((seq, num_new_tokens))
                 budget -= num_new_tokens
         return chunks
-
-    def _start_together(self, request: Request, plan: Plan, budget: int) -> int:
-        """Start all waiting sequences of a request, or none; returns how many tokens they compute.
-
-        If only some of them started, they would hold blocks and wait for the others, which may wait
-        for those blocks.
-        """
-        siblings = [seq for seq in request.sequences if seq.status == WAITING]
-        if len(self.running) + len(siblings) > self.max_num_seqs:
-            return 0
-        needed = sum(self._blocks_wanted(seq, len(seq.token_ids)) for seq in siblings)
-        if needed > self.allocator.num_free:
-            return 0
-        for seq in siblings:
-            has_started = self._start(seq)
-            assert has_started, "its blocks were free"
-        plan.started += siblings
-        chunks = self._chunks_together(siblings, budget, can_sample=True)
-        for seq, num_new_tokens in chunks:
-            self._advance(seq, num_new_tokens, plan)
-        return sum(num_new_tokens for _, num_new_tokens in chunks)
 
     def _running_sequences(self, request: Request) -> list[Sequence]:
         """Those of one request, in the order of precedence."""
@@ -434,26 +442,83 @@ class Scheduler:
         together = seq.request.max_num_sequences if seq.request.runs_together else 1
         return min(wanted, self.allocator.num_blocks // together)
 
-    def _start(self, seq: Sequence) -> bool:
-        """Move the first waiting sequence to running if the pool has what it reserves."""
+    def _start(self, group: list[Sequence], tables: list[list[int]], blocks_left: int) -> bool:
+        """Move the first in line from waiting to running if the pool has what they reserve.
+
+        `tables` are the blocks that were found for each; `blocks_left` more must stay free. Those
+        that run together start together: if only some did, they would hold blocks and wait for the
+        others, which may wait for those blocks.
+        """
+        wanted = self._blocks_to_start(group)
+        if sum(wanted) - sum(map(len, tables)) + blocks_left > self.allocator.num_free:
+            return False
+        for seq, table, num_blocks in zip(group, tables, wanted, strict=True):
+            seq.block_table = table + self.allocator.allocate(num_blocks - len(table))
+            self._use_found(seq, len(table))
+            heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            self._run(seq)
+        return True
+
+    def _blocks_to_start(self, group: list[Sequence]) -> list[int]:
+        """How many blocks each of some waiting sequences has after its start."""
+        return [self._blocks_wanted(seq, len(seq.token_ids)) for seq in group]
+
+    def _give_back(self, tables: list[list[int]]) -> None:
+        """Free blocks that were found for sequences that do not start."""
+        for table in tables:
+            self.allocator.free(table)
+
+    # ---- blocks that were computed before, or are being computed ----
+    def _find_blocks(self, seq: Sequence) -> list[int]:
+        """Blocks that already hold the sequence's first tokens, with one more holder each."""
+        request = seq.request
+        # The logits of a prompt that is scored are needed at all of its positions.
+        if not request.cache_prefix or request.prompt_logprobs is not None:
+            return []
         # Its last token is always computed, even if a cache has it: the next token is drawn from
         # the logits of that token's query.
-        table = self.allocator.match_prefix(seq.token_ids[:-1])
-        needed = self._blocks_wanted(seq, len(seq.token_ids)) - len(table)
-        try:
-            seq.block_table = table + self.allocator.allocate(needed)
-        except NoFreeBlocks:
-            self.allocator.free(table)
+        return self.allocator.match_prefix(seq.token_ids[:-1], request.cache_salt)
+
+    def _use_found(self, seq: Sequence, num_found: int) -> None:
+        """A sequence starts with this many blocks that are computed already."""
+        # Found blocks are full: 2 of 16 -> tokens [0, 32). The plain allocator finds none.
+        seq.num_computed_tokens = num_found * self.allocator.block_size
+        self.num_blocks_hit += num_found
+        # Tokens that a preemption cost it, and that it finds again, are not computed again.
+        self.num_recomputed_tokens -= min(seq.num_lost_tokens, seq.num_computed_tokens)
+        seq.num_lost_tokens = 0
+        if seq.index == 0 and seq.num_generated == 0 and seq.num_preemptions == 0:
+            seq.request.num_cached_tokens = seq.num_computed_tokens
+
+    def _is_being_filled(self, seq: Sequence, num_found: int, plan: Plan, in_flight: int) -> bool:
+        """Whether a sequence's first block that was not found is being filled by another sequence.
+
+        Then it waits for the step that fills it, instead of computing the same tokens beside it.
+        It waits once for each block: what that step filled may be gone before it can be found.
+        """
+        request, end = seq.request, (num_found + 1) * self.allocator.block_size
+        reads = request.cache_prefix and request.prompt_logprobs is None
+        if not self.allocator.keeps_contents or not reads or end >= len(seq.token_ids):
             return False
-        self.num_blocks_taken += needed
-        self.num_blocks_hit += len(table)
-        # Blocks from a prefix cache are full: 2 of 16 -> tokens [0, 32) are computed already. The
-        # plain allocator finds none, so this is 0.
-        seq.num_computed_tokens = len(table) * self.allocator.block_size
-        heapq.heappop(self._waiting)
-        self.num_waiting -= 1
-        self._run(seq)
-        return True
+        # A step in flight is one that the host waits for a second time.
+        block, plan_number = seq.waited_for
+        if num_found < block or (num_found == block and self._num_plans > plan_number + in_flight):
+            return False
+        entries = plan.scheduled + (self._last_plan.scheduled if in_flight else [])
+        for other, start, num_new_tokens in entries:
+            # Block 2 of 16 tokens is [32, 48): the step that reaches 48 fills it.
+            if start < end <= start + num_new_tokens and self._fills(other, seq, end):
+                if num_found > block:
+                    seq.waited_for = num_found, self._num_plans
+                return True
+        return False
+
+    def _fills(self, other: Sequence, seq: Sequence, end: int) -> bool:
+        """Whether another sequence's blocks up to `end` will be found for this one."""
+        one, two = seq.request, other.request
+        is_shared = two.cache_prefix and two.cache_salt == one.cache_salt
+        return is_shared and other.token_ids[:end] == seq.token_ids[:end]
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks and let it wait, to compute its tokens again later.
@@ -464,12 +529,11 @@ class Scheduler:
         for victim in self._running_sequences(request) if request.runs_together else [seq]:
             self.running.remove(victim)
             self.num_preemptions += 1
-            self.num_recomputed_tokens += victim.num_computed_tokens
             # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and
             # output. vLLM recomputes too; its first engine could also swap the blocks to host
             # memory.
             victim.num_preemptions += 1
-            victim.num_computed_tokens = 0
+            self._lose_tokens(victim)
             self._free(victim)
             self._push(victim)
 
@@ -480,10 +544,15 @@ class Scheduler:
         A sampled sequence without a continuation ends: its strategy (a beam search) dropped it.
         This is the only place where a sequence ends, except for `abort`.
         """
+        block_size = self.allocator.block_size
         for seq, start, num_new_tokens in plan.scheduled:
-            if seq.status == RUNNING:
-                # What this plan computed; a later plan may have advanced the sequence already.
-                self.allocator.publish(seq.block_table, seq.token_ids, start + num_new_tokens)
+            # What this plan computed; a later plan may have advanced the sequence already. If it
+            # filled no block there is nothing to publish: 33 + 1 tokens of 16, 2 full blocks.
+            end = start + num_new_tokens
+            if end // block_size > start // block_size and seq.status == RUNNING:
+                request = seq.request
+                if request.cache_prefix:
+                    self.allocator.publish(seq.block_table, seq.token_ids, end, request.cache_salt)
         # parent -> its first child: reversed, because a dict keeps the last of equal keys. The
         # parent itself goes on as its first child.
         first = {c.parent: c for c in reversed(continuations)}
@@ -608,9 +677,8 @@ class Scheduler:
         for request in requests:
             for seq in request.sequences:
                 if seq.status != FINISHED:
-                    self.num_recomputed_tokens += seq.num_computed_tokens
+                    self._lose_tokens(seq)
                     seq.block_table = []
-                    seq.num_computed_tokens = 0
                     self._push(seq)
 
     # ---- the queues ----
@@ -626,19 +694,33 @@ class Scheduler:
         heapq.heappush(self._waiting, (seq.key, self._pushes, seq))
         self.num_waiting += 1
 
-    def _next_waiting(self) -> Sequence | None:
-        """The waiting sequence that comes first; it stays in the queue."""
+    def _next_waiting(self) -> list[Sequence]:
+        """The waiting sequence that comes first, and those that run together with it.
+
+        They stay in the queue, where they stand side by side. Empty if none waits.
+        """
         # `finish` leaves the entry of an aborted sequence in the heap: it is dropped at the top.
         while self._waiting and self._waiting[0][2].status != WAITING:
             heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None
+        if not self._waiting:
+            return []
+        first = self._waiting[0][2]
+        if not first.request.runs_together:
+            return [first]
+        return [seq for seq in first.request.sequences if seq.status == WAITING]
 
     def _free(self, seq: Sequence) -> None:
         """Give back a sequence's blocks."""
-        counts = [self.allocator.ref_count(block_id) for block_id in seq.block_table]
-        self.num_blocks_freed += counts.count(1)  # a block that a fork holds too is not free yet
+        num_free = self.allocator.num_free
         self.allocator.free(seq.block_table)
+        # a block that another sequence holds too is not free yet
+        self.num_blocks_freed += self.allocator.num_free - num_free
         seq.block_table = []
+
+    def _lose_tokens(self, seq: Sequence) -> None:
+        """Count a sequence's computed tokens as lost."""
+        self.num_recomputed_tokens += seq.num_computed_tokens
+        seq.num_lost_tokens, seq.num_computed_tokens = seq.num_computed_tokens, 0
 
     def check_integrity(self) -> None:
         """Assert that running sequences hold all used blocks, with room for their tokens."""

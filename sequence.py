@@ -73,6 +73,10 @@ class Request:
     runs_together: bool = False
     prompt: str | None = None  # its text; None if it came as token ids
     prompt_logprobs: list | None = None  # one entry per prompt token, where asked for
+    # What the allocator may remember of it (see prefix_cache.py):
+    cache_prefix: bool = True  # whether its blocks may be found later, and whether it looks for any
+    cache_salt: str | None = None  # requests with another salt share no block with it
+    num_cached_tokens: int | None = None  # of the prompt, found when it started
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     is_queued: bool = False  # the scheduler has it
     # Key "by": what ended it, "step" or an object of the `abort` call; empty while it runs. Threads
@@ -109,6 +113,9 @@ class Sequence:
     error: str | None = None  # what happened, in a sentence; the next update ends it with "error"
     logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
     num_preemptions: int = 0
+    num_lost_tokens: int = 0  # computed before its last preemption
+    # It has waited for this logical block of another sequence, first in the plan of this number.
+    waited_for: tuple[int, int] = (-1, 0)
     decoder: Any = None  # turns its tokens into text (outputs.py); the scheduler does not read it
 
     @property

@@ -35,6 +35,7 @@ LESSON = {  # the root files in reading order: the concept in one sentence
     "outputs.py": "Tokens to text without breaking a character; stop strings.",
     "engine.py": "schedule, forward, sample, repeat.",
     "baselines.py": "What paging replaces: no cache, and one slab per sequence.",
+    "prefix_cache.py": "An allocator with a memory: equal beginnings share blocks.",
     "llm.py": "Chooses the parts and puts them together.",
     "generate.py": "The command line: prompts in, streamed text out.",
     "benchmark.py": "The three-way comparison, and the table of experiments.",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from block_allocator import BlockAllocator
+from prefix_cache import PrefixCache
 from scheduler import Scheduler, reserve_now
 from sequence import Continuation, Request, Sequence
 
@@ -66,10 +67,14 @@ class Loop:
         self.slots = {}  # slot -> the text up to its token, this token included
         self.requests = []
 
-    def add(self, request_id, num_prompt_tokens, max_tokens, *, n=1, **fields):
-        """Queue a request of tokens that no other has; returns its sequence or sequences."""
+    def add(self, request_id, num_prompt_tokens, max_tokens, *, n=1, like=None, **fields):
+        """Queue a request of tokens that no other has; returns its sequence or sequences.
+
+        With `like` its tokens begin like those of the request of this number.
+        """
         arrival = len(self.requests)
-        prompt = [1000 * (arrival + 1) + i for i in range(num_prompt_tokens)]
+        first = 1000 * ((arrival if like is None else like) + 1)
+        prompt = [first + i for i in range(num_prompt_tokens)]
         request = Request(request_id, prompt, arrival)
         request.sequences = [
             Sequence(request, i, list(prompt), num_prompt_tokens, max_tokens, **fields)
@@ -114,6 +119,7 @@ class Loop:
     def forget(self):
         """Drop what is in free blocks: their next owner must write before it reads."""
         free = {i for i in range(self.allocator.num_blocks) if self.allocator.ref_count(i) == 0}
+        free -= set(getattr(self.allocator, "_unused", ()))  # what a prefix cache still remembers
         block_size = self.allocator.block_size
         self.slots = {k: v for k, v in self.slots.items() if k // block_size not in free}
 
@@ -125,8 +131,8 @@ class Loop:
     def check(self):
         """Check the block tables, and the counts of taken and freed blocks."""
         self.scheduler.check_integrity()
-        if type(self.allocator) is BlockAllocator:
-            used = self.allocator.num_blocks - self.allocator.num_free
+        used = self.allocator.num_blocks - self.allocator.num_free
+        if not isinstance(self.allocator, RememberingAllocator):  # which holds blocks itself
             assert self.scheduler.num_blocks_taken - self.scheduler.num_blocks_freed == used
 
     def run_to_the_end(self):
@@ -696,7 +702,7 @@ class RememberingAllocator(BlockAllocator):
         self.fork(hit)
         return hit
 
-    def publish(self, block_table, token_ids, num_computed_tokens):
+    def publish(self, block_table, token_ids, num_computed_tokens, salt=None):
         self.published.append((list(block_table), num_computed_tokens))
         for i in range(num_computed_tokens // self.block_size):
             text = tuple(token_ids[: (i + 1) * self.block_size])
@@ -753,16 +759,6 @@ def test_blocks_that_were_found_are_given_back_if_the_rest_does_not_fit():
 
 
 # ---- random games --------------------------------------------------------------------------------
-class ForgetfulAllocator(RememberingAllocator):
-    """Keeps published blocks until the pool is full, and then forgets all of them at once."""
-
-    def allocate(self, n):
-        if n > self.num_free:
-            self.free(list(self.known.values()))  # sequences that share one of them keep it
-            self.known.clear()
-        return super().allocate(n)
-
-
 class SchedulerGame(RuleBasedStateMachine):
     """Random add, step, fork, abort, preempt, interruption; the loop checks all that is read."""
 
@@ -771,7 +767,7 @@ class SchedulerGame(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 3, 4]),
         budget=st.sampled_from([1, 3, 8, 64]),
         max_num_seqs=st.integers(1, 5),
-        allocator=st.sampled_from([BlockAllocator, ForgetfulAllocator]),
+        allocator=st.sampled_from([BlockAllocator, PrefixCache]),
     )
     def start(self, num_blocks, block_size, budget, max_num_seqs, allocator):
         self.room = num_blocks * block_size
@@ -792,7 +788,8 @@ class SchedulerGame(RuleBasedStateMachine):
         else:
             stop_token_ids = frozenset(data.draw(st.sets(st.integers(0, 9), max_size=2)))
             name = str(len(self.loop.requests))
-            self.loop.add(name, prompt, max_tokens, stop_token_ids=stop_token_ids)
+            like = data.draw(st.sampled_from([None, 0, 1]))
+            self.loop.add(name, prompt, max_tokens, like=like, stop_token_ids=stop_token_ids)
 
     @rule(
         data=st.data(),
@@ -853,8 +850,7 @@ class SchedulerGame(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "loop"):
             self.loop.run_to_the_end()
-            held = len(getattr(self.loop.allocator, "known", ()))
-            assert self.loop.allocator.num_free == self.loop.allocator.num_blocks - held
+            assert self.loop.all_blocks_are_free()
 
 
 TestSchedulerGame = SchedulerGame.TestCase

@@ -107,7 +107,7 @@ class Reader:
 class Ledger(BlockAllocator):
     """An allocator that checks what is published: the tokens that some blocks hold from now on."""
 
-    def publish(self, block_table, token_ids, num_computed_tokens):
+    def publish(self, block_table, token_ids, num_computed_tokens, salt=None):
         assert num_computed_tokens <= len(token_ids)
         held = block_table[: self.blocks_needed(num_computed_tokens)]
         assert all(self.ref_count(block_id) for block_id in held), "published after it was freed"
