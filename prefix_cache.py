@@ -1,27 +1,27 @@
 """An allocator with a memory: prompts that begin alike share the blocks of their beginning.
 
 A chat sends its whole history with every turn, and a thousand users send the same instructions
-first. K and V of a token depend only on the tokens up to it. So equal beginnings have equal blocks,
-and blocks are shared as they are: with 500 common tokens and blocks of 16, a second prompt finds 31
-blocks and computes 4 of those tokens instead of 500. The key of a full block is a hash of its
-parent's key and its own tokens, so it stands for all tokens up to the block's end:
+first. K and V of a token depend only on the tokens up to it, so equal beginnings have equal blocks.
+They need not be computed twice: of 500 common tokens in blocks of 16 a second prompt finds 496.
+The key of a full block is a hash of its parent's key and its own tokens. So it stands for all
+tokens up to the block's end:
 
-    "The fox said hi"      |The |fox |said| hi.      K1 = sha256(salt, "The ")
-    "The fox said no"      |The |fox |said| no.      K2 = sha256(K1, "fox ")
+    A  |Answ|er b|rief|ly: |Who |won?|        K1 = sha256(salt, "Answ")
+    B  |Answ|er b|rief|ly: |And |why?|        K2 = sha256(K1, "er b")   ..
 
-    "The " <- "fox " <- "said" <- " hi "     One tree, 3 of its blocks with two holders. The last
-                               <- " no "     block of a prompt is its own until it is full.
+    Answ <- er b <- rief <- ly:  <- Who  <- won?     one tree; four blocks have two holders
+                                 <- And  <- why?     (4 tokens a block, a token is a letter)
 
 A block without holders keeps its contents until the pool needs it. The least recently used is
-evicted first, a leaf before its parent: without its parent no lookup would reach it. Blocks are
-published after the forward that filled them, never before. vLLM keys blocks the same way; SGLang
-walks a radix tree instead, and can share a part of a block.
+evicted first, and a leaf before its parent: no lookup would find the leaf without the parent. A
+block is published after the forward that filled it, never before. vLLM's blocks have the same kind
+of key. SGLang walks a radix tree instead, and can share a part of a block.
 
 Kwon et al. 2023, "PagedAttention", arXiv:2309.06180, section 4.4 (shared prefix); Zheng et al.
 2024, "SGLang", arXiv:2312.07104, section 3 (least recently used, leaves first).
 Run: python prefix_cache.py
-Try: NUM_BLOCKS = 12 in the demo: nothing has to be evicted, so the assert "C evicts" fails.
-Or `reversed(freed)` in `free`: parents go before their leaves, and "a parent is evicted" stops it.
+Try: NUM_BLOCKS = 15 in the demo: nothing has to be evicted, so the assert "C evicts" fails.
+Or `reversed(freed)` in `free`: the assert "a parent is evicted before its child" stops it.
 """
 
 import secrets
@@ -272,8 +272,8 @@ def draw_tree(cache: PrefixCache, name_tokens: Callable[[list[int]], str]) -> li
 
 
 # --------------------------------------------------------------------------------------------------
-NUM_BLOCKS = 10
-COMMON = "Answer in one line. "  # a token is a character here: 5 blocks of 4
+NUM_BLOCKS = 9
+COMMON = "Answer briefly: "  # a token is a character here: 4 blocks of 4
 PROMPTS = {"A": COMMON + "Who won?", "B": COMMON + "And why?", "C": "Tell me all about the cat."}
 
 
@@ -305,16 +305,16 @@ def demo():
     arrive("A")
     arrive("B")
     print_tree()
-    assert cache.ref_count(tables["A"][4]) == 2 and tables["A"][:5] == tables["B"][:5]
+    assert cache.ref_count(tables["A"][3]) == 2 and tables["A"][:4] == tables["B"][:4]
     leave("A")
     leave("B")
-    print(f"A and B leave: {cache.num_free} of {NUM_BLOCKS} blocks are free, their contents stay\n")
+    print(f"A and B leave: {cache.num_free} of {NUM_BLOCKS} blocks are free, their contents stay")
     arrive("C")
     leave("C")
     print_tree()
     arrive("A")
     assert cache.num_evicted > 0, "C evicts"
-    print("ok: A and B shared 5 blocks; C took leaves first, so a part of A was found again")
+    print("ok: A and B shared 4 blocks; C took leaves first, so a part of A was found again")
 
 
 if __name__ == "__main__":

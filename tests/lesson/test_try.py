@@ -97,6 +97,14 @@ EXPERIMENTS = [
     ),
     ("sampling.py", 'EXTRA = {"min_p": 0.3}', "Any] = {}", 'Any] = {"min_p": 0.3}', OK),
     ("sampling.py", "or TOP_P = 0.6", "TOP_P = 0.8", "TOP_P = 0.6", OK),
+    ("prefix_cache.py", "NUM_BLOCKS = 15", "NUM_BLOCKS = 9", "NUM_BLOCKS = 15", "C evicts"),
+    (
+        "prefix_cache.py",
+        "`reversed(freed)` in `free`",
+        "for block_id in freed:",
+        "for block_id in reversed(freed):",
+        "a parent is evicted before its child",
+    ),
     ("llm.py", "BLOCK_SIZE = 1", "BLOCK_SIZE = 16", "BLOCK_SIZE = 1", OK),
     (
         "llm.py",
