@@ -77,6 +77,7 @@ def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict[int, list[sp
         llm = LLM(
             model,
             backend=args.backend,
+            enable_prefix_caching=False,  # its share of found tokens depends on block_size
             block_size=block_size,
             num_blocks=args.batch * -(-(args.prompt_tokens + args.new_tokens) // block_size),
             max_num_seqs=args.batch,

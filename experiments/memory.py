@@ -188,7 +188,12 @@ def blocks_of_a_batch(llm: LLM, batch: int, first_token: int) -> set[int]:
 def rows_of_reuse(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Two batches one after the other in one pool: which blocks each of them gets."""
     batch, per_sequence = args.reuse_batch, -(-44 // args.block_size)  # 20 tokens and 24 more
-    llm = LLM(num_blocks=2 * batch * per_sequence, block_size=args.block_size, device="cpu")
+    llm = LLM(
+        num_blocks=2 * batch * per_sequence,
+        block_size=args.block_size,
+        enable_prefix_caching=False,  # which would keep the first batch's blocks for its prompts
+        device="cpu",
+    )
     first, second = (blocks_of_a_batch(llm, batch, token) for token in (40, 90))
     pool = llm.engine.cache.pool
     workload = f"two batches batch={batch} prompt=20 new=24 block_size={args.block_size}"

@@ -134,6 +134,7 @@ def build(model: GPT, batch: int, new_tokens: int, args: argparse.Namespace) -> 
     llm = LLM(
         model,
         backend=args.backend,
+        enable_prefix_caching=False,  # each round computes its prompts, as the peers do
         block_size=args.block_size,
         num_blocks=batch * -(-length // args.block_size),
         max_num_seqs=batch,

@@ -332,6 +332,7 @@ def make_ways(
     llm = LLM(
         model,
         backend=backend,
+        enable_prefix_caching=False,  # each trial computes its prompts, as the other ways do
         block_size=workload.block_size,
         num_blocks=workload.num_blocks,
         max_num_seqs=workload.batch,

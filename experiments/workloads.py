@@ -125,6 +125,7 @@ def throughput(
     servers: dict[str, Callable[[], Trial]] = {}
     for name, options in ways.items():
         sizes = {
+            "enable_prefix_caching": False,  # every round computes all prompts
             "block_size": args.block_size,
             # A step is planned ahead only if there is a free block for each sequence.
             "num_blocks": blocks + len(requests),
@@ -173,6 +174,7 @@ def prefill(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[M
     for B, T in map(parse_shape, args.prefill):
         llm = LLM(
             model,
+            enable_prefix_caching=False,  # every round computes all prompts
             block_size=args.block_size,
             num_blocks=B * -(-(T + 1) // args.block_size),
             max_num_seqs=B,
@@ -246,6 +248,7 @@ def joining(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[M
     llms = {
         budget: LLM(
             model,
+            enable_prefix_caching=False,
             block_size=args.block_size,
             num_blocks=blocks,
             max_num_seqs=B + 1,
@@ -395,6 +398,7 @@ def profiles(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[
     for name, options in ways_to_serve(model, args.device).items():
         llm = LLM(
             model,
+            enable_prefix_caching=False,
             block_size=args.block_size,
             num_blocks=max_batch * blocks,
             max_num_seqs=max_batch,
