@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from beam_search import BeamSearchParams, add_beam_search, best_first
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, local_path, weights_kind
 from checkpoints.tokenizer import (
@@ -61,7 +62,10 @@ from scheduler import Scheduler, reserve_now
 if TYPE_CHECKING:
     from speedups.cuda_graphs import Calls, GraphForward, Graphs
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams", "RequestOutput", "SHIPPED_MODEL"]
+__all__ = [
+    *("LLM", "EngineConfig", "SamplingParams", "BeamSearchParams", "RequestOutput"),
+    "SHIPPED_MODEL",
+]
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-gpt2"
 
@@ -460,18 +464,44 @@ class LLM:
         refused (then no prompt is served), or if the engine still has requests of an earlier
         caller.
         """
+        pairs = _pair(prompts, sampling_params)
+        add = partial(self.engine.add_request, cache_prefix=cache_prefix, cache_salt=cache_salt)
+        return self._serve([partial(add, *pair) for pair in pairs], use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: str | list[int] | Sequence[str | list[int]],
+        params: BeamSearchParams | None = None,
+        use_tqdm: bool = False,
+        cache_prefix: bool = True,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Search the best texts for each prompt; the outputs are in the order of the prompts.
+
+        An output has its texts best first, each with its score in `cumulative_logprob` (see
+        `BeamSearchParams`). The other arguments, refusals and the thread are as in `generate`.
+        """
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params is a {type(params).__name__}: give BeamSearchParams")
+        add = partial(
+            add_beam_search, params=params, cache_prefix=cache_prefix, cache_salt=cache_salt
+        )
+        adds = [partial(add, self.engine, prompt) for prompt, _ in _pair(prompts)]
+        return [best_first(output, params) for output in self._serve(adds, use_tqdm)]
+
+    def _serve(self, adds: Sequence[Callable[[], str]], use_tqdm: bool) -> list[RequestOutput]:
+        """Call functions that add a request each, and step until all have ended."""
         if self.engine.has_unfinished():
             raise ValueError(
                 "the engine still has requests: finish them with llm.engine.step() first"
             )
-        pairs = _pair(prompts, sampling_params)
-        add = partial(self.engine.add_request, cache_prefix=cache_prefix, cache_salt=cache_salt)
         request_ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in pairs:
-                request_ids.append(add(prompt, params))
-            with ProgressBar(total=len(pairs), disable=not use_tqdm, unit="request") as bar:
+            for add in adds:
+                request_ids.append(add())
+            with ProgressBar(total=len(adds), disable=not use_tqdm, unit="request") as bar:
                 while self.engine.has_unfinished():
                     finished = self.engine.step().finished
                     outputs |= {output.request_id: output for output in finished}
@@ -490,7 +520,7 @@ class LLM:
         return [outputs[request_id] for request_id in request_ids]
 
 
-def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParams | None]]:
+def _pair(prompts, sampling_params=None) -> list[tuple[str | list[int], SamplingParams | None]]:
     """Each prompt with its parameters; the arguments are those of `LLM.generate`.
 
     Example: `_pair([5, 6], None)` is one prompt of two token ids: `[([5, 6], None)]`.
@@ -505,7 +535,7 @@ def _pair(prompts, sampling_params) -> list[tuple[str | list[int], SamplingParam
     is_one_prompt = isinstance(prompts, str | dict) or (prompts and all(map(_is_number, prompts)))
     if is_one_prompt:
         prompts = [prompts]
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+    if not hasattr(sampling_params, "__len__"):  # one for all, or None
         sampling_params = [sampling_params] * len(prompts)
     if len(sampling_params) != len(prompts):
         counts = f"{len(prompts)} prompts but {len(sampling_params)} sampling params"

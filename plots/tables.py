@@ -36,6 +36,7 @@ LESSON = {  # the root files in reading order: the concept in one sentence
     "engine.py": "schedule, forward, sample, repeat.",
     "baselines.py": "What paging replaces: no cache, and one slab per sequence.",
     "prefix_cache.py": "An allocator with a memory: equal beginnings share blocks.",
+    "beam_search.py": "Sequences that fork share blocks until one of them writes.",
     "llm.py": "Chooses the parts and puts them together.",
     "generate.py": "The command line: prompts in, streamed text out.",
     "benchmark.py": "The three-way comparison, and the table of experiments.",

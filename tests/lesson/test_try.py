@@ -105,6 +105,14 @@ EXPERIMENTS = [
         "for block_id in reversed(freed):",
         "a parent is evicted before its child",
     ),
+    (
+        "beam_search.py",
+        "BEAM_WIDTH = 1 in the demo",
+        "BEAM_WIDTH = 3",
+        "BEAM_WIDTH = 1",
+        "the best of all texts",
+    ),
+    ("beam_search.py", "BLOCK_SIZE = 1: nothing", "BLOCK_SIZE = 2", "BLOCK_SIZE = 1", OK),
     ("llm.py", "BLOCK_SIZE = 1", "BLOCK_SIZE = 16", "BLOCK_SIZE = 1", OK),
     (
         "llm.py",
