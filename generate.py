@@ -15,6 +15,7 @@ written. Each option of the engine is a flag, with the default of `EngineConfig`
 
 Run: python generate.py
      python generate.py "Once upon a time" --max-tokens 200 --temperature 0.8
+     python generate.py "Once upon a time" --beam-width 4          (the four best texts of a search)
      python generate.py --file prompts.txt --jsonl --out texts.jsonl      (one prompt a line)
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
@@ -43,6 +44,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import NamedTuple, TextIO, get_args
 
+from beam_search import BeamSearchParams, add_beam_search, best_first
 from kernels.backends import BACKENDS, DTYPES
 from llm import LLM, SHIPPED_MODEL, EngineConfig, SamplingParams
 from outputs import RequestOutput
@@ -53,7 +55,7 @@ class Entry(NamedTuple):
     """A prompt, its parameters, and where it stands in a file, for messages."""
 
     prompt: str | list[int]  # text or token ids
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     place: str = ""  # "prompts.txt, line 3: "
 
 
@@ -97,6 +99,8 @@ SAMPLING_HELP = {
 }
 # These have no flag: a dict or a list of ids is hard to type. A line of JSONL may set them.
 SAMPLING_WITHOUT_FLAG = {"logit_bias", "allowed_token_ids", "stop_token_ids", "prompt_logprobs"}
+BEAM_FLAGS = {"length_penalty", "early_stopping", "num_return_sequences"}  # beside --beam-width
+EARLY_STOPPING = {"true": True, "false": False, "never": "never"}  # the flag's words
 
 
 def add_flag(group: _ArgumentGroup, field: Field, help: str) -> None:
@@ -146,13 +150,36 @@ def build_parser() -> ArgumentParser:
     for field in fields(SamplingParams):
         if field.name not in SAMPLING_WITHOUT_FLAG:
             add_flag(sampling_flags, field, SAMPLING_HELP[field.name])
+    add_beam_flags(parser.add_argument_group("beam search, instead of sampling"))
     return parser
+
+
+def add_beam_flags(group: _ArgumentGroup) -> None:
+    """The flags of BeamSearchParams; --max-tokens belongs to sampling too."""
+    group.add_argument("--beam-width", type=int, help="search with so many beams")
+    help = "each text's score is divided by its length to this power (default 1.0)"
+    group.add_argument("--length-penalty", type=float, default=1.0, help=help)
+    help = "end at once when so many texts have ended, or only when no beam can be better"
+    group.add_argument("--early-stopping", choices=EARLY_STOPPING, default="false", help=help)
+    help = "so many of the best texts are written (default: all)"
+    group.add_argument("--num-return-sequences", type=int, help=help)
+
+
+def check_flags(args: Namespace, parser: ArgumentParser) -> None:
+    """Raise ValueError for flags of sampling beside --beam-width, and of beams without it."""
+    names, reason = BEAM_FLAGS, "needs --beam-width"
+    if args.beam_width is not None:
+        names, reason = SAMPLING_HELP.keys() - {"max_tokens"}, "does not go with --beam-width"
+    for name in sorted(names):
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags and prompts of the command line; `is_demo` is True if it has no prompts."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    check_flags(args, parser)
     args.is_demo = not args.prompts and args.file is None
     if not args.is_demo:
         return args
@@ -160,21 +187,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     args.is_demo = True
     if args.num_blocks is None and args.kv_cache_mb is None and args.block_size > 0:
-        args.num_blocks = -(-DEMO_POOL_TOKENS // args.block_size)  # rounded up
+        num_tokens = DEMO_POOL_TOKENS * max(1, args.beam_width or 1)
+        args.num_blocks = -(-num_tokens // args.block_size)  # rounded up
     return args
 
 
 # ---- the prompts ---------------------------------------------------------------------------------
-def sampling_params(args: Namespace, **overrides) -> SamplingParams:
-    """SamplingParams from the flags; `overrides`, the values of one line of JSONL, replace them.
+def params_of(args: Namespace, **overrides) -> SamplingParams | BeamSearchParams:
+    """The parameters from the flags; `overrides`, the values of one line of JSONL, replace them.
 
-    Raises ValueError for a name or a value that SamplingParams does not have.
+    Raises ValueError for a name or a value that these parameters do not have.
     """
-    names = {field.name for field in fields(SamplingParams)}
+    is_search = args.beam_width is not None
+    kind = BeamSearchParams if is_search else SamplingParams
+    names = {field.name for field in fields(kind)}
     if unknown := set(overrides) - names:
-        raise ValueError(f"{short_repr(min(unknown))} is no sampling parameter")
+        words = "no parameter of a beam search" if is_search else "no sampling parameter"
+        raise ValueError(f"{short_repr(min(unknown))} is {words}")
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return SamplingParams(**(values | overrides))
+    if is_search:
+        values["early_stopping"] = EARLY_STOPPING[args.early_stopping]
+    return kind(**(values | overrides))
 
 
 def read_entry(line: str, args: Namespace, place: str) -> Entry:
@@ -185,7 +218,7 @@ def read_entry(line: str, args: Namespace, place: str) -> Entry:
     prompt = entry.pop("prompt")
     if not isinstance(prompt, str | list):
         raise ValueError(f"the prompt is {short_repr(prompt)}: give text or a list of token ids")
-    return Entry(prompt, sampling_params(args, **entry), place)
+    return Entry(prompt, params_of(args, **entry), place)
 
 
 def read_text(path: str) -> str:
@@ -199,7 +232,7 @@ def read_text(path: str) -> str:
     return io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()), "utf-8-sig").read()
 
 
-def read_file(args: Namespace, from_flags: SamplingParams) -> list[Entry]:
+def read_file(args: Namespace, from_flags: SamplingParams | BeamSearchParams) -> list[Entry]:
     """The prompts of --file. Raises ValueError that names the line."""
     name = "standard input" if args.file == "-" else args.file
     try:
@@ -220,15 +253,21 @@ def read_file(args: Namespace, from_flags: SamplingParams) -> list[Entry]:
     return entries
 
 
+def params_of_demo(
+    from_flags: SamplingParams | BeamSearchParams, max_tokens: int
+) -> SamplingParams | BeamSearchParams:
+    """The parameters of one opening of the demonstration."""
+    if isinstance(from_flags, BeamSearchParams):
+        return replace(from_flags, max_tokens=max_tokens)
+    # At least half of the tokens are written, so that no text ends at once.
+    return replace(from_flags, max_tokens=max_tokens, min_tokens=max_tokens // 2)
+
+
 def read_prompts(args: Namespace) -> list[Entry]:
     """The prompts of the arguments, then those of --file, each with its parameters."""
-    from_flags = sampling_params(args)  # first, so that no line is blamed for a bad flag
+    from_flags = params_of(args)  # first, so that no line is blamed for a bad flag
     if args.is_demo:
-        # At least half of the tokens are written, so that no text ends at once.
-        return [
-            Entry(opening, replace(from_flags, max_tokens=num, min_tokens=num // 2))
-            for opening, num in OPENINGS
-        ]
+        return [Entry(opening, params_of_demo(from_flags, num)) for opening, num in OPENINGS]
     entries = [Entry(prompt, from_flags) for prompt in args.prompts]
     if args.file is not None:
         entries += read_file(args, from_flags)
@@ -322,6 +361,8 @@ class TextWriter:
 def add_entry(llm: LLM, entry: Entry) -> str:
     """Queue a prompt; returns the request's id. ValueError names the line of a refused one."""
     try:
+        if isinstance(entry.params, BeamSearchParams):
+            return add_beam_search(llm.engine, entry.prompt, entry.params)
         return llm.engine.add_request(entry.prompt, entry.params)
     except ValueError as error:
         raise ValueError(f"{entry.place}{error}") from None
@@ -354,11 +395,14 @@ def serve_all(
         while engine.has_unfinished():
             for output in engine.step().finished:
                 number = numbers[output.request_id]
+                params = entries[number].params
+                if isinstance(params, BeamSearchParams):
+                    output = best_first(output, params)
                 outputs[number] = output
                 if args.jsonl:
                     text = as_json(output, llm, writer.stream)
                 else:
-                    text = "\n" * (number > 0) + as_text(output, llm, args.is_demo)
+                    text = "\n" * (number > 0) + as_text(output, llm, args)
                 writer.add(number, f"{text}\n")
     except KeyboardInterrupt:
         done = f"interrupted: {len(outputs)} of {len(entries)} texts are finished and written"
@@ -376,13 +420,17 @@ def as_json(output: RequestOutput, llm: LLM, stream: TextIO) -> str:
     return line if can_hold(stream, line) else json.dumps(row)
 
 
-def as_text(output: RequestOutput, llm: LLM, has_letter: bool) -> str:
-    """A request's texts, wrapped at 98 columns; token ids if there is no tokenizer."""
-    letter = f"[{letter_of(output.request_id)}] " if has_letter else ""
+def as_text(output: RequestOutput, llm: LLM, args: Namespace) -> str:
+    """A request's texts, wrapped at 98 columns; token ids if there is no tokenizer.
+
+    In the demonstration each begins with the request's letter, after a beam search with its score.
+    """
+    letter = f"[{letter_of(output.request_id)}] " if args.is_demo else ""
     texts = []
     for completion in output.outputs:
+        score = f"({completion.cumulative_logprob:.3f}) " if args.beam_width else ""
         written = completion.text if llm.tokenizer else " ".join(map(str, completion.token_ids))
-        lines = f"{letter}{output.prompt or ''}{written}".split("\n")
+        lines = f"{letter}{score}{output.prompt or ''}{written}".split("\n")
         texts.append("\n".join(textwrap.fill(line, 98) for line in lines if line.strip()))
     return "\n\n".join(texts)
 
@@ -431,7 +479,8 @@ def run(args: Namespace) -> None:
             name = Path(llm.model_name).name
             engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
 
-        is_one_text = len(entries) == 1 and entries[0].params.n == 1
+        # A beam search has no text before its end: any beam may still be dropped.
+        is_one_text = len(entries) == 1 and getattr(entries[0].params, "n", 0) == 1
         if is_one_text and not args.jsonl and args.out is None:
             outputs = stream_one(llm, entries[0])
         else:

@@ -20,6 +20,7 @@ from conftest import ROOT
 from vocabularies import save_vocabulary
 
 import generate
+from beam_search import BeamSearchParams
 from checkpoints.train_tiny import save_model
 from generate import OPENINGS, main, parse_args
 from kernels.backends import BACKENDS
@@ -154,6 +155,68 @@ def test_without_a_tokenizer_token_ids_are_streamed_and_text_is_refused(ids_only
     assert [int(word) for word in out.split()] == output.outputs[0].token_ids
     message = "a text prompt needs a tokenizer, and this model has none: give token ids"
     assert message in refusal("--model", ids_only)  # the demonstration's prompts are text
+
+
+# ---- beam search ---------------------------------------------------------------------------------
+def test_beams_print_the_best_texts_with_their_scores(bytes_model, tmp_path):
+    flags = ["--model", bytes_model, "--beam-width", 4, "--max-tokens", 8, *SMALL_POOL]
+    llm = LLM(bytes_model, num_blocks=64)
+    params = BeamSearchParams(4, 8, 0.5, "never", num_return_sequences=2)
+    outputs = llm.beam_search(["ab", "x"], params)
+    (path := tmp_path / "prompts.txt").write_text("ab\nx\n")
+    chosen = ["--length-penalty", 0.5, "--early-stopping", "never", "--num-return-sequences", 2]
+    rows = completions(run_main("--file", path, "--jsonl", *flags, *chosen)[0])
+    found = [[(c["text"], c["cumulative_logprob"]) for c in row["outputs"]] for row in rows]
+    assert found == [[(c.text, c.cumulative_logprob) for c in o.outputs] for o in outputs]
+
+    out, _ = run_main("ab", *flags, "--out", tmp_path / "texts.txt")
+    assert out == ""
+    (output,) = llm.beam_search("ab", BeamSearchParams(4, 8))
+    scores = [f"({completion.cumulative_logprob:.3f}) ab" for completion in output.outputs]
+    texts = (tmp_path / "texts.txt").read_text(encoding="utf-8")
+    assert [text[: len(scores[0])] for text in texts.split("\n\n")] == scores
+
+
+def test_a_line_of_jsonl_brings_its_own_parameters_of_a_search(bytes_model, monkeypatch):
+    lines = b'{"prompt": "ab", "max_tokens": 3, "beam_width": 2, "early_stopping": true}\nx\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    flags = ["--model", bytes_model, "--jsonl", "--beam-width", 3, "--max-tokens", 5, *SMALL_POOL]
+    rows = completions(run_main("--file", "-", *flags)[0])
+    lengths = [[len(c["token_ids"]) for c in row["outputs"]] for row in rows]
+    assert lengths == [[3, 3], [5, 5, 5]]
+
+
+def test_flags_of_sampling_and_of_beams_do_not_go_together(tmp_path):
+    beams = ["x", "--beam-width", 4]
+    for flag, *value in (
+        ["--temperature", 0.5],
+        ["--n", 2],
+        ["--seed", 1],
+        ["--stop", "END"],
+        ["--ignore-eos"],
+        ["--logprobs", 0],
+    ):
+        assert refusal(*beams, flag, *value) == f"generate.py: {flag} does not go with --beam-width"
+    for flag, value in (
+        ("--length-penalty", 0),
+        ("--early-stopping", "never"),
+        ("--num-return-sequences", 1),
+    ):
+        assert refusal("x", flag, value) == f"generate.py: {flag} needs --beam-width"
+    assert "beam_width is 0: it must be an integer from 1 to 1024" in refusal(
+        "x", "--beam-width", 0
+    )
+    (path := tmp_path / "one.jsonl").write_text('{"prompt": "x", "n": 2}')
+    message = refusal("--file", path, "--beam-width", 2)
+    assert message.endswith("line 1: 'n' is no parameter of a beam search")
+
+
+def test_the_demonstration_may_be_searched(monkeypatch):
+    """Each opening has its letter and its score; the pool is larger by the width."""
+    monkeypatch.setattr(generate, "OPENINGS", [(opening, 4) for opening, _ in OPENINGS[:3]])
+    out, err = run_main("--beam-width", 2)
+    assert re.findall(r"^\[([A-Z])\] \(-\d+\.\d{3}\) ", out, flags=re.MULTILINE) == list("AABBCC")
+    assert summary_of(err).blocks == "120"
 
 
 # ---- many prompts --------------------------------------------------------------------------------
@@ -555,7 +618,7 @@ def test_every_flag_reaches_the_parameters_it_is_named_after():
     words = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     args = parse_args(["x", *words, "--ignore-eos", "--stop", "END", "--stop", "FIN"])
     expected = SamplingParams(**values, ignore_eos=True, stop=["END", "FIN"])
-    assert generate.sampling_params(args) == expected
+    assert generate.params_of(args) == expected
 
 
 def test_the_engines_flags_reach_the_engine(monkeypatch):
