@@ -35,7 +35,7 @@ from typing import Any
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -43,6 +43,7 @@ from generate import add_engine_flags, build_llm
 from llm import LLM, SHIPPED_MODEL, SamplingParams
 from serving.answers import AsciiJSONResponse, EventStream, event, unless_disconnected
 from serving.engine_thread import Busy, Closing, EngineThread, Job, StepFailed, TooLong, TooSlow
+from serving.live import MAX_LISTENERS, Feed, live_page
 from serving.openai_api import (
     Answer,
     ApiError,
@@ -81,6 +82,12 @@ class ServerConfig:
         for name, least in limits.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+
+    @property
+    def shows_text(self) -> bool:
+        """Whether whoever reaches the server may see all texts: this machine, or with the key."""
+        is_private = is_loopback(self.host) and not self.allowed_hosts
+        return is_private or self.api_key is not None
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -127,6 +134,7 @@ class Service:
         self.started = int(time.time())
         self.metrics = Metrics(llm.engine.scheduler, config.served_model_name)
         engine_thread.watch(self.metrics)
+        self.feed = Feed(llm.engine, model=config.served_model_name)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError unless this is the model's name, or no name at all."""
@@ -184,6 +192,9 @@ class Service:
         end = partial(self.end, job, answer)
         if is_stream:
             return EventStream(self.events(job, answer), at_end=end)
+            stream = EventStream(self.events(job, answer, prompts))
+            stream.headers["X-Engine-Requests"] = ",".join(job.request_ids)  # for the live page
+            return stream
         try:
             outputs = await unless_disconnected(request, job.outputs())
             return AsciiJSONResponse(answer.whole(outputs))
@@ -251,6 +262,21 @@ async def metrics(request: Request) -> Response:
     """The engine's numbers for Prometheus."""
     text = service_of(request).metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+@router.get("/")
+async def live(request: Request) -> Response:
+    """The page that shows the pool, live."""
+    page, headers = live_page()
+    return HTMLResponse(page, headers=headers)
+
+
+@router.get("/events")
+async def events(request: Request) -> Response:
+    """What each step does, for the live page."""
+    service = service_of(request)
+    if service.feed.is_full:
+        raise ApiError(f"{MAX_LISTENERS} windows show the live page: close one", status=429)
+    closing = service.engine_thread.closing
+    return EventStream(service.feed.events(service.config.shows_text, closing))
 
 
 @router.get("/v1/models")

@@ -277,8 +277,7 @@ function download(value, name) {
 }
 
 /** How many blocks are held, shared, cached (kept without a holder) and free after a step. */
-function countBlocks(run, line) {
-  const holders = run.holders(line);
+function countBlocks(run, line, holders = run.holders(line)) {
   const held = holders.filter((each) => each.length).length;
   const shared = holders.filter((each) => each.length > 1).length;
   const cached = line.cached?.length ?? 0;
@@ -407,7 +406,7 @@ class View {
   // ---- counters and queue ----
   drawCounters() {
     const { run, line } = this;
-    const { held, shared, cached, free } = countBlocks(run, line);
+    const { held, shared, cached, free } = countBlocks(run, line, this.holders);
     const filled = this.holders.map((each) => Math.max(0, ...each.map((one) => run.filled(one))));
     const tokens = filled.reduce((sum, n) => sum + n, 0);
     const share = held ? `${((100 * tokens) / (held * run.header.block_size)).toFixed(0)}%` : "-";
@@ -462,7 +461,7 @@ class View {
       const isNew = heldBefore && this.holders[block].length && !heldBefore[block].length;
       this.drawBlock(context, block, isNew);
     }
-    const { held, shared, cached, free } = countBlocks(this.run, this.line);
+    const { held, shared, cached, free } = countBlocks(this.run, this.line, this.holders);
     const counts = `${held} blocks held, ${shared} shared, ${cached} cached, ${free} free`;
     this.grid.setAttribute("aria-label", `${counts}. Arrow keys choose a block.`);
   }
@@ -492,7 +491,8 @@ class View {
       const count = holders.length > 1 && size >= 30 ? `\u00d7${holders.length}` : "";
       context.font = `600 ${Math.min(15, side * 0.5)}px system-ui, sans-serif`;
       const label = letterOf(owner.request) + count;
-      if (holders.length > 1) this.outline(context, label, x + side / 2, y + side / 2);
+      const isMixed = holders.length > 1 || (share > 0.3 && share < 0.7);
+      if (isMixed) this.outline(context, label, x + side / 2, y + side / 2);
       else this.write(context, label, x + side / 2, y + side / 2, "center", inkAt(0.6));
     }
     if (size >= 32) {
@@ -523,7 +523,7 @@ class View {
     context.fillText(text, x, y);
   }
 
-  /** Text with an outline, which can be read on a hatched block. */
+  /** Text with an outline, which can be read on two colours. */
   outline(context, text, x, y) {
     context.lineJoin = "round";
     context.lineWidth = 4;

@@ -114,9 +114,10 @@ class Browser:
         """Type a text into the element that has the focus."""
         self.call("Input.insertText", text=text)
 
-    def press(self, key, code=0):
+    def press(self, key, code=0, ctrl=False):
         """Press a key: `press("ArrowRight", 39)`."""
         options = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        options["modifiers"] = 2 if ctrl else 0
         if len(key) == 1:
             options["text"] = key
         for kind in ("keyDown", "keyUp"):

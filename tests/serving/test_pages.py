@@ -9,10 +9,12 @@ import pytest
 import torch
 from browser import PROGRAM, Browser
 from conftest import ROOT
+from servers import running, wait_for
 
 from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import KVCache
+from llm import LLM
 from plots.palette import PALETTE, contrast
 from sampling import SamplingParams
 from scheduler import Scheduler
@@ -353,3 +355,110 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(replay, scheme):
     assert browser.run("document.documentElement.scrollWidth") <= 390
     ground = browser.run("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+
+
+# ---- the live page -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def server(shipped_model_folder):
+    with running(LLM(shipped_model_folder, num_blocks=60, block_size=8)) as server:
+        yield server
+
+
+@pytest.fixture
+def live(browser, server):
+    """The live page, open; afterwards nothing in it has failed and all blocks are free."""
+    browser.log.clear()
+    browser.resize(1200, 900)
+    browser.open(server.url)
+    browser.wait_for("run?.lines.length === 1")  # the pool while nothing runs
+    yield browser
+    assert browser.log == []
+    browser.open("about:blank")
+    server.wait_until_free()
+    wait_for(lambda: server.app.state.service.feed not in server.llm.engine.watchers)
+
+
+def send(browser, prompt, **numbers):
+    """Fill in the form as a user does, and send it with the keyboard."""
+    for name, value in numbers.items():
+        browser.run(f"find('{name}').value = {value}")
+    browser.run("find('prompt').select()")
+    browser.type(prompt)
+    browser.press("Enter", 13, ctrl=True)
+
+
+STATES = "[...document.querySelectorAll('.state')].map((each) => each.textContent.trim())"
+WRITTEN = "[...document.querySelectorAll('.written')].map((each) => each.textContent)"
+
+
+@in_chromium
+def test_a_prompt_is_typed_text_streams_the_grid_changes_and_the_blocks_go_back(live, server):
+    body = {"prompt": "The old woman said", "max_tokens": 120, "temperature": 0}
+    send(live, body["prompt"], max_tokens=120, temperature=0)
+    live.wait_for(f"{STATES}[0] === 'writing'")
+    part = live.wait_for(f"{WRITTEN}[0]")
+    assert live.run("run.lines.at(-1).sequences[0].block_table.length") > 0
+    empty = live.run("view.grid.toDataURL()")
+    live.wait_for(f"{STATES}[0] === 'done'", 30)
+    text = live.run(f"{WRITTEN}[0]")
+    assert text.startswith(part) and len(part) < len(text)
+    live.wait_for("run.lines.at(-1).num_free === 60")
+    drawn(live)
+    assert live.run("view.grid.toDataURL()") != empty
+    assert text == server.complete(**body)["choices"][0]["text"]
+    held = live.run("run.lines.map((line) => 60 - line.num_free)")
+    assert held[0] == 0 and max(held) >= 14 and counters(live)["free"] == "60"
+    # The chip before the text names the engine's request, so it has the colour of its blocks.
+    request = live.run("[...run.lanes.values()][0].request")
+    letter = live.run("document.querySelector('.answer .chip').textContent")
+    assert letter == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[int(request) % 26]
+
+
+@in_chromium
+def test_several_texts_wait_are_preempted_and_all_end(live):
+    for number in range(3):
+        send(live, f"Chapter {number}", n=4, max_tokens=90)
+    live.wait_for(f"{STATES}.length === 3 && {STATES}.every((state) => state === 'done')", 60)
+    texts = live.run(WRITTEN)
+    assert len(texts) == 12 and all(texts) and len(set(texts)) > 9
+    assert int(counters(live)["preemptions"]) > 0
+    rows = live.run("[...run.lanes.values()].map((lane) => lane.runs.map((each) => each[0]))")
+    assert len(rows) == 12 and any("preempted" in row for row in rows)
+
+
+@in_chromium
+def test_stop_ends_a_text_and_frees_its_blocks_and_a_mistake_is_a_sentence(live):
+    send(live, "Once", n=1, max_tokens=400, temperature=1)
+    live.wait_for(f"{WRITTEN}[0]")
+    live.click(".answer button")
+    live.wait_for(f"{STATES}[0] === 'stopped'")
+    live.wait_for("run.lines.at(-1).num_free === 60")
+    send(live, "Once", max_tokens=5000)
+    live.wait_for(f"{STATES}[0].startsWith('failed: ')")
+    assert "max_tokens is 5000" in live.run(f"{STATES}[0]")
+    live.log.clear()  # the browser itself logs the 400
+
+
+@in_chromium
+def test_the_view_can_be_paused_and_goes_back(live):
+    send(live, "The wolf", max_tokens=60, temperature=1)
+    live.wait_for("run.end > 10")
+    live.run("find('follow').focus()")
+    live.press(" ", 32)
+    at = live.run("view.number")
+    live.wait_for(f"run.end > {at} + 5")
+    assert live.run("view.number") == at and live.run("find('follow').textContent") == "Follow"
+    live.run("find('slider').focus()")
+    live.press("ArrowLeft", 37)
+    assert live.run("view.number") == at - 1
+    live.click("#follow")
+    live.wait_for("view.number === run.end - 1")
+
+
+@in_chromium
+def test_the_live_page_fits_a_phone(live):
+    live.resize(390, 844, "dark")
+    send(live, "The " + "very" * 40 + " long word", max_tokens=20)
+    live.wait_for(f"{STATES}[0] === 'done'")
+    click_block(live, 0)
+    assert live.run("document.documentElement.scrollWidth") <= 390
