@@ -49,7 +49,7 @@ WINGS = {
     "checkpoints": "Weights and tokenizers from files and from the hub; the training program.",
     "speedups": "CUDA graphs, and a step that is planned while the last one runs.",
     "watch": "Looks at a run from outside: recorder, terminal, roofline.",
-    "serving": "An HTTP server that speaks OpenAI's API.",
+    "serving": "An HTTP server that speaks OpenAI's API; pages that show a run.",
     "plots": "The pictures and tables of these pages, drawn by code.",
     "experiments": "Everything that measures, and the rows it writes.",
 }

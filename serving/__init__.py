@@ -5,10 +5,10 @@ requirements-serve.txt. The pages are plain HTML, CSS and JavaScript without a b
 share is view.js and view.css. No lesson needs this wing. A file imports only files above it.
 
     replay          a recording as a page of its own: one file that needs no network
-    live            the events of the live page: each step to whoever listens
     engine_thread   the engine in a thread of its own; what it writes, handed to an event loop
     openai_api      requests in OpenAI's form to sampling parameters, outputs to its answers
     answers         whole answers, streams of events, and clients that leave
+    live            the events of the live page: each step to whoever listens
     protection      who may ask and how much: hosts, keys, bodies, slow connections
     server          the routes, and the program
 """

@@ -16,16 +16,17 @@ them. The tests compare frames with recordings, and let a listener fall behind.
 """
 
 import asyncio
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from engine import InferenceEngine
 from outputs import BlockCounts, StepOutput, Timings
 from sequence import Plan
+from serving.answers import as_json
 from serving.replay import inlined, policy
 from watch.recorder import Describer
 
@@ -43,7 +44,7 @@ class Frame(NamedTuple):
 
 
 class Feed:
-    """A watcher that keeps the last steps of an engine, and the listeners that read them.
+    """A watcher that keeps the last steps of an engine for its listeners.
 
     `about` are more fields of the header. All methods but `__call__` are for one event loop.
     """
@@ -52,11 +53,16 @@ class Feed:
         self.engine = engine
         self.about = about
         self.num_frames = 0  # since the start
-        self.num_listeners = {True: 0, False: 0}  # with text, without
+        self.listeners: list[Listener] = []
         self._describe = Describer(engine.scheduler)
         self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._lock = threading.Lock()  # for the ring and its number
         self._tells_all = False  # the next frame has the texts of all tokens, not only of new ones
+
+    @property
+    def header(self) -> dict:
+        """What a listener gets first."""
+        return self._describe.header | self.about
 
     # ---- in the engine's thread ----
     def __call__(self, output: StepOutput) -> None:
@@ -65,18 +71,37 @@ class Feed:
             self._tells_all = False
             self._describe.num_told.clear()
         line = self._describe(output)
-        with_text = without_text = ""
-        if self.num_listeners[True]:
-            with_text = as_json(line)
-        if self.num_listeners[False]:
-            without_text = as_json(line | {"tokens": []})
+        kinds = {listener.has_text for listener in list(self.listeners)}
+        frame = Frame(
+            with_text=as_json(line) if True in kinds else "",
+            without_text=as_json(line | {"tokens": []}) if False in kinds else "",
+        )
         with self._lock:
-            self._frames.append(Frame(with_text, without_text))
+            self._frames.append(frame)
             self.num_frames += 1
 
     # ---- in the event loop ----
+    def join(self, has_text: bool) -> "Listener":
+        """A new listener, which gets what comes from now on. It must `leave`."""
+        listener = Listener(self, has_text, self.num_frames)
+        self.listeners.append(listener)
+        self.tell_all()
+        if self not in self.engine.watchers:
+            self.engine.watchers.append(self)
+        return listener
+
+    def leave(self, listener: "Listener") -> None:
+        """Forget a listener. Without any the engine does not call this watcher."""
+        self.listeners.remove(listener)
+        if not self.listeners and self in self.engine.watchers:
+            self.engine.watchers.remove(self)
+
+    def tell_all(self) -> None:
+        """Let the next frame have the texts of all tokens of the sequences that run."""
+        self._tells_all = True
+
     def frames_since(self, number: int) -> tuple[int, list[Frame]]:
-        """The frames from a number on, and how many of them are lost."""
+        """How many frames from a number on are lost, and the others."""
         with self._lock:
             num_wanted = self.num_frames - number
             frames = list(self._frames)[-num_wanted:] if num_wanted else []
@@ -87,71 +112,57 @@ class Feed:
         nothing = StepOutput(Plan(), [], [], [], BlockCounts(), Timings())
         return Describer(self.engine.scheduler)(nothing)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no more listeners should be taken."""
-        return sum(self.num_listeners.values()) >= MAX_LISTENERS
 
-    def join(self, has_text: bool) -> int:
-        """Count a listener in. Returns the number of its first frame."""
-        if self not in self.engine.watchers:
-            self.engine.watchers.append(self)
-        self.num_listeners[has_text] += 1
-        self._tells_all = True
-        return self.num_frames
+class Listener:
+    """One page that is open. `has_text`: it may see the texts of tokens."""
 
-    def leave(self, has_text: bool) -> None:
-        """Count a listener out. Without any the engine does not call this watcher."""
-        self.num_listeners[has_text] -= 1
-        if not any(self.num_listeners.values()) and self in self.engine.watchers:
-            self.engine.watchers.remove(self)
+    def __init__(self, feed: Feed, has_text: bool, next_frame: int):
+        self.feed = feed
+        self.has_text = has_text
+        self.next_frame = next_frame
 
-    async def events(self, has_text: bool, closing: asyncio.Event) -> AsyncIterator[str]:
-        """The events of one listener, until `closing` is set: the header, then the steps.
+    def leave(self) -> None:
+        """The page is closed."""
+        self.feed.leave(self)
 
-        A caller that stops reading must close this generator, which counts the listener out.
-        """
-        next_frame = self.join(has_text)
-        try:
-            yield as_event(as_json(self._describe.header | self.about), "header")
-            if not self.engine.has_unfinished():  # no step may come for a long time
-                yield as_event(as_json(self.at_rest()))
-            last_sign = time.monotonic()
-            while not closing.is_set():
-                num_lost, frames = self.frames_since(next_frame)
-                next_frame += num_lost + len(frames)
-                texts = [frame.with_text if has_text else frame.without_text for frame in frames]
-                events = [as_event(text) for text in texts if text]
-                if num_lost:
-                    self._tells_all = True
-                    events.insert(0, as_event(str(num_lost), "lost"))
-                if not events and time.monotonic() - last_sign > SECONDS_BETWEEN_SIGNS:
-                    events = [": still here\n\n"]
-                if events:
-                    last_sign = time.monotonic()
-                    yield "".join(events)
-                await wait(closing, SECONDS_BETWEEN_LOOKS)
-        finally:
-            self.leave(has_text)
+    async def events(self, closing: asyncio.Event) -> AsyncIterator[str]:
+        """The header, then each step, until `closing` is set."""
+        feed = self.feed
+        yield as_event(feed.header, "header")
+        if not feed.engine.has_unfinished():  # no step may come for a long time
+            yield as_event(feed.at_rest())
+        last_sign = time.monotonic()
+        while not closing.is_set():
+            events = self.new_events()
+            if not events and time.monotonic() - last_sign > SECONDS_BETWEEN_SIGNS:
+                events = ": still here\n\n"
+            if events:
+                last_sign = time.monotonic()
+                yield events  # waits until the client has read enough of what was sent before
+            await wait(closing, SECONDS_BETWEEN_LOOKS)
+
+    def new_events(self) -> str:
+        """The events of the steps since the last call; "" if there was none."""
+        num_lost, frames = self.feed.frames_since(self.next_frame)
+        self.next_frame += num_lost + len(frames)
+        texts = [frame.with_text if self.has_text else frame.without_text for frame in frames]
+        events = "".join(f"data: {text}\n\n" for text in texts if text)
+        if not num_lost:
+            return events
+        self.feed.tell_all()
+        return as_event({"frames": num_lost}, "lost") + events
 
 
 async def wait(event: asyncio.Event, seconds: float) -> None:
     """Wait until an event is set, or for some seconds."""
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
-    except TimeoutError:
-        pass
 
 
-def as_json(value: dict) -> str:
-    """One line."""
-    return json.dumps(value, separators=(",", ":"))
-
-
-def as_event(data: str, name: str = "message") -> str:
-    """One server-sent event; `data` is one line."""
-    return f"event: {name}\ndata: {data}\n\n"
+def as_event(value: dict, name: str = "message") -> str:
+    """One server-sent event. ("message" is the name of those without one.)"""
+    return f"event: {name}\ndata: {as_json(value)}\n\n"
 
 
 def live_page() -> tuple[str, dict[str, str]]:

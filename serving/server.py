@@ -7,6 +7,7 @@
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.completions.create(model="tiny-gpt2", prompt="The wolf", stream=True)
 
+http://127.0.0.1:8000/ shows the pool, live, and sends prompts (live.py).
 Each request joins the batch that runs, at the engine's next step, and leaves it when its text ends
 or its client goes away. This file has the routes and the program. The engine's thread is in
 engine_thread.py, the forms of requests and answers are in openai_api.py, limits in protection.py.
@@ -191,8 +192,7 @@ class Service:
         answer = Answer(body, name, self.tokenizer, prompts, prompt_ids, params.n)
         end = partial(self.end, job, answer)
         if is_stream:
-            return EventStream(self.events(job, answer), at_end=end)
-            stream = EventStream(self.events(job, answer, prompts))
+            stream = EventStream(self.events(job, answer), at_end=end)
             stream.headers["X-Engine-Requests"] = ",".join(job.request_ids)  # for the live page
             return stream
         try:
@@ -262,6 +262,8 @@ async def metrics(request: Request) -> Response:
     """The engine's numbers for Prometheus."""
     text = service_of(request).metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 @router.get("/")
 async def live(request: Request) -> Response:
     """The page that shows the pool, live."""
@@ -273,10 +275,11 @@ async def live(request: Request) -> Response:
 async def events(request: Request) -> Response:
     """What each step does, for the live page."""
     service = service_of(request)
-    if service.feed.is_full:
+    if len(service.feed.listeners) >= MAX_LISTENERS:
         raise ApiError(f"{MAX_LISTENERS} windows show the live page: close one", status=429)
+    listener = service.feed.join(service.config.shows_text)
     closing = service.engine_thread.closing
-    return EventStream(service.feed.events(service.config.shows_text, closing))
+    return EventStream(listener.events(closing), at_end=listener.leave)
 
 
 @router.get("/v1/models")

@@ -35,8 +35,9 @@ def parse(text):
     """(name, data) of each event in a piece of a stream."""
     events = []
     for event in text.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+        *name, data = event.split("\n")
+        name = name[0].removeprefix("event: ") if name else "message"
+        events.append((name, json.loads(data.removeprefix("data: "))))
     return events
 
 
@@ -47,7 +48,8 @@ def listen(engine, feed, has_text=True, sleeps=()):
     """
 
     async def run():
-        stream = feed.events(has_text, asyncio.Event())
+        listener = feed.join(has_text)
+        stream = listener.events(asyncio.Event())
         events = parse(await anext(stream))
         number = 0
         while engine.has_unfinished():
@@ -55,7 +57,7 @@ def listen(engine, feed, has_text=True, sleeps=()):
             number += 1
             if number not in sleeps:
                 events += parse(await anext(stream))
-        await stream.aclose()
+        listener.leave()
         return events
 
     return asyncio.run(run())
@@ -124,12 +126,12 @@ def test_a_slow_listener_loses_frames_is_told_and_delays_no_step():
     feed = Feed(engine)
     feed._frames = type(feed._frames)(maxlen=4)
     events = listen(engine, feed, sleeps=range(5, 20))
-    lost = [number for name, number in events if name == "lost"]
+    lost = [data["frames"] for name, data in events if name == "lost"]
     assert lost == [12]  # 16 steps since it read last, and the ring has 4 of them
     num_lines = sum(name == "message" for name, _ in events)
     assert num_lines + 12 == feed.num_frames
     # What it has missed of the tokens comes again with the next step.
-    after = events[events.index(("lost", 12)) + 5 :]
+    after = events[events.index(("lost", {"frames": 12})) + 5 :]
     assert {key: texts()[key] for key in told(after)} == told(after) != {}
 
 
@@ -143,27 +145,25 @@ def test_the_ring_is_bounded_and_without_listeners_the_feed_is_not_called(monkey
     for _ in range(9):
         engine.step()
     assert engine.watchers == [] and calls == []
-    feed.join(True)
+    with_text = feed.join(True)
     assert engine.watchers == [feed]
-    feed.join(False)
+    without_text = feed.join(False)
     for _ in range(5):
         engine.step()
     assert len(calls) == 5
-    feed.leave(True)
+    with_text.leave()
     engine.step()
     assert feed.frames_since(5) == (0, [feed._frames[-1]])
     assert feed._frames[-1].with_text == "" and feed._frames[-1].without_text
-    feed.leave(False)
+    without_text.leave()
     engine.step()
     assert engine.watchers == [] and len(calls) == 6 and feed._frames.maxlen == MAX_FRAMES
 
 
 def test_who_listens_while_nothing_runs_sees_an_empty_pool_at_once():
     async def run():
-        stream = Feed(build(num_blocks=40)).events(True, asyncio.Event())
-        events = [parse(await anext(stream))[0] for _ in range(2)]
-        await stream.aclose()
-        return events
+        stream = Feed(build(num_blocks=40)).join(True).events(asyncio.Event())
+        return [parse(await anext(stream))[0] for _ in range(2)]
 
     header, (name, line) = asyncio.run(run())
     assert header[1]["num_blocks"] == 40
