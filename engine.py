@@ -26,7 +26,7 @@ NUM_BLOCKS = 7: B and C are preempted, compute their tokens again, and write the
 """
 
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from itertools import count
 from reprlib import repr as short_repr
@@ -77,20 +77,42 @@ def eager_forward(
 
 
 # ---- strategies ----------------------------------------------------------------------------------
+def num_children(seq: Sequence) -> int:
+    """How many sequences the next token of a sequence makes of it: usually 1, itself.
+
+    The first token after a prompt makes n of it if the request asks for n texts.
+    """
+    request = seq.request
+    if request.max_num_sequences == 1 or seq.num_generated or len(request.sequences) > 1:
+        return 1
+    return request.params.num_sampled
+
+
+def seeds_of(sequences: list[Sequence]) -> list[int]:
+    """The seed of each sequence's draw. One that stands there n times draws for n children."""
+    counts: Counter[Sequence] = Counter()
+    seeds = []
+    for seq in sequences:
+        i = counts[seq]
+        counts[seq] += 1
+        seeds.append(child_seed(seq.request.seed, i) if i else seq.seed)
+    return seeds
+
+
 def rows_to_draw(sequences: list[Sequence]) -> SampleRows:
     """What a sampler needs to draw each sequence's next token."""
     return SampleRows(
         [
             SampleRow(
                 params=seq.request.params,
-                seed=seq.seed,
+                seed=seed,
                 position=len(seq.token_ids),  # of the token that is drawn: 20 tokens -> position 20
                 token_ids=seq.token_ids,  # for the penalties and min_tokens; not copied
                 num_prompt_tokens=seq.num_prompt_tokens,
                 eos_token_ids=seq.request.eos_token_ids,
                 bad_words_ids=seq.request.bad_words_ids,
             )
-            for seq in sequences
+            for seq, seed in zip(sequences, seeds_of(sequences), strict=True)
         ]
     )
 
@@ -101,34 +123,39 @@ def sample_next(
     draw: Draw = draw_tokens,
     rows: SampleRows | None = None,
 ) -> list[Continuation]:
-    """The strategy of ordinary requests: one token for each sequence, in one vectorised call."""
+    """The strategy of ordinary requests: one token for each sequence, in one vectorised call.
+
+    A sequence that stands there n times, with n equal rows of logits, forks into n.
+    """
     rows = rows or rows_to_draw(sequences)
     token_ids, peaks = draw(logits, rows)
     logprobs = collect_logprobs(logits, rows, token_ids, peaks)
-    return one_token_each(sequences, token_ids, peaks, logprobs)
+    return one_token_each(sequences, rows, token_ids, peaks, logprobs)
 
 
 def one_token_each(
     sequences: list[Sequence],
+    rows: SampleRows,  # B rows, whose seeds the children of a fork keep
     token_ids: Tensor,  # (B,) int64
     peaks: Tensor,  # (B,), each row's largest logit
     logprobs: list | None = None,
 ) -> list[Continuation]:
     """A continuation for each sequence: its token, or an error if its logits were not finite."""
     is_finite = np.isfinite(peaks.double().cpu().numpy())  # (B,)
-    ids = token_ids.tolist()
+    ids, seeds = token_ids.tolist(), rows.seeds.tolist()
     if is_finite.all() and not any(logprobs or ()):
-        # The same as Continuation(seq, [token_id]) in half the time, 256 times a step.
-        new, defaults = tuple.__new__, (None, None, None, None)
-        pairs = zip(sequences, ids, strict=True)
-        return [new(Continuation, (seq, [token_id], *defaults)) for seq, token_id in pairs]
+        # The same as Continuation(seq, [token_id], seed=seed) in half the time, 256 times a step.
+        new = tuple.__new__
+        drawn = zip(sequences, ids, seeds, strict=True)
+        return [new(Continuation, (seq, [i], None, seed, None, None)) for seq, i, seed in drawn]
     error = "the logits are NaN, +inf or all -inf: there is no token to choose"
-    rows = zip(sequences, ids, logprobs or [None] * len(ids), is_finite, strict=True)
+    each_logprobs = logprobs or [None] * len(ids)
+    each = zip(sequences, ids, seeds, each_logprobs, is_finite, strict=True)
     return [
-        Continuation(seq, [token_id], logprob and [logprob])
+        Continuation(seq, [token_id], logprob and [logprob], seed)
         if can_draw
-        else Continuation(seq, [], error=error)
-        for seq, token_id, logprob, can_draw in rows
+        else Continuation(seq, [], seed=seed, error=error)
+        for seq, token_id, seed, logprob, can_draw in each
     ]
 
 
@@ -218,7 +245,7 @@ def check_continuations(
             raise ValueError(f"token id {unknown[0]!r}: ids are integers below {vocab_size}")
         if c.logprobs is not None:
             check_logprobs(c)
-        if c.logprobs is None and c.parent.request.params.logprobs is not None and not c.error:
+        if c.logprobs is None and c.parent.request.params.needs_logprobs and not c.error:
             raise ValueError("logprobs is None, and the request asked for them")
         if c.seed is not None and (type(c.seed) is not int or not 0 <= c.seed < 2**63):
             raise ValueError(f"seed is {c.seed!r}: it must be an integer from 0 to 2**63 - 1")
@@ -253,33 +280,41 @@ class Sampler:
         return sample_next(sequences, logits, self.draw, self.rows(sequences))
 
 
-# strategy -> its sequences that get a token, and for each the row of logits (M, V) it is drawn from
-Groups = dict[Strategy, tuple[list[Sequence], list[int]]]
+# strategy -> its sequences that get a token, and for each the row of logits (M, V) that it is drawn
+# from. None: all M rows in their order.
+Groups = dict[Strategy, tuple[list[Sequence], list[int] | None]]
 
 
 def rows_by_strategy(plan: Plan, counts: list[int]) -> Groups:
     """Which rows of the logits (M, V) each strategy gets.
 
     `counts` has one number for each entry of `plan.scheduled`: how many of the M rows are its own.
+    A sequence that forks into n with its next token stands n times, each time with the same row.
     """
     sampled = set(plan.sampled)  # without the sequences whose prompt is not computed to its end
-    groups: Groups = {}
+    groups: dict[Strategy, tuple[list[Sequence], list[int]]] = {}
     end = 0
     for (seq, _, _), num_rows in zip(plan.scheduled, counts, strict=True):
         # Counts 1, 0, 3 -> rows [0, 1), [1, 1) and [1, 4): the logits have no row for the second.
         end += num_rows  # the sequence's rows are [end - num_rows, end)
         if seq in sampled:
             sequences, rows = groups.setdefault(seq.request.strategy, ([], []))
-            sequences.append(seq)
-            rows.append(end - 1)  # the row of its newest token predicts the next one
-    return groups
+            num = num_children(seq)
+            sequences += [seq] * num
+            rows += [end - 1] * num  # the row of its newest token predicts the next one
+    # Usually all requests share one strategy, and it needs every row: then none is copied.
+    whole = list(range(end))
+    return {
+        strategy: (sequences, None if rows == whole else rows)
+        for strategy, (sequences, rows) in groups.items()
+    }
 
 
 # ---- the engine ----------------------------------------------------------------------------------
 class Inputs(NamedTuple):
     """A plan, prepared for the forward and the strategies."""
 
-    sequences: list[Sequence]  # those that get a token
+    sequences: list[Sequence]  # those that get a token, each once
     batch: Batch
     groups: Groups
     counts: list[int] | None  # rows of logits of each sequence; None: one each, for its next token
@@ -391,7 +426,8 @@ class InferenceEngine:
             rows.append(Row(ids, start, num_new_tokens, seq.block_table, num_rows))
         batch = make_batch(rows, block_size, scratch_block)
         groups = rows_by_strategy(plan, counts)
-        if is_decode:
+        forks = sum(len(group) for group, _ in groups.values()) > len(sequences)
+        if is_decode and not forks:
             self._carried = Inputs(sequences, batch, groups, None)
         return Inputs(sequences, batch, groups, counts)
 
@@ -401,8 +437,7 @@ class InferenceEngine:
             self.output_processor.score_prompts(plan, inputs.counts, logits)
         continuations = []
         for strategy, (sequences, rows) in inputs.groups.items():
-            # Usually all requests share one strategy, and it needs every row: then none is copied.
-            chosen = logits if len(rows) == len(logits) else logits[rows]
+            chosen = logits if rows is None else logits[rows]
             if strategy is self.sampler:
                 continuations += self.sampler(sequences, chosen)
             else:
@@ -552,10 +587,11 @@ class InferenceEngine:
             deadline=deadline,
             params=params,
             strategy=strategy,
-            max_num_sequences=max(params.n, most_sequences(strategy)),
+            max_num_sequences=max(params.num_sampled, most_sequences(strategy)),
             runs_together=runs_together(strategy),
             eos_token_ids=self.eos_token_ids,
             bad_words_ids=self._encode_bad_words(params),
+            seed=child_seed(self.seed, number) if params.seed is None else params.seed,
             prompt=prompt if isinstance(prompt, str) else None,
             cache_prefix=cache_prefix,
             cache_salt=cache_salt,
@@ -563,7 +599,7 @@ class InferenceEngine:
         if params.prompt_logprobs is not None:
             # Nothing precedes a prompt's first token, so nothing predicts it.
             request.prompt_logprobs = [None]
-        request.sequences = [self._new_sequence(request, index) for index in range(params.n)]
+        request.sequences = [self._new_sequence(request)]
         self.scheduler.check(request)
         try:
             self.requests[request.request_id] = request
@@ -575,23 +611,22 @@ class InferenceEngine:
             self.requests.pop(request.request_id, None)
             raise
 
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
-        """The sequence of one of the `n` texts that a request asks for."""
+    def _new_sequence(self, request: Request) -> Sequence:
+        """A request's first sequence; if it asks for n texts, the others are forks of this one."""
         params, prompt = request.params, request.prompt_token_ids
         stop_token_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_token_ids.update(self.eos_token_ids)
-        # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
-        seed = child_seed(self.seed, request.arrival) if params.seed is None else params.seed
         return Sequence(
             request=request,
-            index=index,
+            index=0,
             token_ids=list(prompt),  # a copy: the sequence appends to it
             num_prompt_tokens=len(prompt),
             max_tokens=params.max_tokens or self.scheduler.max_seq_len - len(prompt),
             min_tokens=params.min_tokens,
             stop_token_ids=frozenset(stop_token_ids),
-            seed=child_seed(seed, index),
+            # A hash, not a sum: with seed + index, text 2 of seed 1 would equal text 1 of seed 2.
+            seed=child_seed(request.seed, 0),
         )
 
     def has_unfinished(self) -> bool:

@@ -81,6 +81,7 @@ DEMO_DEFAULTS = {"block_size": 8, "temperature": 0.7, "top_p": 0.95}
 # ---- the command line ----------------------------------------------------------------------------
 SAMPLING_HELP = {
     "n": "texts for each prompt",
+    "best_of": "sample so many texts for each prompt, and keep the n likeliest",
     "temperature": "0 is greedy",
     "top_k": "sample from the k likeliest tokens; 0 is all",
     "top_p": "sample from the likeliest tokens that hold this share of the probability",
@@ -479,8 +480,9 @@ def run(args: Namespace) -> None:
             name = Path(llm.model_name).name
             engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
 
-        # A beam search has no text before its end: any beam may still be dropped.
-        is_one_text = len(entries) == 1 and getattr(entries[0].params, "n", 0) == 1
+        # A beam search has no text before its end: any beam may still be dropped. So it is with the
+        # texts of best_of.
+        is_one_text = len(entries) == 1 and getattr(entries[0].params, "num_sampled", 0) == 1
         if is_one_text and not args.jsonl and args.out is None:
             outputs = stream_one(llm, entries[0])
         else:

@@ -189,6 +189,24 @@ class RequestOutput:
     num_cached_tokens: int | None = None  # of the prompt, found in a prefix cache; None: not begun
 
 
+def likeliest(sequences: list[Sequence], n: int) -> list[Sequence]:
+    """The n of the texts of one prompt that have the highest log-probability per token.
+
+    The best comes first. A text with an error comes after all others.
+    """
+
+    def rank(seq: Sequence) -> tuple[bool, float]:
+        return seq.error is not None, -total_logprob(seq) / max(1, seq.num_generated)
+
+    return sorted(sequences, key=rank)[:n]
+
+
+def total_logprob(seq: Sequence) -> float:
+    """The log-probability of a sequence's generated tokens, whose log-probabilities are kept."""
+    chosen = zip(seq.logprobs, seq.token_ids[seq.num_prompt_tokens :], strict=True)
+    return sum(entry[token_id].logprob for entry, token_id in chosen)
+
+
 @dataclass(slots=True)
 class Delta:
     """What one step added to one sequence: the tokens [first, end) of `seq.token_ids`."""
@@ -455,22 +473,27 @@ class OutputProcessor:
         return ended
 
     def request_output(self, request: Request) -> RequestOutput:
-        """Everything known about a request now."""
-        outputs = []
-        for seq in request.sequences:
-            # A strategy drops a sequence without a reason: a beam that lost, for example.
-            dropped_by_strategy = seq.status == FINISHED and seq.finish_reason is None
-            if not dropped_by_strategy:
-                outputs.append(self._completion(seq))
+        """Everything known about a request now.
+
+        With `best_of` the texts that are not returned are left out at the end, and the others are
+        sorted, the best first. Deltas came from all of them: `index` says which text is which.
+        """
+        # A strategy drops a sequence without a reason: a beam that lost, for example.
+        sequences = [
+            seq for seq in request.sequences if seq.status != FINISHED or seq.finish_reason
+        ]
+        finished = all(seq.status == FINISHED for seq in sequences)
+        if finished and request.params.num_sampled > request.params.n:
+            sequences = likeliest(sequences, request.params.n)
         scores = request.prompt_logprobs
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=outputs,
+            outputs=[self._completion(seq) for seq in sequences],
             prompt_logprobs=None if scores is None else list(scores),
             metrics=request.metrics,
-            finished=all(seq.status == FINISHED for seq in request.sequences),
+            finished=finished,
             num_cached_tokens=request.num_cached_tokens,
         )
 
@@ -479,10 +502,11 @@ class OutputProcessor:
             seq, seq.num_prompt_tokens, len(seq.token_ids), seq.finish_reason, self.tokenizer
         )
         output = CompletionOutput(seq.index, whole.text, whole.token_ids)
-        if seq.request.params.logprobs is not None:
+        params = seq.request.params
+        if params.logprobs is not None:
             output.logprobs = list(seq.logprobs)  # a copy: later steps append to the sequence's
-            chosen = zip(seq.logprobs, whole.token_ids, strict=True)
-            output.cumulative_logprob = sum(entry[i].logprob for entry, i in chosen)
+        if params.needs_logprobs:
+            output.cumulative_logprob = total_logprob(seq)
         output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
         output.error = seq.error
         return output

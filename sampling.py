@@ -46,6 +46,7 @@ class SamplingParams:
     """
 
     n: int = 1  # texts for this prompt
+    best_of: int | None = None  # sample so many, and return the n likeliest; None: n
     temperature: float = 1.0  # logits are divided by it: 0 is greedy, 1 the model, above 1 bolder
     top_k: int = 0  # only the k most likely tokens; 0 or -1: all
     top_p: float = 1.0  # only the most likely tokens that together reach probability p
@@ -85,6 +86,16 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def num_sampled(self) -> int:
+        """How many texts are sampled for the prompt, those that are not returned included."""
+        return self.best_of or self.n
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether each token's log-probability is computed: for the client, or to compare texts."""
+        return self.logprobs is not None or self.num_sampled > self.n
+
+    @property
     def penalises(self) -> bool:
         """Whether the tokens of prompt and output change the logits."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
@@ -105,6 +116,7 @@ class SamplingParams:
 # scores in 32 bits finite. math.ulp(0.0) is the smallest number above 0. NaN fails each comparison.
 RULES: dict[str, tuple[Any, float, float, str]] = {
     "n": (int, 1, 1024, "an integer from 1 to 1024"),
+    "best_of": (int | None, 1, 1024, "an integer from 1 to 1024, or None"),
     "temperature": (int | float, 0, 1e6, "a number from 0 (greedy) to 1e6"),
     "top_k": (int, -1, math.inf, "an integer of at least 1, or 0 or -1 for all tokens"),
     "top_p": (int | float, math.ulp(0.0), 1, "a number above 0 and at most 1 (1 is all tokens)"),
@@ -137,6 +149,9 @@ def check_params(params: SamplingParams) -> None:
     limit = params.max_tokens or math.inf
     require(params, "min_tokens", params.min_tokens <= limit, f"at most max_tokens, {limit}")
     require(params, "n", params.n == 1 or not params.greedy, "1 when using greedy sampling")
+    require(params, "best_of", params.num_sampled >= params.n, f"at least n, {params.n}")
+    one = params.num_sampled == 1 or not params.greedy
+    require(params, "best_of", one, "1 when using greedy sampling")
 
     stop = [params.stop] if isinstance(params.stop, str) else params.stop
     is_allowed = _is_list_of(stop, lambda string: isinstance(string, str) and string != "")
@@ -271,7 +286,7 @@ class SampleRows:
         edits = [w or p.logit_bias or p.min_tokens or p.allowed_token_ids for w, p in pairs]
         self.biased = [i for i, is_edited in enumerate(edits) if is_edited]
         self.penalised = [i for i, row in enumerate(rows) if row.params.penalises]
-        self.asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        self.asking = [i for i, row in enumerate(rows) if row.params.needs_logprobs]
         self.seeds = np.array([row.seed for row in rows], dtype=np.int64)  # (M,)
         self.kept: dict = {}  # tensors that a sampler has made from these rows, for its next draw
 

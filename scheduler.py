@@ -557,10 +557,12 @@ class Scheduler:
         # parent itself goes on as its first child.
         first = {c.parent: c for c in reversed(continuations)}
         if len(first) < len(continuations):
+            seen: set[Sequence] = set()
             for c in continuations:
                 # The others are forked now, before the parent itself gets its new tokens.
-                if c is not first[c.parent] and c.parent.status == RUNNING:
+                if c.parent in seen and c.parent.status == RUNNING:
                     self._extend(self._fork(c.parent, c, plan), c, plan)
+                seen.add(c.parent)
         for seq in plan.sampled:
             if seq.status == RUNNING:  # otherwise it was preempted since the plan was made
                 continuation = first.get(seq)

@@ -65,6 +65,8 @@ class Request:
     strategy: Any = None
     eos_token_ids: tuple[int, ...] = ()  # for the sampler; a sequence ends at its stop_token_ids
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of the words it must not write
+    seed: int = 0  # of n texts number i draws with the seed `child_seed(seed, i)`
+    # One until its prompt is computed. Then it may fork, into n texts for example.
     sequences: list["Sequence"] = field(default_factory=list)
     # The most sequences that it has at once (those that have ended are not counted).
     max_num_sequences: int = 1

@@ -99,6 +99,7 @@ HANDLED_BY = {
     "logprobs": "collect_logprobs, after the draw",
     "prompt_logprobs": "the engine",
     "n": "the engine",
+    "best_of": "the engine, and collect_logprobs after the draw",
     "max_tokens": "the scheduler",
     "ignore_eos": "the scheduler",
     "stop": "the output processor",

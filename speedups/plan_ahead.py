@@ -61,6 +61,7 @@ ONLY_VALUE_AHEAD = {
     "allowed_token_ids": (),
     "bad_words": (),
     "min_tokens": 0,
+    "best_of": None,
     "logprobs": None,
     "prompt_logprobs": None,
 }
@@ -82,7 +83,8 @@ class InFlight(NamedTuple):
     """A step that is launched and whose tokens are not read yet."""
 
     plan: Plan
-    sequences: list[Sequence]  # the M sequences that get a token, in the order of the rows
+    sequences: list[Sequence]  # who gets each of the M tokens: n times the same one if it forks
+    rows: SampleRows  # the M rows
     token_ids: Tensor  # (M,) on the device, where the next step reads them
     on_host: tuple[Tensor, Tensor]  # token ids and peaks, (M,) each; valid after `copied`
     copied: torch.cuda.Event | None  # recorded after the copy to the host; None on a CPU
@@ -162,24 +164,30 @@ class AheadEngine(InferenceEngine):
         `before` is the step that is still in flight: its tokens are inputs of this one.
         """
         self.cache.copy_blocks(plan.copies)
-        batch = self._inputs_of(plan, in_flight=before is not None).batch
+        inputs = self._inputs_of(plan, in_flight=before is not None)
+        batch = inputs.batch
         if before is not None:
             batch = take_tokens(batch, plan, before)
-        token_ids, peaks = self.decode(batch, self.sampler.rows(plan.sampled))
+        # All requests share one strategy, the sampler. There is no group if no prompt ends.
+        sequences, wanted = inputs.groups.get(self.sampler, ([], None))
+        if wanted is not None:  # a sequence forks: its row of logits is computed n times
+            batch = replace(batch, sample_rows=batch.sample_rows[wanted])
+        rows = self.sampler.rows(sequences)
+        token_ids, peaks = self.decode(batch, rows)
         # The device copies in the stream's order: after this step and before the next one.
         on_host = copy_to_host(token_ids, peaks, non_blocking=True)
         copied = torch.cuda.Event() if token_ids.is_cuda else None
         if copied is not None:
             copied.record(torch.cuda.current_stream(token_ids.device))
-        return InFlight(plan, plan.sampled, token_ids, on_host, copied)
+        return InFlight(plan, sequences, rows, token_ids, on_host, copied)
 
     def _read(self, flight: InFlight) -> list[Continuation]:
         """Wait for a step's tokens: a continuation for each sequence that still runs."""
         if flight.copied is not None:
             flight.copied.synchronize()
-        continuations = one_token_each(flight.sequences, *flight.on_host)
+        continuations = one_token_each(flight.sequences, flight.rows, *flight.on_host)
         # `_drop_ended` may have made the plan's list shorter since the launch.
-        if len(flight.plan.sampled) == len(continuations):
+        if flight.plan.sampled == flight.sequences:
             return continuations
         still_running = set(flight.plan.sampled)
         return [c for c in continuations if c.parent in still_running]

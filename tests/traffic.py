@@ -17,7 +17,7 @@ from engine import InferenceEngine, sample_next
 from kv_cache import KVCache
 from sampling import SamplingParams
 from scheduler import Scheduler
-from sequence import Continuation
+from sequence import FINISHED, Continuation
 from speedups.plan_ahead import AheadEngine
 
 ENGINES = [InferenceEngine, AheadEngine]
@@ -119,6 +119,23 @@ def two_at_once(sequences, logits):
     return [Continuation(seq, [i, (3 * i + 1) % (VOCAB_SIZE - 1)]) for seq, i in pairs]
 
 
+class TwoBeams:
+    """Of all children of a request's two beams the two with the largest logits go on."""
+
+    max_num_sequences, runs_together = 2, True
+
+    def __call__(self, sequences, logits):
+        continuations = []
+        for request in dict.fromkeys(seq.request for seq in sequences):
+            rows = [row for row, seq in enumerate(sequences) if seq.request is request]
+            beams = [seq for seq in request.sequences if seq.status != FINISHED]
+            assert len(beams) == len(rows) <= 2, "it is asked about all beams at once"
+            for child in logits[rows].flatten().topk(2).indices.tolist():
+                beam, token_id = divmod(child, VOCAB_SIZE)
+                continuations.append(Continuation(sequences[rows[beam]], [token_id]))
+        return continuations
+
+
 def sampling_of_its_own(sequences, logits):
     return sample_next(sequences, logits)
 
@@ -150,6 +167,9 @@ OTHERS = [  # and these do not
     spec([3, 9, 10], two_at_once, max_tokens=9, ignore_eos=True),
     spec([0, 10], fork_once, stop=["c"], max_tokens=12),
     spec([1, 10], sampling_of_its_own, seed=14, logprobs=0, max_tokens=6),
+    spec([5, 1], seed=15, n=2, best_of=3, max_tokens=6),
+    spec([7, 2, 2], TwoBeams(), max_tokens=8),
+    spec([6, 1], sampling_of_its_own, seed=16, n=2, max_tokens=5),
 ]
 SPECS = AHEAD + OTHERS
 

@@ -102,7 +102,7 @@ class Describer:
             "step": self.num_steps,
             "milliseconds": round(output.timings.total, 3),
             "sequences": [_entry(seq, num) for seq, num in num_new_tokens_of.items()],
-            "added": [(request.request_id, request.params.n) for request in output.added],
+            "added": [(request.request_id, 1) for request in output.added],  # its forks come later
             "aborted": [request.request_id for request in output.aborted],
             "preempted": [(seq.request.request_id, seq.index) for seq in output.plan.preempted],
             "num_waiting": self.scheduler.num_waiting,

@@ -374,7 +374,7 @@ def test_an_abort_ends_all_texts_of_a_request_when_the_next_step_begins(model):
     engine.step()
     assert engine.abort(request_id) and engine.has_unfinished()
     step = engine.step()
-    assert (step.plan.scheduled, step.deltas, step.finished, step.blocks.freed) == ([], [], [], 6)
+    assert (step.plan.scheduled, step.deltas, step.finished, step.blocks.freed) == ([], [], [], 2)
     assert [request.request_id for request in step.aborted] == ["0"]
     assert not engine.has_unfinished() and not engine.abort("no such id")
 

@@ -20,6 +20,7 @@ from speedups.plan_ahead import ANY_VALUE_AHEAD, ONLY_VALUE_AHEAD, needs_no_past
 # For each field a value that is not the default.
 OTHER_VALUE = {
     "n": 2,
+    "best_of": 2,
     "temperature": 0.5,
     "top_k": 3,
     "top_p": 0.5,

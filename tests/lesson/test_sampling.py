@@ -698,6 +698,7 @@ def test_forbidding_every_token_is_refused():
 def test_the_defaults_are_vllms():
     assert asdict(SamplingParams()) == {
         "n": 1,
+        "best_of": None,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,

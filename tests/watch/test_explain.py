@@ -126,10 +126,10 @@ def test_a_scored_prompt_wants_the_logits_of_all_its_rows_once(tiny_gpt):
         engine.step()
     engine.scheduler.preempt(engine.requests["0"].sequences[0])
     run_all(engine)
-    # First 8 rows of the prompt, then 1 more beside 7 of the second text's, which are not scored.
-    # Then each text has 2 rows a step, one of which leads to tokens. When the first text comes
-    # back, its first 14 tokens lead to none.
-    assert [step.num_sample_rows for step in explainer.steps] == given == [8, 1, 2, 2, 1, 0, 2, 2]
+    # First 8 rows of the prompt, then its last one, from which both texts begin. Then each text has
+    # 2 rows a step, one of which leads to tokens. When the first text comes back, its first 14
+    # tokens lead to none, and the second one has to wait.
+    assert [step.num_sample_rows for step in explainer.steps] == given == [8, 1, 2, 2, 1, 0, 2, 1]
 
 
 def test_a_step_reads_all_layers_the_head_and_two_rows_a_token(tiny_gpt):

@@ -170,11 +170,14 @@ def test_two_sequences_that_share_a_block_both_name_it(path):
 
 def test_a_sequence_that_its_strategy_drops_ends_as_dropped(path):
     engine = watched(path)
-    keep_the_first = lambda sequences, logits: [Continuation(sequences[0], [0])]  # noqa: E731
-    params = SamplingParams(max_tokens=2, n=2)
-    engine.add_request([1] * 6, params, strategy=keep_the_first)
-    first, _ = run_all(engine, path)
-    assert [s["finish_reason"] for s in first["sequences"]] == [None, "dropped"]
+
+    def fork_and_drop(sequences, logits):
+        num_children = 2 if sequences[0].num_generated == 0 else 1
+        return [Continuation(sequences[0], [0])] * num_children
+
+    engine.add_request([1] * 6, wanting(3), strategy=fork_and_drop)
+    _, second, _ = run_all(engine, path)
+    assert [s["finish_reason"] for s in second["sequences"]] == [None, "dropped"]
 
 
 def test_an_interrupted_step_has_no_line_and_the_next_one_goes_on_from_there(path):
@@ -280,8 +283,9 @@ def test_two_texts_for_one_prompt_are_two_lives_and_a_later_request_begins_with_
     engine.step()
     engine.add_request([1] * 5, wanting(2))
     steps = run_all(engine, path)
-    assert steps[0]["added"] == [["0", 2]] and steps[2]["added"] == [["1", 1]]
-    assert strips(steps) == {("0", 0): "Pddd", ("0", 1): "Pddd", ("1", 0): "  Pd"}
+    assert steps[0]["added"] == [["0", 1]] and steps[2]["added"] == [["1", 1]]
+    # The second text is a fork of the first: its prompt is not computed again.
+    assert strips(steps) == {("0", 0): "Pddd", ("0", 1): ".ddd", ("1", 0): "  Pd"}
 
 
 # ---- generate.py --record ------------------------------------------------------------------------
