@@ -2,15 +2,26 @@
 
 The first part has no model: `Loop` of test_scheduler.py carries out each plan, and checks every
 token that is read. `Forks` adds what must hold for shared blocks after every plan and every update.
+In the second part an engine serves the stand-in of traffic.py, whose next token depends on every
+token that it reads through the block table. The oracle draws one text after the other, without an
+engine.
 """
 
 import random
 from collections import Counter
 
 import pytest
+import torch
+import traffic
 from test_scheduler import Loop, name, names, next_token, rows, scramble, undo, written_alone
 
+from engine import InferenceEngine
+from kernels.backends import BACKENDS
+from llm import LLM
+from model import attend_one_sequence
+from sampling import SampleRow, SamplingParams, child_seed, sample, token_logprobs
 from sequence import FINISHED, Continuation, Request, Sequence
+from speedups.plan_ahead import AheadEngine
 
 
 class Forks(Loop):
@@ -233,6 +244,62 @@ def test_a_strategy_that_makes_more_children_than_it_promised_ends_its_own_reque
     assert other.finish_reason == "length"
 
 
+# ---- n texts, in the scheduler -------------------------------------------------------------------
+def test_a_step_planned_ahead_leaves_out_a_sequence_that_forks_with_the_token_in_flight():
+    loop = Forks()
+    loop.add_texts("A", 3, 4, n=2)
+    one = loop.add("B", 5, 4)
+    first = loop.schedule()
+    assert names(first.sampled) == ["A", "B"]
+    second = loop.scheduler.schedule(in_flight=1)
+    assert rows(second) == [("B", 5, 1)]
+    loop.update(first)
+    assert rows(loop.scheduler.schedule(in_flight=1)) == [("A", 3, 1), ("A1", 3, 1), ("B", 6, 1)]
+    assert len(one.token_ids) == 6 and one.num_computed_tokens == 7
+
+
+def test_all_texts_of_a_request_are_preempted_for_another_request():
+    """Blocks of 4. Of 9 blocks A holds 2; the texts share 1, and each holds 2 of its own."""
+    loop = Forks(num_blocks=9)
+    one = loop.add("A", 4, 14)
+    request = loop.add_texts("B", 7, 9, n=3)
+    plans = [loop.step() for _ in range(6)]
+    assert [names(plan.preempted) for plan in plans] == [[]] * 5 + [["B", "B1", "B2"]]
+    assert rows(plans[-1]) == [("A", 8, 1)]
+    loop.run_to_the_end()
+    check_texts(request)
+    assert one.num_preemptions == 0
+
+
+def test_a_request_alone_in_the_pool_preempts_only_its_last_text():
+    """Otherwise it would lose everything whenever the pool is full, and begin again."""
+    loop = Forks(num_blocks=5)
+    request = loop.add_texts("A", 6, 9, n=3)
+    preempted = []
+    while not preempted:
+        preempted = loop.step().preempted
+    assert names(preempted) == ["A2"]
+    loop.run_to_the_end()
+    check_texts(request)
+    assert request.sequences[0].num_preemptions == 0
+
+
+def test_blocks_and_copies_are_counted_before_the_first_is_taken():
+    """Each of two texts writes positions 3 and 4: it needs a new block, and one of them a copy.
+
+    Of 3 blocks 2 are free. The first text takes both. The second one needs one, and is preempted.
+    """
+    loop = Loop(num_blocks=3)
+    one = loop.add("A", 3, 9)
+    loop.update(loop.schedule(), [Continuation(one, [11, 12]), Continuation(one, [21, 22])])
+    two = one.request.sequences[1]
+    assert one.block_table == two.block_table == [0]
+    plan = loop.schedule()
+    assert rows(plan) == [("A", 3, 2)] and names(plan.preempted) == ["A1"]
+    assert plan.copies == [(0, 2)] and one.block_table == [2, 1]
+    assert (two.block_table, loop.scheduler.num_blocks_taken) == ([], 3)
+
+
 # ---- random games --------------------------------------------------------------------------------
 def play(seed):
     """Requests of all kinds come, are aborted, preempted and interrupted; counts what happened."""
@@ -297,3 +364,279 @@ def test_random_games_share_blocks_and_no_block_is_written_by_two():
         happened += play(seed)
     wanted = ["copies", "preempted", "shared", "undone", "aborted", "refused", "beams", "texts"]
     assert all(happened[name] > 100 for name in wanted), happened
+
+
+# ---- n texts, in an engine -----------------------------------------------------------------------
+BOTH = pytest.mark.parametrize("kind", [InferenceEngine, AheadEngine], ids=["plain", "ahead"])
+BLOCK_SIZE = 3  # of traffic.build
+SAMPLED = {"seed": 3, "max_tokens": 7, "ignore_eos": True}
+
+
+def text_alone(prompt, params, i, logits_after=lambda ids: traffic.TABLE[[traffic.next_row(ids)]]):
+    """The tokens of text i, one after the other, and the log-probability of each."""
+    seed, ids, logprobs = child_seed(params.seed, i), list(prompt), []
+    for _ in range(params.max_tokens):
+        logits = logits_after(ids)
+        token_ids, _ = sample(logits, [SampleRow(params, seed, len(ids), ids, len(prompt))])
+        (entry,) = token_logprobs(logits, token_ids, [params.logprobs or 0])
+        ids.append(token_ids.item())
+        logprobs.append(entry[ids[-1]].logprob)
+    return ids[len(prompt) :], logprobs
+
+
+def serve(engine, *requests, after_step=lambda step: None):
+    """Serve (prompt, params) pairs; returns the outputs by request id, and all steps."""
+    for prompt, params in requests:
+        engine.add_request(prompt, params)
+    finished, steps = {}, []
+    while engine.has_unfinished():
+        steps.append(engine.step())
+        engine.scheduler.check_integrity()
+        finished |= {output.request_id: output for output in steps[-1].finished}
+        after_step(steps[-1])
+        assert len(steps) < 500
+    traffic.check_nothing_is_left(engine)
+    return finished, steps
+
+
+def check_output(output, n):
+    """An output has n texts, and they are those of the oracle."""
+    prompt, params = output.prompt_token_ids, SamplingParams(**SAMPLED)
+    texts = [completion.token_ids for completion in output.outputs]
+    assert texts == [text_alone(prompt, params, i)[0] for i in range(n)]
+    assert [completion.index for completion in output.outputs] == list(range(n))
+
+
+def prompt_of(length):
+    return [(5 * i + length) % 11 for i in range(length)]
+
+
+@BOTH
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7])
+def test_four_texts_compute_the_prompt_once_and_copy_a_partly_filled_block_three_times(
+    kind, length
+):
+    """Blocks of 3 tokens. After 3 or 6 tokens no block is partly filled."""
+    engine = traffic.build(kind)
+    calls, copy_blocks = [], engine.cache.copy_blocks
+    engine.cache.copy_blocks = lambda copies: (calls.append(list(copies)), copy_blocks(copies))
+    finished, steps = serve(engine, (prompt_of(length), SamplingParams(n=4, **SAMPLED)))
+    check_output(finished["0"], 4)
+    # The last of 7 tokens is never computed.
+    assert sum(step.plan.num_tokens for step in steps) == length + 4 * 6
+    assert [len(copies) for copies in calls if copies] == [3] * (length % BLOCK_SIZE > 0)
+    assert sum(step.blocks.copied for step in steps) == 3 * (length % BLOCK_SIZE > 0)
+
+
+@BOTH
+def test_the_texts_share_the_blocks_of_the_prompt(kind):
+    """7 tokens in blocks of 3: two shared blocks, and a third one for each text."""
+    engine = traffic.build(kind)
+    engine.add_request(prompt_of(7), SamplingParams(n=4, **SAMPLED))
+    while len(engine.scheduler.running) < 4:
+        engine.step()
+    engine.step()
+    tables = [seq.block_table for seq in engine.scheduler.running]
+    assert len({tuple(table[:2]) for table in tables}) == 1
+    assert len({table[2] for table in tables}) == 4
+    assert [engine.scheduler.allocator.ref_count(i) for i in tables[0]] == [4, 4, 1]
+
+
+@BOTH
+def test_texts_in_a_pool_without_a_free_block_for_the_copies_are_preempted_and_the_same(kind):
+    engine = traffic.build(kind, num_blocks=4)
+    finished, _ = serve(engine, (prompt_of(4), SamplingParams(n=3, **SAMPLED)))
+    check_output(finished["0"], 3)
+    assert engine.scheduler.num_preemptions > 0
+
+
+@BOTH
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 4}, {"max_num_seqs": 1}], ids=str)
+def test_more_texts_than_max_num_seqs_take_their_turns(kind, limits):
+    engine = traffic.build(kind, num_blocks=60, **limits)
+    finished, steps = serve(engine, (prompt_of(5), SamplingParams(n=9, **SAMPLED)))
+    check_output(finished["0"], 9)
+    assert max(len(step.plan.scheduled) for step in steps) == limits["max_num_seqs"]
+
+
+@BOTH
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 7])
+def test_the_prompt_of_n_texts_may_arrive_in_chunks(kind, budget):
+    engine = traffic.build(kind, budget=budget)
+    requests = [(prompt_of(length), SamplingParams(n=3, **SAMPLED)) for length in (7, 9)]
+    finished, steps = serve(engine, *requests)
+    for output in finished.values():
+        check_output(output, 3)
+    assert sum(step.plan.num_tokens for step in steps) == 7 + 9 + 2 * 3 * 6
+
+
+@BOTH
+@pytest.mark.parametrize("at_step", range(0, 9, 2))
+def test_an_abort_frees_the_blocks_of_all_texts_and_of_no_other_request(kind, at_step):
+    engine = traffic.build(kind)
+    params = SamplingParams(n=3, **SAMPLED)
+    doomed = engine.add_request(prompt_of(7), params)
+    for _ in range(at_step):
+        engine.step()
+    assert engine.abort(doomed) == (at_step < 8)  # it is done after 7 steps
+    finished, _ = serve(engine, (prompt_of(4), params))
+    assert list(finished) == ["1"]
+    check_output(finished["1"], 3)
+
+
+@BOTH
+def test_a_block_that_a_preempted_text_shared_stays_with_the_others(kind):
+    engine = traffic.build(kind)
+    scheduler, counts = engine.scheduler, []
+
+    def preempt_the_second(step):
+        if len(scheduler.running) == 3 and not scheduler.num_preemptions:
+            first = scheduler.running[0].block_table[0]
+            counts.append(scheduler.allocator.ref_count(first))
+            scheduler.preempt(scheduler.running[1])
+            counts.append(scheduler.allocator.ref_count(first))
+
+    request = prompt_of(7), SamplingParams(n=3, **SAMPLED)
+    finished, _ = serve(engine, request, after_step=preempt_the_second)
+    check_output(finished["0"], 3)
+    assert counts == [3, 2]
+
+
+@BOTH
+def test_the_prompt_of_n_texts_is_scored_once_and_each_text_has_its_log_probabilities(kind):
+    params = SamplingParams(n=3, prompt_logprobs=2, logprobs=1, **SAMPLED)
+    alone = SamplingParams(prompt_logprobs=2, **SAMPLED)
+    requests = [(prompt_of(7), params), (prompt_of(7), alone)]
+    finished, _ = serve(traffic.build(kind, budget=4), *requests)
+    check_output(finished["0"], 3)
+    assert finished["0"].prompt_logprobs == finished["1"].prompt_logprobs
+    assert len(finished["0"].prompt_logprobs) == 7
+    for i, completion in enumerate(finished["0"].outputs):
+        _, logprobs = text_alone(prompt_of(7), params, i)
+        chosen = zip(completion.logprobs, completion.token_ids, strict=True)
+        assert [entry[token_id].logprob for entry, token_id in chosen] == logprobs
+        assert completion.cumulative_logprob == pytest.approx(sum(logprobs), abs=1e-12)
+
+
+@BOTH
+def test_each_text_is_streamed_under_its_index(kind):
+    streams = {}
+    finished, steps = serve(traffic.build(kind), (prompt_of(4), SamplingParams(n=3, **SAMPLED)))
+    for delta in [delta for step in steps for delta in step.deltas]:
+        streams.setdefault(delta.index, []).append((delta.token_ids, delta.text))
+    for completion in finished["0"].outputs:
+        ids, texts = zip(*streams.pop(completion.index))
+        assert [i for part in ids for i in part] == completion.token_ids
+        assert all(len(part) == 1 for part in ids) and "".join(texts) == completion.text
+    assert streams == {}
+
+
+def test_several_greedy_texts_are_refused():
+    for params in ({"n": 2}, {"best_of": 2}):
+        with pytest.raises(ValueError, match="is 2: it must be 1 when using greedy sampling"):
+            SamplingParams(temperature=0, **params)
+
+
+@BOTH
+def test_a_step_that_forks_and_fails_is_undone_and_forks_again(kind):
+    engine = traffic.build(kind)
+    engine.add_request(prompt_of(5), SamplingParams(n=3, **SAMPLED))
+    (request,) = engine.requests.values()
+    finish_step = engine.output_processor.finish_step
+
+    def failing(plan, started):
+        if len(request.sequences) == 3:
+            engine.output_processor.finish_step = finish_step
+            raise KeyboardInterrupt
+        return finish_step(plan, started)
+
+    engine.output_processor.finish_step = failing
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            engine.step()
+    assert len(request.sequences) == 1 and request.sequences[0].num_generated == 0
+    engine.scheduler.check_integrity()
+    finished, _ = serve(engine)
+    check_output(finished["0"], 3)
+
+
+# ---- best_of -------------------------------------------------------------------------------------
+@BOTH
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_of_best_of_texts_the_n_likeliest_per_token_are_returned_the_best_first(kind, logprobs):
+    """The texts end at different lengths, so the sum and the mean rank them differently."""
+    params = {"seed": 1, "max_tokens": 9, "stop_token_ids": [0, 2]}
+    prompts = [prompt_of(length) for length in (2, 3, 4, 5, 6, 7)]
+    orders = set()
+    for prompt in prompts:
+        every, _ = serve(traffic.build(kind), (prompt, SamplingParams(n=5, logprobs=0, **params)))
+        texts = {completion.index: completion for completion in every["0"].outputs}
+
+        def mean(i):
+            return texts[i].cumulative_logprob / len(texts[i].token_ids)
+
+        wanted = SamplingParams(n=2, best_of=5, logprobs=logprobs, **params)
+        finished, _ = serve(traffic.build(kind), (prompt, wanted))
+        best = finished["0"].outputs
+        assert [o.index for o in best] == sorted(texts, key=mean, reverse=True)[:2]
+        assert [o.token_ids for o in best] == [texts[o.index].token_ids for o in best]
+        assert all(o.cumulative_logprob == texts[o.index].cumulative_logprob for o in best)
+        assert [o.logprobs is None for o in best] == [logprobs is None] * 2
+        by_sum = sorted(texts, key=lambda i: texts[i].cumulative_logprob, reverse=True)[:2]
+        orders.add([o.index for o in best] == by_sum)
+    assert orders == {True, False}
+
+
+def test_best_of_is_at_least_n():
+    with pytest.raises(ValueError, match="best_of is 2: it must be at least n, 3"):
+        SamplingParams(n=3, best_of=2)
+    assert SamplingParams(n=3, best_of=3).needs_logprobs is False
+
+
+def test_a_text_with_an_error_is_returned_only_if_there_are_no_others():
+    """The stand-in spoils the logits of a sequence after four tokens, if its last one is odd."""
+    engine = traffic.build()
+    forward = engine.forward
+
+    def spoiled(batch):
+        logits = forward(batch)
+        is_late = batch.positions[batch.sample_rows] >= 4
+        logits[is_late & (batch.input_ids[batch.sample_rows] % 2 == 1), 3] = float("nan")
+        return logits
+
+    engine.forward = spoiled
+    params = SamplingParams(n=2, best_of=6, seed=2, max_tokens=3, ignore_eos=True)
+    finished, _ = serve(engine, (prompt_of(3), params))
+    assert [o.error for o in finished["0"].outputs] == [None, None]
+    params = SamplingParams(n=6, seed=2, max_tokens=3, ignore_eos=True)
+    finished, _ = serve(engine, (prompt_of(3), params))
+    assert 0 < sum(o.error is not None for o in finished["1"].outputs) <= 4
+
+
+# ---- a real model --------------------------------------------------------------------------------
+ON_CPU = [
+    name
+    for name, backend in BACKENDS.items()
+    if "triton" not in name and backend.missing is None and backend.device in (None, "cpu")
+]
+
+
+@pytest.mark.parametrize("plan_ahead", [False, True])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_n_texts_of_a_real_model_are_those_of_dense_attention(tiny_gpt, backend, plan_ahead):
+    """In float64, in a pool so small that texts are preempted; blocks of 4 tokens."""
+    model = tiny_gpt(seed=5, dtype=torch.float64)
+
+    @torch.inference_mode()
+    def dense(ids):
+        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend_one_sequence)
+        return model.logits(hidden[-1:])
+
+    llm = LLM(model, block_size=4, num_blocks=9, backend=backend, plan_ahead=plan_ahead)
+    prompts = [[11, 5, 7, 2, 9, 1], [3, 1, 4, 1, 5, 9, 2, 6]]
+    params = SamplingParams(n=3, seed=4, max_tokens=8)
+    for output in llm.generate(prompts, params):
+        texts = [completion.token_ids for completion in output.outputs]
+        prompt = output.prompt_token_ids
+        assert texts == [text_alone(prompt, params, i, dense)[0] for i in range(3)]
+    assert llm.engine.scheduler.num_preemptions > 0
