@@ -10,7 +10,8 @@ import os
 import re
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def assert_loads(folder):
     assert torch.equal(load_model(folder).h[1].attn.c_attn.weight, TENSORS[MATRIX].t())
 
 
-# ---- what a folder holds -------------------------------------------------------------------------
+# ---- what is read -------------------------------------------------------------------------
 ORDER = {
     SAFE: LAYOUTS["safetensors"],
     INDEX: LAYOUTS["safetensors in shards"],
@@ -82,6 +83,25 @@ def test_a_file_of_weights_is_served_from_its_folder(name, folder):
     assert_loads(folder / name)
 
 
+@pytest.mark.parametrize("kind", SAVES)
+def test_pytorch_is_always_asked_for_weights_only_and_to_map_what_it_can(kind, folder, monkeypatch):
+    asked, real = set(), torch.load
+
+    def load(*args, **options):
+        asked.add((options["weights_only"], options["mmap"]))
+        return real(*args, **options)
+
+    SAVES[kind](TENSORS, folder / BIN)
+    monkeypatch.setattr(torch, "load", load)
+    assert_loads(folder)
+    assert asked == {(True, kind == "zip")}
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+# A case is a function that writes weights into a folder with a good config, and returns what is
+# said of them after "FOLDER/". Cases are made by the functions between the tables.
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+POINTER = " is a Git LFS pointer, not the file itself: run `git lfs pull`$"
 OTHER_WEIGHTS = {  # the names in a folder, and what is said of it
     "adapter_model.safetensors adapter_config.json": "a PEFT adapter: save the whole model",
     "model.safetensors adapter_config.json": "a PEFT adapter: save the whole model",
@@ -93,25 +113,17 @@ OTHER_WEIGHTS = {  # the names in a folder, and what is said of it
 }
 
 
-@pytest.mark.parametrize("names", OTHER_WEIGHTS)
-def test_weights_of_another_kind_are_refused_by_what_they_are(names, folder):
-    for name in names.split():
-        (folder / name).write_bytes(b"GGUF")
-    assert refusal(folder).startswith(f"{folder} holds {OTHER_WEIGHTS[names]}")
-    if name.endswith(("gguf", "h5", "msgpack")):
-        assert refusal(folder / name).startswith(f"{folder / name}: {OTHER_WEIGHTS[names]}")
+def holding(name, content, said):
+    """Good weights of the lowest trust, and one file."""
+
+    def make(folder):
+        LAYOUTS["zip"](TENSORS, folder)
+        (folder / name).write_bytes(content)
+        return said
+
+    return make
 
 
-@pytest.mark.parametrize("name", [SAFE, BIN, "config.json"])
-def test_a_git_lfs_pointer_is_known_by_its_first_bytes(name, folder):
-    LAYOUTS["zip"](TENSORS, folder)
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
-    (folder / name).write_text(pointer)
-    said = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    assert refusal(folder) == f"{folder / name} {said}"
-
-
-# ---- pickles -------------------------------------------------------------------------------------
 class Call:
     """Unpickled, it would be what `function(*arguments)` returns."""
 
@@ -155,33 +167,9 @@ HOSTILE_VALUES = {  # beside or in place of good tensors, or instead of them all
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse rows and storages
-@pytest.mark.parametrize("kind", SAVES)
-def test_a_pickle_of_anything_but_plain_tensors_is_refused_and_no_code_runs(
-    kind, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-
-    def saved(value, said):
-        whole = TENSORS | value if isinstance(value, dict) and value else value
-        return lambda folder: SAVES[kind](whole, folder / BIN) or BIN + said
-
-    assert_refused(tmp_path, {case: saved(*case_) for case, case_ in HOSTILE_VALUES.items()})
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize("kind", SAVES)
-def test_pytorch_is_always_asked_for_weights_only_and_to_map_what_it_can(kind, folder, monkeypatch):
-    asked, real = set(), torch.load
-
-    def load(*args, **options):
-        asked.add((options["weights_only"], options["mmap"]))
-        return real(*args, **options)
-
-    SAVES[kind](TENSORS, folder / BIN)
-    monkeypatch.setattr(torch, "load", load)
-    assert_loads(folder)
-    assert asked == {(True, kind == "zip")}
+def pickled(value, said, save):
+    whole = TENSORS | value if isinstance(value, dict) and value else value
+    return lambda folder: save(whole, folder / BIN) or BIN + said
 
 
 NANOGPT_FAULTS = {
@@ -197,26 +185,9 @@ NANOGPT_FAULTS = {
 }
 
 
-def test_a_nanogpt_checkpoint_of_another_form_is_refused(tmp_path):
+def nanogpt(changes):
     good = {"model": as_linear(TENSORS), "model_args": ARGS, "iter_num": 5}
-
-    def saved(changes):
-        return lambda folder: torch.save(good | changes, folder / "ckpt.pt") or "ckpt.pt"
-
-    saved({})(tmp_path)
-    assert_loads(tmp_path)
-    assert_refused(tmp_path, {fault: saved(NANOGPT_FAULTS[fault]) for fault in NANOGPT_FAULTS})
-
-
-@pytest.mark.parametrize("kind", SAVES)
-def test_a_pickle_that_was_cut_off_anywhere_is_refused(kind, folder):
-    path = folder / BIN
-    SAVES[kind](TENSORS, path)
-    whole = path.read_bytes()
-    size = len(whole)
-    for kept in [*range(12), 63, 64, 65, *range(0, size, size // 20), size - 22, size - 1]:
-        path.write_bytes(whole[:kept])
-        assert refusal(folder).startswith(str(path)), kept
+    return lambda folder: torch.save(good | changes, folder / "ckpt.pt") or "ckpt.pt"
 
 
 def repacked(edits=None, without=(), extra=(), packed=None, nul=None):
@@ -255,39 +226,26 @@ ZIP_FAULTS = {
 }
 
 
-@pytest.mark.regression
-def test_a_zip_that_torch_would_not_write_is_refused(tmp_path, folder):
-    repacked()(folder)
-    assert_loads(folder)  # as such a zip is as good as torch's own
-    assert_refused(tmp_path, ZIP_FAULTS)
-    assert "evil" not in [path.name for path in (*tmp_path.iterdir(), *tmp_path.parent.iterdir())]
-
-
-@pytest.mark.parametrize("kind", SAVES)
-def test_a_storage_of_another_size_than_is_claimed_is_refused(kind, tmp_path):
+def claiming(count, save):
     """The program says how many numbers the first storage has: 48 * 144, which is 0x1b00."""
 
-    def claims(count):
-        def make(folder):
-            path = folder / BIN
-            SAVES[kind]({MATRIX: TENSORS[MATRIX], **TENSORS}, path)
-            after = b"N" if kind == "legacy" else b"t"
-            old, new = b"M\x00\x1b" + after, b"J" + struct.pack("<i", count) + after
-            if kind == "legacy":
-                path.write_bytes(path.read_bytes().replace(old, new, 1))
-            else:
-                with zipfile.ZipFile(path) as archive:
-                    program = archive.read("pytorch_model/data.pkl")
-                repacked({"data.pkl": program.replace(old, new, 1)})(folder)
-            assert new in path.read_bytes()
-            return BIN
+    def make(folder):
+        save({MATRIX: TENSORS[MATRIX], **TENSORS}, folder / BIN)
+        after = b"N" if save is save_legacy else b"t"
+        old, new = b"M\x00\x1b" + after, b"J" + struct.pack("<i", count) + after
+        if save is save_legacy:
+            data = (folder / BIN).read_bytes().replace(old, new, 1)
+            (folder / BIN).write_bytes(data)
+        else:
+            with zipfile.ZipFile(folder / BIN) as archive:
+                program = archive.read("pytorch_model/data.pkl")
+            repacked({"data.pkl": program.replace(old, new, 1)})(folder)
+        assert new in (folder / BIN).read_bytes()
+        return BIN
 
-        return make
-
-    assert_refused(tmp_path, {str(n): claims(n) for n in (48 * 144 + 1, 2**31 - 1, -1)})
+    return make
 
 
-# ---- files that are none, or too large -----------------------------------------------------------
 ODD_FILES = {
     "empty": lambda path: path.write_bytes(b""),
     "a page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
@@ -299,19 +257,15 @@ ODD_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", ["config.json", *ORDER])
-def test_what_is_no_file_of_its_kind_is_refused_at_once(name, tmp_path):
-    def odd_file(make):
-        def case(folder):
-            if name == "config.json":
-                save_file(TENSORS, folder / SAFE)
-                (folder / name).unlink()
-            make(folder / name)
-            return name  # a broken link is reported as the missing file that it is
+def odd_file(name, make):
+    def case(folder):
+        if name == "config.json":
+            save_file(TENSORS, folder / SAFE)
+            (folder / name).unlink()
+        make(folder / name)
+        return name  # a broken link is reported as the missing file that it is
 
-        return case
-
-    assert_refused(tmp_path, {odd: odd_file(make) for odd, make in ODD_FILES.items()})
+    return case
 
 
 def forty_gigabytes_of_nothing(folder):
@@ -366,8 +320,132 @@ IMPOSSIBLE = {
 }
 
 
-def test_a_model_that_can_not_be_is_refused_at_once_and_in_little_memory(tmp_path):
-    assert_refused(tmp_path, IMPOSSIBLE)
+HOMES = ["../" + SHARD, "/etc/x.safetensors", "", ".", "C:\\x.safetensors", "x\0.safetensors", 7]
+HOMES += [BIN, "nul\n.safetensors", [SHARD], "x" * 5000 + ".safetensors"]
+NO_INDEX = [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}']
+NO_INDEX += [b'{"weight_map": {}}']
+
+
+def indexed(index):
+    """Good shards under another index: its bytes, or where it says that MATRIX lies."""
+
+    def make(folder):
+        LAYOUTS["safetensors in shards"](TENSORS, folder)
+        fields = json.loads((folder / INDEX).read_text())
+        if isinstance(index, bytes):
+            (folder / INDEX).write_bytes(index)
+            return INDEX
+        changed = fields | {"weight_map": fields["weight_map"] | {MATRIX: index}}
+        (folder / INDEX).write_text(json.dumps(changed))
+        return f"{INDEX}: tensor {MATRIX!r} lies in "
+
+    return make
+
+
+def write_safetensors(folder, header, numbers=b""):
+    """A file with this header and these numbers."""
+    text = json.dumps(header).encode()
+    (folder / SAFE).write_bytes(struct.pack("<Q", len(text)) + text + numbers)
+
+
+ENTRIES = {  # a name, what is changed in its entry, what is said: first the library's own checks
+    "past the end": (GAIN, {"data_offsets": [0, 10**12]}, " is not a whole safetensors file"),
+    "2^124 numbers": (GAIN, {"shape": [2**62, 2**62]}, " is not a whole safetensors file"),
+    "4-bit": (GAIN, {"dtype": "F4", "shape": [384]}, f": tensor {GAIN!r} holds torch.float4"),
+    "100,000 dimensions": (GAIN, {"shape": [1] * 100_000 + [48]}, f": tensor {GAIN!r} has shape"),
+    "complex": (GAIN, {"dtype": "C64", "shape": [24]}, f": tensor {GAIN!r} holds torch.complex64"),
+    "no name": ("", {}, ": tensor '' has no place"),
+    "a megabyte": ("x" * 10**6, {}, ": tensor 'xxx"),
+    "escape": ("\x1b[31m", {}, r": tensor '\\x1b\[31m' has no place"),
+    "from right to left": ("\u202e", {}, r": tensor '\\u202e' has no place"),
+}
+
+
+def entry(name, changes, said):
+    """model.safetensors by hand, with another entry in place of GAIN's."""
+    data = save(TENSORS)
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    changed = {k: v for k, v in header.items() if k != GAIN} | {name: header[GAIN] | changes}
+    return lambda folder: write_safetensors(folder, changed, data[8 + length :]) or SAFE + said
+
+
+def both(make, cases):
+    """These cases in both kinds of pickle."""
+    return {
+        f"{case}, {kind}": make(*(value if isinstance(value, tuple) else (value,)), save)
+        for kind, save in SAVES.items()
+        for case, value in cases.items()
+    }
+
+
+NAMES = ["config.json", *ORDER]
+REFUSED = {
+    "LFS pointers": {
+        name: holding(name, LFS, name + POINTER) for name in (SAFE, BIN, "config.json")
+    },
+    "pickles": both(pickled, HOSTILE_VALUES),
+    "storages": both(claiming, {str(n): n for n in (48 * 144 + 1, 2**31 - 1, -1)}),
+    "zips": ZIP_FAULTS,
+    "nanoGPT": {fault: nanogpt(changes) for fault, changes in NANOGPT_FAULTS.items()},
+    "odd files": {
+        f"{odd}, {n}": odd_file(n, make) for n in NAMES for odd, make in ODD_FILES.items()
+    },
+    "the impossible": IMPOSSIBLE,
+    "indices": {str(i): indexed(index) for i, index in enumerate(HOMES + NO_INDEX)},
+    "entries": {case: entry(*fault) for case, fault in ENTRIES.items()},
+}
+GOOD = {"zips": repacked(), "nanoGPT": nanogpt({}), "entries": entry(GAIN, {}, "")}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about sparse rows and storages
+@pytest.mark.regression
+@pytest.mark.parametrize("group", REFUSED)
+def test_a_hostile_folder_is_refused_in_one_sentence_and_no_code_runs(group, tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "here"))
+    if group in GOOD:  # what is made by hand is as good as the library's own
+        GOOD[group](write(tmp_path / "good", config=FIELDS))
+        assert_loads(tmp_path / "good")
+    assert_refused(tmp_path / "cases", REFUSED[group])
+    assert [*(tmp_path / "here").iterdir()] == []
+    assert "evil" not in [path.name for parent in tmp_path.parents for path in parent.glob("e*")]
+
+
+@pytest.mark.parametrize("names", OTHER_WEIGHTS)
+def test_weights_of_another_kind_are_refused_by_what_they_are(names, folder):
+    for name in names.split():
+        (folder / name).write_bytes(b"GGUF")
+    assert refusal(folder).startswith(f"{folder} holds {OTHER_WEIGHTS[names]}")
+    if name.endswith(("gguf", "h5", "msgpack")):
+        assert refusal(folder / name).startswith(f"{folder / name}: {OTHER_WEIGHTS[names]}")
+
+
+@pytest.mark.parametrize("kind", SAVES)
+def test_a_pickle_that_was_cut_off_anywhere_is_refused(kind, folder):
+    path = folder / BIN
+    SAVES[kind](TENSORS, path)
+    whole = path.read_bytes()
+    size = len(whole)
+    for kept in [*range(12), 63, 64, 65, *range(0, size, size // 20), size - 22, size - 1]:
+        path.write_bytes(whole[:kept])
+        assert refusal(folder).startswith(str(path)), kept
+
+
+def test_a_shard_or_a_tensor_that_is_not_there_or_twice_is_named(folder):
+    LAYOUTS["safetensors in shards"](TENSORS, folder)
+    index = json.loads((folder / INDEX).read_text())
+    # A tensor that it forgets is in the shard all the same: old exporters left out the tied head.
+    homes = {name: home for name, home in index["weight_map"].items() if name != MATRIX}
+    write(folder, **{Path(INDEX).stem: index | {"weight_map": homes}})
+    assert_loads(folder)
+    held = load_file(folder / SHARD)
+    lost, other = sorted(held)[0], sorted(TENSORS.keys() - held.keys())[0]
+    save_file({name: held[name] for name in held if name != lost}, folder / SHARD)
+    assert refusal(folder).startswith(f"{folder / SHARD}: tensor {lost!r} is not there")
+    save_file({**held, other: TENSORS[other]}, folder / SHARD)
+    assert re.search(rf"00002.safetensors: tensor {other!r} is in {SHARD} too", refusal(folder))
+    (folder / SHARD).unlink()
+    assert refusal(folder) == f"{folder / SHARD} is missing"
 
 
 def test_an_old_pickle_larger_than_the_free_memory_is_refused(folder, monkeypatch):
@@ -416,86 +494,16 @@ def test_a_link_that_leads_elsewhere_after_the_check_is_not_followed_again(
     assert_refused(tmp_path, {"case": make})
 
 
-# ---- the index of a checkpoint in shards ---------------------------------------------------------
-HOMES = ["../" + SHARD, "/etc/x.safetensors", "", ".", "C:\\x.safetensors", "x\0.safetensors", 7]
-HOMES += [BIN, "nul\n.safetensors", [SHARD], "x" * 5000 + ".safetensors"]
-NO_INDEX = [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"{}", b'{"weight_map": []}']
-NO_INDEX += [b'{"weight_map": {}}']
-
-
-def test_an_index_names_files_beside_it_or_is_refused(folder):
-    LAYOUTS["safetensors in shards"](TENSORS, folder)
-    path = folder / INDEX
-    fields = json.loads(path.read_text())
-    for home in HOMES:
-        changed = {"weight_map": fields["weight_map"] | {MATRIX: home}}
-        path.write_text(json.dumps(fields | changed))
-        assert refusal(folder).startswith(f"{path}: tensor {MATRIX!r} lies in "), home
-    for text in NO_INDEX:
-        path.write_bytes(text)
-        assert refusal(folder).startswith(str(path)), text
-    # A tensor that it forgets is in the shard all the same: old exporters left out the tied head.
-    del fields["weight_map"][MATRIX]
-    path.write_text(json.dumps(fields))
-    assert_loads(folder)
-
-
-def test_a_shard_or_a_tensor_that_is_not_there_or_twice_is_named(folder):
-    LAYOUTS["safetensors in shards"](TENSORS, folder)
-    held = load_file(folder / SHARD)
-    lost, other = sorted(held)[0], sorted(TENSORS.keys() - held.keys())[0]
-    save_file({name: held[name] for name in held if name != lost}, folder / SHARD)
-    assert refusal(folder).startswith(f"{folder / SHARD}: tensor {lost!r} is not there")
-    save_file({**held, other: TENSORS[other]}, folder / SHARD)
-    assert re.search(rf"00002.safetensors: tensor {other!r} is in {SHARD} too", refusal(folder))
-    (folder / SHARD).unlink()
-    assert refusal(folder) == f"{folder / SHARD} is missing"
-
-
-# ---- safetensors by hand -------------------------------------------------------------------------
-def write_safetensors(folder, header, numbers=b""):
-    """A file with this header and these numbers."""
-    text = json.dumps(header).encode()
-    (folder / SAFE).write_bytes(struct.pack("<Q", len(text)) + text + numbers)
-
-
-ENTRIES = {  # a name, what is changed in its entry, what is said: first the library's own checks
-    "past the end": (GAIN, {"data_offsets": [0, 10**12]}, " is not a whole safetensors file"),
-    "2^124 numbers": (GAIN, {"shape": [2**62, 2**62]}, " is not a whole safetensors file"),
-    "4-bit": (GAIN, {"dtype": "F4", "shape": [384]}, f": tensor {GAIN!r} holds torch.float4"),
-    "100,000 dimensions": (GAIN, {"shape": [1] * 100_000 + [48]}, f": tensor {GAIN!r} has shape"),
-    "complex": (GAIN, {"dtype": "C64", "shape": [24]}, f": tensor {GAIN!r} holds torch.complex64"),
-    "no name": ("", {}, ": tensor '' has no place"),
-    "a megabyte": ("x" * 10**6, {}, ": tensor 'xxx"),
-    "escape": ("\x1b[31m", {}, r": tensor '\\x1b\[31m' has no place"),
-    "from right to left": ("\u202e", {}, r": tensor '\\u202e' has no place"),
-}
-
-
-def test_an_entry_that_is_not_what_the_model_needs_is_refused(folder, tmp_path):
-    data = save(TENSORS)
-    (length,) = struct.unpack("<Q", data[:8])
-    header, numbers = json.loads(data[8 : 8 + length]), data[8 + length :]
-
-    def entry(name, changes, said):
-        changed = {k: v for k, v in header.items() if k != GAIN} | {name: header[GAIN] | changes}
-        return lambda folder: write_safetensors(folder, changed, numbers) or SAFE + said
-
-    entry(GAIN, {}, "")(folder)
-    assert_loads(folder)
-    assert_refused(tmp_path, {case: entry(*fault) for case, fault in ENTRIES.items()})
-
-
 # ---- damaged at random ---------------------------------------------------------------------------
 TEN_THOUSAND = pytest.param(300, 10_000, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("first, count", [(0, 300), TEN_THOUSAND])
 def test_a_damaged_checkpoint_loads_with_finite_weights_or_is_refused(first, count):
-    counts, faults, peak_mb = fuzz(first, count)
-    assert faults == []
+    counts = fuzz(first, count)
+    assert {said for _, said in counts} == {"loaded", "refused"}
     assert counts.total() == count
-    assert peak_mb < 500
-    for kind in {file for file, _ in counts}:  # both happen, or the damage has lost its teeth
-        assert counts[kind, "refused"] > 0.2 * count / len(counts), kind
-    assert sum(counts[file, "loaded"] for file, _ in counts) > count / 20
+    for layout in {file.split("/")[0] for file, _ in counts}:
+        found = Counter(said for file, said in counts.elements() if file.startswith(f"{layout}/"))
+        assert min(found["loaded"], found["refused"]) > 0, layout  # the damage has its teeth
+        assert found["refused"] > 0.3 * found.total(), layout
