@@ -271,11 +271,14 @@ def test_a_config_means_what_it_means_in_transformers(built, changes, tmp_path):
 
 def test_an_integer_is_a_number_and_a_byte_order_mark_is_none(folder):
     edit_config(folder, layer_norm_epsilon=1, eos_token_id=[7, 60])
-    path = folder / "config.json"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
     config = load_model(folder).config
     assert config.layer_norm_epsilon == 1
     assert config.eos_token_id == 7  # the engine is told of all
+    (folder / "config.json").write_text(text)
+    edit_config(folder, eos_token_id=50256)  # small models keep GPT-2's, which they can't draw
+    assert load_model(folder).config.eos_token_id is None
 
 
 # ---- memory, dtypes and copies -------------------------------------------------------------------
