@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from samples import (
     ARGS,
     FIELDS,
@@ -48,10 +48,8 @@ def folder(tmp_path):
 
 
 def edit_tensors(folder, **changes):
-    """Put tensors into model.safetensors, or remove those that are None."""
-    tensors = load_file(folder / SAFE) | changes
-    tensors = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
-    (folder / SAFE).unlink()  # what is still mapped of the old file does not change
+    """Put tensors beside those of the small model, or in place of them; None removes one."""
+    tensors = {name: t for name, t in (TENSORS | changes).items() if t is not None}
     save_file(tensors, folder / SAFE)
 
 
@@ -76,10 +74,6 @@ def their_logits_of(folder, dtype=torch.float32):
 
 
 # ---- every layout --------------------------------------------------------------------------------
-def renamed(tensors, prefix):
-    return {name.replace("transformer.", prefix, 1): tensor for name, tensor in tensors.items()}
-
-
 def with_masks(tensors, dtype):
     """As transformers wrote it until 2023: the causal mask of each layer among the weights."""
     mask = torch.ones(32, 32).tril().to(dtype).view(1, 1, 32, 32)
@@ -117,7 +111,7 @@ WRAPPERS = ["module._orig_mod.transformer.", "_orig_mod.module.transformer.", "_
             "transformer._orig_mod.", "module."]  # fmt: skip
 CHANGED = {  # a kind of file, and what is done to the tensors before
     **dict.fromkeys(LAYOUTS, dict),
-    "safetensors, no prefix": lambda t: renamed(t, ""),
+    "safetensors, no prefix": lambda t: {n.removeprefix("transformer."): x for n, x in t.items()},
     "safetensors, nn.Linear": as_linear,
     "safetensors, only the head": lambda t: {HEAD if n == WTE else n: t[n] for n in t},
     "zip, masks": lambda t: with_masks(t, torch.bool),
@@ -131,7 +125,12 @@ CHANGED = {  # a kind of file, and what is done to the tensors before
     "zip, layers compiled one by one": lambda t: {
         re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()
     },
-    **{f"zip, {name}": lambda t, name=name: renamed(with_the_head(t), name) for name in WRAPPERS},
+    **{
+        f"zip, {prefix}": lambda t, prefix=prefix: {
+            n.replace("transformer.", prefix, 1): x for n, x in with_the_head(t).items()
+        }
+        for prefix in WRAPPERS
+    },
 }
 
 
@@ -155,8 +154,7 @@ def test_every_layout_gives_the_same_tensors_and_logits(layout, their_logits, fo
     assert_same_weights(loaded)
     assert loaded.config == small_model().config
     assert loaded.lm_head.weight is loaded.wte.weight
-    assert not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert all(parameter.is_contiguous() for parameter in loaded.parameters())
     torch.testing.assert_close(logits_of(folder), their_logits, rtol=0, atol=1e-4)
 
@@ -286,7 +284,7 @@ BIG = {"vocab_size": 20_000, "n_layer": 5, "n_head": 8, "n_embd": 512}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
-@pytest.mark.parametrize("layout", [*LAYOUTS, "nanoGPT"])
+@pytest.mark.parametrize("layout", ["nanoGPT", *[*LAYOUTS][:5]])
 def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
     """One copy in the dtype asked for, and of the file its largest tensor or 32 MiB; 25 MB more.
 
@@ -343,8 +341,7 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
     torch.manual_seed(1)
     assert_same_weights(load_model("random:small"), first)
     assert first.config == GPTConfig(n_layer=1, n_head=2, n_embd=16, eos_token_id=50256)
-    assert not first.training
-    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
     loaded = load_model("random:small", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.wte.weight
@@ -354,22 +351,17 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
         load_model("random:gpt3")
 
 
+PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
+PARAMETERS["gpt2-xl"] = 1_557_611_200
+
+
 def test_the_random_shapes_are_those_of_the_four_gpt2s():
     counts = {}
     for name, (n_layer, n_head, n_embd) in load.RANDOM_SHAPES.items():
         assert n_embd == 64 * n_head
-        with torch.device("meta"):
-            one, two = (
-                GPT(GPTConfig(n_layer=n, n_head=n_head, n_embd=n_embd)).num_parameters()
-                for n in (1, 2)
-            )
-        counts[name] = one + (n_layer - 1) * (two - one)
-    assert counts == {
-        "gpt2": 124_439_808,
-        "gpt2-medium": 354_823_168,
-        "gpt2-large": 774_030_080,
-        "gpt2-xl": 1_557_611_200,
-    }
+        layer = 12 * n_embd**2 + 13 * n_embd  # matrices, then biases and gains
+        counts[name] = (50257 + 1024) * n_embd + n_layer * layer + 2 * n_embd
+    assert counts == PARAMETERS
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -486,10 +478,9 @@ def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, monkeypatch
     load.describe(str(folder))
     out = capsys.readouterr().out
     assert "not installed" in out
-    assert "61,104" in out  # parameters
-    assert "122,208" in out and "244,416" in out  # bytes in 16 and 32 bits
-    assert "384" in out and "768" in out  # of K and V a token
-    assert "81380.2" in out.replace(",", "")  # 10 ** 9 / 384 / 32 sequences
+    assert "61,104: 122,208 bytes in 16 bits, 244,416 in 32" in out
+    assert "384 bytes in 16 bits, 768 in 32" in out  # of K and V a token
+    assert "81380.2" in out  # 10 ** 9 / 384 / 32 sequences
     write_nanogpt(as_linear(with_the_head(TENSORS)), ARGS, folder)
     load.describe(str(folder / "ckpt.pt"))
     assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out
@@ -504,7 +495,9 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("layout", VERDICTS)
-def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(layout, folder, capsys):
+def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(
+    layout, folder, monkeypatch, capsys
+):
     """Nothing of a stranger's files reaches it.
 
     Its code would build 100 million labels, and look for somebody's attention on the hub.
@@ -514,11 +507,9 @@ def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(layout, fold
     (folder / "generation_config.json").write_text("no JSON")
     load.describe(str(folder))
     assert re.search(rf"transformers +{VERDICTS[layout]}", capsys.readouterr().out)
-
-
-def test_logits_that_differ_from_transformers_are_an_error(folder, monkeypatch, capsys):
     spoiled = copy.deepcopy(load_model(folder))
     spoiled.h[1].mlp.c_proj.weight.mul_(1.1)
-    monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: spoiled)
-    with pytest.raises(ValueError, match="differ from transformers"):
-        load.describe(str(folder))
+    monkeypatch.setattr(load, "load_model", lambda name: spoiled)
+    if "same" in VERDICTS[layout]:
+        with pytest.raises(ValueError, match="logits differ from transformers"):
+            load.describe(str(folder))

@@ -91,13 +91,13 @@ def learnt() -> str:
     tok.train_from_iterator(LINES, trainer)
     tok.add_special_tokens(SPECIAL)
     tok.add_tokens([AddedToken(word) for word in WORDS])
-    return tok.to_str()
+    whole = json.loads(tok.to_str())
+    whole["model"]["vocab"][END_OF_TEXT] = 400  # in GPT-2's files it stands in the vocabulary too
+    return json.dumps(whole)
 
 
 def facts() -> dict:
-    whole = json.loads(learnt())
-    whole["model"]["vocab"][END_OF_TEXT] = 400  # in GPT-2's files it stands in the vocabulary too
-    return whole
+    return json.loads(learnt())
 
 
 NAMED = {"pad_token": "[PAD]", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
