@@ -280,11 +280,12 @@ def test_an_integer_is_a_number_and_a_byte_order_mark_is_none(folder):
 
 
 # ---- memory, dtypes and copies -------------------------------------------------------------------
+BIG_LAYOUTS = ["safetensors", "safetensors in shards", "zip", "zip in shards", "legacy", "nanoGPT"]
 BIG = {"vocab_size": 20_000, "n_layer": 5, "n_head": 8, "n_embd": 512}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
-@pytest.mark.parametrize("layout", ["nanoGPT", *[*LAYOUTS][:5]])
+@pytest.mark.parametrize("layout", BIG_LAYOUTS)
 def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
     """One copy in the dtype asked for, and of the file its largest tensor or 32 MiB; 25 MB more.
 
