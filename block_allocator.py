@@ -71,6 +71,11 @@ class BlockAllocator:
         """Cached blocks evicted so far; this allocator caches none (a prefix cache does)."""
         return 0
 
+    @property
+    def unused_cached_blocks(self) -> list[int]:
+        """Blocks that have no holder and keep their contents. They count as free."""
+        return []
+
     def allocate(self, n: int) -> list[int]:
         """Take `n` free blocks, each with reference count 1.
 

@@ -97,6 +97,11 @@ class PrefixCache(BlockAllocator):
         """Cached blocks evicted so far."""
         return self._num_evicted
 
+    @property
+    def unused_cached_blocks(self) -> list[int]:
+        """Cached blocks without a holder, the next to be evicted first."""
+        return list(self._unused)
+
     # ---- blocks in, blocks out ----
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks, each with reference count 1: blank ones first, then the oldest cached.

@@ -57,7 +57,7 @@ class Feed:
         self._describe = Describer(engine.scheduler)
         self._frames: deque[Frame] = deque(maxlen=MAX_FRAMES)
         self._lock = threading.Lock()  # for the ring and its number
-        self._tells_all = False  # the next frame has the texts of all tokens, not only of new ones
+        self._tells_all = False  # the next frame has all tokens, not only new ones
 
     @property
     def header(self) -> dict:
@@ -69,7 +69,7 @@ class Feed:
         """Put a step into the ring."""
         if self._tells_all:
             self._tells_all = False
-            self._describe.num_told.clear()
+            self._describe.tell_all_again()
         line = self._describe(output)
         kinds = {listener.has_text for listener in list(self.listeners)}
         frame = Frame(
@@ -97,7 +97,7 @@ class Feed:
             self.engine.watchers.remove(self)
 
     def tell_all(self) -> None:
-        """Let the next frame have the texts of all tokens of the sequences that run."""
+        """Let the next frame have all that a new listener needs."""
         self._tells_all = True
 
     def frames_since(self, number: int) -> tuple[int, list[Frame]]:

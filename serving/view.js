@@ -75,6 +75,7 @@ function checkLine(line, header) {
   for (const name of LISTS) if (!Array.isArray(line[name])) throw new Error(`${name} is no list`);
   if (!(line.milliseconds >= 0)) throw new Error("milliseconds is no time");
   const inPool = (id) => isCount(id) && id < header.num_blocks;
+  if (!(line.cached ?? []).every(inPool)) throw new Error("cached names an unknown block");
   for (const sequence of line.sequences) {
     const { block_table, phase, new_tokens, num_computed_tokens } = sequence;
     const isWhole = isCount(new_tokens) && isCount(num_computed_tokens) && PHASES.includes(phase);
@@ -114,6 +115,8 @@ class Run {
     this.texts = new Map(); // by key: the texts of the sequence's tokens
     this.totals = { milliseconds: 0, computed: 0, preempted: 0, copied: 0, hit: 0, evicted: 0 };
     this.hasGap = false; // lines were lost before the next one
+    this.lastHolder = []; // by block: the entry of the sequence that held it last
+    this.heldAt = []; // by block: the number of the last line in which it was held
   }
 
   get end() {
@@ -154,6 +157,7 @@ class Run {
     }
     this.hasGap = false;
     this.count(line);
+    this.noteCached(line, number);
     this.lines.push(line);
     if (this.lines.length > this.keep) this.forget();
   }
@@ -183,20 +187,35 @@ class Run {
     totals.evicted += line.blocks_evicted;
     for (const { new_tokens } of line.sequences) totals.computed += new_tokens;
     this.totals = line.totals = totals;
-    line.owners = this.ownersOfCached(line);
   }
 
-  /** Of each block that is cached and has no holder: whose it was, {request, index, logical}. */
-  ownersOfCached(line) {
-    const before = this.lines.at(-1);
-    const owners = new Map();
-    if (!line.cached?.length) return owners;
-    const held = before ? this.holders(before) : [];
-    for (const block of line.cached) {
-      const owner = held[block]?.[0] ?? before?.owners.get(block);
-      if (owner) owners.set(block, owner);
+  /** Set `line.owners`: the blocks that are cached and have no holder, and whose they were. */
+  noteCached(line, number) {
+    const before = this.lines.at(-1)?.owners ?? new Map();
+    let isSame = line.cached === undefined;
+    for (const sequence of line.sequences) {
+      for (const block of sequence.block_table) {
+        this.lastHolder[block] = sequence;
+        this.heldAt[block] = number;
+        if (before.has(block)) isSame = false;
+      }
     }
-    return owners;
+    line.owners = isSame ? before : new Map();
+    if (isSame) return;
+    // A line without a list: those that were cached and are not held now.
+    for (const block of line.cached ?? before.keys()) {
+      if (this.heldAt[block] === number) continue;
+      line.owners.set(block, before.get(block) ?? this.ownerOf(block));
+    }
+  }
+
+  /** Who held a block last, as `holders` has it; null if that is not known. */
+  ownerOf(block) {
+    const sequence = this.lastHolder[block];
+    if (!sequence) return null;
+    const { request, index, block_table, num_computed_tokens } = sequence;
+    const logical = block_table.indexOf(block);
+    return { request, index, logical, computed: num_computed_tokens };
   }
 
   /** For each block of the pool the sequences that have it in their tables, in one step. */
@@ -280,7 +299,7 @@ function download(value, name) {
 function countBlocks(run, line, holders = run.holders(line)) {
   const held = holders.filter((each) => each.length).length;
   const shared = holders.filter((each) => each.length > 1).length;
-  const cached = line.cached?.length ?? 0;
+  const cached = line.owners.size;
   return { held, shared, cached, free: run.header.num_blocks - held - cached };
 }
 
@@ -419,7 +438,7 @@ class View {
       "tokens computed": line.totals.computed,
       preemptions: line.totals.preempted,
       "copied blocks": line.totals.copied,
-      "prefix hits": line.totals.hit,
+      "cached blocks found": line.totals.hit,
       "ms this step": line.milliseconds.toFixed(1),
     };
     this.counters.replaceChildren(
@@ -478,9 +497,11 @@ class View {
     const isHeld = holders.length > 0;
     const share = isHeld ? this.run.filled(owner) / this.run.header.block_size : 0;
     this.box(context, x, y, side, this.theme.empty, 1);
-    if (owner) {
-      this.box(context, x, y, side, colourOf(owner.request), isHeld ? 0.3 : 0.2);
+    if (isHeld) {
+      this.box(context, x, y, side, colourOf(owner.request), 0.3);
       context.fillRect(x, y, side * share, side);
+    } else if (this.line.owners.has(block)) {
+      this.box(context, x, y, side, owner ? colourOf(owner.request) : this.theme.faint, 0.25);
     }
     if (holders.length > 1) {
       const other = holders.find((each) => each.request !== owner.request);
@@ -578,7 +599,7 @@ class View {
     const cachedOwner = this.line.owners.get(block);
     let state = "free";
     if (holders.length) state = `held by ${plural(holders.length, "sequence")}`;
-    else if (this.line.cached?.includes(block)) state = "cached: kept, without a holder";
+    else if (this.line.owners.has(block)) state = "cached: kept, without a holder";
     this.detail.replaceChildren(
       element("h2", {}, `Block ${block}: ${state}`),
       element("p", { class: "faint" }, `${slots}, reference count ${holders.length}`),
@@ -672,7 +693,7 @@ class View {
     for (let number = plot.from; number < Math.min(plot.to, this.run.end); number++) {
       const line = this.run.line(number);
       const used = num_blocks - line.num_free;
-      const cached = line.cached?.length ?? 0;
+      const cached = line.owners.size;
       const x = Math.round(plot.x(number));
       const width = Math.round(plot.x(number + 1)) - x;
       context.fillStyle = this.theme.faint;

@@ -32,6 +32,7 @@ from scheduler import Scheduler
 from sequence import FINISHED, Sequence
 
 FORMAT, VERSION = "PagedGPT recording", 1
+BLOCKS_A_LINE = 128  # how many cached blocks are listed a line, on average
 
 # The fields of a line and their types. An `int` is at least 0, and not a bool.
 STEP_FIELDS = {
@@ -54,6 +55,8 @@ STEP_FIELDS = {
 NEWER_FIELDS = {
     "tokens",  # [request, index, first position, texts of the tokens from there on]
     "copies",  # [from block, to block], before the forward: copy-on-write
+    # Blocks that are cached and have no holder. They count as free. A line without it: see below.
+    "cached",
 }
 SEQUENCE_FIELDS = {
     "request": str,
@@ -68,9 +71,11 @@ SEQUENCE_FIELDS = {
 
 # ---- writing -------------------------------------------------------------------------------------
 class Describer:
-    """Turns the output of each step into the fields of a line. It remembers which tokens it told.
+    """Turns the output of each step into the fields of a line. It remembers what it told.
 
-    It is a part of a watcher: call it once a step, in the thread that steps.
+    It is a part of a watcher: call it once a step, in the thread that steps. To list the cached
+    blocks of a large pool takes as long as a small step, so only every 8th line of a pool of 1,024
+    blocks does it. In between, those that nobody has taken are still cached.
     """
 
     def __init__(self, scheduler: Scheduler):
@@ -79,6 +84,12 @@ class Describer:
         # How many of its tokens were told, for each sequence that runs or waits. A fork is a
         # sequence of its own, so all of its tokens are told with its first line.
         self.num_told: dict[Sequence, int] = {}
+        self._lists_cached_from = 0  # the next step with a list of the cached blocks
+
+    def tell_all_again(self) -> None:
+        """For a new reader: the next line has all tokens of its sequences, and cached blocks."""
+        self.num_told.clear()
+        self._lists_cached_from = 0
 
     @property
     def header(self) -> dict:
@@ -110,7 +121,16 @@ class Describer:
             **{f"blocks_{name}": num for name, num in output.blocks._asdict().items()},
             "tokens": self._new_tokens(list(num_new_tokens_of), output.tokenizer),
             "copies": output.plan.copies,
+            **self._cached(),
         }
+
+    def _cached(self) -> dict:
+        """The field "cached", if this line has it; the last line of a run always has."""
+        allocator = self.scheduler.allocator
+        if self.num_steps < self._lists_cached_from and self.scheduler.has_unfinished():
+            return {}
+        self._lists_cached_from = self.num_steps + allocator.num_blocks // BLOCKS_A_LINE
+        return {"cached": allocator.unused_cached_blocks}
 
     def _new_tokens(self, sequences: list[Sequence], tokenizer: Tokenizer | None) -> list[tuple]:
         """The tokens that were not told yet; without a tokenizer their ids as text."""

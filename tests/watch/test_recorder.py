@@ -11,6 +11,7 @@ import generate
 from block_allocator import BlockAllocator
 from engine import InferenceEngine
 from kv_cache import KVCache
+from prefix_cache import PrefixCache
 from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Continuation
@@ -24,10 +25,11 @@ def always_zero(batch):
     return torch.zeros(len(batch.sample_rows), 2)
 
 
-def stand_in(kind=InferenceEngine, forward=always_zero, max_num_batched_tokens=16):
+def stand_in(kind=InferenceEngine, forward=always_zero, max_num_batched_tokens=16, allocator=None):
     """An engine over 8 blocks of 4 with the real scheduler; its model always says token 0."""
-    cache = KVCache(1, 8, 4, num_kv_heads=1, head_dim=1)
-    scheduler = Scheduler(BlockAllocator(8, 4), 4, max_num_batched_tokens, max_seq_len=64)
+    allocator = allocator or BlockAllocator(8, 4)
+    cache = KVCache(1, allocator.num_blocks, 4, num_kv_heads=1, head_dim=1)
+    scheduler = Scheduler(allocator, 4, max_num_batched_tokens, max_seq_len=64)
     return kind(forward, cache, scheduler, vocab_size=2)
 
 
@@ -77,7 +79,7 @@ def test_a_request_of_6_tokens_that_writes_2_takes_two_steps_and_two_lines(path)
     outputs = [engine.step(), engine.step()]
     first, second = read_recording(path)[1]
     nothing = {"blocks_copied": 0, "blocks_hit": 0, "blocks_evicted": 0, "blocks_swapped": 0}
-    nothing |= {"aborted": [], "preempted": [], "num_waiting": 0, "copies": []}
+    nothing |= {"aborted": [], "preempted": [], "num_waiting": 0, "copies": [], "cached": []}
     entry = {"request": "0", "index": 0, "phase": "prefill", "new_tokens": 6}
     entry |= {"num_computed_tokens": 6, "finish_reason": None, "block_table": [0, 1]}
     assert first == nothing | {
@@ -131,6 +133,25 @@ def test_every_line_says_what_the_scheduler_holds_after_its_step(path, kind):
     assert recorded[0][1]["0"] == (7 if kind is AheadEngine else 6)
     assert len(steps) == 21 and scheduler.num_preemptions == 4
     assert sum(len(step["preempted"]) for step in steps) == 4
+
+
+@pytest.mark.parametrize(
+    "num_blocks, expected", [(8, list(range(1, 41))), (1024, [1, 9, 17, 20, 28, 36, 40])]
+)
+def test_cached_blocks_are_listed_in_each_line_and_of_a_large_pool_in_every_eighth_and_the_last(
+    path, num_blocks, expected
+):
+    engine = watched(path, allocator=PrefixCache(num_blocks, 4))
+    unused = []
+    for _ in range(2):  # the second finds the blocks of the first
+        engine.add_request([1] * 8, wanting(20))
+        while engine.has_unfinished():
+            engine.step()
+            unused.append(engine.scheduler.allocator.unused_cached_blocks)
+    steps = read_recording(path)[1]
+    assert {i: steps[i - 1]["cached"] for i in expected} == {i: unused[i - 1] for i in expected}
+    assert [step["step"] for step in steps if "cached" in step] == expected
+    assert len(unused[19]) == 6 and steps[20]["blocks_hit"] == 1  # of 27 tokens in the cache
 
 
 def test_aborts_of_running_and_waiting_requests_stand_in_the_next_line(path):
@@ -245,7 +266,7 @@ def test_a_malformed_line_is_named_with_its_number_and_the_reason(five, line, ol
 def test_a_recording_of_before_there_were_tokens_and_copies_is_read(five):
     header, *steps = [json.loads(line) for line in five.read_text().splitlines()]
     for step in steps:
-        del step["tokens"], step["copies"]
+        del step["tokens"], step["copies"], step["cached"]
     five.write_text("".join(json.dumps(line) + "\n" for line in [header, *steps]))
     assert read_recording(five) == (header, steps)
 
