@@ -66,6 +66,8 @@ class Scheduler:
     is preempted. Raises ValueError for a limit below 1.
     """
 
+    can_run_together = False  # beam_search.py has a scheduler for `Request.runs_together`
+
     def __init__(
         self,
         allocator: BlockAllocator,
@@ -96,7 +98,6 @@ class Scheduler:
         # several threads may call `check`, and `setdefault` is one operation.
         self._key_shape: dict[str, Any] = {}
         self.num_waiting = 0  # the heap's entries without those that were aborted while they waited
-        self._num_plans = 0  # made so far
         self._last_plan = Plan()
         # Totals, for statistics:
         self.num_preemptions = 0
@@ -109,10 +110,12 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Set `key` and `longest` of a request's sequences, and refuse what can never be served.
 
-        Raises ValueError if the pool is too small for one sequence, or for all those that run
-        together; if `reserve` or the policy fails; or if a key cannot be compared with the others.
-        It changes no queue, so any thread may call it.
+        Raises ValueError if the pool is too small for one sequence, if `reserve` or the policy
+        fails, or if a key cannot be compared with the others. It changes no queue, so any thread
+        may call it.
         """
+        if request.runs_together and not self.can_run_together:
+            raise ValueError("sequences that run together need the scheduler of beam_search.py")
         for seq in request.sequences:
             seq.longest = min(seq.num_prompt_tokens + seq.max_tokens, self.max_seq_len)
         try:
@@ -124,14 +127,12 @@ class Scheduler:
         for seq, num_reserved in zip(request.sequences, reserved, strict=True):
             # Of equal keys of the policy the earlier arrival comes first.
             seq.key = (key, request.arrival, seq.index)
-            needed = self._check_size(seq, num_reserved)
-            if request.runs_together:
-                self._check_together(request.max_num_sequences, needed)
+            self._check_size(seq, num_reserved)
         if self._key_shape.setdefault("of all", shape) != shape:
             raise ValueError(f"the policy's key {key!r} cannot be compared with other keys")
 
-    def _check_size(self, seq: Sequence, num_reserved: int) -> int:
-        """How many blocks a sequence needs at its end; refuse more than the pool has."""
+    def _check_size(self, seq: Sequence, num_reserved: int) -> None:
+        """Raise ValueError if a sequence needs more blocks at its end than the pool has."""
         if type(num_reserved) is not int:
             raise ValueError(f"the reserve function returned {num_reserved!r}: an int is needed")
         # Alone in the pool, a sequence must be able to reach its end. Then a running sequence
@@ -142,26 +143,6 @@ class Scheduler:
                 f"{seq.num_prompt_tokens} prompt tokens and up to {seq.max_tokens} more need "
                 f"{needed} blocks of {self.allocator.block_size}, the pool has "
                 f"{self.allocator.num_blocks}: lower max_tokens or enlarge the pool"
-            )
-        return needed
-
-    def _check_together(self, num_sequences: int, num_blocks_each: int) -> None:
-        """Refuse so many sequences that get their tokens in one step, if no step can hold them."""
-        limits = {
-            "max_num_seqs": self.max_num_seqs,
-            "max_num_batched_tokens": self.max_num_batched_tokens,
-        }
-        for name, limit in limits.items():
-            if num_sequences > limit:
-                found = f"{num_sequences} sequences have to run in one step, {name} is {limit}"
-                raise ValueError(f"{found}: ask for fewer or raise it")
-        # After a preemption each of them computes its tokens again, in blocks of its own.
-        needed = num_sequences * num_blocks_each
-        if needed > self.allocator.num_blocks:
-            found = f"{num_sequences} sequences that run together may need {needed} blocks"
-            raise ValueError(
-                f"{found}, the pool has {self.allocator.num_blocks}: "
-                "ask for fewer, lower max_tokens or enlarge the pool"
             )
 
     def enqueue(self, request: Request) -> None:
@@ -209,24 +190,23 @@ class Scheduler:
         if not plan.preempted:
             self._start_waiting(plan, budget, in_flight)
         self._last_plan = plan
-        self._num_plans += 1
         return plan
 
     def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
         """Plan the running sequences in their order; returns what is left of the token budget."""
+        # A copy of the list (a slice), because preemption shortens the list itself, from its end.
+        # Forks may make `running` longer than max_num_seqs.
+        return self._continue_each(self.running[: self.max_num_seqs], plan, budget, in_flight)
+
+    def _continue_each(
+        self, sequences: list[Sequence], plan: Plan, budget: int, in_flight: int
+    ) -> int:
+        """Plan some running sequences, each as far as it can go; returns the budget's rest."""
         block_size, ref_count = self.allocator.block_size, self.allocator.ref_count
-        together: Request | None = None  # the last of those whose sequences run together
-        for seq in self.running[: self.max_num_seqs]:  # forks may make `running` longer than that
-            # The loop walks over a copy of the list (a slice), because preemption shortens the list
-            # itself, from its end. If this sequence was preempted for an earlier one, then all
-            # that follow it were too.
+        for seq in sequences:
+            # If this sequence was preempted for an earlier one, then all that follow it were too.
             if budget == 0 or seq.status != RUNNING:
                 break
-            if seq.request.runs_together:
-                if seq.request is not together:  # with the first of them all of them are planned
-                    together = seq.request
-                    budget -= self._continue_together(seq, plan, budget)
-                continue
             start, table = seq.num_computed_tokens, seq.block_table
             num_new_tokens = len(seq.token_ids) - start  # 1: a decode
             if num_new_tokens > budget:  # (`min` takes 0.1 us longer, 256 times a step)
@@ -251,49 +231,25 @@ class Scheduler:
         return budget
 
     def _start_waiting(self, plan: Plan, budget: int, in_flight: int) -> None:
-        """Start waiting sequences in their order, until some do not fit or the budget is used.
-
-        Those that wait a step for a block (see `_is_being_filled`) keep their places. Others behind
-        them may start if that takes nothing from them: their blocks and their places among
-        `max_num_seqs` stay free, and no prompt behind them is left half computed.
-        """
+        """Start waiting sequences in their order, until one does not fit or the budget is used."""
         # The first that does not fit stops the loop, even if a shorter one behind it would fit.
         # Otherwise short prompts could overtake a long one for ever.
-        postponed: list[tuple] = []  # entries of the heap
-        blocks_left = 0  # free blocks that those will need
-        while budget:
+        while budget and len(self.running) < self.max_num_seqs:
             group = self._next_waiting()
-            num_seqs = len(self.running) + len(postponed) + len(group)
-            if not group or num_seqs > self.max_num_seqs:
-                break
-            num_free = self.allocator.num_free
             tables = [self._find_blocks(seq) for seq in group]
-            if self._is_being_filled(group[0], len(tables[0]), plan, in_flight):
-                self._give_back(tables)
-                postponed += [heapq.heappop(self._waiting) for _ in group]
-                blocks_left += sum(self._blocks_to_start(group))
-                continue
-            num_found = sum(map(len, tables)) * self.allocator.block_size  # tokens
-            is_cut = sum(len(seq.token_ids) for seq in group) - num_found > budget
-            if (postponed and is_cut) or not self._start(group, tables, blocks_left):
-                self._give_back(tables)
+            is_early = group and self._is_being_filled(group[0], len(tables[0]), plan, in_flight)
+            if not group or is_early or not self._start(group, tables):
+                for table in tables:
+                    self.allocator.free(table)
                 break
-            self.num_blocks_taken += num_free - self.allocator.num_free
             plan.started += group
-            budget -= self._advance_started(group, plan, budget)
-        for entry in postponed:
-            heapq.heappush(self._waiting, entry)
+            for seq, num_new_tokens in self._chunks(group, budget):
+                self._advance(seq, num_new_tokens, plan)
+                budget -= num_new_tokens
 
-    def _advance_started(self, group: list[Sequence], plan: Plan, budget: int) -> int:
-        """Plan sequences that have just started; returns how many tokens they compute."""
-        if group[0].request.runs_together:
-            chunks = self._chunks_together(group, budget, can_sample=True)
-        else:
-            num_behind = len(group[0].token_ids) - group[0].num_computed_tokens
-            chunks = [(group[0], min(num_behind, budget))]
-        for seq, num_new_tokens in chunks:
-            self._advance(seq, num_new_tokens, plan)
-        return sum(num_new_tokens for _, num_new_tokens in chunks)
+    def _chunks(self, group: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+        """How many tokens each of the sequences that have just started computes now."""
+        return [(seq, min(len(seq.token_ids) - seq.num_computed_tokens, budget)) for seq in group]
 
     def _advance(self, seq: Sequence, num_new_tokens: int, plan: Plan) -> None:
         """Enter a sequence's new tokens in the plan."""
@@ -305,48 +261,6 @@ class Scheduler:
         # (With a token in flight, the end is one more than the tokens that are known.)
         if start + num_new_tokens >= len(seq.token_ids):
             plan.sampled.append(seq)  # its newest token is computed, so the next can be drawn
-
-    # ---- sequences that run together ----
-    # A beam search compares all its beams in each step. So they get their tokens in the same step,
-    # or none of them does, and they start and are preempted together.
-    def _continue_together(self, first: Sequence, plan: Plan, budget: int) -> int:
-        """Plan the running sequences of a request; returns how many tokens they compute.
-
-        `first` is the first of them in line.
-        """
-        siblings = self._running_sequences(first.request)
-        end = self.running.index(first) + len(siblings)  # the places up to here get their turn
-        chunks = self._chunks_together(siblings, budget, end <= self.max_num_seqs)
-        if not self._make_room(chunks, plan):
-            return 0
-        for seq, num_new_tokens in chunks:
-            self._advance(seq, num_new_tokens, plan)
-        return sum(num_new_tokens for _, num_new_tokens in chunks)
-
-    def _chunks_together(
-        self, siblings: list[Sequence], budget: int, can_sample: bool
-    ) -> list[tuple[Sequence, int]]:
-        """How many tokens each sequence computes now. Those that compute none are left out.
-
-        Example: beams are 1, 1 and 6 behind. With a budget of 8 all of them compute all of it, and
-        get their next tokens. With a budget of 5 only the third one computes, and is 1 behind, too.
-        """
-        behind = [len(seq.token_ids) - seq.num_computed_tokens for seq in siblings]
-        if 0 in behind:  # their next tokens are in flight
-            return []
-        if can_sample and sum(behind) <= budget:
-            return list(zip(siblings, behind, strict=True))
-        chunks = []
-        for seq, num_tokens in zip(siblings, behind, strict=True):
-            num_new_tokens = min(num_tokens - 1, budget)  # the last one only with its siblings
-            if num_new_tokens:
-                chunks.append((seq, num_new_tokens))
-                budget -= num_new_tokens
-        return chunks
-
-    def _running_sequences(self, request: Request) -> list[Sequence]:
-        """Those of one request, in the order of precedence."""
-        return [seq for seq in self.running if seq.request is request]
 
     # ---- blocks for running sequences ----
     def _make_room(self, chunks: list[tuple[Sequence, int]], plan: Plan) -> bool:
@@ -419,18 +333,19 @@ class Scheduler:
         otherwise a request that is alone in the pool would lose everything again and again.
         """
         last = self.running[-1]
-        is_alone = last.request is keeper and not last.request.runs_together
+        is_alone = last.request is keeper
         victims = [last] if is_alone else self._running_sequences(last.request)
         for seq in victims:
-            if seq.status == RUNNING:  # the first of those that run together takes all others along
+            if seq.status == RUNNING:  # (beam_search.py preempts them all with the first)
                 self.preempt(seq)
         plan.preempted += victims
 
-    def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
-        """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool.
+    def _running_sequences(self, request: Request) -> list[Sequence]:
+        """Those of one request, in the order of precedence."""
+        return [seq for seq in self.running if seq.request is request]
 
-        Of several that run together each gets at most its share of the pool.
-        """
+    def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks for `num_tokens` and for what the sequence reserves; at most the whole pool."""
         try:
             reserved = self.reserve(seq)
             if type(reserved) is not int:
@@ -439,18 +354,16 @@ class Scheduler:
         except Exception as error:  # the caller's function failed: only this sequence ends
             seq.error = f"the reserve function failed: {error!r}"
             wanted = self.allocator.blocks_needed(num_tokens)
-        together = seq.request.max_num_sequences if seq.request.runs_together else 1
-        return min(wanted, self.allocator.num_blocks // together)
+        return min(wanted, self.allocator.num_blocks)
 
-    def _start(self, group: list[Sequence], tables: list[list[int]], blocks_left: int) -> bool:
-        """Move the first in line from waiting to running if the pool has what they reserve.
+    def _start(self, group: list[Sequence], tables: list[list[int]]) -> bool:
+        """Move the first in line from waiting to running if the pool has what it reserves.
 
-        `tables` are the blocks that were found for each; `blocks_left` more must stay free. Those
-        that run together start together: if only some did, they would hold blocks and wait for the
-        others, which may wait for those blocks.
+        `tables` are the blocks that were found for each of the group.
         """
-        wanted = self._blocks_to_start(group)
-        if sum(wanted) - sum(map(len, tables)) + blocks_left > self.allocator.num_free:
+        num_free = self.allocator.num_free
+        wanted = [self._blocks_wanted(seq, len(seq.token_ids)) for seq in group]
+        if sum(wanted) - sum(map(len, tables)) > num_free:
             return False
         for seq, table, num_blocks in zip(group, tables, wanted, strict=True):
             seq.block_table = table + self.allocator.allocate(num_blocks - len(table))
@@ -458,16 +371,8 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             self._run(seq)
+        self.num_blocks_taken += num_free - self.allocator.num_free
         return True
-
-    def _blocks_to_start(self, group: list[Sequence]) -> list[int]:
-        """How many blocks each of some waiting sequences has after its start."""
-        return [self._blocks_wanted(seq, len(seq.token_ids)) for seq in group]
-
-    def _give_back(self, tables: list[list[int]]) -> None:
-        """Free blocks that were found for sequences that do not start."""
-        for table in tables:
-            self.allocator.free(table)
 
     # ---- blocks that were computed before, or are being computed ----
     def _find_blocks(self, seq: Sequence) -> list[int]:
@@ -492,50 +397,35 @@ class Scheduler:
             seq.request.num_cached_tokens = seq.num_computed_tokens
 
     def _is_being_filled(self, seq: Sequence, num_found: int, plan: Plan, in_flight: int) -> bool:
-        """Whether a sequence's first block that was not found is being filled by another sequence.
+        """Whether this step fills the first block that was not found for a waiting sequence.
 
-        Then it waits for the step that fills it, instead of computing the same tokens beside it.
-        It waits once for each block: what that step filled may be gone before it can be found.
+        Then the sequence starts a step later and finds it, instead of computing the same tokens.
         """
         request, end = seq.request, (num_found + 1) * self.allocator.block_size
-        reads = request.cache_prefix and request.prompt_logprobs is None
-        if not self.allocator.keeps_contents or not reads or end >= len(seq.token_ids):
+        is_reader = request.cache_prefix and request.prompt_logprobs is None
+        if not self.allocator.keeps_contents or not is_reader or end >= len(seq.token_ids):
             return False
-        # A step in flight is one that the host waits for a second time.
-        block, plan_number = seq.waited_for
-        if num_found < block or (num_found == block and self._num_plans > plan_number + in_flight):
-            return False
+        # What a step in flight has filled cannot be found yet either.
         entries = plan.scheduled + (self._last_plan.scheduled if in_flight else [])
-        for other, start, num_new_tokens in entries:
+        return any(
             # Block 2 of 16 tokens is [32, 48): the step that reaches 48 fills it.
-            if start < end <= start + num_new_tokens and self._fills(other, seq, end):
-                if num_found > block:
-                    seq.waited_for = num_found, self._num_plans
-                return True
-        return False
-
-    def _fills(self, other: Sequence, seq: Sequence, end: int) -> bool:
-        """Whether another sequence's blocks up to `end` will be found for this one."""
-        one, two = seq.request, other.request
-        is_shared = two.cache_prefix and two.cache_salt == one.cache_salt
-        return is_shared and other.token_ids[:end] == seq.token_ids[:end]
+            start < end <= start + num_new_tokens
+            and other.request.cache_prefix
+            and other.request.cache_salt == request.cache_salt
+            and other.token_ids[:end] == seq.token_ids[:end]
+            for other, start, num_new_tokens in entries
+        )
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's blocks and let it wait, to compute its tokens again later.
-
-        Those that run together with it are preempted, too.
-        """
-        request = seq.request
-        for victim in self._running_sequences(request) if request.runs_together else [seq]:
-            self.running.remove(victim)
-            self.num_preemptions += 1
-            # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and
-            # output. vLLM recomputes too; its first engine could also swap the blocks to host
-            # memory.
-            victim.num_preemptions += 1
-            self._lose_tokens(victim)
-            self._free(victim)
-            self._push(victim)
+        """Take a running sequence's blocks and let it wait, to compute its tokens again later."""
+        self.running.remove(seq)
+        self.num_preemptions += 1
+        # Only K and V are lost. Its tokens stay, so the next prefill computes prompt and output.
+        # vLLM recomputes too; its first engine could also swap the blocks to host memory.
+        seq.num_preemptions += 1
+        self._lose_tokens(seq)
+        self._free(seq)
+        self._push(seq)
 
     # ---- after the forward ----
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
@@ -570,17 +460,6 @@ class Scheduler:
                     self._end(seq, None, plan)
                 else:
                     self._extend(seq, continuation, plan)
-        self._end_those_that_are_too_many(plan)
-
-    def _end_those_that_are_too_many(self, plan: Plan) -> None:
-        """End a request that has more sequences than can run together: no step could hold them."""
-        for request in {child.request for child in plan.forked if child.request.runs_together}:
-            running = self._running_sequences(request)
-            if len(running) > request.max_num_sequences:
-                found = f"{len(running)} sequences, max_num_sequences {request.max_num_sequences}"
-                for seq in running:
-                    seq.error = f"the request's strategy made too many children: {found}"
-                    self._end(seq, "error", plan)
 
     def _extend(self, seq: Sequence, continuation: Continuation, plan: Plan) -> None:
         """Append a continuation's tokens. If one of them ends the sequence, drop those after it."""
@@ -697,19 +576,14 @@ class Scheduler:
         self.num_waiting += 1
 
     def _next_waiting(self) -> list[Sequence]:
-        """The waiting sequence that comes first, and those that run together with it.
+        """The waiting sequence that comes first, in a list; empty if none waits.
 
-        They stay in the queue, where they stand side by side. Empty if none waits.
+        It stays in the queue. (With beams there may be several, see beam_search.py.)
         """
         # `finish` leaves the entry of an aborted sequence in the heap: it is dropped at the top.
         while self._waiting and self._waiting[0][2].status != WAITING:
             heapq.heappop(self._waiting)
-        if not self._waiting:
-            return []
-        first = self._waiting[0][2]
-        if not first.request.runs_together:
-            return [first]
-        return [seq for seq in first.request.sequences if seq.status == WAITING]
+        return [entry[2] for entry in self._waiting[:1]]
 
     def _free(self, seq: Sequence) -> None:
         """Give back a sequence's blocks."""

@@ -116,8 +116,6 @@ class Sequence:
     logprobs: list = field(default_factory=list)  # one entry per generated token, where asked for
     num_preemptions: int = 0
     num_lost_tokens: int = 0  # computed before its last preemption
-    # It has waited for this logical block of another sequence, first in the plan of this number.
-    waited_for: tuple[int, int] = (-1, 0)
     decoder: Any = None  # turns its tokens into text (outputs.py); the scheduler does not read it
 
     @property
