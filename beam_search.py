@@ -12,8 +12,9 @@ With block tables a fork copies a list of block ids, and all blocks are shared u
                 └─ |eb|b.|             [0, 1, 3, 6]      the others: 1
 
 The search is a strategy (see engine.py): it gets the logits of all beams of a request and returns
-their continuations. A text that ends is a fork that ends at once. Scheduler, cache and kernels know
-nothing of it, so beams run in one batch with all other requests. The paper measured that sharing
+their continuations. A text that ends is a fork that ends at once. `BeamScheduler` plans the beams
+of a request together. Cache and kernels know nothing of all this, so beams run in one batch with
+all other requests. The paper measured that sharing
 saves 37.6% of the blocks with 2 beams and 55.2% with 6. vLLM's V1 has no forks: each beam is a new
 request in each step, and its prefix cache finds the full blocks again.
 
@@ -26,6 +27,8 @@ BLOCK_SIZE = 1: nothing is copied, because a block of one token is never written
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from reprlib import repr as short_repr
 from typing import NamedTuple
 
@@ -40,7 +43,7 @@ from model import GPT, GPTConfig
 from outputs import CompletionOutput, RequestOutput
 from sampling import Logprob, SamplingParams, token_logprobs
 from scheduler import Scheduler
-from sequence import FINISHED, Continuation, Request, Sequence
+from sequence import FINISHED, RUNNING, WAITING, Continuation, Plan, Request, Sequence
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,138 @@ def candidates_of(seq: Sequence, logprobs: dict[int, Logprob]) -> list[Candidate
     ]
 
 
+# ---- the scheduler -------------------------------------------------------------------------------
+class BeamScheduler(Scheduler):
+    """A scheduler for requests whose sequences run together (`Request.runs_together`), as beams do.
+
+    A search compares all its beams in each step. So they get their next tokens in the same step, or
+    none of them does. They start and are preempted together, too: if only some of them ran, they
+    would hold blocks and wait for the others, which may wait for those blocks. All other requests
+    are planned as in `Scheduler`.
+    """
+
+    can_run_together = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._together: set[Request] = set()  # those that run together, and perhaps some ended ones
+
+    def check(self, request: Request) -> None:
+        """As in `Scheduler`; ValueError too if no step could hold all sequences of the request."""
+        super().check(request)
+        if not request.runs_together:
+            return
+        most, num_blocks = request.max_num_sequences, self.allocator.num_blocks
+        limits = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        for name, limit in limits.items():
+            if most > limit:
+                found = f"{most} sequences have to run in one step, {name} is {limit}"
+                raise ValueError(f"{found}: ask for fewer or raise it")
+        # After a preemption each of them computes its tokens again, in blocks of its own.
+        first = request.sequences[0]  # before it runs a request that is searched has only one
+        needed = most * super()._blocks_wanted(first, first.longest)
+        if needed > num_blocks:
+            found = f"{most} sequences that run together may need {needed} blocks"
+            advice = "ask for fewer, lower max_tokens or enlarge the pool"
+            raise ValueError(f"{found}, the pool has {num_blocks}: {advice}")
+
+    def enqueue(self, request: Request) -> None:
+        """As in `Scheduler`."""
+        super().enqueue(request)
+        if request.runs_together:
+            self._together.add(request)
+
+    def _continue_running(self, plan: Plan, budget: int, in_flight: int) -> int:
+        if not self._together:  # the common case
+            return super()._continue_running(plan, budget, in_flight)
+        self._together = {
+            request
+            for request in self._together
+            if any(seq.status != FINISHED for seq in request.sequences)
+        }
+        # The sequences of a request stand side by side in `running`.
+        turns = self.running[: self.max_num_seqs]
+        for request, group in groupby(turns, key=attrgetter("request")):
+            if request.runs_together:
+                budget -= self._continue_together(list(group), plan, budget)
+            else:
+                budget = self._continue_each(list(group), plan, budget, in_flight)
+        return budget
+
+    def _continue_together(self, siblings: list[Sequence], plan: Plan, budget: int) -> int:
+        """Plan running sequences of a request; returns how many tokens they compute."""
+        if any(seq.status != RUNNING for seq in siblings):  # preempted for an earlier request
+            return 0
+        chunks = self._chunks(siblings, budget)
+        if not self._make_room(chunks, plan):
+            return 0
+        for seq, num_new_tokens in chunks:
+            self._advance(seq, num_new_tokens, plan)
+        return sum(num_new_tokens for _, num_new_tokens in chunks)
+
+    def _chunks(self, group: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+        """How many tokens each sequence computes now. Those that compute none are left out.
+
+        Example: beams are 1, 1 and 6 behind. With a budget of 8 all of them compute all of it, and
+        get their next tokens. With a budget of 5 only the third one computes, and is 1 behind, too.
+        """
+        request = group[0].request
+        if not request.runs_together:
+            return super()._chunks(group, budget)
+        behind = [len(seq.token_ids) - seq.num_computed_tokens for seq in group]
+        if 0 in behind:  # their next tokens are in flight
+            return []
+        # If max_num_seqs has cut the group off, some of its running sequences are missing here.
+        if len(group) == len(self._running_sequences(request)) and sum(behind) <= budget:
+            return list(zip(group, behind, strict=True))
+        chunks = []
+        for seq, num_tokens in zip(group, behind, strict=True):
+            num_new_tokens = min(num_tokens - 1, budget)  # the last one only with its siblings
+            if num_new_tokens:
+                chunks.append((seq, num_new_tokens))
+                budget -= num_new_tokens
+        return chunks
+
+    def _next_waiting(self) -> list[Sequence]:
+        """The sequence that comes first and those that run together with it; [] if none can run."""
+        group = super()._next_waiting()
+        if group and group[0].request.runs_together:
+            group = [seq for seq in group[0].request.sequences if seq.status == WAITING]
+        return group if len(self.running) + len(group) <= self.max_num_seqs else []
+
+    def _blocks_wanted(self, seq: Sequence, num_tokens: int) -> int:
+        """As in `Scheduler`; of those that run together each gets at most its share of the pool."""
+        wanted = super()._blocks_wanted(seq, num_tokens)
+        request = seq.request
+        share = self.allocator.num_blocks // request.max_num_sequences
+        return min(wanted, share) if request.runs_together else wanted
+
+    def _preempt_last(self, plan: Plan, keeper: Request | None = None) -> None:
+        # A request that runs together never keeps a part of its sequences for itself.
+        is_together = self.running[-1].request.runs_together
+        super()._preempt_last(plan, None if is_together else keeper)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take the blocks of a running sequence, and of those that run together with it."""
+        request = seq.request
+        for victim in self._running_sequences(request) if request.runs_together else [seq]:
+            super().preempt(victim)
+
+    def update(self, plan: Plan, continuations: list[Continuation]) -> None:
+        """As in `Scheduler`; a request with more sequences than can run together ends then."""
+        super().update(plan, continuations)
+        for request in {child.request for child in plan.forked if child.request.runs_together}:
+            running = self._running_sequences(request)
+            if len(running) > request.max_num_sequences:
+                found = f"{len(running)} sequences, max_num_sequences {request.max_num_sequences}"
+                for seq in running:
+                    seq.error = f"the request's strategy made too many children: {found}"
+                    self._end(seq, "error", plan)
+
+
 # ---- in and out of the engine --------------------------------------------------------------------
 def add_beam_search(
     engine: InferenceEngine, prompt: str | list[int], params: BeamSearchParams, **options
@@ -275,7 +410,7 @@ def search(
     """
     cache = KVCache(2, 32, BLOCK_SIZE, num_kv_heads=2, head_dim=16, dtype=torch.float64)
     allocator = BlockAllocator(32, BLOCK_SIZE)
-    scheduler = Scheduler(allocator, 8, 32, max_seq_len=16)
+    scheduler = BeamScheduler(allocator, 8, 32, max_seq_len=16)
     forward = eager_forward(model, cache)
     engine = InferenceEngine(forward, cache, scheduler, len(LETTERS), eos_token_ids=[6])
     add_beam_search(engine, PROMPT, params)

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from beam_search import BeamSearchParams, add_beam_search, best_first
+from beam_search import BeamScheduler, BeamSearchParams, add_beam_search, best_first
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model, local_path, weights_kind
 from checkpoints.tokenizer import (
@@ -57,7 +57,7 @@ from outputs import RequestOutput
 from policies import first_come_first_served
 from prefix_cache import PrefixCache
 from sampling import SamplingParams, draw_tokens
-from scheduler import Scheduler, reserve_now
+from scheduler import reserve_now
 
 if TYPE_CHECKING:
     from speedups.cuda_graphs import Calls, GraphForward, Graphs
@@ -311,7 +311,7 @@ class LLM:
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
         allocator_class = PrefixCache if config.enable_prefix_caching else BlockAllocator
-        scheduler = Scheduler(
+        scheduler = BeamScheduler(
             allocator_class(num_blocks, config.block_size),
             config.max_num_seqs,
             config.max_num_batched_tokens,

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from beam_search import BeamScheduler
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, sample_next
 from kv_cache import KVCache
 from sampling import SamplingParams
-from scheduler import Scheduler
 from sequence import FINISHED, Continuation
 from speedups.plan_ahead import AheadEngine
 
@@ -90,7 +90,8 @@ def build(
     cache = KVCache(1, num_blocks, block_size, 1, 1, dtype=torch.float64)
     cache.pool.fill_(float("nan"))
     allocator = BlockAllocator(num_blocks, block_size)
-    scheduler = Scheduler(allocator, max_num_seqs, budget, MAX_SEQ_LEN, **(scheduling or {}))
+    limits = max_num_seqs, budget, MAX_SEQ_LEN
+    scheduler = BeamScheduler(allocator, *limits, **(scheduling or {}))
     forward = stand_in(cache, poison)
     options = {"tokenizer": Pieces(), "eos_token_ids": [EOS]} | kwargs
     return kind(forward, cache, scheduler, VOCAB_SIZE, **options)

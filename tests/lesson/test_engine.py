@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 from worlds import SEED
 
 from baselines import generate_no_cache
+from beam_search import BeamScheduler
 from block_allocator import BlockAllocator
 from checkpoints.load import load_model
 from checkpoints.tokenizer import load_tokenizer
@@ -31,7 +32,6 @@ from kv_cache import KVCache
 from model import attend_one_sequence
 from outputs import ByteTokenizer
 from sampling import SamplingParams
-from scheduler import Scheduler
 from sequence import Continuation
 
 GREEDY = {"temperature": 0}
@@ -68,7 +68,7 @@ def build(
     cache = KVCache(*shape, dtype=model.wte.weight.dtype)
     cache.pool.fill_(math.nan)  # zeros would hide a read of what was never written
     allocator = BlockAllocator(num_blocks, block_size)
-    scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, config.max_seq_len)
+    scheduler = BeamScheduler(allocator, max_num_seqs, max_num_batched_tokens, config.max_seq_len)
     forward = eager_forward(model, cache, kernels.paged_attention, kernels.write_kv)
     return InferenceEngine(forward, cache, scheduler, config.vocab_size, **kwargs)
 
@@ -76,7 +76,7 @@ def build(
 def build_stub(forward, vocab_size, num_blocks=32, block_size=4, max_num_seqs=16, **kwargs):
     """An engine around a stand-in for the model, which needs no K and V."""
     cache = KVCache(1, num_blocks, block_size, 1, 1)
-    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_seqs, UNLIMITED, 64)
+    scheduler = BeamScheduler(BlockAllocator(num_blocks, block_size), max_num_seqs, UNLIMITED, 64)
     return InferenceEngine(forward, cache, scheduler, vocab_size, **kwargs)
 
 

@@ -15,6 +15,7 @@ import torch
 import traffic
 from test_scheduler import Loop, name, names, next_token, rows, scramble, undo, written_alone
 
+from beam_search import BeamScheduler
 from engine import InferenceEngine
 from kernels.backends import BACKENDS
 from llm import LLM
@@ -26,6 +27,8 @@ from speedups.plan_ahead import AheadEngine
 
 class Forks(Loop):
     """A loop whose requests have several sequences: n texts of one prompt, or beams."""
+
+    scheduler_class = BeamScheduler
 
     def add_texts(self, request_id, num_prompt_tokens, max_tokens, n):
         """A request that forks into n texts with its first token."""

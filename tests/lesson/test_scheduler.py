@@ -51,6 +51,8 @@ def rows(plan):
 class Loop:
     """A scheduler and the stand-in for model and cache; counts are checked before every step."""
 
+    scheduler_class = Scheduler
+
     def __init__(
         self,
         num_blocks=8,
@@ -63,7 +65,8 @@ class Loop:
         **kwargs,
     ):
         self.allocator = allocator(num_blocks, block_size)
-        self.scheduler = Scheduler(self.allocator, max_num_seqs, budget, max_seq_len, **kwargs)
+        limits = max_num_seqs, budget, max_seq_len
+        self.scheduler = self.scheduler_class(self.allocator, *limits, **kwargs)
         self.slots = {}  # slot -> the text up to its token, this token included
         self.requests = []
 
