@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from baselines import attend_without_cache, next_logits
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
@@ -446,14 +446,25 @@ def show_tree(scheduler: Scheduler) -> None:
         step, above = "", seq.block_table
 
 
+def next_logprobs(model: GPT, texts: list[list[int]]) -> list[list[float]]:
+    """The log-probability of each token after each text; all texts are equally long."""
+    B, T = len(texts), len(texts[0])
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # (B * T, H, D) -> (B, H, T, D): a text sees its own tokens only
+        q, k, v = (x.unflatten(0, (B, T)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+    hidden = model(torch.tensor(texts).flatten(), torch.arange(T).repeat(B), attend)
+    return model.logits(hidden[T - 1 :: T]).log_softmax(-1).tolist()
+
+
 @torch.inference_mode()
 def best_of_all_texts(model: GPT, params: BeamSearchParams) -> tuple[tuple[float, list[int]], int]:
     """(score, token ids) of the best text, and how many texts there are: no search, no cache."""
     complete, going_on = [], [(0.0, list[int]())]
     for length in range(1, MAX_TOKENS + 1):
-        prompts = [PROMPT + ids for _, ids in going_on]
-        logits = next_logits(model, attend_without_cache, prompts, [0] * len(prompts))
-        rows = logits.log_softmax(-1).tolist()
+        rows = next_logprobs(model, [PROMPT + ids for _, ids in going_on])
         longer = [
             (total + logprob, [*ids, token_id])
             for (total, ids), row in zip(going_on, rows, strict=True)

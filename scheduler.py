@@ -236,12 +236,15 @@ class Scheduler:
         # Otherwise short prompts could overtake a long one for ever.
         while budget and len(self.running) < self.max_num_seqs:
             group = self._next_waiting()
+            num_free = self.allocator.num_free
             tables = [self._find_blocks(seq) for seq in group]
             is_early = group and self._is_being_filled(group[0], len(tables[0]), plan, in_flight)
             if not group or is_early or not self._start(group, tables):
                 for table in tables:
                     self.allocator.free(table)
                 break
+            # A found block that nobody held is taken, too.
+            self.num_blocks_taken += num_free - self.allocator.num_free
             plan.started += group
             for seq, num_new_tokens in self._chunks(group, budget):
                 self._advance(seq, num_new_tokens, plan)
@@ -361,9 +364,8 @@ class Scheduler:
 
         `tables` are the blocks that were found for each of the group.
         """
-        num_free = self.allocator.num_free
         wanted = [self._blocks_wanted(seq, len(seq.token_ids)) for seq in group]
-        if sum(wanted) - sum(map(len, tables)) > num_free:
+        if sum(wanted) - sum(map(len, tables)) > self.allocator.num_free:
             return False
         for seq, table, num_blocks in zip(group, tables, wanted, strict=True):
             seq.block_table = table + self.allocator.allocate(num_blocks - len(table))
@@ -371,7 +373,6 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             self._run(seq)
-        self.num_blocks_taken += num_free - self.allocator.num_free
         return True
 
     # ---- blocks that were computed before, or are being computed ----
