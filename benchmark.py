@@ -64,6 +64,7 @@ EXPERIMENTS = {
         "run_anatomy",
     ),
     "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
+    "serve": Experiment("serve", "a server under load: latency against rate, over HTTP"),
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"

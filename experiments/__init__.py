@@ -18,6 +18,7 @@
     workloads             mixed requests, a prompt that joins, a profile of a GPU's step
     latency               a decode step in each way to run it, beside its floor
     trace                 requests that arrive over time, under eight memory plans
+    serve                 a server under load, over HTTP: latency against the rate of requests
     concurrency           how many requests run at once in equal memory
     gpu_tests             a plugin of pytest: which tests come first, an outcome a line
     gpu_summary           the table of a run on a GPU, and the defaults that it recommends

@@ -248,7 +248,8 @@ class EngineThread:
                 continue
             try:
                 output = self.engine.step()
-                num_failures = 0
+                if output.plan.scheduled:  # a step that only frees what was aborted proves nothing
+                    num_failures = 0
             except Exception as error:
                 # The step is undone. What it was for would probably fail again, so all of it ends.
                 logger.exception("a step failed")

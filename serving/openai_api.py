@@ -82,6 +82,7 @@ class SamplingFields(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None  # in each choice, beside the text
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -386,6 +387,7 @@ class Answer:
                         **self._content(prompt_number, output, completion),
                         "finish_reason": completion.finish_reason,
                         "stop_reason": completion.stop_reason,
+                        **self._token_ids(completion.token_ids),
                     }
                 )
         self.num_written = sum(len(c.token_ids) for output in outputs for c in output.outputs)
@@ -419,6 +421,10 @@ class Answer:
         offsets = self._offsets.setdefault(index, Offsets(self.tokenizer))
         return completion_logprobs(token_ids, scores, offsets)
 
+    def _token_ids(self, token_ids: list[int]) -> dict:
+        """The new ids of a choice, where they were asked for."""
+        return {"token_ids": token_ids} if self.request.return_token_ids else {}
+
     # ---- a stream ----
     def openings(self) -> Iterator[dict]:
         """The chunks before the first token: a chat's role, or the prompts that are echoed."""
@@ -439,6 +445,7 @@ class Answer:
             ids = self.prompt_ids[piece.prompt_number] + ids
             scores = [*piece.prompt_logprobs, *(scores or [])]
         content = {"delta": {"content": text}} if self.is_chat else {"text": text}
+        content |= self._token_ids(piece.token_ids)
         return self._chunk(index, content, self._logprobs(index, ids, scores), piece.finish_reason)
 
     def _chunk(

@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, on a free port of 127.0.0.1.
+"""A server in a thread of the test's process, or in one of its own, on a free port of 127.0.0.1.
 
     with running(llm, max_waiting=2) as server:
         httpx2.post(f"{server.url}/v1/completions", json={"prompt": "The wolf"})
@@ -6,6 +6,10 @@
 It is uvicorn with the same application and protocol as `python -m serving.server` has.
 """
 
+import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 
 import httpx2
 import uvicorn
+from conftest import ROOT
 from fastapi import FastAPI
 
 from llm import LLM
@@ -57,6 +62,30 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 
 
 @contextmanager
+def program(*flags: str, port: int = 0):
+    """The program on a free port, its address, and the lines that it has written so far."""
+    command = [sys.executable, "-m", "serving.server", "--port", str(port), *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    lines: list[str] = []
+    thread = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+    try:
+        address = None
+        while address is None:
+            line = process.stderr.readline()
+            lines.append(line)
+            assert line, "".join(lines)
+            address = re.search(r"running on (http://\S+)", line)
+        thread.start()
+        yield process, address[1], lines
+    finally:
+        process.kill()
+        process.wait()
+        thread.join(5)
+
+
+@contextmanager
 def running(llm: LLM, **config) -> Iterator[Running]:
     """Serve `llm` until the block ends; `config` are fields of ServerConfig."""
     settings = ServerConfig(**({"port": 0, "drain_s": 0.2, "timeout_s": 60.0} | config))
@@ -77,3 +106,11 @@ def running(llm: LLM, **config) -> Iterator[Running]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+def events(answer: httpx2.Response) -> list[dict]:
+    """The chunks of a whole stream, which must end with [DONE]."""
+    assert answer.headers["Content-Type"].startswith("text/event-stream"), answer.text
+    lines = [line for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
