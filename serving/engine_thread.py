@@ -24,6 +24,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from beam_search import BeamSearchParams, add_beam_search
+from engine import InferenceEngine
 from llm import LLM
 from outputs import Delta, RequestOutput, StepOutput
 from sampling import Logprobs, SamplingParams
@@ -194,7 +196,12 @@ class EngineThread:
 
     # ---- requests ----
     def submit(
-        self, prompts: list[list[int]], params: SamplingParams, timeout_s: float, is_stream: bool
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | BeamSearchParams,
+        timeout_s: float,
+        is_stream: bool,
+        cache_salt: str | None = None,
     ) -> Job:
         """Queue prompts, given as token ids. The job is closed with `close`.
 
@@ -203,16 +210,20 @@ class EngineThread:
         """
         if self.closing.is_set() or not self.is_alive:
             raise Closing("the server shuts down" if self.is_alive else "the engine has stopped")
-        num_sequences = len(prompts) * params.n
+        is_search = isinstance(params, BeamSearchParams)
+        of_each = params.beam_width if is_search else params.num_sampled
+        add = add_beam_search if is_search else InferenceEngine.add_request
+        num_sequences = len(prompts) * of_each
         if num_sequences > self.max_sequences:
-            found = f"{len(prompts)} prompts with n={params.n} are {num_sequences} texts"
+            found = f"{len(prompts)} prompts with {of_each} texts each are {num_sequences}"
             raise ValueError(f"{found}, the server takes {self.max_sequences}: ask for fewer")
         if self.num_sequences + num_sequences > self.max_sequences:
             raise Busy(f"{self.num_sequences} texts are being written or wait: try again later")
         job = Job(len(prompts), is_stream, time.monotonic() + timeout_s)
         try:
             for number, prompt in enumerate(prompts):
-                request_id = self.engine.add_request(prompt, params, deadline=job.deadline)
+                options = {"deadline": job.deadline, "cache_salt": cache_salt}
+                request_id = add(self.engine, prompt, params, **options)
                 # The engine may have written tokens already. They are delivered by this thread, so
                 # not before this function has ended.
                 self._jobs[request_id] = job, number

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from beam_search import BeamSearchParams
 from outputs import CompletionOutput, RequestOutput, Tokenizer
 from sampling import Logprobs, SamplingParams
 
@@ -37,7 +38,7 @@ LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON does not have; as in vLLM
 # What would change the answer and is not served, if it is neither null, false nor empty.
 REFUSED = """suffix tools functions structured_outputs guided_json guided_regex guided_choice
 guided_grammar logits_processors truncate_prompt_tokens prompt_embeds prompt_logprobs
-use_beam_search echo chat_template continue_final_message documents audio""".split()
+echo chat_template continue_final_message documents audio""".split()
 
 
 class ApiError(Exception):
@@ -84,6 +85,7 @@ class SamplingFields(BaseModel):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None  # in each choice, beside the text
     n: int | None = None
+    best_of: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -103,6 +105,12 @@ class SamplingFields(BaseModel):
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = None  # only prompts with the same one share blocks
+    # A beam search in place of sampling, as in vLLM; its names are those of BeamSearchParams.
+    use_beam_search: bool | None = None
+    beam_width: int | None = None  # n texts are answered: by default all of them
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
     def refuse_unknown_meanings(self) -> None:
         """Raise ApiError for a field that would change the answer and is not served."""
@@ -110,8 +118,8 @@ class SamplingFields(BaseModel):
         for name in REFUSED:
             if unknown.get(name):
                 raise ApiError(f"{name} is not served here: leave it out", param=name)
-        if unknown.get("best_of") not in (None, self.n or 1):
-            raise ApiError("best_of must be n: leave it out", param="best_of")
+        if self.stream and (self.best_of or 0) > (self.n or 1):
+            raise ApiError("the best texts are known at the end: no stream", param="best_of")
         form = unknown.get("response_format")
         if form and form != {"type": "text"}:
             raise ApiError("response_format must be text: leave it out", param="response_format")
@@ -123,6 +131,22 @@ class SamplingFields(BaseModel):
             if len(strings) > MAX_STRINGS or any(len(s) > MAX_STRING_CHARS for s in strings):
                 limits = f"{MAX_STRINGS} strings of {MAX_STRING_CHARS} characters at most"
                 raise ApiError(f"{name} is too long: {limits}", param=name)
+
+    def beam_search_params(self) -> BeamSearchParams:
+        """The parameters of a search. Raises ApiError or ValueError for what is not served."""
+        if self.stream:
+            raise ApiError("a beam search has no text before its end: leave out stream")
+        names = {field.name for field in fields(SamplingParams)} & set(type(self).model_fields)
+        default = SamplingParams()
+        for name in sorted(names - {"n", "max_tokens", "logprobs"}):
+            value = getattr(self, name)
+            if value and value != getattr(default, name):
+                raise ApiError(f"{name} is for sampling: leave it out", param=name)
+        names = {"beam_width", "length_penalty", "early_stopping"}
+        given = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        given = {"beam_width": self.n or 1, "num_return_sequences": self.n} | given
+        return BeamSearchParams(max_tokens=self.most_tokens, **given)
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
         """The parameters; `changes` replace fields. Raises ValueError for a value out of range."""
@@ -147,10 +171,14 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     max_tokens: int | None = 16  # null: what fits behind the prompt
 
-    def params(self) -> SamplingParams:
+    def params(self) -> SamplingParams | BeamSearchParams:
         """Raises ApiError or ValueError for what is not served."""
         self.refuse_unknown_meanings()
         check_logprobs(self.logprobs, "logprobs")
+        if self.use_beam_search:
+            if self.echo or self.logprobs:
+                raise ApiError("a beam search serves neither echo nor logprobs")
+            return self.beam_search_params()
         scores = {"logprobs": self.logprobs}
         if self.echo:
             scores["prompt_logprobs"] = self.logprobs
@@ -196,9 +224,11 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
-    def params(self) -> SamplingParams:
+    def params(self) -> SamplingParams | BeamSearchParams:
         """Raises ApiError or ValueError for what is not served."""
         self.refuse_unknown_meanings()
+        if self.use_beam_search:
+            raise ApiError("a beam search is for completions", param="use_beam_search")
         check_logprobs(self.top_logprobs, "top_logprobs")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs is for logprobs=true", param="top_logprobs")
@@ -413,7 +443,8 @@ class Answer:
 
     def _logprobs(self, index: int, token_ids: list[int], scores: list | None) -> dict | None:
         """The log-probabilities of a choice's next tokens, None if they were not asked for."""
-        if scores is None or self.tokenizer is None:
+        # A beam search has scores whether they were asked for or not.
+        if not scores or self.tokenizer is None or self.request.logprobs in (None, False):
             return None
         if self.is_chat:
             num_top = self.request.top_logprobs or 0

@@ -40,6 +40,7 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from beam_search import BeamSearchParams, best_first
 from generate import add_engine_flags, build_llm
 from llm import LLM, SHIPPED_MODEL, SamplingParams
 from serving.answers import AsciiJSONResponse, EventStream, event, unless_disconnected
@@ -123,6 +124,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     return AsciiJSONResponse(error.body, error.status, error.headers)
 
 
+def texts_of(params: SamplingParams | BeamSearchParams) -> int:
+    """How many texts answer each prompt."""
+    if isinstance(params, BeamSearchParams):
+        return params.num_return_sequences or params.beam_width
+    return params.n
+
+
 # ---- one request ---------------------------------------------------------------------------------
 class Service:
     """What the routes share: the engine's thread, the model's name, and how a request is served."""
@@ -187,9 +195,11 @@ class Service:
                 prompt_ids.append(self.encode(prompt))
                 self.check_length(prompt_ids[-1], params.max_tokens)
                 await asyncio.sleep(0)  # other requests may go on between two prompts
-            job = self.engine_thread.submit(prompt_ids, params, self.config.timeout_s, is_stream)
+            job = self.engine_thread.submit(
+                prompt_ids, params, self.config.timeout_s, is_stream, body.cache_salt
+            )
         name = self.config.served_model_name
-        answer = Answer(body, name, self.tokenizer, prompts, prompt_ids, params.n)
+        answer = Answer(body, name, self.tokenizer, prompts, prompt_ids, texts_of(params))
         end = partial(self.end, job, answer)
         if is_stream:
             stream = EventStream(self.events(job, answer), at_end=end)
@@ -197,6 +207,8 @@ class Service:
             return stream
         try:
             outputs = await unless_disconnected(request, job.outputs())
+            if isinstance(params, BeamSearchParams):
+                outputs = [best_first(output, params) for output in outputs]
             return AsciiJSONResponse(answer.whole(outputs))
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it

@@ -6,6 +6,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from beam_search import BeamSearchParams
 from outputs import ByteTokenizer, CompletionOutput, RequestOutput
 from sampling import Logprob, SamplingParams
 from sequence import RequestMetrics
@@ -43,9 +44,10 @@ TRANSLATED = [
     ({"logprobs": 2}, {"logprobs": 2}),
     ({"logprobs": 1, "echo": True}, {"logprobs": 1, "prompt_logprobs": 1}),
     # fields that change nothing here
-    ({"user": "me", "best_of": 1, "suffix": None, "use_beam_search": False, "store": 1}, {}),
+    ({"user": "me", "suffix": None, "use_beam_search": False, "store": 1}, {}),
     ({"stream": True, "stream_options": {"include_usage": True, "new": 1}}, {}),
-    ({"response_format": {"type": "text"}, "n": 2, "best_of": 2}, {"n": 2}),
+    ({"response_format": {"type": "text"}, "n": 2}, {"n": 2}),
+    ({"n": 2, "best_of": 5}, {"n": 2, "best_of": 5}),
 ]
 
 
@@ -56,7 +58,8 @@ def test_a_request_becomes_these_parameters(fields, params):
 
 REFUSED = [
     ({"suffix": "!"}, "suffix is not served"),
-    ({"best_of": 2}, "best_of must be n"),
+    ({"best_of": 2, "stream": True}, "the best texts are known at the end"),
+    ({"best_of": 1, "n": 2}, "best_of is 1"),
     ({"guided_json": {"type": "object"}}, "guided_json is not served"),
     ({"tools": [{}]}, "tools is not served"),
     ({"prompt_logprobs": 1}, "prompt_logprobs is not served"),
@@ -153,6 +156,24 @@ def test_a_chat_refuses_pictures_unknown_roles_and_counts_without_logprobs():
         chat(("robot", "Hi"))
     assert chat(logprobs=True, top_logprobs=2).params().logprobs == 2
     assert chat(logprobs=True).params().logprobs == 0
+
+
+def test_a_beam_search_has_parameters_of_its_own():
+    search = completion(use_beam_search=True, n=2, max_tokens=9, temperature=1.0, top_p=1.0)
+    expected = BeamSearchParams(2, max_tokens=9, num_return_sequences=2)
+    assert search.params() == expected
+    wider = completion(use_beam_search=True, n=2, beam_width=4, length_penalty=0.5)
+    assert wider.params() == BeamSearchParams(4, length_penalty=0.5, num_return_sequences=2)
+    for fields, message in (
+        ({"stop": "x"}, "stop is for sampling"),
+        ({"temperature": 0.5}, "temperature is for sampling"),
+        ({"stream": True}, "no text before its end"),
+        ({"echo": True}, "neither echo nor logprobs"),
+        ({"beam_width": 0}, "beam_width is 0"),
+        ({"early_stopping": "soon"}, "early_stopping is 'soon'"),
+    ):
+        with pytest.raises((ApiError, ValueError), match=message):
+            completion(use_beam_search=True, **fields).params()
 
 
 # ---- answers -------------------------------------------------------------------------------------

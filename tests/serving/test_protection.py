@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from llm import LLM, SamplingParams
 from serving import engine_thread, protection
 from serving.openai_api import ApiError
-from serving.protection import Guard, name_in
+from serving.protection import Guard, SlowClientProtocol, name_in
 
 LONG = {"prompt": "The wolf", "max_tokens": 1000, "ignore_eos": True, "stream": True}
 
@@ -196,17 +196,25 @@ def test_ten_megabytes_are_refused_and_the_server_goes_on(impatient):
 def test_a_reader_that_does_not_read_delays_no_other_and_loses_its_request(llm, monkeypatch):
     """Its stream fills the socket's buffers; then it is cut off, and its blocks are free."""
     monkeypatch.setattr(protection, "STALLED_SECONDS", 0.3)
+    connect = SlowClientProtocol.connection_made
+
+    def connect_with_a_small_buffer(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connect(self, transport)
+
+    monkeypatch.setattr(SlowClientProtocol, "connection_made", connect_with_a_small_buffer)
     with running(llm) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            # The prompt's log-probabilities make the first chunk of each text a megabyte.
-            body = b'{"prompt": [' + b"7," * 900 + b'7], "echo": true, "logprobs": 20, "n": 8, '
-            body += b'"max_tokens": 100, "ignore_eos": true, "stream": true}'
+            body = b'{"prompt": "x", "n": 4, "max_tokens": 1000, "ignore_eos": true, '
+            body += b'"logprobs": 5, "stream": true}'
             slow.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             wait_for(lambda: llm.engine.scheduler.running)
-            others = [server.complete(prompt="A", max_tokens=5, seed=i) for i in range(5)]
+            others = [server.complete(prompt="A", max_tokens=5, seed=i) for i in range(3)]
             assert all(answer["choices"] for answer in others)
             wait_for(lambda: not llm.engine.scheduler.running, 20)
+            metrics = server.client.get("/metrics").text
+        assert 'request_aborted_total{model_name="tiny-gpt2"} 1.0' in metrics
         server.wait_until_free()
 
 
