@@ -76,5 +76,5 @@ def test_a_mistake_on_the_command_line_is_one_sentence(flags, sentence):
 
 def test_a_port_that_is_taken_is_said(capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
-        main(["--port", str(taken.getsockname()[1])])
+        main(["--backend", "torch", "--port", str(taken.getsockname()[1])])
     assert "address already in use" in capfd.readouterr().err
