@@ -251,12 +251,13 @@ class KVCache:
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers, for (source, destination) pairs of block ids.
 
-        All sources are read before any destination is written.
+        It is one call for all pairs, and the host does not wait for a GPU. All sources are read
+        before any destination is written.
         """
         if copies:
-            sources = [source for source, _ in copies]
-            destinations = [destination for _, destination in copies]
-            # A list as an index makes a copy of the sources, which is then written.
+            pairs = to_device(torch.tensor(copies), self.pool.device)  # (number of copies, 2)
+            sources, destinations = pairs.unbind(1)
+            # A tensor as an index makes a copy of the sources, which is then written.
             self.pool[:, destinations] = self.pool[:, sources]
 
     def gather(self, layer: int, block_table: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -197,7 +197,8 @@ class Served:
             forward = GraphForward(
                 cache, self.model, sizes, MAX_SEQ_LEN, SameMemory(), sampler=sample_triton
             )
-            options |= {"decode": forward.decode}
+            if engine_class is AheadEngine:
+                options |= {"decode": forward.decode}
             self.model.calls.clear()  # those that were recorded
             self.log.clear()
         if "watch" in options:
@@ -878,6 +879,29 @@ def test_recorded_steps_draw_the_same_while_the_batch_grows_and_shrinks():
     sizes = [len(ids) for ids in served.model.calls]
     assert set(sizes) >= {1, 2, 4} and served.num_ahead >= 6
     assert served.engine.num_wasted_tokens == 0
+
+
+@interpreted
+@pytest.mark.parametrize("engine_class", [InferenceEngine, AheadEngine])
+def test_a_prompt_that_forks_does_so_beside_and_between_recorded_steps(engine_class):
+    """A prompt of one token is one row, like a decode step, but three tokens are drawn from it.
+
+    The texts share a block of 4 tokens, and copy it in the step after that: a recorded one.
+    """
+    served = Served(engine_class, sizes=[1, 2, 4])
+    to_come = some_prompts([1, 5])
+
+    def one_more(step):
+        if to_come:
+            served.add(to_come.pop(0), seed=7, n=3, max_tokens=8, ignore_eos=True)
+
+    one_more(None)
+    copied = []
+    served.run(lambda step: (one_more(step), copied.append(step.blocks.copied)))
+    assert sum(copied) == 4 and served.model.num_nan == 0
+    assert len(served.model.calls[0]) == 1 and {len(ids) for ids in served.model.calls} >= {4}
+    # The last of 8 tokens is not computed. Padded rows count too: 6 texts run in a step of 6 rows.
+    assert served.num_rows >= 1 + 5 + 6 * 7
 
 
 # ---- only a GPU can say --------------------------------------------------------------------------
