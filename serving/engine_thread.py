@@ -141,14 +141,14 @@ class Job:
         return [output for output in self._outputs if output is not None]
 
     async def _wait(self) -> None:
-        """Wait for news."""
+        """Wait for news; at the deadline the job fails."""
         self._news.clear()
         try:
             # The loop's clock is time.monotonic.
             async with asyncio.timeout_at(self.deadline):
                 await self._news.wait()
         except TimeoutError:
-            raise TooLong("the request took longer than the server allows: ask for less") from None
+            self.fail(TooLong("the request took longer than the server allows: ask for less"))
 
 
 class EngineThread:
@@ -179,8 +179,8 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs. It ends after `MAX_FAILURES` failed steps in a row."""
-        return self._thread.is_alive()
+        """Whether the thread steps. It ends after `MAX_FAILURES` failed steps in a row."""
+        return self._thread.is_alive() and not self._is_stopped
 
     def end_all(self, reason: str) -> None:
         """Take no more requests, and end all that run with the error `Closing`."""
@@ -265,12 +265,11 @@ class EngineThread:
                 # The step is undone. What it was for would probably fail again, so all of it ends.
                 logger.exception("a step failed")
                 num_failures += 1
+                self._is_stopped = self._is_stopped or num_failures == MAX_FAILURES
                 for request_id in list(self.engine.requests):
                     self.engine.abort(request_id)
                 failure = StepFailed(f"the engine failed: {type(error).__name__}")
                 self._loop.call_soon_threadsafe(self._fail_all, failure)
-                if num_failures == MAX_FAILURES:
-                    return
                 continue
             self._post(output)
 
