@@ -31,7 +31,7 @@ from tokenizers import (
     trainers,
 )
 from tokenizers.implementations import BertWordPieceTokenizer, SentencePieceUnigramTokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from vocabularies import save_vocabulary
 
 from checkpoints.tokenizer import (
@@ -143,13 +143,6 @@ def transformers_5(folder):
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
-def any_tokenizer(folder):
-    """A tokenizer.json wrapped in transformers' general class, and saved."""
-    write(folder, tokenizer=facts())
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **NAMED)
-    theirs.save_pretrained(folder)
-
-
 def tokenizers_2020(folder):
     """As in GPT-2's own folder: merges as strings, no "type" of the model; and a dropout."""
     model = facts()["model"] | {"dropout": 0.5, "unk_token": None}
@@ -257,7 +250,6 @@ KINDS = {
     "transformers 4, slow": transformers_4_slow,
     "transformers 4, fast": transformers_4_fast,
     "transformers 5": transformers_5,
-    "any tokenizer": any_tokenizer,
     "tokenizers of 2020": tokenizers_2020,
     "save_model": save_model,
     "unigram": unigram,
@@ -428,12 +420,8 @@ def test_the_token_that_ends_a_text_is_the_one_that_transformers_takes(tmp_path,
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-EOS_IDS = [  # of config.json, of generation_config.json, and all of them
-    (5, [6, 7], {5, 6, 7}),
-    ([5, 6], None, {5, 6}),
-    (None, 7, {7}),
-    (None, [], set()),
-]
+# of config.json, of generation_config.json, and all of them
+EOS_IDS = [(5, [6, 7], {5, 6, 7}), ([5, 6], None, {5, 6}), (None, 7, {7}), (None, [], set())]
 
 
 def test_the_ids_that_end_a_text_are_those_of_both_configs(tmp_path):
