@@ -172,7 +172,7 @@ def own_server() -> Iterator[str]:
     """Start the server with the shipped model on a free port; its address, until the block ends."""
     command = [sys.executable, "-m", "serving.server", "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log)
         try:
             found = None
             while found is None:

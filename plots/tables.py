@@ -314,6 +314,26 @@ def host_work() -> list[str]:
     return table(f"sequences | {' | '.join(engines)}", rows)
 
 
+def server_latency() -> list[str]:
+    """What an open-loop client measures at the server, by the rate of its requests."""
+    metrics = (
+        ("time to first token p50", "{:.0f} ms"),
+        ("time to first token p99", "{:.0f} ms"),
+        ("between tokens p50", "{:.1f} ms"),
+        ("between tokens p99", "{:.1f} ms"),
+        ("tokens of all texts", "{:.0f}"),
+        ("goodput", "{:.1f}"),
+    )
+    rows = []
+    for rate in (8, 16, 32):
+        of = f"rate={rate} "
+        figures = [newest("cpu/serve.csv", "own server", metric, of) for metric, _ in metrics]
+        cells = [form.format(figure) for (_, form), figure in zip(metrics, figures, strict=True)]
+        rows.append(f"{rate} | {' | '.join(cells)}")
+    head = "requests/s | first token, p50 | p99 | between tokens, p50 | p99 | tokens/s | goodput"
+    return table(head, rows)
+
+
 def block_sizes() -> list[str]:
     """Utilisation and speed for block sizes 1 to 256."""
     file, rows = "cpu/block_size.csv", []
@@ -357,6 +377,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "without-a-cache": without_a_cache,
     "equal-memory": equal_memory,
     "token-budgets": token_budgets,
+    "server-latency": server_latency,
     "host-work": host_work,
     "block-sizes": block_sizes,
     "shipped-model": shipped_model,
