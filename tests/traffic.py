@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from beam_search import BeamScheduler
+from beam_search import BeamScheduler, BeamSearch, BeamSearchParams
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, sample_next
 from kv_cache import KVCache
@@ -171,6 +171,7 @@ OTHERS = [  # and these do not
     spec([5, 1], seed=15, n=2, best_of=3, max_tokens=6),
     spec([7, 2, 2], TwoBeams(), max_tokens=8),
     spec([6, 1], sampling_of_its_own, seed=16, n=2, max_tokens=5),
+    spec([9, 2], BeamSearch(BeamSearchParams(2)), temperature=0, logprobs=0, max_tokens=6),
 ]
 SPECS = AHEAD + OTHERS
 

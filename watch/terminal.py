@@ -59,8 +59,9 @@ class Meter:
         # A sequence that ended in this step held its blocks until the end of the step.
         ended = [entry.seq for entry in output.plan.scheduled if not entry.seq.block_table]
         num_freed = sum(allocator.blocks_needed(seq.num_computed_tokens) for seq in ended)
+        num_freed = min(num_freed, output.blocks.freed)  # a block that another shares is not free
         self.peak_blocks = max(self.peak_blocks, num_held + num_freed)
-        self.sum_of_tokens_held += sum(seq.num_computed_tokens for seq in self.scheduler.running)
+        self.sum_of_tokens_held += num_tokens_held(self.scheduler)
         self.sum_of_slots_held += num_held * allocator.block_size
 
     @property
@@ -92,6 +93,20 @@ class Meter:
             f"{speed} ({self.about})\n{blocks}, utilisation {self.utilisation:.1%}, "
             f"{scheduler.num_preemptions} preemptions, {again}"
         )
+
+
+def num_tokens_held(scheduler: Scheduler) -> int:
+    """The tokens whose K and V are stored; those in a block that sequences share count once."""
+    tables = [seq.block_table for seq in scheduler.running]
+    block_size = scheduler.allocator.block_size
+    if len(set().union(*tables)) == sum(map(len, tables)):  # nothing is shared
+        return sum(seq.num_computed_tokens for seq in scheduler.running)
+    filled: dict[int, int] = {}  # block id -> its tokens
+    for seq in scheduler.running:
+        for i, block_id in enumerate(seq.block_table):
+            num_tokens = min(block_size, max(0, seq.num_computed_tokens - i * block_size))
+            filled[block_id] = max(num_tokens, filled.get(block_id, 0))
+    return sum(filled.values())
 
 
 def pool_strip(scheduler: Scheduler, in_colour: bool, width: int = STRIP_WIDTH) -> list[str]:

@@ -40,7 +40,7 @@ def assert_same(got, want):
 
 # ---- transformers --------------------------------------------------------------------------------
 def transformers_beams(theirs, prompts, params, eos_token_ids):
-    """The texts of each prompt, in one batch that is padded on the left."""
+    """The texts of each prompt, and the number of steps: one batch, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -63,7 +63,7 @@ def transformers_beams(theirs, prompts, params, eos_token_ids):
     rows = output.sequences[:, longest:].tolist()
     texts = [(row[:n], s) for row, n, s in zip(rows, lengths, output.sequences_scores.tolist())]
     num = len(texts) // len(prompts)
-    return [texts[i * num : (i + 1) * num] for i in range(len(prompts))]
+    return [texts[i * num : (i + 1) * num] for i in range(len(prompts))], len(output.scores)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,19 @@ EOS_IDS = [(36,), (64, 75), (62, 82, 29)]
 
 
 def test_ids_and_scores_are_those_of_transformers(twins):
+    """The number of steps too: a search that goes on for too long may find the same."""
     model, theirs = twins
     llm = LLM(model, num_blocks=200, block_size=4)
-    lengths = Counter()
+    steps, lengths = [], Counter()
+    llm.engine.watchers.append(steps.append)
     for width, stopping, penalty, eos in some(100, WIDTHS, STOPPING, PENALTIES, EOS_IDS):
         params = BeamSearchParams(width, 10, penalty, stopping)
         llm.engine.eos_token_ids = eos
-        want = transformers_beams(theirs, PROMPTS, params, eos)
-        for output, texts in zip(llm.beam_search(PROMPTS, params), want, strict=True):
+        want, num_steps = transformers_beams(theirs, PROMPTS, params, eos)
+        steps.clear()
+        outputs = llm.beam_search(PROMPTS, params)
+        assert len(steps) == num_steps
+        for output, texts in zip(outputs, want, strict=True):
             assert_same(texts_of(output), texts)
             lengths.update(len(ids) for ids, _ in texts)
             ends = ["stop" if ids[-1] in eos else "length" for ids, _ in texts]
@@ -114,7 +119,7 @@ def test_the_shipped_model_searches_as_transformers_does(shipped_model_folder):
         BeamSearchParams(4, 24, num_return_sequences=2),
         BeamSearchParams(3, 12, length_penalty=2.0, early_stopping="never"),
     ):
-        want = transformers_beams(theirs, ids, params, llm.engine.eos_token_ids)
+        want, _ = transformers_beams(theirs, ids, params, llm.engine.eos_token_ids)
         for output, texts in zip(llm.beam_search(prompts, params), want, strict=True):
             assert_same(texts_of(output), texts)
             assert all(c.text in llm.tokenizer.decode(c.token_ids) for c in output.outputs)
@@ -410,6 +415,21 @@ def test_a_parameter_that_is_not_allowed_is_refused_in_a_sentence(fields, senten
     with pytest.raises(ValueError) as error:
         BeamSearchParams(**fields)
     assert str(error.value).startswith(sentence)
+
+
+REFUSED_SIZES = [  # 5 beams of up to 12 tokens: 4 blocks of 3 each
+    ({"max_num_seqs": 4}, "5 sequences have to run in one step, max_num_seqs is 4"),
+    ({"budget": 4}, "5 sequences have to run in one step, max_num_batched_tokens is 4"),
+    ({"num_blocks": 19}, "5 sequences that run together may need 20 blocks, the pool has 19"),
+]
+
+
+@pytest.mark.parametrize("options, sentence", REFUSED_SIZES, ids=str)
+def test_a_search_whose_beams_can_never_run_together_is_refused(options, sentence):
+    engine = traffic.build(**options)
+    with pytest.raises(ValueError, match=sentence):
+        add_beam_search(engine, [1, 2, 3], BeamSearchParams(5, 9))
+    traffic.check_nothing_is_left(engine)
 
 
 def test_a_search_without_max_tokens_fills_the_context(tiny_gpt):

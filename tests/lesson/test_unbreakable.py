@@ -164,6 +164,7 @@ FILES = {
         "sequence.py",
         "block_allocator.py",
         "kv_cache.py",
+        "beam_search.py",
         "speedups/plan_ahead.py",
     ]
 }
@@ -281,7 +282,7 @@ MIXED = [
     (0, "abort", 2),  # before its first step
     *((1, "add", index) for index in (5, 8)),
     (3, "abort", 3),
-    *((10, "add", index) for index in (10, 11, 12, 14, 15, 16, 17, 19, 20)),
+    *((10, "add", index) for index in (10, 11, 12, 14, 15, 16, 17, 19, 20, 22)),
     *((12, "abort", 8), (12, "abort", 0)),
 ]
 

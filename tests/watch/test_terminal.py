@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from beam_search import BeamSearchParams, add_beam_search
 from llm import LLM
 from sampling import SamplingParams
 from watch import terminal
@@ -47,6 +48,17 @@ def test_utilisation_is_the_share_of_held_slots_that_hold_a_token(engine):
     for _ in range(3):  # 6, 7 and 8 tokens in 2 blocks of 4
         meter(engine.step())
     assert meter.utilisation == (6 + 7 + 8) / (3 * 8)
+
+
+def test_what_beams_share_is_counted_once(engine):
+    """6 tokens in 2 blocks. Then 3 beams of 7 tokens share the first, and each has its second."""
+    meter = Meter(engine.scheduler, "")
+    add_beam_search(engine, [1] * 6, BeamSearchParams(3, 2))
+    meter(engine.step())
+    assert meter.utilisation == 6 / 8
+    assert meter.peak_blocks == 2
+    meter(engine.step())  # the search ends, and frees 1 + 3 blocks
+    assert not engine.has_unfinished() and meter.peak_blocks == 4
 
 
 class Terminal(io.StringIO):
