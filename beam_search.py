@@ -14,9 +14,9 @@ With block tables a fork copies a list of block ids, and all blocks are shared u
 The search is a strategy (see engine.py): it gets the logits of all beams of a request and returns
 their continuations. A text that ends is a fork that ends at once. `BeamScheduler` plans the beams
 of a request together. Cache and kernels know nothing of all this, so beams run in one batch with
-all other requests. The paper measured that sharing
-saves 37.6% of the blocks with 2 beams and 55.2% with 6. vLLM's V1 has no forks: each beam is a new
-request in each step, and its prefix cache finds the full blocks again.
+all other requests. The paper measured that sharing saves 37.6% of the blocks with 2 beams and 55.2%
+with 6. vLLM's V1 has no forks: each beam is a new request in each step, and its prefix cache finds
+the full blocks again.
 
 Kwon et al. 2023, "PagedAttention", arXiv:2309.06180, sections 4.4 and 6.3; Wu et al. 2016, "GNMT",
 arXiv:1609.08144, section 7 (length). The rules of the search are those of transformers' `generate`.
