@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save
 from samples import FIELDS, in_the_file, small_model
 
@@ -445,10 +445,13 @@ def test_a_repository_without_a_model_says_what_it_lacks(hub, cache, files, aske
 
 # ---- broken off ----------------------------------------------------------------------------------
 FULL, RESET = OSError(28, "No space left"), HfHubHTTPError.__bases__[0]("reset")
+MISSING = LocalEntryNotFoundError("no such file here")
+MISSING.__cause__ = RESET  # which is the reason
 XET = RuntimeError("Data processing error: CAS 404\nmore")
 BROKEN = [  # what the library raises, and what is said
     (XET, "did not deliver it (RuntimeError: Data"),
     (RESET, "did not deliver it (HTTPError: reset): connect"),
+    (MISSING, "did not deliver it (HTTPError: reset): connect"),
     (OSError("Consistency check failed"), "did not deliver it (OSError: Consistency check failed)"),
     (FULL, "kept in the cache CACHE (OSError: [Errno 28] No space left): m"),
     (None, "did not arrive whole in CACHE/models--me--tales/snapshots/" + NEW),

@@ -176,6 +176,12 @@ def switched(**switches):
     return layout
 
 
+def overruled(folder):
+    """A tokenizer.json of GPT-2's class: tokenizer_config.json has the last word."""
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True} | NAMED
+    write(folder, tokenizer=facts(), tokenizer_config=config)
+
+
 GENERAL = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -255,6 +261,7 @@ KINDS = {
     "unigram": unigram,
     "byte fallback": byte_fallback,
     "word level": word_level,
+    "a blank that only the config has": overruled,
     "a blank before the text": switched(add_prefix_space=True),
     "a token before the text": switched(add_bos_token=True),
     "a token behind the text": switched(add_eos_token=True),

@@ -190,7 +190,7 @@ def nanogpt(changes):
     return lambda folder: torch.save(good | changes, folder / "ckpt.pt") or "ckpt.pt"
 
 
-def repacked(edits=None, without=(), extra=(), packed=None, nul=None):
+def repacked(edits=None, without=(), extra=(), packed=None, nul=None, said=""):
     """A case: a zipped pickle written again, by Python's own zip, with some entries changed."""
 
     def make(folder):
@@ -205,24 +205,30 @@ def repacked(edits=None, without=(), extra=(), packed=None, nul=None):
         if nul:
             assert_loads(folder)
             path.write_bytes(path.read_bytes().replace(nul, nul.replace(b"-", b"\0")))
-        return BIN
+        return BIN + said
 
     return make
 
 
+NO_TENSORS = b"\x80\x02}."
+LONG = {"data.pkl": b"\x80\x02" + b"N0" * (5 << 19) + b"}."}
+REFUSED_AS = " is refused, or damaged: "
+SAME = REFUSED_AS + "two of its records have the same name"
 ZIP_FAULTS = {
-    "numbers compressed": repacked(packed="data/0"),
+    "numbers compressed": repacked(packed="data/0", said=REFUSED_AS + "its records are compressed"),
     "a bomb": repacked({"data.pkl": b"\x80\x02}" + bytes(1 << 26) + b"."}, packed="data.pkl"),
-    "two pickles": repacked(extra=[("pytorch_model/data.pkl", b"\x80\x02}.")]),
+    "two pickles": repacked(extra=[("pytorch_model/data.pkl", NO_TENSORS)], said=SAME),
     "no pickle": repacked(without=["data.pkl"]),
     "numbers of more than is claimed": repacked({"data/0": bytes(48 * 144 * 4 + 4)}),
     "numbers of another tensor": repacked({"data/0": b""}),
     "a strange byte order": repacked({"byteorder": b"\xff\xfe"}),
     "names that climb out": repacked(extra=[("../../evil", b"x"), ("/tmp/evil", b"x")]),
-    "two names that differ in case": repacked(extra=[("pytorch_model/DATA.PKL", b"\x80\x02}.")]),
-    "a program of 5 MB": repacked({"data.pkl": b"\x80\x02" + b"N0" * (5 << 19) + b"}."}),
+    "names that differ in case": repacked(extra=[("pytorch_model/DATA.PKL", b"x")], said=SAME),
+    "a program of 5 MB": repacked(LONG, said=f"{REFUSED_AS}its data.pkl has 5,242,884 bytes"),
     # To Python the second name is `.../data/0`, to other readers it has two more bytes.
-    "a name with a NUL": repacked(extra=[("pytorch_model/extra/0-1", b"x")], nul=b"extra/0-1"),
+    "a name with a NUL": repacked(
+        extra=[("pytorch_model/extra/0-1", b"x")], nul=b"extra/0-1", said=".* a name with a NUL"
+    ),
 }
 
 
