@@ -11,6 +11,7 @@ const PALETTE = [
 ];
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 const MOST_BLOCKS = 65536; // of a pool that is drawn
+const LEAST_BLOCKS = 256; // that are drawn, if the pool has as many
 const MOST_LANES = 100; // rows of requests that are drawn at once
 const MOST_STEPS = 600; // columns that are drawn at once
 
@@ -123,6 +124,13 @@ class Run {
     return this.first + this.lines.length;
   }
 
+  /** How many blocks are drawn: of a large pool those up to the last that was ever held. */
+  get numShown() {
+    let count = LEAST_BLOCKS;
+    while (count < this.lastHolder.length) count *= 2;
+    return Math.min(count, this.header.num_blocks);
+  }
+
   line(number) {
     return this.lines[number - this.first];
   }
@@ -131,6 +139,17 @@ class Run {
   add(line) {
     checkLine(line, this.header);
     const number = this.end;
+    this.noteLives(line, number);
+    this.noteTexts(line);
+    this.hasGap = false;
+    this.count(line);
+    this.noteCached(line, number);
+    this.lines.push(line);
+    if (this.lines.length > this.keep) this.forget();
+  }
+
+  /** Enter the state of each sequence in this step. */
+  noteLives(line, number) {
     const states = new Map();
     for (const [request, index] of line.preempted) states.set(keyOf(request, index), "preempted");
     for (const { request, index, phase } of line.sequences) {
@@ -150,16 +169,15 @@ class Run {
     for (const { request, index, finish_reason } of line.sequences) {
       if (finish_reason !== null) this.lane(request, index, number).end = number + 1;
     }
+  }
+
+  /** Enter the texts of new tokens. */
+  noteTexts(line) {
     for (const [request, index, first, texts] of line.tokens ?? []) {
       const key = keyOf(request, index);
       if (!this.texts.has(key)) this.texts.set(key, []);
       texts.forEach((text, i) => (this.texts.get(key)[first + i] = text));
     }
-    this.hasGap = false;
-    this.count(line);
-    this.noteCached(line, number);
-    this.lines.push(line);
-    if (this.lines.length > this.keep) this.forget();
   }
 
   /** The life of a sequence: its runs of equal states, [state, first step, end]. */
@@ -371,6 +389,7 @@ class View {
       onclick: (event) => this.select(this.blockAt(event)),
       onkeydown: (event) => this.moveSelection(event),
     });
+    this.rest = element("p", { class: "faint" });
     this.detail = element("section", { id: "detail", class: "card", "aria-label": "chosen block" });
     this.spoken = element("p", { class: "spoken", "aria-live": "polite" });
     this.lanes = element("canvas", {
@@ -382,7 +401,7 @@ class View {
     const key = (name) => element("li", { class: name.replace(" ", "-") }, name);
     root.append(
       element("section", { class: "card", "aria-label": "the pool" },
-        this.counters, element("h2", {}, "Blocks"), this.grid,
+        this.counters, element("h2", {}, "Blocks"), this.grid, this.rest,
         element("ul", { class: "legend" }, ...legend.map(key))),
       this.detail,
       element("section", { class: "card wide", "aria-label": "the requests" },
@@ -469,7 +488,9 @@ class View {
 
   // ---- the grid of blocks ----
   drawGrid() {
-    const { num_blocks } = this.run.header;
+    const num_blocks = this.run.numShown;
+    const rest = this.run.header.num_blocks - num_blocks;
+    this.rest.textContent = rest ? `and ${plural(rest, "block")} that nobody has held yet` : "";
     const width = this.grid.parentElement.clientWidth - 2 * padding(this.grid.parentElement);
     this.shape = gridShape(num_blocks, width, Math.max(240, window.innerHeight * 0.42));
     const { size, columns } = this.shape;
@@ -501,7 +522,13 @@ class View {
       this.box(context, x, y, side, colourOf(owner.request), 0.3);
       context.fillRect(x, y, side * share, side);
     } else if (this.line.owners.has(block)) {
-      this.box(context, x, y, side, owner ? colourOf(owner.request) : this.theme.faint, 0.25);
+      const colour = owner ? colourOf(owner.request) : this.theme.faint;
+      this.box(context, x, y, side, colour, 0.25);
+      context.strokeStyle = colour;
+      context.lineWidth = 1;
+      context.setLineDash([3, 3]);
+      context.strokeRect(x + 0.5, y + 0.5, side - 1, side - 1);
+      context.setLineDash([]);
     }
     if (holders.length > 1) {
       const other = holders.find((each) => each.request !== owner.request);
@@ -559,7 +586,7 @@ class View {
     const { size, columns } = this.shape;
     const column = Math.floor(x / size);
     const block = Math.floor(y / size) * columns + column;
-    return column < columns && block < this.run.header.num_blocks ? block : null;
+    return column < columns && block < this.run.numShown ? block : null;
   }
 
   blockAt(event) {
@@ -582,7 +609,7 @@ class View {
     event.preventDefault(); // no scrolling
     event.stopPropagation(); // the page's own arrow keys change the step
     const wanted = this.selected === null ? 0 : this.selected + moves[event.key];
-    if (wanted >= 0 && wanted < this.run.header.num_blocks) this.select(wanted);
+    if (wanted >= 0 && wanted < this.run.numShown) this.select(wanted);
   }
 
   // ---- one block ----
@@ -600,9 +627,11 @@ class View {
     let state = "free";
     if (holders.length) state = `held by ${plural(holders.length, "sequence")}`;
     else if (this.line.owners.has(block)) state = "cached: kept, without a holder";
+    const copy = this.line.copies?.find(([, to]) => to === block);
+    const from = copy ? `, copied from block ${copy[0]} in this step` : "";
     this.detail.replaceChildren(
       element("h2", {}, `Block ${block}: ${state}`),
-      element("p", { class: "faint" }, `${slots}, reference count ${holders.length}`),
+      element("p", { class: "faint" }, `${slots}, reference count ${holders.length}${from}`),
       ...(holders[0] ?? cachedOwner ? [this.tokenList(holders[0] ?? cachedOwner)] : []),
       ...holders.slice(0, 12).map((each) => this.holderOf(each)),
     );

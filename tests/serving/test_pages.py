@@ -150,13 +150,16 @@ def test_the_slider_moves_the_grid_and_the_counters_to_what_the_recording_says(r
         held = holders(header, step)
         shown = counters(browser)
         assert shown["blocks held"] == str(sum(map(bool, held)))
-        assert shown["free"] == str(step["num_free"])
+        assert int(shown["cached"]) == len(step["cached"])
+        assert int(shown["cached"]) + int(shown["free"]) == step["num_free"]
         assert shown["waiting"] == str(step["num_waiting"])
         preempted = sum(len(each["preempted"]) for each in steps[: step["step"]])
         assert shown["preemptions"] == str(preempted)
         # A full block has the colour of its request, a free one that of the empty ones.
         seen = colours(browser)
-        assert {seen[block] for block in range(60) if not held[block]} <= {EMPTY}
+        free = {block for block in range(60) if not held[block]} - set(step["cached"])
+        assert {seen[block] for block in free} <= {EMPTY}
+        assert not {seen[block] for block in step["cached"]} & {EMPTY, *PALETTE}  # dim
         for seq in step["sequences"]:
             full = seq["block_table"][: seq["num_computed_tokens"] // 8]
             assert {seen[block] for block in full} <= {PALETTE[int(seq["request"])]}
@@ -197,10 +200,12 @@ def test_a_click_on_a_block_shows_its_tokens_and_who_holds_it(replay):
     assert tokens == ["There", "·was", "·once", "·a", "·poor", "·miller", "·who", "·had"]
     assert any(line.endswith("logical block 0: tokens [0, 8)") for line in lines)
     table = browser.run("[...document.querySelectorAll('.table button')].map((x) => x.innerText)")
-    assert table == ["5", "22", "34", "46", "58", "44", "21"]
+    assert table == ["5", "22", "34", "46", "58", "19", "57"]
     browser.click(".table button:nth-of-type(7)")  # the last block of D has empty slots
     assert browser.run("document.querySelectorAll('.no-token').length") == 3
-    assert "Block 19: free" in click_block(browser, 19)
+    # J was preempted in this step, and its blocks keep their contents.
+    lines = click_block(browser, 44)
+    assert "Block 44: cached: kept, without a holder" in lines and "reference count 0" in lines
 
 
 @in_chromium
@@ -240,7 +245,8 @@ def test_the_trace_is_json_with_a_bar_for_each_state_and_counters(replay, tmp_pa
     assert {event["name"] for event in bars} == {"prefill", "decode", "waiting", "preempted"}
     assert sum(event["name"] == "preempted" for event in bars) == 7
     blocks = [event["args"] for event in trace["traceEvents"] if event["name"] == "blocks"]
-    assert [each["free"] for each in blocks] == [step["num_free"] for step in steps]
+    assert [b["free"] + b["cached"] for b in blocks] == [step["num_free"] for step in steps]
+    assert [b["cached"] for b in blocks] == [len(step["cached"]) for step in steps]
     names = [event for event in trace["traceEvents"] if event["name"] == "thread_name"]
     assert len(names) == 12 and names[3]["args"]["name"] == "D (request 3, text 0)"
 
@@ -292,6 +298,7 @@ def test_a_shared_block_is_hatched_and_names_both_holders(replay, forked):
     text = click_block(browser, 0)
     assert "Block 0: held by 2 sequences" in text and "reference count 2" in text
     assert browser.run("document.querySelectorAll('.holder').length") == 2
+    assert "reference count 1, copied from block 1 in this step" in click_block(browser, 2)
     colours = "new Set(new Uint32Array(view.grid.getContext('2d').getImageData(%d, 6, 30, 34)"
     colours += ".data.buffer)).size"
     hatched, plain = browser.run(colours % 6), browser.run(colours % (1 * 46 + 6))
@@ -315,7 +322,12 @@ def cached(tmp_path):
 
 
 @in_chromium
-def test_a_cached_block_is_dim_until_somebody_takes_it(replay, cached):
+@pytest.mark.parametrize("is_listed", [True, False], ids=["in each line", "not in each line"])
+def test_a_cached_block_is_dim_until_somebody_takes_it(replay, cached, is_listed):
+    lines = [json.loads(line) for line in cached.read_text().splitlines()]
+    if not is_listed:  # as in a large pool: in step 3 the two blocks that were cached are taken
+        del lines[3]["cached"]
+    cached.write_text("".join(json.dumps(line) + "\n" for line in lines))
     browser = replay(cached)
     name = ("blocks held", "cached", "free", "cached blocks found")
     seen = []
@@ -377,6 +389,18 @@ def test_a_recording_without_texts_shows_its_blocks(replay, forked):
     browser = replay(forked)
     assert "Block 0: held by 2 sequences" in click_block(browser, 0)
     assert browser.run("document.querySelector('.tokens').textContent") == "????"
+
+
+@in_chromium
+def test_of_a_large_pool_the_blocks_that_were_held_are_drawn(replay, forked):
+    forked.write_text(forked.read_text().replace('"num_blocks":8', '"num_blocks":5000', 1))
+    browser = replay(forked)
+    assert browser.run("view.rest.textContent") == "and 4,744 blocks that nobody has held yet"
+    assert counters(browser)["free"] == "4,998"
+    browser.run("run.lastHolder[700] = run.lastHolder[0]")  # as if block 700 had been held
+    slide_to(browser, 2)
+    assert browser.run("[run.numShown, view.rest.textContent.slice(0, 9)]") == [1024, "and 3,976"]
+    assert "Block 1000: free" in click_block(browser, 1000)
 
 
 @in_chromium

@@ -16,7 +16,7 @@ from sampling import SamplingParams
 from scheduler import Scheduler
 from sequence import Continuation
 from speedups.plan_ahead import AheadEngine
-from watch.recorder import STEP_FIELDS, Recorder, holders, read_recording, strips
+from watch.recorder import STEP_FIELDS, Describer, Recorder, holders, read_recording, strips
 
 FIVE = [(6, 9), (10, 12), (3, 4), (5, 6), (8, 5)]  # prompt and written tokens: the pool runs dry
 
@@ -354,3 +354,15 @@ def test_when_the_disk_is_full_the_requests_go_on_without_the_recorder(path):
     (output,) = engine.step().finished
     assert output.outputs[0].token_ids == [0, 0, 0]
     assert len(read_recording(path)[1]) == 1  # what was written before is whole
+
+
+def test_without_record_no_code_of_the_recorder_is_called(path, monkeypatch):
+    def called(*args, **options):
+        raise AssertionError("the recorder was called")
+
+    for kind in (Describer, Recorder):
+        monkeypatch.setattr(kind, "__init__", called)
+        monkeypatch.setattr(kind, "__call__", called)
+    assert written_by("The wolf")
+    with pytest.raises(AssertionError, match="the recorder was called"):
+        written_by("The wolf", "--record", str(path))
