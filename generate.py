@@ -20,6 +20,7 @@ Run: python generate.py
      python generate.py --file prompts.jsonl     ({"prompt": "The wolf", "max_tokens": 9, "n": 2})
      echo "The king's daughter" | python generate.py --file -
      python generate.py --record steps.jsonl     (then python -m serving.replay steps.jsonl x.html)
+     python generate.py "The wolf" --n 4         (draws which blocks the four texts share)
      python generate.py --explain                (how long each kind of step takes, and why)
 Try: --num-blocks 40: more preemptions, and the same texts.
      --block-size 1: no small letters, because a block of one token is always full.
@@ -146,6 +147,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--jsonl", action="store_true", help="write JSON, one line a prompt")
     parser.add_argument("--record", type=Path, help="write what each step did to this file")
     parser.add_argument("--explain", action="store_true", help="say why steps take so long")
+    help = "draw which blocks texts share; by default for one prompt with several texts"
+    parser.add_argument("--tree", action=BooleanOptionalAction, help=help)
     add_engine_flags(parser)
     sampling_flags = parser.add_argument_group("sampling")
     for field in fields(SamplingParams):
@@ -460,6 +463,16 @@ def build_llm(args: Namespace) -> LLM:
     )
 
 
+def draws_tree(args: Namespace, entries: list[Entry]) -> bool:
+    """Whether to draw the tree of blocks: as --tree says, else if one prompt has several texts."""
+    if args.tree is not None or len(entries) > 1:
+        return bool(args.tree)
+    params = entries[0].params
+    if isinstance(params, BeamSearchParams):
+        return params.beam_width > 1
+    return params.num_sampled > 1
+
+
 def run(args: Namespace) -> None:
     """Load the model, serve the prompts, print or write their texts."""
     entries = read_prompts(args)
@@ -480,15 +493,25 @@ def run(args: Namespace) -> None:
             name = Path(llm.model_name).name
             engine.watchers.append(Recorder(engine.scheduler, args.record, model=name))
 
+        tree = None
+        if draws_tree(args, entries):
+            from watch.tree import TreeScreen  # for several texts of a prompt only
+
+            tree = TreeScreen(engine.scheduler, sys.stderr)
+            engine.watchers.append(tree)
+
         # A beam search has no text before its end: any beam may still be dropped. So it is with the
         # texts of best_of.
         is_one_text = len(entries) == 1 and getattr(entries[0].params, "num_sampled", 0) == 1
         if is_one_text and not args.jsonl and args.out is None:
             outputs = stream_one(llm, entries[0])
         else:
-            engine.watchers.append(Screen(meter, args.is_demo, stream=sys.stderr))
+            if tree is None:  # both would draw in the same place
+                engine.watchers.append(Screen(meter, args.is_demo, stream=sys.stderr))
             outputs = serve_all(llm, entries, writer, args)
     print(f"\n{meter.summary()}", file=sys.stderr)
+    if tree is not None:
+        print(tree.summary(), file=sys.stderr)
     if explainer is not None:
         print("", *explainer.report(), sep="\n", file=sys.stderr)
     check_errors(outputs)

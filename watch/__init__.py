@@ -10,4 +10,5 @@ files above it.
     explain    where the time of a run's steps goes
     metrics    the numbers of a run for Prometheus, as vLLM names them
     terminal   the blocks of each request and the figures of a run, as text
+    tree       the blocks that sequences share as a tree, with reference counts
 """

@@ -640,3 +640,30 @@ def test_the_engines_flags_reach_the_engine(monkeypatch):
     assert llm.engine.cache.pool.device.type == "cpu"
     block_bytes = llm.engine.cache.pool[:, 0].nbytes
     assert scheduler.allocator.num_blocks == 2_000_000 // block_bytes
+
+
+# ---- the tree of shared blocks -------------------------------------------------------------------
+def test_several_texts_of_one_prompt_draw_their_tree_and_print_the_same_texts():
+    prompt = "Once upon a time there was a king who had"
+    flags = [prompt, "--n", "2", "--seed", "1", "--max-tokens", "4", "--block-size", "4"]
+    out, err = run_main(*flags, *SMALL_POOL)
+    assert "step 1: 3 blocks held / 6 without sharing\n[0 1 2]x2┬" in err
+    assert "step 2: 4 blocks held / 6 without sharing, 1 copied\n[0 1]x2┬" in err
+    assert "all steps: " in err and "without sharing" not in out
+    quiet_out, quiet_err = run_main(*flags, *SMALL_POOL, "--no-tree")
+    assert quiet_out == out and "without sharing" not in quiet_err
+
+
+@pytest.mark.parametrize(
+    "args, is_drawn",
+    [
+        (["x", "--beam-width", "2"], True),
+        (["x", "--beam-width", "1"], False),
+        (["x"], False),
+        (["x", "y", "--n", "2"], False),
+        (["x", "y", "--tree"], True),
+    ],
+)
+def test_the_tree_is_drawn_for_one_prompt_with_several_texts_or_where_asked_for(args, is_drawn):
+    parsed = parse_args(args)
+    assert generate.draws_tree(parsed, generate.read_prompts(parsed)) == is_drawn
