@@ -5,6 +5,8 @@ Each picture is drawn by one command, from a file in this repository or from a r
     architecture        the parts of the engine           plots/pictures.py
     pool, block_table   results/recordings/demo.jsonl     python generate.py --record FILE
     batching            a run of the real scheduler       plots/pictures.py
+    prefix_tree         results/recordings/prefixes.jsonl   python generate.py .. --record FILE
+    beam_tree, copies   beams.jsonl, forks.jsonl          see RECORDED
     softmax             paged_attention.fold_block        this file
     memory              results/cpu/concurrency.csv       python benchmark.py concurrency --simulate
     kernels, load       results/cpu/kernels.csv, peers.csv   python benchmark.py kernels --out FILE
@@ -37,12 +39,21 @@ from plots.pictures import (
     draw_table,
     two_batchings,
 )
+from plots.trees import draw_copies, draw_tree
 from watch.recorder import read_recording
 
 ROOT = Path(__file__).resolve().parent.parent
 # (prompt tokens, new tokens) of twelve requests like those of generate.py's demonstration.
 TALES = [(14, 90), (11, 60), (8, 40), (7, 110), (3, 30), (10, 70)]
 TALES += [(20, 80), (3, 100), (16, 50), (8, 60), (5, 45), (18, 75)]
+# Recordings of sequences that share blocks: name -> the arguments of generate.py that made it.
+KING = "Once upon a time there was a king who had"
+SMALL = "--block-size 4 --num-blocks 40 --max-tokens 16"
+RECORDED = {
+    "prefixes": f'"{KING} three sons" "{KING} a daughter" "{KING[:28]} poor miller" {SMALL}',
+    "forks": f'"{KING}" --n 4 --temperature 0.7 --seed 1 {SMALL}',
+    "beams": f'"{KING}" --beam-width 4 {SMALL}',
+}
 
 
 class Missing(Exception):
@@ -293,6 +304,12 @@ def recording(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     return header, steps
 
 
+def recorded(name: str) -> tuple[dict, list[dict]]:
+    """A recording of RECORDED."""
+    path = ROOT / "results/recordings" / f"{name}.jsonl"
+    return load(read_recording, path, f"python generate.py {RECORDED[name]} --record")
+
+
 def measured(args: argparse.Namespace, name: str) -> list[dict]:
     """An experiment's rows, from the folder that --results names."""
     path = args.results / f"{name}.csv"
@@ -313,6 +330,9 @@ PICTURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "block_table": lambda args: draw_table(*recording(args)),
     "memory": lambda args: draw_memory(measured(args, "concurrency")),
     "batching": lambda args: draw_batching(*two_batchings(TALES, 4)),
+    "prefix_tree": lambda args: draw_tree(*recorded("prefixes"), "prompts"),
+    "beam_tree": lambda args: draw_tree(*recorded("beams"), "beams"),
+    "copies": lambda args: draw_copies(*recorded("forks")),
     "softmax": lambda args: draw_softmax(softmax_folds()),
     "kernels": lambda args: draw_kernels(measured(args, "kernels"), args.workload),
     "load": lambda args: draw_load(measured(args, "peers")),
