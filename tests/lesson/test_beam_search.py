@@ -80,24 +80,40 @@ EOS_IDS = [(36,), (64, 75), (62, 82, 29)]
 
 
 def test_ids_and_scores_are_those_of_transformers(twins):
-    """The number of steps too: a search that goes on for too long may find the same."""
     model, theirs = twins
     llm = LLM(model, num_blocks=200, block_size=4)
-    steps, lengths = [], Counter()
-    llm.engine.watchers.append(steps.append)
-    for width, stopping, penalty, eos in some(100, WIDTHS, STOPPING, PENALTIES, EOS_IDS):
+    lengths = Counter()
+    for width, stopping, penalty, eos in some(80, WIDTHS, STOPPING, PENALTIES, EOS_IDS):
         params = BeamSearchParams(width, 10, penalty, stopping)
         llm.engine.eos_token_ids = eos
-        want, num_steps = transformers_beams(theirs, PROMPTS, params, eos)
-        steps.clear()
-        outputs = llm.beam_search(PROMPTS, params)
-        assert len(steps) == num_steps
-        for output, texts in zip(outputs, want, strict=True):
+        want, _ = transformers_beams(theirs, PROMPTS, params, eos)
+        for output, texts in zip(llm.beam_search(PROMPTS, params), want, strict=True):
             assert_same(texts_of(output), texts)
             lengths.update(len(ids) for ids, _ in texts)
             ends = ["stop" if ids[-1] in eos else "length" for ids, _ in texts]
             assert [completion.finish_reason for completion in output.outputs] == ends
     assert len(lengths) == 10 and lengths[10] < 3 * (lengths.total() - lengths[10])
+
+
+def test_a_search_ends_in_the_step_in_which_transformers_ends_it(twins):
+    """Two beams of up to 12 tokens; every second token ends a text. Steps by length_penalty."""
+    model, theirs = twins
+    llm = LLM(model, num_blocks=64, block_size=4)
+    llm.engine.eos_token_ids = tuple(range(0, 97, 2))
+    steps = []
+    llm.engine.watchers.append(steps.append)
+    prompt = [8] * 11
+    for stopping, expected in (
+        (True, {-1.0: 4, 0.25: 4, 0.5: 4, 1.0: 4}),
+        (False, {-1.0: 5, 0.25: 5, 0.5: 5, 1.0: 11}),
+        ("never", {-1.0: 5, 0.25: 6, 0.5: 8, 1.0: 12}),
+    ):
+        for penalty, num_steps in expected.items():
+            params = BeamSearchParams(2, 12, penalty, stopping)
+            steps.clear()
+            llm.beam_search(prompt, params)
+            _, of_theirs = transformers_beams(theirs, [prompt], params, llm.engine.eos_token_ids)
+            assert (len(steps), of_theirs) == (num_steps, num_steps)
 
 
 def test_one_beam_is_greedy(twins):
