@@ -16,6 +16,7 @@ from beam_search import BeamScheduler, BeamSearch, BeamSearchParams
 from block_allocator import BlockAllocator
 from engine import InferenceEngine, sample_next
 from kv_cache import KVCache
+from prefix_cache import PrefixCache
 from sampling import SamplingParams
 from sequence import FINISHED, Continuation
 from speedups.plan_ahead import AheadEngine
@@ -84,14 +85,15 @@ def build(
     budget=20,
     poison=None,
     scheduling=None,  # policy=, reserve=
+    allocator=BlockAllocator,
     **kwargs,
 ):
     """An engine around the stand-in."""
     cache = KVCache(1, num_blocks, block_size, 1, 1, dtype=torch.float64)
     cache.pool.fill_(float("nan"))
-    allocator = BlockAllocator(num_blocks, block_size)
     limits = max_num_seqs, budget, MAX_SEQ_LEN
-    scheduler = BeamScheduler(allocator, *limits, **(scheduling or {}))
+    blocks = allocator(num_blocks, block_size)
+    scheduler = BeamScheduler(blocks, *limits, **(scheduling or {}))
     forward = stand_in(cache, poison)
     options = {"tokenizer": Pieces(), "eos_token_ids": [EOS]} | kwargs
     return kind(forward, cache, scheduler, VOCAB_SIZE, **options)
@@ -308,11 +310,16 @@ def draw_traffic(seed):
 
 
 def draw_engine(kind, seed):
-    """An engine with a pool and limits drawn from a seed; often the pool is small."""
+    """An engine with a pool and limits drawn from a seed; often the pool is small.
+
+    With an even seed it has a prefix cache. It then often finds blocks: of a request that came
+    before, of a sequence of the same request, and of itself before a preemption.
+    """
     numbers = random.Random(seed)
     return build(
         kind,
         num_blocks=numbers.choice([9, 12, 16, 40]),
         max_num_seqs=numbers.choice([2, 4, 6]),
         budget=numbers.choice([4, 8, 20]),
+        allocator=BlockAllocator if seed % 2 else PrefixCache,
     )

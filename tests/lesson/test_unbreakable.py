@@ -42,6 +42,7 @@ from traffic import (
 
 from engine import InferenceEngine, sample_next
 from llm import LLM
+from prefix_cache import PrefixCache
 from sampling import Logprob, SampleRow, SamplingParams, child_seed, sample
 from scheduler import Scheduler
 from sequence import Continuation
@@ -65,13 +66,15 @@ def test_a_lone_run_is_what_a_loop_without_an_engine_writes():
 
 @BOTH
 def test_random_traffic_writes_what_each_request_writes_alone(kind):
-    num_preemptions = 0
+    num_preemptions = num_hits = num_evicted = 0
     for seed in range(40):
         ledger = Ledger(draw_engine(kind, seed))
         ledger.play(draw_traffic(seed))
         ledger.check()
         num_preemptions += ledger.engine.scheduler.num_preemptions
-    assert num_preemptions > 20
+        num_hits += ledger.engine.scheduler.num_blocks_hit
+        num_evicted += ledger.engine.scheduler.allocator.num_evicted
+    assert num_preemptions > 20 and num_hits > 30 and num_evicted > 50
 
 
 # ---- signals -------------------------------------------------------------------------------------
@@ -163,6 +166,7 @@ FILES = {
         "outputs.py",
         "sequence.py",
         "block_allocator.py",
+        "prefix_cache.py",
         "kv_cache.py",
         "beam_search.py",
         "speedups/plan_ahead.py",
@@ -330,7 +334,7 @@ def play_with_lines(kind, lines):
 
     Returns the ledger.
     """
-    engine = build(kind, num_blocks=12, max_num_seqs=4, budget=8)
+    engine = build(kind, num_blocks=12, max_num_seqs=4, budget=8, allocator=PrefixCache)
     forward, num_calls = engine.forward, itertools.count(1)
 
     def interrupted(batch):
