@@ -125,14 +125,15 @@ def throughput(
     servers: dict[str, Callable[[], Trial]] = {}
     for name, options in ways.items():
         sizes = {
-            "enable_prefix_caching": False,  # every round computes all prompts
             "block_size": args.block_size,
             # A step is planned ahead only if there is a free block for each sequence.
             "num_blocks": blocks + len(requests),
             "max_num_seqs": min(256, len(requests)),
             "max_num_batched_tokens": STEP_TOKENS,
         }
-        servers[name] = partial(serve, LLM(model, **(sizes | options)), requests)
+        # Every round computes all prompts.
+        llm = LLM(model, enable_prefix_caching=False, **(sizes | options))
+        servers[name] = partial(serve, llm, requests)
     with ExitStack() as stack:
         columns = dict.fromkeys(servers, common)
         if has_peer:
