@@ -83,15 +83,18 @@ class Meter:
         return f"step {self.num_steps:4}  {speed}  {queues}  pool {share_held:4.0%}"
 
     def summary(self) -> str:
-        """The figures of the whole run, in two lines."""
+        """The figures of the whole run, in two lines; in three if blocks were found again."""
         scheduler = self.scheduler
         seconds = time.monotonic() - self.started
         speed = f"{self.num_tokens} tokens in {seconds:.1f} s: {self.tokens_per_s:.1f} tokens/s"
         blocks = f"peak {self.peak_blocks} of {scheduler.allocator.num_blocks} blocks"
         again = f"{scheduler.num_recomputed_tokens} tokens computed again"
+        num_hits, allocator = scheduler.num_blocks_hit, scheduler.allocator
+        found = f"{num_hits * allocator.block_size} tokens in {num_hits} blocks were not computed"
+        cache = f"\nprefix cache: {found}, {allocator.num_evicted} blocks evicted"
         return (
             f"{speed} ({self.about})\n{blocks}, utilisation {self.utilisation:.1%}, "
-            f"{scheduler.num_preemptions} preemptions, {again}"
+            f"{scheduler.num_preemptions} preemptions, {again}{cache if num_hits else ''}"
         )
 
 

@@ -32,6 +32,7 @@ SUMMARY = re.compile(
     r"(\d+) tokens in ([\d.]+) s: ([\d.]+) tokens/s \(([^,]+), ([^,]+), ([^,]+)\)\n"
     r"peak (\d+) of (\d+) blocks, utilisation ([\d.]+)%, (\d+) preemptions, "
     r"(\d+) tokens computed again\n"
+    r"(?:prefix cache: \d+ tokens in \d+ blocks were not computed, \d+ blocks evicted\n)?"
 )
 
 

@@ -6,7 +6,6 @@ last part compares warm runs of real models with cold ones.
 """
 
 import ast
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -436,17 +435,17 @@ def test_a_preempted_sequence_that_comes_back_finds_its_own_blocks():
 
 def test_a_block_that_is_evicted_in_the_same_step_is_not_found():
     loop = cached_loop(num_blocks=7)
-    old = serve(loop, "A", 12, 1)  # its blocks 0, 1 and 2 are cached
+    serve(loop, "A", 12, 1)  # its blocks 0, 1 and 2 are cached
     serve(loop, "B", 8, 1, like=1)  # and 3 and 4 of another text
     running = loop.add("C", 8, 4)  # takes the blank ones
     loop.step()
     assert sorted(running.block_table) == [5, 6] and loop.allocator.num_evicted == 0
-    again = loop.add("D", 12, 1, like=0)
+    again = loop.add("D", 12, 2, like=0)
     plan = loop.step()  # C needs a block for its 9th token: A's third, so D finds only two
     assert rows(plan) == [("C", 8, 1), ("D", 8, 4)]
     assert running.block_table[2] == 2 and again.block_table == [0, 1, 4]
     loop.run_to_the_end()
-    assert again.token_ids == old.token_ids
+    assert again.token_ids == written_alone(range(1000, 1012), 2)
     assert running.token_ids == written_alone(range(3000, 3008), 4)
 
 
@@ -542,41 +541,25 @@ def test_a_request_that_could_not_find_the_block_does_not_wait_for_it(change):
     assert rows(loop.step()) == [("A", 9, 1), ("B", 9, 1)]
 
 
-def test_nobody_waits_twice_for_the_same_block():
+def test_a_block_whose_writer_is_aborted_is_waited_for_one_step_and_no_longer():
     loop = cached_loop()
     one, two = (loop.add(name, 9, 3, like=0) for name in "AB")
     plan = loop.schedule()
     assert rows(plan) == [("A", 0, 9)]
-    loop.scheduler.preempt(one)  # before its blocks are published, so A begins again
+    loop.scheduler.finish(one, "abort")  # before its blocks are published
     loop.update(plan)
-    assert rows(loop.step()) == [("A", 0, 9), ("B", 0, 9)]
+    assert rows(loop.step()) == [("B", 0, 9)]
     loop.run_to_the_end()
-    assert two.token_ids == one.token_ids
+    assert two.token_ids == written_alone(range(1000, 1009), 3)
 
 
-def three(**options):
-    """A loop with A, B that is like A and has to wait for it, and C."""
-    loop = cached_loop(**({"budget": 18, "num_blocks": 9} | options))
+def test_those_behind_one_that_waits_for_a_block_start_a_step_later():
+    """The order is kept, as for one that does not fit: nothing of it is taken by a later one."""
+    loop = cached_loop()
     for name, like in [("A", 0), ("B", 0), ("C", None)]:
         loop.add(name, 9, 3, like=like)
-    return loop
-
-
-def test_others_start_while_one_waits_for_a_block():
-    loop = three()
-    assert rows(loop.step()) == [("A", 0, 9), ("C", 0, 9)]
-    assert rows(loop.step()) == [("A", 9, 1), ("C", 9, 1), ("B", 8, 1)]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"budget": 17}, {"num_blocks": 8}, {"max_num_seqs": 2}],
-    ids=["its prompt would be cut", "it takes blocks that are needed", "it takes a place"],
-)
-def test_none_that_would_take_something_from_the_one_that_waits_starts_before_it(options):
-    loop = three(**options)
     assert rows(loop.step()) == [("A", 0, 9)]
-    assert rows(loop.step())[:2] == [("A", 9, 1), ("B", 8, 1)]
+    assert rows(loop.step()) == [("A", 9, 1), ("B", 8, 1), ("C", 0, 9)]
 
 
 def test_a_step_in_flight_is_waited_for_until_it_is_read():
@@ -605,48 +588,51 @@ def test_random_traffic_over_blocks_that_are_shared_changes_no_token(kind, diges
         ledger.play(traffic + [act for act in later if act[1] == "add"])
         ledger.check()
         num_hits += engine.scheduler.num_blocks_hit
-    assert num_hits > (0 if digest is always_equal else 20)
+    assert num_hits > 0
 
 
 # Two turns of a chat, a common beginning of 21 tokens, and one prompt of exactly five blocks of 4.
 COMMON = [(7 * i + 3) % 97 for i in range(21)]
 CHATS = [[*COMMON, 5, 6, 7], COMMON[:20], [*COMMON, 9], [1, 2, 3], [*COMMON, 5, 6, 7, 8, 9, 10]]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+WARM_RUNS = [("torch", False), ("torch", True), ("numba", False), ("numba", True)]
+WARM_RUNS += [("triton", False), ("triton-simple", False)]
 
 
-def texts_of(llm, prompts=CHATS):
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
-
-
-@pytest.mark.parametrize("plan_ahead", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, plan_ahead", WARM_RUNS)
 def test_warm_runs_write_what_cold_runs_write(monkeypatch, tiny_gpt, backend, plan_ahead):
     """In float64 a sum in another order changes no token. Each backend's own kernels must run."""
     if BACKENDS[backend].missing or BACKENDS[backend].device not in (None, "cpu"):
         pytest.skip(f"{backend} is not installed, or does not run on a CPU")
-    if "triton" in backend and plan_ahead:
-        pytest.skip("Triton's kernels are slow on a CPU: one engine is enough")
     kernels = BACKENDS[backend].load()
-    calls = Counter()
+    calls = []
 
     def counted(*args, **kwargs):
-        calls[backend] += 1
+        calls.append(backend)
         return kernels.paged_attention(*args, **kwargs)
 
     replaced = backends.Kernels(counted, kernels.write_kv)
     monkeypatch.setitem(BACKENDS, backend, BACKENDS[backend]._replace(load=lambda: replaced))
-    model = tiny_gpt(seed=5, dtype=torch.float64)
+    prompts, params, num_layers = CHATS, GREEDY, 2
+    if "triton" in backend:  # its kernels are slow on a CPU
+        prompts, params, num_layers = [COMMON[:9], COMMON[:8]], replace(GREEDY, max_tokens=5), 1
+    model = tiny_gpt(seed=5, dtype=torch.float64, n_layer=num_layers)
     options = {"backend": backend, "block_size": 4, "num_blocks": 64, "plan_ahead": plan_ahead}
     options |= {"max_num_batched_tokens": 16}
+
+    def texts_of(llm):
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
     cold = texts_of(LLM(model, enable_prefix_caching=False, **options))
-    assert all(len(set(text)) >= 3 for text in cold)
-    llm = LLM(model, **options)
-    assert texts_of(llm) == cold  # some wait for the blocks of the first
-    num_hits = llm.engine.scheduler.num_blocks_hit
-    assert num_hits >= 3 * 5
-    assert texts_of(llm) == cold  # and now all find their own
-    assert llm.engine.scheduler.num_blocks_hit - num_hits >= 5 + 4 + 5 + 6
-    assert calls[backend] > 100
+    assert len({token for text in cold for token in text}) >= 4
+    llm, num_calls = LLM(model, **options), len(calls)
+    num_hits = []
+    for _ in range(2):  # in the first run some wait for the blocks of the first prompt
+        assert texts_of(llm) == cold
+        num_hits.append(llm.engine.scheduler.num_blocks_hit)
+    full = [(len(prompt) - 1) // 4 for prompt in prompts]  # the last token is always computed
+    assert num_hits[0] >= sum(full[1:]) - 2 and num_hits[1] - num_hits[0] >= sum(full)
+    assert len(calls) > num_calls > 0 and set(calls) == {llm.backend}
 
 
 def test_in_float32_a_warm_run_changes_logits_in_their_last_digits_only(tiny_gpt):
@@ -665,8 +651,9 @@ def test_in_float32_a_warm_run_changes_logits_in_their_last_digits_only(tiny_gpt
         return torch.stack(rows)
 
     model = tiny_gpt(seed=5)
-    cold = logits_of(LLM(model, block_size=4, num_blocks=64, enable_prefix_caching=False))
-    llm = LLM(model, block_size=4, num_blocks=64)
+    options = {"backend": "torch", "block_size": 4, "num_blocks": 64}
+    cold = logits_of(LLM(model, enable_prefix_caching=False, **options))
+    llm = LLM(model, **options)
     logits_of(llm)
     warm = logits_of(llm)
     assert llm.engine.scheduler.num_blocks_hit == 5

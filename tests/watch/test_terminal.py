@@ -61,6 +61,21 @@ def test_what_beams_share_is_counted_once(engine):
     assert not engine.has_unfinished() and meter.peak_blocks == 4
 
 
+def test_a_shared_block_is_counted_once(engine):
+    meter = Meter(engine.scheduler, "")
+    engine.add_request([1] * 9, greedy(1))
+    engine.add_request([1] * 9, greedy(1))
+    meter(engine.step())  # the second waits for the blocks of the first: 9 tokens in 3 blocks
+    assert meter.peak_blocks == 3
+    engine.add_request([1] * 9, greedy(4))
+    meter(engine.step())  # both share two full blocks, and the second ends
+    assert meter.utilisation == (8 + 1) / (3 * 4) and meter.peak_blocks == 4
+    while engine.has_unfinished():
+        meter(engine.step())
+    said = "prefix cache: 16 tokens in 4 blocks were not computed, 0 blocks evicted"
+    assert meter.summary().splitlines()[2] == said
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
