@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from beam_search import BeamScheduler, BeamSearchParams, add_beam_search, best_first
 from block_allocator import BlockAllocator
-from checkpoints.load import load_model, local_path, weights_kind
+from checkpoints.hub import find_folder
+from checkpoints.load import load_model, weights_kind
 from checkpoints.tokenizer import (
     FileTokenizer,
     Unreadable,
@@ -287,7 +288,7 @@ class LLM:
         chosen_device = resolve_device(device)
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         # Random weights have no file; a name on the hub is fetched if it is not on this machine.
-        path = None if self.weights == "random weights" else local_path(name)
+        path = None if self.weights == "random weights" else find_folder(name)
         self.model = load_model(path or name, chosen_dtype, chosen_device)
         if chosen_device.type == "cpu":
             from kernels.packed_linear import pack  # for a CPU only

@@ -9,28 +9,24 @@ four small rules are enough, instead of a table of 148 entries (for the 124M mod
     3. skip `h.N.attn.bias`: the causal mask, which old files store as if it were a weight
     4. skip `lm_head.weight` if it is the same as the embedding, to which the head is tied
 
-The same rules read what transformers writes now and wrote in the past, what torch.compile wraps
-(`_orig_mod.`), and nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
+The same rules read nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
 that names the file and the tensor, because a model that is loaded in part writes plausible
-nonsense. `random:gpt2` (-medium, -large, -xl) builds the real shapes with random weights, to
-measure speed without a download; `weights_kind` says so beside every figure. The tests load each
-layout and compare tensors bit by bit, and logits with transformers.
+nonsense. `random:gpt2` builds the real shape with random weights, to measure speed without a
+download. The tests load each layout and compare tensors bit by bit, and logits with transformers.
 
 Radford et al. 2019 (GPT-2); its names and layout: github.com/huggingface/transformers.
 Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a model on the hub?)
 """
 
 import dataclasses
-import importlib.util
-import math
-import os
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints.untrusted import MOST_SHOWN, read_json, shown
+from checkpoints.hub import find_folder
+from checkpoints.untrusted import call, read_json, shown
 from checkpoints.weight_files import Stored, catalogue, read
 from kernels.device_memory import free_memory_bytes
 from kernels.padded_head import pad_vocabulary
@@ -41,7 +37,6 @@ MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # these endings do not match
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # int8 needs scales too
 LARGEST_SIZE = 10_000_000  # far above every GPT-2; a product of two still fits in 64 bits
-LEAST_TENSORS_A_LAYER = 6  # two LayerNorms and four matrices; with biases there are 12
 END_OF_TEXT_ID = 50256  # in GPT-2's vocabulary, which nanoGPT uses too
 
 RANDOM_SHAPES = {  # name: (n_layer, n_head, n_embd)
@@ -63,19 +58,9 @@ SECOND_NAMES = {  # transformers' names of these fields in all its models
     **{"n_head": "num_attention_heads", "n_embd": "hidden_size"},
 }
 GELUS = {  # transformers' other names -> ours: the tanh approximation, or the exact function
-    **dict.fromkeys(("gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"), "gelu_new"),
-    **{"gelu_python_tanh": "gelu_new", "gelu_python": "gelu"},
+    **{f"gelu_{name}": "gelu_new" for name in ("fast", "accurate", "pytorch_tanh", "python_tanh")},
+    "gelu_python": "gelu",
 }
-REFUSED_FIELDS = ("add_cross_attention", "quantization_config")  # they change inference
-
-
-def local_path(name: str | Path) -> Path:
-    """The folder or file on this machine; a name on the hub is fetched if it has to be."""
-    if os.path.exists(name):  # Path("").exists() is True
-        return Path(name)
-    from checkpoints.hub import find_folder  # imported here: a local folder needs no hub
-
-    return find_folder(name)
 
 
 def weights_kind(name: str) -> str:
@@ -97,16 +82,18 @@ def load_model(
     if name.startswith("random:"):
         return random_model(name.removeprefix("random:"), dtype, device)
     # The config and the tensors' shapes come first. Numbers are read only if the two agree.
-    stored, model_args = catalogue(local_path(name))
+    stored, model_args = catalogue(find_folder(name))
     file = stored[0].path
-    if model_args is None:
-        config = read_config(file.parent / "config.json")
-    else:
-        config = nanogpt_config(model_args, file)
-    if config.n_layer * LEAST_TENSORS_A_LAYER > len(stored):  # before ten million layers are built
-        problem = f"n_layer is {config.n_layer}, and the {len(stored)} tensors are too few for that"
-        raise ValueError(f"{file}: {problem}")
-    wanted = shapes_of(config)
+    config = read_config(file.parent) if model_args is None else nanogpt_config(model_args, file)
+    if config.n_layer > len(stored):  # before ten million layers are built
+        raise ValueError(f"{file}: {len(stored)} tensors are too few for n_layer {config.n_layer}")
+    with torch.device("meta"):  # a model of shapes without memory
+        model = GPT(config)
+    needed, free = dtype.itemsize * model.num_parameters(), free_memory_bytes(device)
+    if needed > free:
+        sizes = f"{needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}"
+        raise ValueError(f"{file}: the weights take {sizes}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state = read_tensors(place(stored, wanted), wanted, config, dtype, device)
     if model_args and model_args.get("bias") is False:  # biases of zero change nothing
         biases = [key for key in wanted if key.endswith(".bias") and key not in state]
@@ -114,12 +101,11 @@ def load_model(
     if missing := [key for key in wanted if key not in state]:
         first = f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
         raise ValueError(f"{file}: {first}")
-    is_tied = config.tie_word_embeddings and state[HEAD] is state[EMBEDDING]
-    with torch.device("meta"):  # a model of shapes without memory
-        model = GPT(dataclasses.replace(config, tie_word_embeddings=is_tied))
-    model.load_state_dict(state, assign=True)
-    if is_tied:
-        model.lm_head.weight = model.wte.weight  # assign=True has replaced the shared one
+    model.load_state_dict(state, assign=True)  # each name gets a parameter of its own
+    if state[HEAD] is state[EMBEDDING]:
+        model.lm_head.weight = model.wte.weight
+    else:  # the file's head differs from its embedding
+        model.config = dataclasses.replace(config, tie_word_embeddings=False)
     return finish(model)
 
 
@@ -132,21 +118,21 @@ def finish(model: GPT) -> GPT:
 def random_model(shape: str, dtype: torch.dtype, device: str | torch.device) -> GPT:
     """Build a GPT-2 of a known shape with GPT-2's initialisation, the same weights each time."""
     if shape not in RANDOM_SHAPES:
-        known = ", ".join(RANDOM_SHAPES)
-        raise ValueError(f"no shape {shape!r} to fill at random: choose one of {known}")
+        raise ValueError(f"no shape {shape!r}: choose one of {', '.join(RANDOM_SHAPES)}")
     sizes = dict(zip(("n_layer", "n_head", "n_embd"), RANDOM_SHAPES[shape], strict=True))
     model = GPT(GPTConfig(**sizes, eos_token_id=END_OF_TEXT_ID))
     return finish(model.init_weights().to(device=device, dtype=dtype))
 
 
 # ---- the config ----------------------------------------------------------------------------------
-def read_config(path: Path) -> GPTConfig:
+def read_config(folder: Path) -> GPTConfig:
     """Read `config.json`. Raises ValueError that names the field which is not supported."""
+    path = folder / "config.json"
     fields = read_json(path)
     is_gpt2 = {"n_layer", "n_head", "n_embd"} <= fields.keys()  # configs of 2019 do not say it
     if (kind := fields.get("model_type")) != "gpt2" and not (kind is None and is_gpt2):
         raise ValueError(f"{path}: model_type is {shown(kind)}, only 'gpt2' is served")
-    for name in REFUSED_FIELDS:
+    for name in ("add_cross_attention", "quantization_config"):  # they change inference
         if fields.get(name):
             raise ValueError(f"{path}: {name} is set, which is not served")
     for name, second in SECOND_NAMES.items():
@@ -164,13 +150,11 @@ def nanogpt_config(args: dict, path: Path) -> GPTConfig:
     Its GELU was the tanh approximation until June 2023. Until January 2023 `model_args` had no
     `bias`; what was saved between is taken for exact, so its logits are off by about a thousandth.
     """
-    fields = {}
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if (value := args.get(name)) is None:
+        if args.get(name) is None:
             raise ValueError(f"{path}: model_args has no {name}")
-        fields["n_positions" if name == "block_size" else name] = value
+    fields = args | {"n_positions": args["block_size"], "eos_token_id": END_OF_TEXT_ID}
     fields["activation_function"] = "gelu" if "bias" in args else "gelu_new"
-    fields["eos_token_id"] = END_OF_TEXT_ID  # `to_config` drops it from a smaller vocabulary
     return to_config(fields, path)
 
 
@@ -190,26 +174,16 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
             expected = str(getattr(kind, "__name__", kind)).removesuffix(" | None")
             raise ValueError(f"{path}: {name} is {shown(value)}, not of type {expected}")
         if kind is not str and abs(value) > LARGEST_SIZE:
-            limit = f"at most {LARGEST_SIZE} is accepted"
-            raise ValueError(f"{path}: {name} is {shown(value)}, {limit}")
+            raise ValueError(f"{path}: {name} is {shown(value)}, at most {LARGEST_SIZE} is read")
         known[field.name] = GELUS.get(value, value)
     # Small test models keep GPT-2's end-of-text id, which their vocabulary does not have. The model
     # can never draw that id, so it is dropped.
     if not 0 <= known.get("eos_token_id", 0) < known.get("vocab_size", GPTConfig.vocab_size):
         known.pop("eos_token_id", None)  # absent if vocab_size is 0, which GPTConfig refuses below
-    try:
-        return GPTConfig(**known)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error)[:MOST_SHOWN]}") from None
+    return call(path, GPTConfig, **known)
 
 
 # ---- the tensors ---------------------------------------------------------------------------------
-def shapes_of(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of each tensor of a model."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
-
-
 def plain_name(stored: str) -> str:
     """A tensor's name without the prefixes of modules that were wrapped around the model."""
     name = stored.replace("_orig_mod.", "")  # torch.compile adds it, to a model or to a layer
@@ -217,8 +191,8 @@ def plain_name(stored: str) -> str:
     return name.removeprefix("module.").removeprefix("transformer.")
 
 
-def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """Map each of the model's names to its stored tensor. Masks are left out, the head is last.
+def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[Stored, str]:
+    """The model's name of each stored tensor. Masks are left out, the head is last.
 
     Raises ValueError if a stored tensor belongs nowhere, or if two belong to one name.
     """
@@ -228,14 +202,14 @@ def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[str,
         if name.endswith(MASK_BUFFERS) and len(tensor.shape) in (0, 4):  # (1, 1, T, T)
             continue
         if name not in wanted or name in placed:  # unknown, or stored with and without a prefix
-            problem = f"tensor {shown(tensor.name)} has no place in this model"
-            raise ValueError(f"{tensor.path}: {problem}")
+            subject = f"{tensor.path}: tensor {shown(tensor.name)}"
+            raise ValueError(f"{subject} has no place in this model")
         placed[name] = tensor
-    return dict(sorted(placed.items(), key=lambda item: item[0] == HEAD))
+    return {placed[name]: name for name in sorted(placed, key=lambda name: name == HEAD)}
 
 
 def read_tensors(
-    placed: dict[str, Stored],
+    placed: dict[Stored, str],
     wanted: dict[str, tuple[int, ...]],
     config: GPTConfig,
     dtype: torch.dtype,
@@ -245,21 +219,15 @@ def read_tensors(
 
     Returns a dict from the model's names to tensors. A tied head is the embedding itself, unless
     the file has both and they differ: then transformers does not tie them either. Raises ValueError
-    for a wrong shape or dtype, and for weights larger than the free memory.
+    for a wrong shape or dtype.
     """
-    needed = dtype.itemsize * sum(math.prod(placed[name].shape) for name in placed.keys() - {HEAD})
-    if needed > (free := free_memory_bytes(device)):
-        file = next(iter(placed.values())).path
-        sizes = f"{needed / 1e9:.1f} GB as {dtype}, and {free / 1e9:.1f} GB are free on {device}"
-        raise ValueError(f"{file}: the weights take {sizes}")
     # c_attn is never square, so its shape tells whether the file stores (out, in) or (in, out).
     fused = "h.0.attn.c_attn.weight"  # (3C, C) in the model
-    is_linear = fused in placed and placed[fused].shape == wanted[fused]
-    names = {tensor: name for name, tensor in placed.items()}
+    is_linear = any(name == fused and one.shape == wanted[name] for one, name in placed.items())
     is_tied = config.tie_word_embeddings
     state: dict[str, Tensor] = {}
-    for stored, tensor in read(list(names)):
-        name = names[stored]
+    for stored, tensor in read(list(placed)):
+        name = placed[stored]
         subject = f"{stored.path}: tensor {shown(stored.name)}"
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{subject} holds {tensor.dtype}, not floats")
@@ -294,21 +262,14 @@ def is_copy(tensor: Tensor, other: Tensor) -> bool:
 def describe(name: str) -> None:
     """Print what a checkpoint holds, and whether transformers computes the same logits from it."""
     model = load_model(name)
-    config, count, longest = model.config, model.num_parameters(), model.config.max_seq_len
-    kv_bytes = config.kv_bytes_per_token(torch.float16)
-    print(f"{name}: {weights_kind(name)}")
-    heads = f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}"
-    print(f"shape          {heads}, {config.vocab_size:,} tokens, {longest:,} positions")
-    print(f"parameters     {count:,}: {2 * count:,} bytes in 16 bits, {4 * count:,} in 32")
-    print(f"KV of a token  {kv_bytes:,} bytes in 16 bits, {2 * kv_bytes:,} in 32")
-    num_sequences = 1e9 / kv_bytes / longest
-    print(f"1 GB of KV     {num_sequences:.1f} sequences of {longest:,} tokens, in 16 bits")
+    print(f"{name}: {weights_kind(name)}, {model.num_parameters():,} parameters")
+    print(f"shape          {model.config}")
+    print(f"KV of a token  {model.config.kv_bytes_per_token(torch.float16):,} bytes in 16 bits")
     if weights_kind(name) == "trained weights":
-        stored, model_args = catalogue(local_path(name))
-        files = ", ".join(sorted({tensor.path.name for tensor in stored}))
-        print(f"files          {len(stored)} tensors in {files}, in {stored[0].path.parent}")
-        is_nanogpt = "not compared: transformers reads no nanoGPT checkpoints"
-        print(f"transformers   {is_nanogpt if model_args else compare(stored, model)}")
+        stored, model_args = catalogue(find_folder(name))
+        print(f"files          {len(stored)} tensors, the first in {stored[0].path}")
+        reads_none = "not compared: transformers reads no nanoGPT checkpoints"
+        print(f"transformers   {reads_none if model_args else compare(stored, model)}")
 
 
 def transformers_name(name: str) -> str:
@@ -328,29 +289,30 @@ def compare(stored: list[Stored], model: GPT) -> str:
     a stranger's config.json may name code on the hub. Raises ValueError if the logits differ by
     more than a thousandth of the largest one.
     """
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError:
         return "not installed, so not compared (pip install transformers)"
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = GPT2Config(**transformers_fields(model.config), bos_token_id=None)
     named = {transformers_name(plain_name(one.name)): t.clone() for one, t in read(stored)}
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        theirs = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=named, **options)
+        theirs = GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=named, attn_implementation="eager"
+        )
     except RuntimeError:  # matrices in the layout of nn.Linear
         return "not compared: transformers does not know this layout"
     length = min(64, model.config.max_seq_len)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (length,), generator=generator)
+    ids = torch.arange(length) * 7919 % model.config.vocab_size  # tokens from everywhere in it
     with torch.inference_mode():
         want = theirs.eval()(ids[None]).logits[0]  # (T, V)
         got = model.logits(model(ids, torch.arange(length), attend_one_sequence))
     error, size = (got - want).abs().max().item(), want.abs().max().item()
     if not error <= 1e-3 * size:  # `not <=` also catches NaN
-        file, sizes = stored[0].path, f"{error:.1e} of {size:.1f}"
-        raise ValueError(f"{file}: logits differ from transformers' by {sizes}")
+        problem = f"logits differ from transformers' by {error:.1e} of {size:.1f}"
+        raise ValueError(f"{stored[0].path}: {problem}")
     return f"the same logits for {length} tokens, to {error:.1e} (the largest is {size:.1f})"
 
 

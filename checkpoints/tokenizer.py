@@ -8,141 +8,59 @@ them, but 344 of the 50,256 hold only a part of a character. A cat emoji takes t
     bytes        20 F0 9F 90 88
     tokens       |20 F0 9F|  |90|  |88|      each alone is no valid UTF-8: it decodes to U+FFFD
 
-So tokens are joined as bytes first and decoded as UTF-8 afterwards, in `outputs.py` too. People
-have trained GPT-2 models with other vocabularies. All that stand in `tokenizer.json`, in
-`vocab.json` and `merges.txt`, or in a BertTokenizer's `vocab.txt` are read by the library
+So tokens are joined as bytes first and decoded as UTF-8 afterwards, in `outputs.py` too. What
+stands in `tokenizer.json`, or in `vocab.json` and `merges.txt`, is read by the library
 `tokenizers`, and the ids are those of transformers' AutoTokenizer. A folder of another family is
-`Unreadable`. A model of GPT-2's vocabulary in a folder without any gets GPT-2's own, by tiktoken.
+`Unreadable`. A model of GPT-2's vocabulary in a folder without any gets GPT-2's own, from the files
+that tiktoken has fetched.
 
 Sennrich et al. 2016, arXiv:1508.07909, section 3.2 (merges); Radford et al. 2019, section 2.2.
 """
 
 import functools
-import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from checkpoints.untrusted import MOST_SHOWN, read_json, read_text, shown
+from checkpoints.untrusted import Unreadable, call, read_json, read_text, shown
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer  # imported where it is needed, and so is tiktoken
+    from tokenizers import AddedToken, Tokenizer  # imported where they are needed
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 PLAIN_CLASSES = (*GPT2_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
-BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 OTHER_FILES = ("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")  # of other families
-# The roles that a class has without being told.
-GPT2_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-BERT_ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+ADVICE = "transformers' AutoTokenizer may read it, and saves it as tokenizer.json"
 
 # What the library compiles takes up to 340 bytes of memory a character. Real files have a third.
-MOST_VOCABULARY_CHARS = 4_000_000
-MOST_OTHER_CHARS = 1_000_000  # of added tokens and rules
-MOST_TEXT_CHARS = 10_000  # of one of them
-MOST_BLANKS = 900_000  # in a row; tiktoken's regular expression fails at 999,999
+MOST_CHARS = 4_000_000
+MOST_TEXT_CHARS = 10_000  # of one text
+NOT_COMPILED = {"precompiled_charsmap", "chat_template", "merges"}  # long texts; pairs of tokens
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LACKING = "\0none"  # the library looks for it where a vocabulary lacks a character
 
-# Where tiktoken fetches GPT-2's two files from, and the SHA-256 of each.
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+# GPT-2's vocabulary and merges in tiktoken's cache: the name of each file, and its bytes.
 GPT2_FILES = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": 1_042_301,
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": 456_318,
 }
 
-
-class Unreadable(ValueError):
-    """A folder has a tokenizer that is not read here. Its model runs on token ids alone."""
-
-
-def byte_to_char() -> dict[int, str]:
-    """The printable character that stands for each byte in the files: " " is written "Ġ".
-
-    The 68 bytes that no text file shows take the characters from 256 on, as OpenAI chose.
-    """
-    # ! to ~, ¡ to ¬, ® to ÿ; left out are blanks and U+00AD, a hyphen that is seldom shown
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]  # 32 is others[32] -> chr(288)
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-BYTE_TO_CHAR = byte_to_char()
+# In the files a character stands for each byte: " " is written "Ġ". Printable bytes stand for
+# themselves: ! to ~, ¡ to ¬, ® to ÿ. The 68 others take the characters from 256 on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]  # 32 is OTHERS[32] -> chr(288)
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
-
-def call(problem: object, function: Callable, *args, **options) -> Any:
-    """Call a library; what it raises becomes a ValueError that begins with `problem`."""
-    try:
-        return function(*args, **options)
-    except BaseException as error:  # a panic of Rust is no Exception, and neither is Ctrl-C
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        kind = Unreadable if isinstance(error, Unreadable) else ValueError
-        raise kind(f"{problem}: {str(error)[:MOST_SHOWN]}") from None
 
 
 # ---- text to ids and back ------------------------------------------------------------------------
 class FileTokenizer:
-    """What the two kinds below share. An id without a token gives no text."""
-
-    vocab_size: int  # the highest id + 1; a model's table may be padded to more rows
-    num_ordinary: int  # tokens that were not added
-    eos_token_id: int | None  # the token that ends a text
-    names: dict[int, str]  # of the special tokens, which leave no text
-    token_bytes: Callable[[int], bytes]  # what one token adds to a text
-
-    def encode(self, text: str) -> list[int]:
-        """Turn a text into ids. As in Hugging Face, "<|endoftext|>" in a text becomes that token.
-
-        Raises ValueError for a text that the vocabulary cannot write, and for half of a surrogate
-        pair, which JSON can hold and UTF-8 cannot.
-        """
-        if half := re.search("[\ud800-\udfff]", text):  # tiktoken would write U+FFFD instead
-            problem = f"character {half.start()} of the text is U+{ord(half[0]):04X}"
-            raise ValueError(f"{problem}, half of a surrogate pair: send whole characters")
-        return call("the text cannot be written in tokens", self._encode, text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text; broken UTF-8 gives U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    def token_text(self, token_id: int) -> str:
-        """One token as a text, for a table or a log-probability. A stream needs `outputs.py`."""
-        return self.names.get(token_id) or self.token_bytes(token_id).decode(errors="replace")
-
-
-class GPT2Tokenizer(FileTokenizer):
-    """GPT-2's own 50,257 tokens, by tiktoken."""
-
-    vocab_size, num_ordinary, eos_token_id = 50257, 50256, 50256
-    names = {50256: END_OF_TEXT}
-
-    def __init__(self):
-        """Read the files that tiktoken has fetched."""
-        import tiktoken
-
-        self._encoding = tiktoken.get_encoding("gpt2")
-
-    def _encode(self, text: str) -> list[int]:
-        blanks = re.findall(r"\s+", text) if len(text) > MOST_BLANKS else []
-        if (longest := max(map(len, blanks), default=0)) > MOST_BLANKS:
-            raise ValueError(f"{longest:,} blanks in a row, at most {MOST_BLANKS:,} are read")
-        return self._encoding.encode(text, allowed_special="all")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text: b"" for a special or unknown id."""
-        is_ordinary = 0 <= token_id < self.num_ordinary
-        return self._encoding.decode_single_token_bytes(token_id) if is_ordinary else b""
-
-
-class LibraryTokenizer(FileTokenizer):
-    """Any tokenizer of the library `tokenizers`."""
+    """A tokenizer of the library `tokenizers`, of any kind. An id without a token gives no text."""
 
     def __init__(self, tokenizer: "Tokenizer", eos_token_id: int | None):
         """Raises `Unreadable` if the text of a token depends on the one after it."""
@@ -151,18 +69,21 @@ class LibraryTokenizer(FileTokenizer):
         if hasattr(model := tokenizer.model, "dropout"):  # BPE
             model.dropout = None  # merges are left out at random in training only
             model.unk_token = model.unk_token or LACKING  # else what it lacks is left out silently
-        self._tokenizer, self.eos_token_id = tokenizer, eos_token_id
+        self._tokenizer = tokenizer
+        self.eos_token_id = eos_token_id  # the token that ends a text
         self._added = tokenizer.get_added_tokens_decoder()
+        # The special tokens, which leave no text.
         self.names = {i: token.content for i, token in self._added.items() if token.special}
         ids = set(tokenizer.get_vocab().values())
         ordinary = sorted(ids - self._added.keys())
-        self.vocab_size, self.num_ordinary = max(ids, default=-1) + 1, len(ordinary)
+        self.vocab_size = max(ids, default=-1) + 1  # a model's table may be padded to more rows
+        self.num_ordinary = len(ordinary)  # tokens that were not added
+        self.token_bytes = functools.cache(self.token_bytes)  # a method's results, by id
         decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
         kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
         self._is_byte_level = kinds == ["ByteLevel"]
         # Some vocabularies have a token <0xE7> for each byte of the characters that they lack.
         self._byte_token = re.compile("<0x[0-9A-F]{2}>" if "ByteFallback" in kinds else "(?!)")
-        self.token_bytes = functools.cache(self.token_bytes)  # a method's results, by id
         if not self._is_byte_level:
             # A token's text is what it adds after another one: after this one, an "a" for example.
             words = (i for i in ordinary if tokenizer.decode([i]).isalnum())
@@ -174,21 +95,31 @@ class LibraryTokenizer(FileTokenizer):
             if "ByteLevel" in kinds or whole != tokenizer.decode([self._before]) + pieces:
                 raise Unreadable(f"its decoder ({', '.join(map(str, kinds))}) is not served")
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Turn a text into ids. As in Hugging Face, "<|endoftext|>" in a text becomes that token.
+
+        Raises ValueError for a text that the vocabulary cannot write.
+        """
+        problem = "the text cannot be written in tokens"
+        call(problem, text.encode)  # JSON can hold half of a surrogate pair, UTF-8 cannot
         try:
-            return self._tokenizer.encode(text).ids
-        except Exception as error:
-            if LACKING in str(error):
-                for char in dict.fromkeys(text) if len(text) > 1 else ():
-                    self._encode(char)  # raises for the one that is lacking
-                raise ValueError(f"the vocabulary has no token for {shown(text)}") from None
-            raise
+            return call(problem, self._tokenizer.encode, text).ids
+        except ValueError as error:
+            if LACKING not in str(error):
+                raise
+            for char in dict.fromkeys(text) if len(text) > 1 else ():
+                self.encode(char)  # raises for the one that is lacking
+            raise ValueError(f"{problem}: the vocabulary has none for {shown(text)}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids into text; broken UTF-8 gives U+FFFD. A first word has no blank before it."""
         if self._is_byte_level:
-            return super().decode(ids)
+            return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def token_text(self, token_id: int) -> str:
+        """One token as a text, for a table or a log-probability. A stream needs `outputs.py`."""
+        return self.names.get(token_id) or self.token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to a text that has begun: b"" for a special or unknown id.
@@ -212,62 +143,49 @@ class LibraryTokenizer(FileTokenizer):
 
 
 # ---- a folder's files ----------------------------------------------------------------------------
-def load_tokenizer(folder: str | Path) -> LibraryTokenizer | None:
+def load_tokenizer(folder: str | Path) -> FileTokenizer | None:
     """Load the tokenizer of a model's folder; None if it has none.
 
     Raises `Unreadable` for the files of a family that is not read here, and ValueError, naming the
     file or the folder, for those that are damaged or too large.
     """
     folder = Path(folder)
+    path = folder / "tokenizer.json"
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
     config = read_optional(folder / "tokenizer_config.json")
-    kind, model = config.get("tokenizer_class"), folder / "config.json"
-    if kind is None and model.exists():
-        kind = read_json(model).get("tokenizer_class")
-    path, tokenizer = read_vocabulary(folder, kind, config)
-    if tokenizer is None:
-        return None
-    is_bert = kind in BERT_CLASSES
-    own = GPT2_ROLES if kind in GPT2_CLASSES else BERT_ROLES if is_bert else {}
-    problem = f"{folder}: its added tokens cannot be read"
-    ids = call(problem, add_tokens, tokenizer, *call(problem, read_added, folder, config, own))
-    if path.name != "tokenizer.json":  # which says itself what stands around a text
-        begin, end = ("cls_token", "sep_token") if is_bert else ("bos_token", "eos_token")
-        around = {role: ids[role] for role in ids if is_bert or config.get(f"add_{role}")}
-        add_template(tokenizer, begin, end, around)
-    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-    return call(path, LibraryTokenizer, tokenizer, ids.get("eos_token"))
-
-
-def read_vocabulary(folder: Path, kind: object, config: dict) -> tuple[Path, "Tokenizer | None"]:
-    """The tokenizer without what other files add to it, and its file; `kind` names its class."""
-    others = [path.name for pattern in OTHER_FILES for path in folder.glob(pattern)]
-    if (path := folder / "tokenizer.json").exists():
-        return path, read_whole(path, config, kind)
-    if kind in PLAIN_CLASSES and any((folder / f).exists() for f in ("vocab.json", "merges.txt")):
-        path = folder / "vocab.json"
-        return path, byte_level(path, folder / "merges.txt", config)
-    if kind in BERT_CLASSES and "vocab.txt" in others:
-        path = folder / "vocab.txt"
-        return path, word_piece(path, config)
-    if others or kind not in PLAIN_CLASSES:
+    of_model = read_optional(folder / "config.json")
+    kind = config.get("tokenizer_class") or of_model.get("tokenizer_class")
+    others = [file.name for pattern in OTHER_FILES for file in folder.glob(pattern)]
+    if path.exists():
+        tokenizer = read_whole(path, config, kind)
+    elif kind in PLAIN_CLASSES and (vocab.exists() or merges.exists()):
+        if asked := [name for name in ("add_bos_token", "add_eos_token") if config.get(name)]:
+            raise Unreadable(f"{folder}: {asked[0]} needs a tokenizer.json; {ADVICE}")
+        tokenizer = byte_level(vocab, merges, bool(config.get("add_prefix_space")))
+    elif others or kind not in PLAIN_CLASSES:
         named = shown(others[0] if kind in PLAIN_CLASSES else kind)
-        raise Unreadable(f"{folder}: its tokenizer ({named}) is of a family that is not read here")
-    return path, None
+        family = f"its tokenizer ({named}) is of a family that is not read here"
+        raise Unreadable(f"{folder}: {family}; {ADVICE}")
+    else:
+        return None
+    problem = f"{folder}: its added tokens cannot be read"
+    ids = call(problem, add_tokens, tokenizer, folder, config, kind in GPT2_CLASSES)
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+    return call(path if path.exists() else vocab, FileTokenizer, tokenizer, ids.get("eos_token"))
 
 
 def read_eos_ids(folder: Path) -> set[int]:
     """The ids that end a text in `config.json` and `generation_config.json`; each may list many."""
-    found = set()
+    found = []
     for path in (folder / "config.json", folder / "generation_config.json"):
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(token_id) is int for token_id in ids):
+        ids = read_optional(path).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [ids]
+        if not all(token_id is None or type(token_id) is int for token_id in found):
             raise ValueError(f"{path}: eos_token_id is neither an integer nor a list of integers")
-        found |= {*ids}
-    return found
+    return {*found} - {None}
 
 
-def gpt2_tokenizer() -> GPT2Tokenizer | None:
+def gpt2_tokenizer() -> FileTokenizer | None:
     """GPT-2's own tokenizer, if tiktoken has fetched its files before; None if it has not.
 
     tiktoken itself would fetch missing files, and delete damaged ones. This function fetches and
@@ -275,50 +193,40 @@ def gpt2_tokenizer() -> GPT2Tokenizer | None:
     """
     default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", default)
-    urls = [GPT2_URL + name for name in GPT2_FILES]
-    paths = [Path(cache) / hashlib.sha1(url.encode()).hexdigest() for url in urls]
+    paths = [Path(cache) / name for name in GPT2_FILES]
     if not cache or not all(path.is_file() for path in paths):  # "" means: no cache
         return None
-    for path, (name, sha256) in zip(paths, GPT2_FILES.items(), strict=True):
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is not GPT-2's whole {name}: delete it")
-    return GPT2Tokenizer()
+    for path in paths:
+        if path.stat().st_size != GPT2_FILES[path.name]:
+            raise ValueError(f"{path} is not GPT-2's whole file: delete it")
+    tokenizer = byte_level(*paths, with_space=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return FileTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
 def read_optional(path: Path) -> dict:
-    """A file of one JSON object, with texts of a sane length; {} for one that is not there."""
+    """A file of one JSON object; {} for none. Refuses texts that are too long to be compiled."""
     fields = read_json(path) if path.exists() else {}
-    check_sizes(path, fields, MOST_OTHER_CHARS)
-    return fields
-
-
-def check_sizes(path: Path, value: object, most: int) -> None:
-    """Refuse texts that are too long to be compiled, wherever they stand in `value`."""
-    todo, count = [value], 0
+    todo, count = [fields], 0
     while todo:
         value = todo.pop()
-        if isinstance(value, dict):  # the two that are left out are long, and not compiled
-            parts = value.keys() - {"precompiled_charsmap", "chat_template"}
-            todo += [*value, *map(value.get, parts)]
+        if isinstance(value, dict):
+            todo += [*value, *(value[key] for key in value.keys() - NOT_COMPILED)]
         elif isinstance(value, list):
             todo += value
         elif isinstance(value, str):
             count += len(value)
-            if len(value) > MOST_TEXT_CHARS or count > most:
-                limits = f"{MOST_TEXT_CHARS:,} characters in one and {most:,} in all are read"
+            if len(value) > MOST_TEXT_CHARS or count > MOST_CHARS:
+                limits = f"{MOST_TEXT_CHARS:,} characters in one and {MOST_CHARS:,} in all are read"
                 raise ValueError(f"{path} has texts that are too long: at most {limits}")
+    return fields
 
 
-# ---- tokenizers of the library -------------------------------------------------------------------
 def read_whole(path: Path, config: dict, kind: str | None) -> "Tokenizer":
-    """`tokenizer.json`, read after its sizes are checked."""
+    """The tokenizer of `tokenizer.json`; `kind` names its class."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-    whole = read_json(path)
-    rules, model = {name: whole[name] for name in whole if name != "model"}, whole.get("model")
-    check_sizes(path, rules, MOST_OTHER_CHARS)
-    check_sizes(path, isinstance(model, dict) and model.get("vocab"), MOST_VOCABULARY_CHARS)
-    tokenizer = call(f"{path} cannot be read", Tokenizer.from_str, json.dumps(whole))
+    tokenizer = call(f"{path} cannot be read", Tokenizer.from_str, json.dumps(read_optional(path)))
     # With a class of GPT-2's the config has the last word, in transformers too.
     if kind in GPT2_CLASSES and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         tokenizer.pre_tokenizer.add_prefix_space = bool(config.get("add_prefix_space"))
@@ -326,87 +234,56 @@ def read_whole(path: Path, config: dict, kind: str | None) -> "Tokenizer":
     return tokenizer
 
 
-def byte_level(vocab: Path, merges: Path, config: dict) -> "Tokenizer":
-    """The tokenizer of `vocab.json` and `merges.txt`."""
+def byte_level(vocab: Path, merges: Path, with_space: bool) -> "Tokenizer":
+    """The tokenizer of `vocab.json` and `merges.txt`; `with_space` puts a blank before a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     lines = read_text(merges).split("\n")
     lines = lines[lines[0].startswith("#version") :]  # "# #" is a merge
     pairs = [tuple(line.split(" ")) for line in lines if line]
-    model = call(f"{vocab} and {merges.name}", models.BPE, vocab=read_json(vocab), merges=pairs)
+    model = call(f"{vocab} and {merges.name}", models.BPE, read_json(vocab), pairs)
     tokenizer = Tokenizer(model)
-    with_space = bool(config.get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=with_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def word_piece(path: Path, config: dict) -> "Tokenizer":
-    """The tokenizer of BERT's `vocab.txt`: a token a line, its id is the line's number."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    lines = read_text(path).removesuffix("\n").split("\n")
-    vocab = {line.rstrip(): token_id for token_id, line in enumerate(lines)}
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = call(
-        path.with_name("tokenizer_config.json"),
-        normalizers.BertNormalizer,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return tokenizer
-
-
-def add_template(tokenizer: "Tokenizer", begin: str, end: str, ids: dict[str, int]) -> None:
-    """Put the tokens of two roles around each text that is encoded, where `ids` has them."""
-    from tokenizers import processors
-
-    single = [name for name in (begin, "$A", end) if name == "$A" or name in ids]
-    special = [(role, ids[role]) for role in single if role != "$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-
-
 # ---- added tokens --------------------------------------------------------------------------------
-def read_added(folder: Path, config: dict, own: dict) -> tuple[list, list]:
-    """What files beside tokenizer.json add: tokens in the order of their ids, and (role, token).
-
-    `own` are the roles of the class. A role that is null does not exist.
-    """
+def added_token(entry: str | dict, **flags: bool) -> "AddedToken":
+    """The library's form of a token that a file names, or describes with its flags."""
     from tokenizers import AddedToken
 
-    def token(entry: str | dict, **flags: bool) -> AddedToken:
-        fields = {"content": entry} if isinstance(entry, str) else entry
-        known = {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
-        return AddedToken(**(known | flags))
+    fields = {"content": entry} if isinstance(entry, str) else entry
+    known = {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
+    return AddedToken(**(known | flags))
 
+
+def add_tokens(tokenizer: "Tokenizer", folder: Path, config: dict, is_gpt2: bool) -> dict[str, int]:
+    """Add the tokens of the files beside tokenizer.json; return the ids of roles like "eos_token".
+
+    A role that is null does not exist. A token that the vocabulary lacks gets no role: transformers
+    would give it an id for which the model has no row.
+    """
     decoder = config.get("added_tokens_decoder")
     # Where the config has this list, the two older files are relics.
     old = read_optional(folder / "special_tokens_map.json") if decoder is None else {}
-    fields = own | config | old
+    # GPT-2's class has three roles without being told.
+    fields = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if is_gpt2 else {}
+    fields |= config | old
     extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     named = [  # add_bos_token is a switch
-        (role, token(value, special=True))
+        (role, added_token(value, special=True))
         for role, value in [*fields.items(), *(("extra_token", one) for one in extra)]
         if role.endswith("_token") and not isinstance(value, bool | None)
     ]
     if decoder is not None:
-        return [token(decoder[key]) for key in sorted(decoder, key=int)], named
-    ids = read_optional(folder / "added_tokens.json")  # no flags: special is what has a role
-    special = {one.content for _, one in named}
-    return [token(text, special=text in special) for text in sorted(ids, key=ids.get)], named
-
-
-def add_tokens(tokenizer: "Tokenizer", listed: list, named: list) -> dict[str, int]:
-    """Add the listed tokens, and make those with a role special; returns the ids of the roles.
-
-    A token that the vocabulary lacks gets no role: transformers would give it an id for which the
-    model has no row.
-    """
-    tokenizer.add_tokens(listed)
+        tokenizer.add_tokens([added_token(decoder[key]) for key in sorted(decoder, key=int)])
+    else:  # no flags: special is what has a role
+        ids = read_optional(folder / "added_tokens.json")
+        special = {token.content for _, token in named}
+        texts = sorted(ids, key=ids.get)
+        tokenizer.add_tokens([added_token(text, special=text in special) for text in texts])
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     found = [(role, t) for role, t in named if tokenizer.token_to_id(t.content) is not None]
     tokenizer.add_special_tokens([known.get(token.content, token) for _, token in found])

@@ -14,9 +14,9 @@ of at most 570 seconds does everything, the most important first, and nothing is
     kernels         75 s   which way to attend is fastest
     transformers    90 s   how much faster the engine is
 
-It needs python3, torch, triton, numpy and pytest, and for the engine safetensors, tiktoken and
-tqdm; no network, no git, no virtual environment. Tests run in parallel if pytest-xdist is there,
-and transformers is timed if it is there. Without git the variable PAGEDGPT_COMMIT names the commit.
+It needs python3, torch, triton, numpy and pytest, and for the engine safetensors and tqdm; no
+network, no git, no virtual environment. Tests run in parallel if pytest-xdist is there, and
+transformers is timed if it is there. Without git the variable PAGEDGPT_COMMIT names the commit.
 
 Each stage is a process. Over its limit it is interrupted (SIGINT), and killed 10 seconds later. If
 one fails or is stopped, the table names it, the other stages still run, and the exit code is 1. A

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 from samples import FIELDS, in_the_file, small_model
 
@@ -174,7 +174,7 @@ def test_a_folder_that_exists_is_itself_and_only_the_hub_needs_its_library(
     monkeypatch.chdir(tmp_path)
     Path("ckpt.pt").touch()
     assert find_folder("ckpt.pt") == Path("ckpt.pt")
-    with pytest.raises(ValueError, match="'gpt2' is no folder here: install huggingface_hub"):
+    with pytest.raises(ValueError, match="'gpt2' is no folder here, and .* huggingface_hub"):
         find_folder("gpt2")
     Path(name).mkdir(parents=True)
     assert find_folder(name) == Path(name)
@@ -192,12 +192,10 @@ PATHS = ["./gpt2", "/models/gpt2", "~/gpt2", "a/b/c", r"C:\gpt2", "org/name/", "
 PATHS += ["me/model.safetensors", "a/b/c@main"]
 NEITHER = "is no folder here and no hub id: "
 BAD_IDS = ["me/my tales", "me/-tales", "me/a--b", "me/" + "x" * 97, "me/\0"]
-BAD_REVISIONS = ["", "a/../../b", "/etc", "a b", "-x", "a\n"]
 REFUSED = {
-    **dict.fromkeys(PATHS, "^no folder or file .* correct the path"),
-    **dict.fromkeys(BAD_IDS, NEITHER),
+    **dict.fromkeys(PATHS, f"{NEITHER}correct the path"),
+    **dict.fromkeys(BAD_IDS, "HFValidationError: "),
     **dict.fromkeys(["gpt3", "", "random:gpt2", "@main"], f"{NEITHER}.*gpt2-xl.*random:gpt2$"),
-    **{f"me/tales@{name}": "is not the name of a branch, a tag or a" for name in BAD_REVISIONS},
 }
 
 
@@ -299,11 +297,9 @@ def test_what_is_cached_costs_no_request_offline_too_and_what_is_not_is_refused(
         assert find_folder(name, cache) == fetched
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert find_folder("me/tales", cache) == fetched
-    assert refusal("gpt2", cache) == (
-        f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}, and "
-        "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it and connect once, or give a "
-        "folder"
-    )
+    said = refusal("gpt2", cache)
+    assert said.startswith(f"'gpt2' is no folder here, nor whole in {cache}, and {hub.url} did not")
+    assert said.endswith("please unset the `HF_HUB_OFFLINE` environment variable.")
     assert hub.log == []
 
 
@@ -367,9 +363,9 @@ def port_of(kind):
 
 
 NO_ANSWER = {
-    "closed": "(ConnectError: [Errno 111] Connection refused): connect",
-    "full": "(TimeoutError: no answer in 1 seconds): connect",
-    "no url": "(UnsupportedProtocol: ",
+    "closed": "ConnectError: [Errno 111] Connection refused",
+    "full": "TimeoutError: no answer in 1 seconds",
+    "no url": "UnsupportedProtocol: ",
 }
 
 
@@ -386,28 +382,27 @@ def test_without_a_hub_there_is_one_sentence_soon(kind, connect, cache, monkeypa
         assert time.perf_counter() - started < 3
         # What still waits for the answer does not keep the process.
         assert all(thread.daemon for thread in set(threading.enumerate()) - before)
-    nowhere = f"openai-community/gpt2@main is no folder here, nor whole in the cache {cache}"
-    assert said.startswith(f"{nowhere}, and {url} did not deliver it {NO_ANSWER[kind]}")
+    nowhere = f"'gpt2' is no folder here, nor whole in {cache}"
+    assert said.startswith(f"{nowhere}, and {url} did not deliver it: {NO_ANSWER[kind]}")
 
 
 @pytest.mark.parametrize("text", [b"<html>Welcome to the hotel</html>", b"{}"])
 def test_a_server_that_is_no_hub_is_named(hub, cache, text):
     hub.list_answer = text
-    said = refusal("me/tales", cache)
-    assert said.startswith(f"{hub.url} does not answer as a hub does (")
-    assert said.endswith("): is HF_ENDPOINT right, or is a proxy in between?")
+    assert re.search(f"{hub.url} did not deliver it: (JSONDecode|Key)Error", refusal("a/b", cache))
 
 
 # ---- refused -------------------------------------------------------------------------------------
-LOG_IN = "log in with `hf auth login`"
+LOG_IN = "access a private or gated repo, make sure you are authenticated"
+TERMS = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Accept the terms at me/tales."}
 REFUSALS = [
-    ((404, {"X-Error-Code": "RepoNotFound"}), f"private: {LOG_IN})"),
-    ((401, {"X-Error-Code": "RepoNotFound"}), f"private: {LOG_IN})"),
-    ((404, {"X-Error-Code": "RevisionNotFound"}), "has no branch, tag or commit 'main': look for "),
-    ((401, {"X-Error-Message": "Invalid credentials"}), "or renew the token in HF_TOKEN"),
-    ((403, {"X-Error-Code": "GatedRepo"}), f"/me/tales, then {LOG_IN}"),
-    ((403, {}), f"status 403 for me/tales: {LOG_IN}, or renew the token in HF_TOKEN"),
-    ((429, {}), "answered status 429 for me/tales: try again later"),
+    ((404, {"X-Error-Code": "RepoNotFound"}), LOG_IN),
+    ((401, {"X-Error-Code": "RepoNotFound"}), LOG_IN),
+    ((404, {"X-Error-Code": "RevisionNotFound"}), "Revision Not Found for url: "),
+    ((401, {"X-Error-Message": "Invalid credentials"}), "Invalid credentials"),
+    ((403, TERMS), "Accept the terms at me/tales."),
+    ((403, {}), "Make sure your token has the correct permissions."),
+    ((429, {}), "429 Too Many Requests for url: "),
 ]
 
 
@@ -420,8 +415,9 @@ def test_a_refusal_of_the_hub_is_one_sentence_that_says_what_to_do(hub, cache, a
 
 SHARDS = {"config.json": CONFIG, "a.safetensors": b"", "../evil": b"evil"}
 LACKING = [  # the files of a repository, which were asked for in two tries, and what is said
-    ({SAFE: b""}, [], "the repository me/tales has no config.json"),
-    ({"config.json": CONFIG, "tf_model.h5": b""}, [], "me/tales has no weights, that is one of"),
+    ({SAFE: b""}, [], "did not deliver it: there is no config.json"),
+    ({"config.json": CONFIG, "tf_model.h5": b""}, [], "it: there is TensorFlow's weights: save"),
+    ({"config.json": CONFIG}, [], "it: there is none of model.safetensors, "),
     (
         SHARDS | {SAFE_INDEX: index_of("a.safetensors", "../evil")},
         ["config.json", SAFE_INDEX],  # the second time the index is in the cache
@@ -445,15 +441,15 @@ def test_a_repository_without_a_model_says_what_it_lacks(hub, cache, files, aske
 
 # ---- broken off ----------------------------------------------------------------------------------
 FULL, RESET = OSError(28, "No space left"), HfHubHTTPError.__bases__[0]("reset")
-MISSING = LocalEntryNotFoundError("no such file here")
-MISSING.__cause__ = RESET  # which is the reason
 XET = RuntimeError("Data processing error: CAS 404\nmore")
 BROKEN = [  # what the library raises, and what is said
-    (XET, "did not deliver it (RuntimeError: Data"),
-    (RESET, "did not deliver it (HTTPError: reset): connect"),
-    (MISSING, "did not deliver it (HTTPError: reset): connect"),
-    (OSError("Consistency check failed"), "did not deliver it (OSError: Consistency check failed)"),
-    (FULL, "kept in the cache CACHE (OSError: [Errno 28] No space left): m"),
+    (XET, "did not deliver it: RuntimeError: Data processing error: CAS 404 more"),
+    (RESET, "did not deliver it: HTTPError: reset"),
+    (OSError("Consistency check failed"), "did not deliver it: OSError: Consistency check failed"),
+    (
+        FULL,
+        "nor whole in CACHE, and https://huggingface.co did not deliver it: OSError: [Errno 28]",
+    ),
     (None, "did not arrive whole in CACHE/models--me--tales/snapshots/" + NEW),
 ]
 

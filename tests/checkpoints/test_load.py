@@ -348,7 +348,7 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
     assert loaded.lm_head.weight is loaded.wte.weight
     assert weights_kind("random:gpt2-xl") == "random weights"
     assert weights_kind("/models/random") == "trained weights"
-    with pytest.raises(ValueError, match="no shape 'gpt3' .* gpt2, gpt2-medium, gpt2-large"):
+    with pytest.raises(ValueError, match="no shape 'gpt3': .* gpt2, gpt2-medium, gpt2-large"):
         load_model("random:gpt3")
 
 
@@ -391,7 +391,7 @@ CONFIG_FAULTS = [  # a change to config.json, and what is said of it
     ({"n_layer": [2]}, "n_layer is a list, not of type int"),
     ({"n_layer": 0}, "n_layer is 0: it must be at least 1"),
     ({"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
-    ({"vocab_size": 10**30}, f"vocab_size is {10**30}, at most 10000000 is accepted"),
+    ({"vocab_size": 10**30}, f"vocab_size is {10**30}, at most 10000000 is read"),
     ({"n_positions": -1}, "max_seq_len is -1: it must be at least 1"),
     ({"n_embd": 50}, "n_embd 50 is not a multiple of n_head 3"),
     ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5', not of type float"),
@@ -445,10 +445,10 @@ def test_a_weight_too_large_for_the_dtype_asked_for_is_refused(folder):
 
 def test_what_is_no_folder_of_a_model_is_refused(folder):
     message = refusal(folder / "nowhere")
-    assert message.startswith("no folder") and repr(str(folder / "nowhere")) in message
+    assert message.startswith(f"{str(folder / 'nowhere')!r} is no folder here and no hub id: ")
     assert refusal(folder / "config.json").startswith(str(folder / "config.json"))
     torch.save(TENSORS, folder / SAFE)  # a pickle under this name is not executed
-    assert refusal(folder).startswith(f"{folder / SAFE} is not a whole safetensors file: ")
+    assert refusal(folder).startswith(f"{folder / SAFE} is refused, or damaged: Safet")
     (folder / "config.json").unlink()
     save_file(TENSORS, folder / SAFE)
     assert refusal(folder) == f"{folder / 'config.json'} is missing"
@@ -479,9 +479,8 @@ def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, monkeypatch
     load.describe(str(folder))
     out = capsys.readouterr().out
     assert "not installed" in out
-    assert "61,104: 122,208 bytes in 16 bits, 244,416 in 32" in out
-    assert "384 bytes in 16 bits, 768 in 32" in out  # of K and V a token
-    assert "81380.2" in out  # 10 ** 9 / 384 / 32 sequences
+    assert "61,104 parameters" in out and "max_seq_len=32, n_layer=2, n_head=3," in out
+    assert "384 bytes in 16 bits" in out  # of K and V a token
     write_nanogpt(as_linear(with_the_head(TENSORS)), ARGS, folder)
     load.describe(str(folder / "ckpt.pt"))
     assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out

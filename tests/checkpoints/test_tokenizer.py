@@ -213,6 +213,17 @@ def bert(**options):
     return layout
 
 
+def saved_again(layout):
+    """What is advised for a folder without tokenizer.json: AutoTokenizer reads it and saves one."""
+
+    def again(folder):
+        source = write(folder.parent / "source", config={"model_type": "gpt2"})
+        layout(source)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+    return again
+
+
 def general(folder, tok, **roles):
     """Any tokenizer of the library, in the general class."""
     tok.save(str(folder / "tokenizer.json"))
@@ -263,14 +274,16 @@ KINDS = {
     "word level": word_level,
     "a blank that only the config has": overruled,
     "a blank before the text": switched(add_prefix_space=True),
-    "a token before the text": switched(add_bos_token=True),
-    "a token behind the text": switched(add_eos_token=True),
+    "a token before the text": saved_again(switched(add_bos_token=True)),
+    "a token behind the text": saved_again(switched(add_eos_token=True)),
     "special tokens are split": switched(split_special_tokens=True),
     "flags of added tokens": with_rules(),
     "a normalizer": with_rules(normalizer={"type": "Lowercase"}),
     "a template": with_rules(post_processor=TEMPLATE),
-    "bert": bert(),
-    "bert, cased": bert(do_lower_case=False, tokenize_chinese_chars=False, eos_token="[SEP]"),
+    "bert": saved_again(bert()),
+    "bert, cased": saved_again(
+        bert(do_lower_case=False, tokenize_chinese_chars=False, eos_token="[SEP]")
+    ),
 }
 
 
@@ -311,7 +324,7 @@ def test_a_text_becomes_ids_and_the_ids_become_the_text(tokenizer):
     assert tokenizer.encode("abab!") == [261, 0]  # "!" is the first printable byte: id 0
     assert tokenizer.encode("STOP 🐈") == [264, 265, 257, 238, 230]  # ST, OP, 20 F0 9F, 90, 88
     assert tokenizer.decode([264, 265, 257, 238, 230]) == "STOP 🐈"
-    with pytest.raises(ValueError, match=r"character 2 of the text is U\+D83D, half of a"):
+    with pytest.raises(ValueError, match=r"'\\ud83d' in position 2: surrogates not allowed"):
         tokenizer.encode("ab\ud83d")
 
 
@@ -376,9 +389,9 @@ def test_a_text_that_needs_a_byte_which_the_vocabulary_lacks_is_refused_and_no_o
     (folder / "merges.txt").write_text("a b\r\nab ab", encoding="utf-8")  # as Windows writes it
     tok = load_tokenizer(folder)
     assert tok.encode("abab") == [261]
-    with pytest.raises(ValueError, match=r"cannot be written .* has no token for '\\n'"):
+    with pytest.raises(ValueError, match=r"cannot be written .* has none for '\\n'"):
         tok.encode("ab\nab")
-    with pytest.raises(ValueError, match="has no token for '猫'"):
+    with pytest.raises(ValueError, match="has none for '猫'"):
         tok.encode("a 猫")
     write(folder, config={"model_type": "gpt2"})
     assert AutoTokenizer.from_pretrained(folder).encode("ab\nab") == [260, 260]  # silently less
@@ -459,6 +472,9 @@ OTHERS = {
     ),
     "MyTokenizer": lambda folder: write(folder, config={"tokenizer_class": "MyTokenizer"}),
     "BPEDecoder": char_bpe,
+    "BertTokenizer": bert(),
+    "add_bos_token": switched(add_bos_token=True),
+    "add_eos_token": switched(add_eos_token=True),
 }
 
 
@@ -489,7 +505,7 @@ REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 20_00
 UNIGRAM = {"type": "Unigram", "vocab": [[f"{i:09999d}", -1.0] for i in range(500)]}
 TOO_LONG = {  # what a file says
     "one added token": ("tokenizer", {"added_tokens": [added("x" * 500_000)]}),
-    "many": ("tokenizer", {"added_tokens": [added(f"{i:0999d}", 400 + i) for i in range(1_100)]}),
+    "many": ("tokenizer", {"added_tokens": [added(f"{i:0999d}", 400 + i) for i in range(4_100)]}),
     "a rule": ("tokenizer", {"normalizer": REPLACE}),
     "a vocabulary": ("tokenizer", {"model": UNIGRAM}),
     "an old list": ("added_tokens", {"x" * 20_000: 500}),
@@ -522,7 +538,7 @@ ADDED = "its added tokens cannot be read: "
 DAMAGED = [  # file, what it holds (None: it is not there), what is said
     ("tokenizer.json", b"", "tokenizer.json is not JSON"),
     ("tokenizer.json", b"[" * 100_000, "tokenizer.json is not JSON"),
-    ("tokenizer.json", b"\xff\xfe\x00\x01", "tokenizer.json cannot be read as UTF-8 text"),
+    ("tokenizer.json", b"\xff\xfe\x00\x01", "tokenizer.json is no UTF-8 text"),
     ("tokenizer.json", b'["a"]', "tokenizer.json holds a list, not one object"),
     ("tokenizer.json", b"{}", "tokenizer.json cannot be read: "),
     ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a list"),
@@ -596,7 +612,6 @@ def cache(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # those that it has read before
     monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(write(tmp_path / "cache")))
@@ -611,7 +626,7 @@ def test_gpt2_is_none_where_tiktoken_has_not_fetched_it(cache, monkeypatch):
     assert gpt2_tokenizer() is None
     (cache / CACHED["encoder.json"]).rmdir()
     (cache / CACHED["encoder.json"]).write_bytes(b"{}")
-    with pytest.raises(ValueError, match="ffe6 is not GPT-2's whole encoder.json: delete it$"):
+    with pytest.raises(ValueError, match="ffe6 is not GPT-2's whole file: delete it$"):
         gpt2_tokenizer()
     assert (cache / CACHED["encoder.json"]).read_bytes() == b"{}"
     # An empty name means: keep nothing. It is not the folder that happens to be the current one.
@@ -652,14 +667,9 @@ def test_gpt2_from_tiktokens_cache_or_its_own_files_gives_the_published_ids(
             assert tok.decode(vector["ids"]) == vector["text"], vector
 
 
-@NEEDS_DATA
-def test_more_blanks_than_tiktoken_can_cut_are_refused_by_their_number(cache):
-    """999,999 of them and a letter end in a panic, which no `except Exception` sees."""
-    for name in CACHED:
-        shutil.copy(DATA / name, cache / CACHED[name])
-    with pytest.raises(ValueError, match="999,999 blanks in a row, at most 900,000 are read"):
-        gpt2_tokenizer().encode(" " * 999_999 + "a")
-    assert len(gpt2_tokenizer().encode("\n" * 900_000 + "a")) == 450_002
+def test_a_million_blanks_in_a_row_are_tokens_like_others(tokenizer):
+    """tiktoken's regular expression ends in a panic there, which no `except Exception` sees."""
+    assert tokenizer.encode(" " * 999_999 + "a") == [220] * 999_999 + [64]
 
 
 def test_neither_library_is_imported_before_it_is_needed():

@@ -73,7 +73,7 @@ import benchmark, experiments.latency, conftest, kernels.triton_fused
 import test_cuda_graphs, test_triton_sampling, test_gpu_engine, test_triton_fused
 """
 # What an engine is made of, beside torch, triton, numpy and pytest.
-OF_AN_ENGINE = {"safetensors", "tiktoken", "tiktoken_ext", "tqdm"}
+OF_AN_ENGINE = {"safetensors", "tqdm"}
 
 
 @pytest.mark.slow

@@ -533,7 +533,8 @@ def test_as_a_process_a_mistake_exits_with_1_and_one_line_on_stderr():
     command = [sys.executable, "generate.py", "x", "--model", "no/such/model"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("generate.py: no folder") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("generate.py: 'no/such/model' is no folder here")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_file_without_prompts_or_that_is_no_text_is_refused(tmp_path):
