@@ -42,11 +42,13 @@ class SamplingParams:
 
     Two differ: special tokens that end no text are shown, as with `skip_special_tokens=False`, and
     `include_stop_str_in_output` is about strings alone. Fields that are not here do not exist.
+    `best_of` is that of vLLM's first engine: of so many texts the n with the highest
+    log-probability per token are returned, the best first. (A stream has the tokens of all.)
     A value that is not allowed raises ValueError with the name, the value and what is allowed.
     """
 
     n: int = 1  # texts for this prompt
-    best_of: int | None = None  # sample so many, and return the n likeliest; None: n
+    best_of: int | None = None  # texts that are sampled; None: n
     temperature: float = 1.0  # logits are divided by it: 0 is greedy, 1 the model, above 1 bolder
     top_k: int = 0  # only the k most likely tokens; 0 or -1: all
     top_p: float = 1.0  # only the most likely tokens that together reach probability p
