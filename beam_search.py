@@ -16,7 +16,7 @@ their continuations. A text that ends is a fork that ends at once. `BeamSchedule
 of a request together. Cache and kernels know nothing of all this, so beams run in one batch with
 all other requests. The paper measured that sharing saves 37.6% of the blocks with 2 beams and 55.2%
 with 6. vLLM's V1 has no forks: each beam is a new request in each step, and its prefix cache finds
-the full blocks again.
+the full blocks again. The picture docs/beam_tree.svg shows four beams in the middle of a search.
 
 Kwon et al. 2023, "PagedAttention", arXiv:2309.06180, sections 4.4 and 6.3; Wu et al. 2016, "GNMT",
 arXiv:1609.08144, section 7 (length). The rules of the search are those of transformers' `generate`.

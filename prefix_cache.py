@@ -15,7 +15,7 @@ tokens up to the block's end:
 A block without holders keeps its contents until the pool needs it. The least recently used is
 evicted first, and a leaf before its parent: no lookup would find the leaf without the parent. A
 block is published after the forward that filled it, never before. vLLM's blocks have the same kind
-of key. SGLang walks a radix tree instead, and can share a part of a block.
+of key. SGLang walks a radix tree, and can share a part of a block. See docs/prefix_tree.svg.
 
 Kwon et al. 2023, "PagedAttention", arXiv:2309.06180, section 4.4 (shared prefix); Zheng et al.
 2024, "SGLang", arXiv:2312.07104, section 3 (least recently used, leaves first).

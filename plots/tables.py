@@ -348,6 +348,105 @@ def block_sizes() -> list[str]:
     return table("block_size | utilisation, chats of ShareGPT's lengths | of Alpaca's", rows)
 
 
+# Blocks saved / blocks without sharing, in percent: figure 15 of the paper, OPT-13B, Alpaca.
+PAPER_SAVED = {
+    "texts": {2: 6.09, 4: 8.53, 6: 9.79},
+    "beams": {2: 37.56, 4: 53.13, 6: 55.16},
+}
+CACHES = ("prefix cache", "no prefix cache")
+SHARING = "cpu/sharing.csv"
+
+
+def first_tokens(workload: str) -> str:
+    """The time to the first token with the prefix cache and without it, and their ratio."""
+    times_ms = [newest(SHARING, name, "time to first token", workload) for name in CACHES]
+    times = newest(SHARING, CACHES[0], f"first token against {CACHES[1]}", workload)
+    return " | ".join([*(f"{ms:.1f} ms" for ms in times_ms), f"{times:.2f}"])
+
+
+def shared_prefix() -> list[str]:
+    """Time to the first token of a prompt whose beginning was computed for another one."""
+    rows = []
+    for shared in (0, 100, 300, 500, 700, 900):
+        workload = f"prefix shared={shared} "
+        found = newest(SHARING, CACHES[0], "tokens not recomputed", workload)
+        rows.append(f"{shared} | {found:.0f} | {first_tokens(workload)}")
+    head = "tokens in common | found | first token with the prefix cache | without | times as soon"
+    return table(head, rows)
+
+
+def chat_turns() -> list[str]:
+    """Time to the first token of each turn of a chat that sends its whole history."""
+    rows = []
+    for turn in range(1, 9):
+        workload = f"chat MT-Bench turn={turn} "
+        found = newest(SHARING, CACHES[0], "tokens not recomputed", workload)
+        rows.append(f"{turn} | {found:.0f} | {first_tokens(workload)}")
+    head = "turn | tokens found | first token with the prefix cache | without | times as soon"
+    return table(head, rows)
+
+
+def four_texts() -> list[str]:
+    """Four texts of one prompt: one request that forks, or four."""
+    rows = []
+    for name in ("one request, n=4", *(f"4 requests, {cache}" for cache in CACHES)):
+        of = SHARING, name
+        computed, held, copied, ms, seconds = (
+            newest(*of, metric, "forks ")
+            for metric in ("tokens computed", "blocks held at most", "blocks copied",
+                           "time to first token", "generation time")
+        )  # fmt: skip
+        figures = f"{computed:,.0f} | {held:.0f} | {copied:.0f}"
+        rows.append(f"{name} | {figures} | {ms:.0f} ms | {seconds:.2f} s")
+    head = "four texts | tokens computed | blocks at most | blocks copied | first tokens | all"
+    return table(head, rows)
+
+
+def blocks_saved() -> list[str]:
+    """Blocks saved by sharing, beside the paper's figures."""
+    rows = []
+    for contender, paper in PAPER_SAVED.items():
+        for width, theirs in paper.items():
+            ours = [
+                newest(SHARING, contender, "blocks saved", f"blocks {name} MT-Bench requests=16 "
+                       f"width={width}")
+                for name in ("Alpaca", "ShareGPT")
+            ]  # fmt: skip
+            figures = " | ".join(f"{percent:.1f}%" for percent in ours)
+            rows.append(f"{width} {contender} | {figures} | {theirs:.1f}%")
+    return table("blocks saved | Alpaca's lengths | ShareGPT's lengths | the paper, Alpaca", rows)
+
+
+def shared_throughput() -> list[str]:
+    """Requests with 500 common tokens, served with the prefix cache and without it."""
+    of, rows = {"threads": 2, "model": "random:gpt2"}, []
+    for name in CACHES:
+        rate, computed, held = (
+            newest(SHARING, name, metric, "throughput requests=32 ", **of)
+            for metric in ("generated tokens", "tokens computed", "blocks held at most")
+        )
+        rows.append(f"{name} | {rate:.0f} | {computed:,.0f} | {held:,.0f}")
+    metric = f"throughput against {CACHES[1]}"
+    times = newest(SHARING, CACHES[0], metric, "throughput requests=32 ", **of)
+    rows.append(f"times as many | {times:.2f} | |")
+    return table("served with | generated tokens/s | tokens computed | blocks at most", rows)
+
+
+def block_trace() -> list[str]:
+    """Which share of the trace's blocks a pool finds."""
+    rows = []
+    for pool in ("1000 blocks", "3000 blocks", "10000 blocks", "30000 blocks", "100000 blocks"):
+        of = SHARING, f"pool of {pool}"
+        found, evicted = (
+            newest(*of, metric, "trace ", dtype="none")
+            for metric in ("blocks found", "blocks evicted")
+        )
+        rows.append(f"{int(pool.split()[0]):,} | {found:.1f}% | {evicted:,.0f}")
+    found = newest(SHARING, "pool without end", "blocks found", "trace ", dtype="none")
+    rows.append(f"without end | {found:.1f}% | 0")
+    return table("blocks in the pool | blocks found | blocks evicted", rows)
+
+
 def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
     """What a workload was run with; rows about memory have no dtype to choose."""
     row = next(r for r in read(ROOT / "results" / file) if r["workload"].startswith(workload))
@@ -380,6 +479,12 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "server-latency": server_latency,
     "host-work": host_work,
     "block-sizes": block_sizes,
+    "shared-prefix": shared_prefix,
+    "chat-turns": chat_turns,
+    "four-texts": four_texts,
+    "blocks-saved": blocks_saved,
+    "shared-throughput": shared_throughput,
+    "block-trace": block_trace,
     "shipped-model": shipped_model,
 }
 

@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 
 import benchmark
 import generate
-from experiments import block_size, concurrency, kernels, memory, speed, trace
+from experiments import block_size, concurrency, kernels, memory, sharing, speed, trace
 from experiments.results import COLUMNS, append, read
 from plots.draw import Missing
 from plots.palette import PALETTE, card
@@ -38,6 +38,7 @@ COMMANDS = {  # chart -> the command that its cell names
     "waste": "python benchmark.py concurrency --simulate",
     "blocks": "python benchmark.py block-size",
     "trace": "python benchmark.py trace --simulate --policies paged 'maximum, buddies'",
+    **dict.fromkeys(["reuse", "saved"], "python benchmark.py sharing"),
     "kernels": "python benchmark.py kernels",
     "pool": "python generate.py --record results/recordings/demo.jsonl",
 }
@@ -413,6 +414,42 @@ def test_the_trace_is_in_milliseconds_over_the_rate(run_cells):
     assert figure.texts[0].get_text() == title
 
 
+def sharing_row(contender, metric, workload, median):
+    return row("sharing", contender, metric, workload, median)
+
+
+def test_the_first_tokens_are_those_of_a_common_prefix_and_of_a_chat(run_cells):
+    metric = "time to first token"
+    rows = [
+        sharing_row(name, metric, f"{part}={x}{end}", x * factor + 10.0)
+        for name, factor in (("prefix cache", 0.1), ("no prefix cache", 1.0))
+        for part, end in (("prefix shared", " own=20"), ("chat random turn", " answer=5"))
+        for x in (0, 90)
+    ]
+    prefix, chat = run_cells(rows, "reuse").axes
+    assert [point[:2] for point in lines_of(prefix)["prefix cache"]] == [(0, 10.0), (90, 19.0)]
+    assert [point[:2] for point in lines_of(chat)["no prefix cache"]] == [(0, 10.0), (90, 100.0)]
+    title = "90 known tokens: the first token comes 5.3 times as soon"
+    assert prefix.figure.texts[0].get_text() == title
+
+
+def test_the_blocks_saved_stand_beside_the_papers(run_cells):
+    rows = [
+        sharing_row(name, "blocks saved", f"blocks {data} random requests=2 width={width}", percent)
+        for name, data, percent in (("texts", "Alpaca", 5.0), ("beams", "Alpaca", 50.0),
+                                    ("texts", "ShareGPT", 20.0), ("beams", "ShareGPT", 60.0))
+        for width in (2, 4)
+    ]  # fmt: skip
+    texts, beams = run_cells(rows, "saved").axes
+    assert [point[:2] for point in lines_of(texts)["Alpaca"]] == [(2, 5.0), (4, 5.0)]
+    assert [point[:2] for point in lines_of(beams)["ShareGPT"]] == [(2, 60.0), (4, 60.0)]
+    paper = beams.lines[-1]
+    assert list(paper.get_xdata()) == [2, 4, 6] and list(paper.get_ydata()) == [37.56, 53.13, 55.16]
+    assert texts.figure.texts[0].get_text() == (
+        "Sharing saves up to 60% of the blocks: 2 beams, lengths of ShareGPT"
+    )
+
+
 def test_the_pool_is_the_recorded_one(run_cells, tmp_path, capsys):
     shutil.copytree(ROOT / "results/recordings", tmp_path / "results/recordings")
     figure = run_cells([], "pool")
@@ -474,6 +511,8 @@ def test_every_chart_is_drawn_from_what_the_experiments_write(copy):
     measure(own, trace, "--simulate --requests 40 --blocks 256 --factors 8 64")
     measure(own, block_size, "--block-sizes 16 64 --batch 1 --prompt-tokens 8 --new-tokens 4 "
             "--rounds 1 --requests 8")  # fmt: skip
+    measure(own, sharing, "--parts prefix chat blocks --shared 0 40 --turns 2 --answer 4 "
+            "--rounds 1 --requests 2 --widths 2")  # fmt: skip
     measure(own, kernels, "--shapes 2x32 --prefill --dtypes float32 --threads 1 --repeats 2 "
             "--layers 2 --pool-mb 1 --read-mb 1")  # fmt: skip
     (copy.parent / "results").mkdir()
