@@ -170,7 +170,7 @@ class Metrics:
             num_tokens += end - start
             before = last_token.get(seq)
             gaps[before] += 1
-            if before is None and start == seq.num_prompt_tokens < end:
+            if start == seq.num_prompt_tokens < end:  # the first one
                 waited = now - seq.request.metrics.arrival_time
                 self.histograms["time_to_first_token_seconds"].add(waited)
             last_token[seq] = now
