@@ -41,7 +41,7 @@ from engine import InferenceEngine, eager_forward
 from kv_cache import KVCache
 from model import GPT, GPTConfig
 from outputs import CompletionOutput, RequestOutput
-from sampling import Logprob, SamplingParams, token_logprobs
+from sampling import Logprob, SamplingParams, refuse
 from scheduler import Scheduler
 from sequence import FINISHED, RUNNING, WAITING, Continuation, Plan, Request, Sequence
 
@@ -138,11 +138,13 @@ class BeamSearch:
         num_stops = max(len(seq.stop_token_ids) for seq in sequences)
         num_best = (1 + max(1, num_stops)) * width
         # One log-softmax and one top-k for all beams. Only a beam's own best can be among the best
-        # of all.
-        best = token_logprobs(logits, logits.argmax(-1), [num_best] * len(sequences))
+        # of all. 16 bits are widened, float64 stays as it is.
+        logprobs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32))
+        values, token_ids = logprobs.topk(min(num_best, logits.shape[1]))  # (B, k) each, best first
+        refuse(values[:, 0].isnan())
         candidates: dict[Request, list[Candidate]] = {}
-        for seq, logprobs in zip(sequences, best, strict=True):
-            candidates.setdefault(seq.request, []).extend(candidates_of(seq, logprobs))
+        for seq, *best in zip(sequences, token_ids.tolist(), values.tolist(), strict=True):
+            candidates.setdefault(seq.request, []).extend(candidates_of(seq, *best))
         continuations = []
         for request, found in candidates.items():
             beams = {seq for seq in sequences if seq.request is request}
@@ -190,19 +192,19 @@ class BeamSearch:
         return total / length**self.params.length_penalty
 
 
-def candidates_of(seq: Sequence, logprobs: dict[int, Logprob]) -> list[Candidate]:
-    """A beam with each of its likely next tokens. The impossible ones, of -inf, are left out."""
+def candidates_of(seq: Sequence, token_ids: list[int], logprobs: list[float]) -> list[Candidate]:
+    """A beam with each of its likely next tokens, best first; those of -inf are left out."""
     total = total_of(seq)
     fills_up = len(seq.token_ids) + 1 >= seq.longest
     return [
         Candidate(
             seq,
             token_id,
-            BeamLogprob(entry.logprob, entry.rank, total=total + entry.logprob),
+            BeamLogprob(logprob, rank, total=total + logprob),
             ends=fills_up or token_id in seq.stop_token_ids,
         )
-        for token_id, entry in logprobs.items()
-        if entry.logprob > float("-inf")
+        for rank, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True), start=1)
+        if logprob > float("-inf")
     ]
 
 
