@@ -23,6 +23,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,10 @@ NOT_COMPILED = {"precompiled_charsmap", "chat_template", "merges"}  # long texts
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LACKING = "\0none"  # the library looks for it where a vocabulary lacks a character
 
-# GPT-2's vocabulary and merges in tiktoken's cache: the name of each file, and its bytes.
+# GPT-2's vocabulary and merges in tiktoken's cache: the name of each file, and its SHA-1.
 GPT2_FILES = {
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": 1_042_301,
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": 456_318,
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "f0223209235343bc067d7da838328bced8085ae1",
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "396d4d8ec90cb02f4d56e049e0e4add868bcd943",
 }
 
 # In the files a character stands for each byte: " " is written "Ġ". Printable bytes stand for
@@ -188,8 +189,7 @@ def read_eos_ids(folder: Path) -> set[int]:
 def gpt2_tokenizer() -> FileTokenizer | None:
     """GPT-2's own tokenizer, if tiktoken has fetched its files before; None if it has not.
 
-    tiktoken itself would fetch missing files, and delete damaged ones. This function fetches and
-    deletes nothing. Raises ValueError for a damaged file.
+    Raises ValueError for a damaged file, and deletes none, as tiktoken would.
     """
     default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", default)
@@ -197,7 +197,7 @@ def gpt2_tokenizer() -> FileTokenizer | None:
     if not cache or not all(path.is_file() for path in paths):  # "" means: no cache
         return None
     for path in paths:
-        if path.stat().st_size != GPT2_FILES[path.name]:
+        if sha1(path.read_bytes()).hexdigest() != GPT2_FILES[path.name]:
             raise ValueError(f"{path} is not GPT-2's whole file: delete it")
     tokenizer = byte_level(*paths, with_space=False)
     tokenizer.add_special_tokens([END_OF_TEXT])

@@ -41,7 +41,8 @@ def call(problem: object, function: Callable, *args, **options) -> Any:
             raise
         kind = Unreadable if isinstance(error, Unreadable) else ValueError
         name = "" if type(error) is kind else f"{type(error).__name__}: "
-        raise kind(f"{problem}: {name}{' '.join(str(error).split())[:MOST_SAID]}") from None
+        said = "".join(filter(str.isprintable, " ".join(str(error).split())))[:MOST_SAID]
+        raise kind(f"{problem}: {name}{said}") from None
 
 
 @contextmanager
@@ -60,8 +61,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path} is no regular file")
     with os.fdopen(number, "rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
-            problem = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-            raise ValueError(f"{path} {problem}")
+            raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull`")
         file.seek(0)
         yield file
 

@@ -153,7 +153,7 @@ class Metrics:
         """Count the tokens of the sequences that have begun, or begun again."""
         num_before = {seq: start for seq, start, _ in plan.extended}  # without this step's tokens
         for seq in plan.started:
-            # The prefix cache is asked for all tokens but the last (see `Scheduler._start`).
+            # The prefix cache is asked for all tokens but the last (see `Scheduler._find_blocks`).
             num_tokens = num_before.get(seq, len(seq.token_ids))
             self.counters["prefix_cache_queries"] += num_tokens - 1
             if seq.num_preemptions == 0:

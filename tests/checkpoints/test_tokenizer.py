@@ -666,6 +666,10 @@ def test_gpt2_from_tiktokens_cache_or_its_own_files_gives_the_published_ids(
         for vector in vectors:
             assert tok.encode(vector["text"] + END_OF_TEXT) == [*vector["ids"], 50256], vector
             assert tok.decode(vector["ids"]) == vector["text"], vector
+    merges = folder / CACHED["vocab.bpe"]
+    merges.write_bytes(merges.read_bytes().replace(b"\xc4\xa0 t", b"\xc4\xa0 s", 1))  # as long
+    with pytest.raises(ValueError, match="3aee is not GPT-2's whole file: delete it$"):
+        gpt2_tokenizer()
 
 
 def test_a_million_blanks_in_a_row_are_tokens_like_others(tokenizer):

@@ -101,7 +101,7 @@ def test_pytorch_is_always_asked_for_weights_only_and_to_map_what_it_can(kind, f
 # A case is a function that writes weights into a folder with a good config, and returns what is
 # said of them after "FOLDER/". Cases are made by the functions between the tables.
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
-POINTER = " is a Git LFS pointer, not the file itself: run `git lfs pull`$"
+POINTER = " is a Git LFS pointer, not the file: run `git lfs pull`$"
 OTHER_WEIGHTS = {  # the names in a folder, and what is said of it
     "adapter_model.safetensors adapter_config.json": "a PEFT adapter: save the whole model",
     "model.safetensors adapter_config.json": "a PEFT adapter: save the whole model",
