@@ -64,7 +64,8 @@ class BeamSearchParams:
     num_return_sequences: int | None = None  # the best of the texts; None: all
 
     def __post_init__(self):
-        width, penalty, num = self.beam_width, self.length_penalty, self.num_return_sequences
+        width, num = self.beam_width, self.num_return_sequences
+        penalty = self.length_penalty
         is_number = isinstance(penalty, int | float) and type(penalty) is not bool
         stops = type(self.early_stopping) is bool or self.early_stopping == "never"
         self._require("beam_width", _is_count(width, 1024), "an integer from 1 to 1024")

@@ -480,7 +480,8 @@ class LLM:
         """Search the best texts for each prompt; the outputs are in the order of the prompts.
 
         An output has its texts best first, each with its score in `cumulative_logprob` (see
-        `BeamSearchParams`). The other arguments, refusals and the thread are as in `generate`.
+        `BeamSearchParams`). The other arguments are those of `generate`. It raises the same errors,
+        and must be called in the same thread.
         """
         params = BeamSearchParams() if params is None else params
         if not isinstance(params, BeamSearchParams):

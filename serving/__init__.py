@@ -8,7 +8,7 @@ share is view.js and view.css. No lesson needs this wing. A file imports only fi
     engine_thread   the engine in a thread of its own; what it writes, handed to an event loop
     openai_api      requests in OpenAI's form to sampling parameters, outputs to its answers
     answers         whole answers, streams of events, and clients that leave
-    live            the events of the live page: each step to whoever listens
+    live            the events of the live page: each step, sent to the open pages
     protection      who may ask and how much: hosts, keys, bodies, slow connections
     server          the routes, and the program
 """

@@ -303,7 +303,9 @@ def completion_logprobs(
     token_ids: list[int], scores: list[Logprobs | None], offsets: Offsets
 ) -> dict:
     """Four lists with one entry a token; a prompt's first token has no score, and null there."""
-    tokens, values, tops = [], [], []
+    tokens: list[str] = []
+    values: list[float | None] = []
+    tops: list[dict | None] = []
     for token_id, entry in zip(token_ids, scores, strict=True):
         if entry is None:
             values.append(None)
@@ -469,7 +471,8 @@ class Answer:
         """The chunk of one step's piece of a text (see engine_thread.py)."""
         index = piece.prompt_number * self.n + piece.index
         self.num_written += len(piece.token_ids)
-        text, ids, scores = piece.text, piece.token_ids, piece.logprobs
+        text, ids = piece.text, piece.token_ids
+        scores = piece.logprobs
         if self.echoes and piece.prompt_logprobs is not None:
             # With log-probabilities the prompt stands in one chunk with the first token.
             text = self.echoed(piece.prompt_number) + text

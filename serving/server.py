@@ -87,7 +87,7 @@ class ServerConfig:
 
     @property
     def shows_text(self) -> bool:
-        """Whether whoever reaches the server may see all texts: this machine, or with the key."""
+        """Whether a client may see all texts: it is on this machine, or it has sent the key."""
         is_private = is_loopback(self.host) and not self.allowed_hosts
         return is_private or self.api_key is not None
 

@@ -1,4 +1,4 @@
-"""The live page's events: a recorder's lines for whoever listens, and no cost where nobody does."""
+"""The live page's events: a recorder's lines for each open page, and no cost without one."""
 
 import asyncio
 import json
