@@ -20,7 +20,7 @@ platform.openai.com/docs/api-reference; docs.vllm.ai, "OpenAI-Compatible Server"
 import codecs
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -350,13 +350,21 @@ def chat_logprobs(
 
 
 # ---- what clients get ----------------------------------------------------------------------------
-def usage(num_prompt_tokens: int, num_written: int) -> dict:
-    """The numbers of tokens of an answer."""
-    return {
+def usage(num_prompt_tokens: int, num_written: int, outputs: Sequence[RequestOutput] = ()) -> dict:
+    """The numbers of tokens of an answer.
+
+    The whole outputs of its prompts, where they are known, say how many tokens of the prompts were
+    found in the prefix cache.
+    """
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_written,
         "total_tokens": num_prompt_tokens + num_written,
     }
+    if outputs:
+        cached = sum(output.num_cached_tokens or 0 for output in outputs)
+        counts["prompt_tokens_details"] = {"cached_tokens": cached}
+    return counts
 
 
 class Answer:
@@ -423,7 +431,7 @@ class Answer:
                     }
                 )
         self.num_written = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-        counts = usage(self.num_prompt_tokens, self.num_written)
+        counts = usage(self.num_prompt_tokens, self.num_written, outputs)
         return self.head | {"choices": choices, "usage": counts}
 
     def _content(self, number: int, output: RequestOutput, completion: CompletionOutput) -> dict:
@@ -496,11 +504,11 @@ class Answer:
             chunk["usage"] = None
         return chunk
 
-    def closing(self) -> Iterator[dict]:
+    def closing(self, outputs: list[RequestOutput]) -> Iterator[dict]:
         """The chunk after the last token: the number of tokens, where it was asked for."""
         options = self.request.stream_options
         if options is not None and options.include_usage:
-            counts = usage(self.num_prompt_tokens, self.num_written)
+            counts = usage(self.num_prompt_tokens, self.num_written, outputs)
             chunk = self.head | {"choices": [], "usage": counts}
             if self.is_chat:
                 chunk["object"] = "chat.completion.chunk"

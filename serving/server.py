@@ -232,7 +232,7 @@ class Service:
                 if piece.error is not None:
                     raise ApiError(piece.error, status=500)
                 yield event(answer.chunk(piece))
-            for chunk in answer.closing():
+            for chunk in answer.closing(await job.outputs()):
                 yield event(chunk)
         except tuple(STATUS_OF) + (ApiError,) as error:
             yield event(to_api_error(error).body)

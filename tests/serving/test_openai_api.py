@@ -216,7 +216,12 @@ TEXTS = [" ", "a", " ", "", "", "", CAT, " ", "", "é"]  # the cat has four byte
 def output_of(prompt: str, prompt_scores=None, scores=None) -> RequestOutput:
     whole = CompletionOutput(0, WRITTEN, IDS, scores, finish_reason="length")
     ids = TOKENIZER.encode(prompt)
-    return RequestOutput("0", None, ids, [whole], prompt_scores, RequestMetrics(), True)
+    metrics = RequestMetrics()
+    return RequestOutput("0", None, ids, [whole], prompt_scores, metrics, True, num_cached_tokens=2)
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13}
+USAGE["prompt_tokens_details"] = {"cached_tokens": 2}
 
 
 def answer_to(request, prompt: str = "The", n: int = 1) -> Answer:
@@ -231,7 +236,7 @@ def test_a_whole_answer_has_every_field_that_openai_names():
         "object": "text_completion",
         "model": GPT,
         "choices": [choice | {"finish_reason": "length", "stop_reason": None}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13},
+        "usage": USAGE,
     }
     message = answer_to(chat()).whole([output_of("The")])["choices"][0]["message"]
     assert message == {"role": "assistant", "content": WRITTEN}
@@ -286,12 +291,12 @@ def test_a_chats_log_probabilities_have_bytes_and_so_many_others_as_were_asked()
 def test_a_stream_reports_usage_as_it_is_told():
     def usages(**options):
         answer = answer_to(completion(stream=True, stream_options=options or None))
-        chunks = [answer.chunk(piece) for piece in pieces_of(TEXTS)] + [*answer.closing()]
+        chunks = [answer.chunk(piece) for piece in pieces_of(TEXTS)]
+        chunks += answer.closing([output_of("The")])
         return [chunk.get("usage", "none") for chunk in chunks], chunks[-1]["choices"]
 
-    whole = {"prompt_tokens": 3, "completion_tokens": 10, "total_tokens": 13}
     assert usages()[0] == ["none"] * 10
-    assert usages(include_usage=True) == ([None] * 10 + [whole], [])
+    assert usages(include_usage=True) == ([None] * 10 + [USAGE], [])
     counts, choices = usages(include_usage=True, continuous_usage_stats=True)
     assert [u["completion_tokens"] for u in counts] == [*range(1, 11), 10] and choices == []
 

@@ -97,7 +97,8 @@ def test_a_stream_joined_is_the_whole_answer_byte_for_byte(client, server, body)
 
 
 def test_a_chat_streams_what_it_answers(client, alone):
-    messages = [{"role": "system", "content": "A tale."}, {"role": "user", "content": "Hi"}]
+    system = {"role": "system", "content": "A long tale of a fox."}
+    messages = [system, {"role": "user", "content": "Hi"}]
     body = {"model": NAME, "messages": messages, "max_tokens": 9, "seed": 1}
     whole = client.chat.completions.create(**body)
     stream = client.chat.completions.create(
@@ -106,10 +107,13 @@ def test_a_chat_streams_what_it_answers(client, alone):
     *chunks, last = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content for chunk in chunks)
-    prompt = "A tale.\nUser: Hi\nAssistant:"
+    prompt = "A long tale of a fox.\nUser: Hi\nAssistant:"
     (expected,) = alone(prompt, max_tokens=9, seed=1, stop="\nUser:")
     assert text == whole.choices[0].message.content == expected
-    assert last.choices == [] and last.usage == whole.usage
+    assert last.choices == [] and last.usage.total_tokens == whole.usage.total_tokens
+    # The whole answer's run has left the prompt's full blocks of 16 in the prefix cache.
+    cached = last.usage.prompt_tokens_details.cached_tokens
+    assert cached == (whole.usage.prompt_tokens - 1) // 16 * 16 > 0
 
 
 def test_the_chat_helper_collects_a_whole_answer(client):
