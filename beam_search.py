@@ -332,7 +332,8 @@ class BeamScheduler(Scheduler):
     def update(self, plan: Plan, continuations: list[Continuation]) -> None:
         """As in `Scheduler`; a request with more sequences than can run together ends then."""
         super().update(plan, continuations)
-        for request in {child.request for child in plan.forked if child.request.runs_together}:
+        forked = dict.fromkeys(child.request for child in plan.forked)  # a set has no fixed order
+        for request in [request for request in forked if request.runs_together]:
             running = self._running_sequences(request)
             if len(running) > request.max_num_sequences:
                 found = f"{len(running)} sequences, max_num_sequences {request.max_num_sequences}"

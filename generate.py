@@ -22,6 +22,7 @@ Run: python generate.py
      python generate.py --record steps.jsonl     (then python -m serving.replay steps.jsonl x.html)
      python generate.py "The wolf" --n 4         (draws which blocks the four texts share)
      python generate.py --explain                (how long each kind of step takes, and why)
+     torchrun --nproc-per-node 2 generate.py --tensor-parallel    (half of the model in each)
 Try: --num-blocks 40: more preemptions, and the same texts.
      --block-size 1: no small letters, because a block of one token is always full.
 """
@@ -174,6 +175,10 @@ def check_flags(args: Namespace, parser: ArgumentParser) -> None:
     names, reason = BEAM_FLAGS, "needs --beam-width"
     if args.beam_width is not None:
         names, reason = SAMPLING_HELP.keys() - {"max_tokens"}, "does not go with --beam-width"
+    if args.explain and args.tensor_parallel:
+        raise ValueError(
+            "--explain runs the model by itself: it does not go with --tensor-parallel"
+        )
     for name in sorted(names):
         if getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} {reason}")
@@ -463,6 +468,19 @@ def build_llm(args: Namespace) -> LLM:
     )
 
 
+def follows_rank_0(args: Namespace) -> bool:
+    """With --tensor-parallel, on every process but the first: do what rank 0 does until it ends.
+
+    Returns False on all others, which have the prompts and write the texts.
+    """
+    if not args.tensor_parallel or os.environ.get("RANK", "0") == "0":
+        return False
+    from speedups.tensor_parallel import follow  # for --tensor-parallel only
+
+    follow(build_llm(args).engine)
+    return True
+
+
 def draws_tree(args: Namespace, entries: list[Entry]) -> bool:
     """Whether to draw the tree of blocks: as --tree says, else if one prompt has several texts."""
     if args.tree is not None or len(entries) > 1:
@@ -475,6 +493,8 @@ def draws_tree(args: Namespace, entries: list[Entry]) -> bool:
 
 def run(args: Namespace) -> None:
     """Load the model, serve the prompts, print or write their texts."""
+    if follows_rank_0(args):
+        return
     entries = read_prompts(args)
     with TextWriter(args.out) as writer:
         llm = build_llm(args)

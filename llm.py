@@ -62,6 +62,7 @@ from scheduler import reserve_now
 
 if TYPE_CHECKING:
     from speedups.cuda_graphs import Calls, GraphForward, Graphs
+    from speedups.ranks import Ranks
 
 __all__ = [
     *("LLM", "EngineConfig", "SamplingParams", "BeamSearchParams", "RequestOutput"),
@@ -102,6 +103,7 @@ class EngineConfig:
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")
     few_rows: int = option(0, "with fused, steps of up to this many sequences use our own products")
+    tensor_parallel: bool = option(False, "cut the model over the processes that torchrun started")
     seed: int = option(0, "the seed of requests that bring none")
 
     def __post_init__(self):
@@ -112,9 +114,16 @@ class EngineConfig:
             if not is_left_open and (type(value) is not int or not 1 <= value < 2**63):
                 allowed = "it must be an integer of at least 1 and below 2**63"
                 raise ValueError(f"{name} is {short_repr(value)}: {allowed}")
-        for name in ("enable_prefix_caching", "cuda_graphs", "plan_ahead", "fused"):
+        for name in (
+            *("enable_prefix_caching", "cuda_graphs", "plan_ahead", "fused"),
+            "tensor_parallel",
+        ):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if self.tensor_parallel and (self.plan_ahead or self.fused):
+            raise ValueError(
+                "tensor_parallel goes neither with plan_ahead nor with fused: leave it"
+            )
         if type(self.few_rows) is not int or self.few_rows < 0:
             raise ValueError(f"few_rows is {self.few_rows!r}: it must be an integer of at least 0")
         if self.few_rows and not self.fused:
@@ -237,7 +246,9 @@ class LLM:
     `threads` is the number of CPU threads of PyTorch, for the whole process; None leaves it as it
     is. (For a model as small as the shipped one, 1 is fastest.)
     `reserve` and `policy` are passed to the scheduler. The other keyword arguments are fields of
-    `EngineConfig`. Raises ValueError for a choice that does not exist or does not fit.
+    `EngineConfig`. With `tensor_parallel` every process of the group calls this, and keeps its part
+    of the model (of a `GPT` object too, which is cut in place): see speedups/tensor_parallel.py.
+    Raises ValueError for a choice that does not exist or does not fit.
     """
 
     def __init__(
@@ -258,10 +269,15 @@ class LLM:
             allowed = f"it must be an integer of at least 1, and at most {most} on this machine"
             raise ValueError(f"threads is {short_repr(threads)}: {allowed}")
         self.config = EngineConfig(**config)
+        self.ranks = self._join_ranks(device) if self.config.tensor_parallel else None
         if isinstance(model, GPT):
             self._take_model(model, device, dtype)
         else:
             self._load_model(model, device, dtype)
+        if self.ranks is not None:
+            from speedups.tensor_parallel import connect  # for tensor_parallel=True only
+
+            connect(self.model, self.ranks)
         weight = self.model.wte.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.backend = resolve_backend(backend, self.device, self.dtype)
@@ -275,7 +291,7 @@ class LLM:
             raise ValueError("the GPT drops out at random while it trains: call model.eval()")
         if (device, dtype) != ("auto", "auto"):
             raise ValueError("a GPT object is served where and as it is: move or cast it first")
-        self.model = model
+        self.model = model if self.ranks is None else self._cut(model)
         self.model_name = "a GPT object"
         self.weights = "given weights"
         self.tokenizer: FileTokenizer | None = None
@@ -289,7 +305,11 @@ class LLM:
         chosen_dtype = resolve_dtype(dtype, chosen_device)
         # Random weights have no file; a name on the hub is fetched if it is not on this machine.
         path = None if self.weights == "random weights" else find_folder(name)
-        self.model = load_model(path or name, chosen_dtype, chosen_device)
+        if self.ranks is None:
+            self.model = load_model(path or name, chosen_dtype, chosen_device)
+        else:  # a whole model need not fit into a GPU
+            whole = load_model(path or name, chosen_dtype, "cpu")
+            self.model = self._cut(whole).to(chosen_device)
         if chosen_device.type == "cpu":
             from kernels.packed_linear import pack  # for a CPU only
 
@@ -297,6 +317,30 @@ class LLM:
         shape = self.model.config
         self.tokenizer = find_tokenizer(path, shape.vocab_size)
         self.eos_token_ids = find_eos_ids(path, shape.eos_token_id, self.tokenizer)
+
+    # ---- several processes ----
+    def _join_ranks(self, device: str) -> "Ranks":
+        """This process's place among those that run the model together."""
+        from speedups.ranks import join  # for tensor_parallel=True only
+
+        return join(resolve_device(device).type)
+
+    def _cut(self, model: GPT) -> GPT:
+        """This rank's part of a whole model."""
+        from speedups.tensor_parallel import cut  # for tensor_parallel=True only
+
+        assert self.ranks is not None
+        return cut(model, self.ranks)
+
+    def _agree(self, num_blocks: int) -> int:
+        """The number of blocks that fits on every rank; ValueError if the ranks differ."""
+        from speedups.tensor_parallel import agree  # for tensor_parallel=True only
+
+        assert self.ranks is not None
+        # `ln_f` is whole on each rank: a cheap sign of the same weights.
+        weights = self.model.ln_f.weight.double().sum().item()
+        facts = self.config, self.model.config, self.dtype, self.max_seq_len, weights
+        return agree(self.ranks, num_blocks, facts)
 
     def _build_engine(self, reserve: Callable, policy: Callable) -> InferenceEngine:
         """Choose the pool's size, then build all parts around it."""
@@ -308,6 +352,8 @@ class LLM:
             raise ValueError(f"max_seq_len is {self.max_seq_len}, the model has {most} positions")
         launcher = self._choose_launcher()
         num_blocks = self._choose_pool_size(launcher)
+        if self.ranks is not None:
+            num_blocks = self._agree(num_blocks)
         # From now on the config says what was chosen: a size in blocks.
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
@@ -341,6 +387,10 @@ class LLM:
         """What records decode steps as CUDA graphs; None if they are not recorded."""
         if not (self.config.cuda_graphs and can_record(self.backend, self.device)):
             return None
+        if self.ranks is not None:
+            if self.ranks.rank == 0:
+                warnings.warn("tensor_parallel: steps are not recorded as CUDA graphs")
+            return None
         from speedups.cuda_graphs import choose_launcher  # for a GPU only
 
         return choose_launcher(self.device)
@@ -362,6 +412,10 @@ class LLM:
         self, recorded: "GraphForward | None"
     ) -> tuple[type[InferenceEngine], dict[str, Any]]:
         """The engine's class, and what it takes beside the plain engine's arguments."""
+        if self.ranks is not None:
+            from speedups.tensor_parallel import RankedEngine  # for tensor_parallel=True only
+
+            return RankedEngine, {"ranks": self.ranks}
         if not self.config.plan_ahead:
             return InferenceEngine, {}
         from speedups.plan_ahead import AheadEngine  # for plan_ahead=True only
@@ -378,8 +432,10 @@ class LLM:
         # one recording is made first, over a pool of one block, and kept while memory is measured.
         rehearsal = self._rehearse_steps(launcher) if launcher else None
         config = self.config
+        shape = self.model.config
+        bytes_per_head = shape.kv_bytes_per_token(self.dtype) // shape.n_head
         num_blocks = choose_num_blocks(
-            self.model.config.kv_bytes_per_token(self.dtype) * config.block_size,
+            self._num_heads * bytes_per_head * config.block_size,
             # 256 sequences of 1,024 tokens, block_size 16 -> 256 * 64 blocks
             most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
             num_blocks=config.num_blocks,
@@ -390,6 +446,12 @@ class LLM:
         del rehearsal  # the real recordings will use its memory
         return num_blocks
 
+    @property
+    def _num_heads(self) -> int:
+        """The heads that this process computes: all, or its share under tensor_parallel."""
+        layer: Any = self.model.h[0]
+        return layer.attn.n_head
+
     def _build_cache(self, num_blocks: int) -> KVCache:
         """A pool of this many blocks."""
         shape = self.model.config
@@ -397,7 +459,7 @@ class LLM:
             num_layers=shape.n_layer,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
-            num_kv_heads=shape.n_head,
+            num_kv_heads=self._num_heads,
             head_dim=shape.head_dim,
             dtype=self.dtype,
             device=self.device,

@@ -107,14 +107,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | slice) -> Tensor:
         """(N, C) -> (M, C): attention needs k and v of all N tokens, only `rows` are returned."""
-        N, C = x.shape
         # Views of one product, no copies. So a token's q, k and v are neighbours in memory, and the
         # stride from one token's q to the next one's is 3 * C.
-        parts = self.c_attn(x).split(C, dim=1)
-        q, k, v = (part.view(N, self.n_head, -1) for part in parts)  # (N, H, D) each
+        q, k, v = self.c_attn(x).view(len(x), 3, self.n_head, -1).unbind(1)  # (N, H, D) each
         if self.q_scale != 1.0:
             q = q * self.q_scale
-        return self.c_proj(attend(self.layer, q, k, v).reshape(N, C)[rows])
+        return self.c_proj(attend(self.layer, q, k, v).flatten(1)[rows])
 
 
 class MLP(nn.Module):

@@ -41,7 +41,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from beam_search import BeamSearchParams, best_first
-from generate import add_engine_flags, build_llm
+from generate import add_engine_flags, build_llm, follows_rank_0
 from llm import LLM, SHIPPED_MODEL, SamplingParams
 from serving.answers import AsciiJSONResponse, EventStream, event, unless_disconnected
 from serving.engine_thread import Busy, Closing, EngineThread, Job, StepFailed, TooLong, TooSlow
@@ -439,6 +439,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         config = server_config(args)
+        if follows_rank_0(args):
+            return
         llm = build_llm(args)
         # The first request would wait for kernels to be compiled: do that before clients come.
         llm.generate([[0, 0]], SamplingParams(max_tokens=2, ignore_eos=True))

@@ -2,6 +2,8 @@
 
 No lesson needs this wing: `llm.py` passes these in. A file imports only files above it.
 
-    cuda_graphs   record a decode step once, then replay it without Python
-    plan_ahead    launch the next step before the tokens of the last one are read
+    cuda_graphs      record a decode step once, then replay it without Python
+    plan_ahead       launch the next step before the tokens of the last one are read
+    ranks            processes that step together: messages, sums, and a common end
+    tensor_parallel  cut one model over several devices, each with a part of every layer
 """
