@@ -87,9 +87,9 @@ class Ranks:
         """All ranks' x (M, n), one after the other along the columns: (M, size * n)."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size * len(x), x.shape[1])
-        dist.all_gather_into_tensor(parts, x.contiguous())
-        return parts.view(self.size, *x.shape).transpose(0, 1).flatten(1)
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(parts), x.contiguous())
+        return parts.transpose(0, 1).flatten(1)
 
     def collect(self, value: Any) -> list:
         """The values of all ranks, in the order of the ranks. Called at the start, not in steps."""
@@ -138,6 +138,7 @@ class Ranks:
             for link in self._links.values():
                 with suppress(OSError):
                     link.sendall(LENGTH.pack(0))
+                link.close()
 
     def abandon(self) -> None:
         """The other ranks end with an error, and this process goes on without them."""
@@ -183,14 +184,12 @@ class Ranks:
         if self.size == 1:
             return {}
         # torchrun sets the variable to the address of rank 0's machine.
-        listener = None
-        offer = [None]
+        listener, offer = None, None
         if self.rank == 0:
             listener = socket.create_server((os.environ.get("MASTER_ADDR", "127.0.0.1"), 0))
             listener.settimeout(LIMIT.total_seconds())
-            offer = [(listener.getsockname()[:2], secrets.token_bytes(16))]
-        dist.broadcast_object_list(offer, src=0)
-        address, secret = offer[0]
+            offer = listener.getsockname()[:2], secrets.token_bytes(16)
+        address, secret = self.collect(offer)[0]
         if listener is None:
             link = socket.create_connection(address, LIMIT.total_seconds())
             link.sendall(secret + LENGTH.pack(self.rank))

@@ -95,8 +95,11 @@ def cut(model: GPT, ranks: Ranks) -> GPT:
     # Collectives want equal parts: 97 rows on 2 ranks are 49 and 48, and a row of zeros.
     is_tied = model.lm_head.weight is model.wte.weight
     model.lm_head = linear(vocabulary_rows(model.lm_head.weight, rank, size))
-    rows = model.lm_head.weight if is_tied else vocabulary_rows(model.wte.weight, rank, size)
-    model.wte = CutEmbedding(rows, ranks)
+    if is_tied:  # the same parameter, so that a move to another device keeps it one
+        model.wte = CutEmbedding(model.lm_head.weight, ranks)
+    else:
+        rows = linear(vocabulary_rows(model.wte.weight, rank, size))
+        model.wte = CutEmbedding(rows.weight, ranks)
     return model
 
 
@@ -131,9 +134,9 @@ def connect(model: GPT, ranks: Ranks) -> GPT:
 class CutEmbedding(nn.Module):
     """Token embeddings of which each rank has some rows."""
 
-    def __init__(self, weight: Tensor, ranks: Ranks):  # (rows of this rank, C)
+    def __init__(self, weight: nn.Parameter, ranks: Ranks):  # (rows of this rank, C)
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = weight
         self.ranks = ranks
         self.first = ranks.rank * len(weight)
 

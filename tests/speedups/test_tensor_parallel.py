@@ -1,0 +1,177 @@
+"""2, 3 and 4 processes, each with a part of the model, do what one process does; or all end.
+
+The processes are those of tests/ranked.py. Each has its own hash seed and its own addresses, so an
+order that depends on either is found. (Ranks that differ end with a sentence: no test hangs.)
+"""
+
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+
+import pytest
+import ranked
+import torch
+from conftest import ROOT
+
+from llm import LLM, EngineConfig
+from model import GPT, GPTConfig, attend_one_sequence
+from speedups.tensor_parallel import connect, cut, share
+
+
+@contextmanager
+def started(size: int, folder, *arguments: str):
+    """The processes of a group, as [python tests/ranked.py FOLDER RANK SIZE ..]; none survives."""
+    program = [sys.executable, str(ROOT / "tests" / "ranked.py"), str(folder)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*program, str(rank), str(size), *arguments], env=env, **options)
+        for rank in range(size)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.communicate()
+
+
+@functools.cache
+def alone(case: str) -> dict:
+    """What one process does with a case."""
+    shape, options = ranked.CASES[case]
+    return ranked.serve(LLM(ranked.model_of(shape), **ranked.POOL, **options))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_write_the_tokens_of_one_process(size, tmp_path):
+    with started(size, tmp_path) as processes:
+        said = ["".join(process.communicate(timeout=100)) for process in processes]
+        assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
+    results = pickle.loads((tmp_path / "results.pkl").read_bytes())
+    assert set(results) == set(ranked.CASES)
+    for case, got in results.items():
+        want = alone(case)
+        assert got["outputs"].keys() == want["outputs"].keys()
+        for name, texts in want["outputs"].items():
+            if "together" in name and case == "25 heads":
+                continue  # which of the two wait for the other is drawn by lot
+            for theirs, ours in zip(texts, got["outputs"][name], strict=True):
+                assert ours[:2] == theirs[:2], f"{case}, {name}"
+                assert ours[2] == pytest.approx(theirs[2], abs=1e-9), f"{case}, {name}"
+                assert ours[3] is theirs[3] is None
+    got, want = results["12 heads"], alone("12 heads")  # whose order is the same in both
+    for ours, theirs in zip(got["logits"], want["logits"], strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert got["states"] == want["states"]
+    assert got["pool bytes"] * size == want["pool bytes"]
+
+
+def test_the_traffic_is_of_every_kind():
+    got = alone("12 heads")
+    assert got["states"] == {
+        "aborted at once": False,
+        "aborted while it waits": "waiting",
+        "aborted while it runs": "running",
+    }
+    assert len(got["outputs"]) == 13 and got["preemptions"] > 3 and got["hits"] > 5
+    assert len(got["outputs"]["three texts"]) == len(got["outputs"]["beams"]) == 3
+    texts = [c[0] for texts in got["outputs"].values() for c in texts]
+    assert len({token for text in texts for token in text}) > 40, "many different tokens"
+    assert {len(logits) for logits in got["logits"]} >= {0, 1, 5}, "no row, one row, many"
+    together = [got["outputs"][f"together {i}"][0][0] for i in (1, 2)]
+    assert set(together[0][2:]) & set(together[1])
+
+
+# ---- without processes ---------------------------------------------------------------------------
+class Together:
+    """Ranks of one process: the parts run one after the other, and meet in lists."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def of(self, rank):
+        return SimpleNamespace(rank=rank, size=self.size, sum=lambda x: x, gather=lambda x: x)
+
+
+@pytest.mark.parametrize("n_head, size", [(12, 2), (12, 3), (12, 4), (25, 2)])
+def test_a_rank_keeps_its_share_of_the_weights_and_one_copy_of_the_positions(n_head, size):
+    config = GPTConfig(n_head=n_head, n_embd=n_head * 64)
+    with torch.device("meta"):
+        whole = GPT(config)
+    positions = whole.wpe.weight.nbytes
+    num_bytes = sum(parameter.nbytes for parameter in whole.parameters()) - positions
+    for rank in range(size):
+        with torch.device("meta"):
+            part = cut(GPT(config), Together(size).of(rank))
+        kept = sum(parameter.nbytes for parameter in set(part.parameters())) - positions
+        assert kept == pytest.approx(num_bytes / size, rel=0.05)
+        assert part.h[0].attn.n_head in (n_head // size, n_head // size + 1)
+
+
+def test_the_weights_of_the_other_ranks_are_not_kept():
+    model = ranked.model_of(ranked.TWELVE)
+    whole = [weakref.ref(parameter) for name, parameter in model.named_parameters() if "h." in name]
+    norms = sum("ln_" in name for name, _ in model.named_parameters() if "h." in name)
+    cut(model, Together(2).of(0))
+    assert sum(reference() is not None for reference in whole) == norms
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes, "a view of a whole"
+
+
+@pytest.mark.parametrize("total, size", [(25, 2), (25, 3), (25, 4), (12, 5), (7, 7), (3072, 4)])
+def test_the_shares_are_all_heads_once_and_differ_by_one_at_most(total, size):
+    shares = [share(total, rank, size) for rank in range(size)]
+    assert [i for part in shares for i in range(total)[part]] == list(range(total))
+    lengths = {part.stop - part.start for part in shares}
+    assert max(lengths) - min(lengths) <= 1 and min(lengths) > 0
+
+
+def test_one_rank_alone_is_the_whole_model():
+    model, part = ranked.model_of(ranked.ODD), ranked.model_of(ranked.ODD)
+    ranks = Together(1).of(0)
+    connect(cut(part, ranks), ranks)
+    ids = torch.arange(20)
+    with torch.inference_mode():
+        want = model.logits(model(ids, ids, attend_one_sequence))
+        assert torch.equal(part.logits(part(ids, ids, attend_one_sequence)), want)
+
+
+def test_more_ranks_than_heads_are_refused():
+    with pytest.raises(ValueError, match="13 ranks, and the model has 12 heads"):
+        cut(ranked.model_of(ranked.TWELVE), Together(13).of(0))
+
+
+def test_options_that_do_not_go_together_are_refused():
+    for option in ("plan_ahead", "fused"):
+        with pytest.raises(ValueError, match="goes neither with plan_ahead nor with fused"):
+            EngineConfig(tensor_parallel=True, **{option: True})
+    with pytest.raises(ValueError, match="needs several processes: start them with torchrun"):
+        LLM(ranked.model_of(ranked.TWELVE), tensor_parallel=True)
+
+
+# ---- the end -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("victim, moment", [(0, "step"), (2, "step"), (1, "idle")])
+def test_if_one_rank_dies_all_end_within_10_seconds(victim, moment, tmp_path):
+    with started(3, tmp_path, "die", str(victim), moment) as processes:
+        processes[victim].communicate(timeout=60)
+        died = time.monotonic()
+        assert processes[victim].returncode in (-signal.SIGKILL, -signal.SIGALRM)
+        for rank, process in enumerate(processes):
+            if rank != victim:
+                _, errors = process.communicate(timeout=10)
+                assert process.returncode == 1, errors
+                sentences = [line for line in errors.splitlines() if "tensor parallel:" in line]
+                assert len(sentences) == 1 and sentences[0].endswith(f"so rank {rank} ends too")
+                assert "Traceback" not in errors
+        assert time.monotonic() - died < 10
