@@ -269,7 +269,7 @@ class LLM:
             allowed = f"it must be an integer of at least 1, and at most {most} on this machine"
             raise ValueError(f"threads is {short_repr(threads)}: {allowed}")
         self.config = EngineConfig(**config)
-        self.ranks = self._join_ranks(device) if self.config.tensor_parallel else None
+        self.ranks = self._join_ranks(model, device) if self.config.tensor_parallel else None
         if isinstance(model, GPT):
             self._take_model(model, device, dtype)
         else:
@@ -319,10 +319,12 @@ class LLM:
         self.eos_token_ids = find_eos_ids(path, shape.eos_token_id, self.tokenizer)
 
     # ---- several processes ----
-    def _join_ranks(self, device: str) -> "Ranks":
+    def _join_ranks(self, model: str | Path | GPT, device: str) -> "Ranks":
         """This process's place among those that run the model together."""
         from speedups.ranks import join  # for tensor_parallel=True only
 
+        if isinstance(model, GPT):
+            return join(model.wte.weight.device.type)
         return join(resolve_device(device).type)
 
     def _cut(self, model: GPT) -> GPT:

@@ -230,14 +230,13 @@ class RankedEngine(InferenceEngine):
     # ---- the same step on every rank ----
     def step(self) -> StepOutput:
         """As in `InferenceEngine`. A step that fails ends the processes of all ranks."""
-        if self.ranks.is_closed:
-            raise ValueError("the other ranks have ended: start all of them again")
         if self._message is None:
             self._check_leads()
         try:
             return super().step()
         except Exception as error:
-            self.ranks.fail(error)
+            if not self.ranks.is_closed:
+                self.ranks.fail(error)
             raise
         except BaseException:  # Ctrl-C: this process goes on without the others
             self.ranks.abandon()
@@ -252,7 +251,8 @@ class RankedEngine(InferenceEngine):
         """Rank 0 decides which requests come and go, once, and all ranks do that."""
         if self.ranks.rank == 0:
             new, dropped = self._empty_inbox()
-            self.ranks.send(self._pack(new, dropped))
+            if not self.ranks.is_closed:
+                self.ranks.send(self._pack(new, dropped))
         else:
             new, dropped = self._unpack()
         for request in new:
@@ -263,6 +263,8 @@ class RankedEngine(InferenceEngine):
             # ended there in the step in which it was aborted here.
             if request_id in self.requests:
                 self._drop(self.requests[request_id])
+        if self.ranks.is_closed and self.requests:  # what is left now is to free all blocks
+            raise ValueError("the other ranks have ended: start all of them again")
 
     def _empty_inbox(self) -> tuple[list[Request], list[str]]:
         """The new requests, and the ids of those that were aborted. One may be in both lists."""

@@ -1,9 +1,11 @@
 """The traffic that one process and several ranks must serve alike; run as a program, one rank.
 
-    python tests/ranked.py FOLDER RANK SIZE      serves each case of CASES, rank 0 keeps what came
-    python tests/ranked.py FOLDER RANK SIZE die VICTIM MOMENT      one rank kills itself
+    python tests/ranked.py FOLDER SIZE RANK      serves each case of CASES, rank 0 keeps what came
+    python tests/ranked.py FOLDER SIZE all       the same, and all ranks are forks of this process
+    python tests/ranked.py FOLDER SIZE all die VICTIM MOMENT       one rank kills itself
 
-The ranks find each other through a file in FOLDER, so that tests side by side share no port.
+The ranks find each other through a file in FOLDER, so that tests side by side share no port. Forks
+save the time of the imports. Only processes of their own have another hash seed each.
 """
 
 import os
@@ -12,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -173,10 +176,12 @@ def checked(output, engine) -> None:
         os._exit(3)
 
 
-def serve_cases(folder: Path, rank: int) -> None:
+def serve_cases(folder: Path, rank: int, size: int) -> None:
     """Each case in turn, in one group."""
     results = {}
     for name, (shape, options) in CASES.items():
+        if size > 2:
+            options = options | {"backend": "torch"}  # a second to load less
         llm = LLM(model_of(shape), tensor_parallel=True, **POOL, **options)
         if rank:
             llm.engine.watchers.append(lambda output, engine=llm.engine: checked(output, engine))
@@ -192,36 +197,79 @@ def serve_cases(folder: Path, rank: int) -> None:
 
 
 def die(rank: int, victim: int, moment: str) -> None:
-    """Serve until the victim is killed in the middle of a step, or while all are idle."""
-    llm = LLM(model_of(TWELVE), tensor_parallel=True, **POOL)
+    """Serve until the victim ends: by a signal or Ctrl-C in the middle of a step, or when idle."""
+    llm = LLM(model_of(TWELVE), tensor_parallel=True, backend="torch", **POOL)
     whole_sum, num_sums = llm.ranks.sum, 0
 
-    def deadly_sum(x):
+    def last_sum(x):
         nonlocal num_sums
         num_sums += 1
         if num_sums == 23:  # there are 5 a step: this is in the middle of the fifth one
+            if moment == "interrupt":
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGKILL)
         return whole_sum(x)
 
-    if rank == victim and moment == "step":
-        llm.ranks.sum = deadly_sum
+    if rank == victim and moment != "idle":
+        llm.ranks.sum = last_sum
     if rank:
         if rank == victim and moment == "idle":
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
-            signal.alarm(3)
+            signal.alarm(2)
         follow(llm.engine)
         return
-    for _ in range(4 if moment == "idle" else 8):
-        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+    try:
+        for _ in range(4 if moment == "idle" else 8):
+            llm.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=1))
+    except KeyboardInterrupt:  # as with one process, nothing is left in the engine
+        scheduler = llm.engine.scheduler
+        assert not llm.engine.has_unfinished() and not llm.engine.requests
+        assert scheduler.allocator.num_free == scheduler.allocator.num_blocks
+        os._exit(130)
     time.sleep(60)
 
 
-if __name__ == "__main__":
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def run(folder: Path, size: int, rank: int, arguments: list[str]) -> None:
+    """What one rank does."""
     torch.set_num_threads(1)
     group = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", **group, timeout=timedelta(seconds=60))
-    if len(sys.argv) > 4:
-        die(rank, int(sys.argv[5]), sys.argv[6])
+    if arguments:
+        die(rank, int(arguments[1]), arguments[2])
     else:
-        serve_cases(folder, rank)
+        serve_cases(folder, rank, size)
+
+
+def fork_all(folder: Path, size: int, arguments: list[str]) -> None:
+    """Run all ranks as forks; FOLDER/ends.pkl has (rank, exit code, seconds) as each one ends.
+
+    What a rank prints goes to FOLDER/RANK.txt.
+    """
+    ranks = {}
+    for rank in range(size):
+        pid = os.fork()
+        if pid:
+            ranks[pid] = rank
+            continue
+        output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        try:
+            run(folder, size, rank, arguments)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    ends = []
+    while ranks:
+        pid, status = os.wait()
+        ends.append((ranks.pop(pid), os.waitstatus_to_exitcode(status), time.monotonic()))
+    (folder / "ends.pkl").write_bytes(pickle.dumps(ends))
+
+
+if __name__ == "__main__":
+    folder, size, which = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    if which == "all":
+        fork_all(folder, size, sys.argv[4:])
+    else:
+        run(folder, size, int(which), sys.argv[4:])

@@ -10,7 +10,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
@@ -20,28 +19,34 @@ import ranked
 import torch
 from conftest import ROOT
 
+from kernels.packed_linear import is_packed, pack
 from llm import LLM, EngineConfig
 from model import GPT, GPTConfig, attend_one_sequence
 from speedups.tensor_parallel import connect, cut, share
 
 
 @contextmanager
-def started(size: int, folder, *arguments: str):
-    """The processes of a group, as [python tests/ranked.py FOLDER RANK SIZE ..]; none survives."""
-    program = [sys.executable, str(ROOT / "tests" / "ranked.py"), str(folder)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+def started(folder, size: int, *whichs: str, more: tuple = ()):
+    """Processes [python tests/ranked.py FOLDER SIZE WHICH ..]; neither they nor forks survive."""
+    program = [sys.executable, str(ROOT / "tests" / "ranked.py"), str(folder), str(size)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*program, str(rank), str(size), *arguments], env=env, **options)
-        for rank in range(size)
+        subprocess.Popen([*program, which, *more], env=env, start_new_session=True, **options)
+        for which in whichs
     ]
     try:
         yield processes
     finally:
         for process in processes:
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # a session of its own is a group, too
             process.communicate()
+
+
+def printed_by(folder) -> dict[int, str]:
+    """What each fork has printed."""
+    return {int(path.stem): path.read_text() for path in folder.glob("*.txt")}
 
 
 @functools.cache
@@ -53,9 +58,13 @@ def alone(case: str) -> dict:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_write_the_tokens_of_one_process(size, tmp_path):
-    with started(size, tmp_path) as processes:
-        said = ["".join(process.communicate(timeout=100)) for process in processes]
-        assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
+    which = ["0", "1"] if size == 2 else ["all"]
+    with started(tmp_path, size, *which) as processes:
+        said = [process.communicate(timeout=100)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(which), "\n".join(said)
+    if size > 2:
+        ends = pickle.loads((tmp_path / "ends.pkl").read_bytes())
+        assert [code for _, code, _ in ends] == [0] * size, printed_by(tmp_path)
     results = pickle.loads((tmp_path / "results.pkl").read_bytes())
     assert set(results) == set(ranked.CASES)
     for case, got in results.items():
@@ -129,6 +138,21 @@ def test_the_weights_of_the_other_ranks_are_not_kept():
             assert parameter.untyped_storage().nbytes() == parameter.nbytes, "a view of a whole"
 
 
+def test_packed_layers_compute_what_the_plain_parts_compute():
+    shape = {"vocab_size": 97, "max_seq_len": 32, "n_layer": 1, "n_head": 12, "n_embd": 768}
+    ids = torch.arange(20)
+    for rank in range(5):  # 2 and 3 heads, and columns that fill no whole panel
+        plain, packed = (
+            cut(GPT(GPTConfig(**shape)).init_weights(0.1).eval(), Together(5).of(rank))
+            for _ in range(2)
+        )
+        with torch.inference_mode():
+            pack(packed, decode_rows=8)
+            got, want = (x.logits(x(ids, ids, attend_one_sequence)) for x in (packed, plain))
+        assert is_packed(packed) and not is_packed(plain)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("total, size", [(25, 2), (25, 3), (25, 4), (12, 5), (7, 7), (3072, 4)])
 def test_the_shares_are_all_heads_once_and_differ_by_one_at_most(total, size):
     shares = [share(total, rank, size) for rank in range(size)]
@@ -161,17 +185,17 @@ def test_options_that_do_not_go_together_are_refused():
 
 
 # ---- the end -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("victim, moment", [(0, "step"), (2, "step"), (1, "idle")])
+@pytest.mark.parametrize("victim, moment", [(0, "interrupt"), (2, "step"), (1, "idle")])
 def test_if_one_rank_dies_all_end_within_10_seconds(victim, moment, tmp_path):
-    with started(3, tmp_path, "die", str(victim), moment) as processes:
-        processes[victim].communicate(timeout=60)
-        died = time.monotonic()
-        assert processes[victim].returncode in (-signal.SIGKILL, -signal.SIGALRM)
-        for rank, process in enumerate(processes):
-            if rank != victim:
-                _, errors = process.communicate(timeout=10)
-                assert process.returncode == 1, errors
-                sentences = [line for line in errors.splitlines() if "tensor parallel:" in line]
-                assert len(sentences) == 1 and sentences[0].endswith(f"so rank {rank} ends too")
-                assert "Traceback" not in errors
-        assert time.monotonic() - died < 10
+    with started(tmp_path, 3, "all", more=("die", str(victim), moment)) as (process,):
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    ends = pickle.loads((tmp_path / "ends.pkl").read_bytes())
+    printed = printed_by(tmp_path)
+    (first, code, died), *others = ends
+    assert first == victim and code in (130, -signal.SIGKILL, -signal.SIGALRM), printed
+    for rank, code, ended in others:
+        assert code == 1 and ended - died < 10, printed
+        sentence = printed[rank].splitlines()
+        assert len(sentence) == 1 and sentence[0].startswith("tensor parallel: rank ")
+        assert sentence[0].endswith(f" has ended, so rank {rank} ends too")
