@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+ENGINES ?= .engines
 # Where the marks of `make test` are.
 READERS_TESTS = tests/lesson tests/kernels tests/speedups tests/checkpoints/test_weight_files.py
 
@@ -29,6 +30,14 @@ test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5
 
 bench: $(VENV)/runs  ## the same tokens without a cache, contiguous and paged: benchmark_results.csv
 	$(RUN) benchmark.py
+
+# An environment for each engine that `benchmark.py engines` compares. One that cannot be built (no
+# package for this system, no compiler for llama.cpp) does not stop the others.
+engines: $(patsubst requirements-engines/%.txt,$(ENGINES)/%/built,$(wildcard requirements-engines/*.txt))  ## vLLM, OpenVINO .. for benchmark.py engines: 5 GB; make engines ENGINES=folder
+
+$(ENGINES)/%/built: requirements-engines/%.txt
+	$(PYTHON) -m venv $(ENGINES)/$*
+	-$(ENGINES)/$*/bin/python -m pip install --quiet --no-deps -r $< && touch $@
 
 notebook: $(VENV)/tests  ## the charts again: from your benchmark_results.csv, else the committed rows
 	PYTHONPATH=.:tests $(RUN) tests/plots/test_notebook.py
@@ -64,4 +73,4 @@ $(VENV)/triton-3.6.0: $(VENV)/tests
 	mkdir -p $@
 	touch $@
 
-.PHONY: help demo serve test check test-gpt2 bench notebook gpu-check gpu-rehearsal train
+.PHONY: help demo serve test check test-gpt2 bench engines notebook gpu-check gpu-rehearsal train

@@ -63,6 +63,7 @@ EXPERIMENTS = {
         "add_anatomy_arguments",
         "run_anatomy",
     ),
+    "engines": Experiment("engines", "the engine against vLLM, OpenVINO, CTranslate2, llama.cpp"),
     "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
     "serve": Experiment("serve", "a server under load: latency against rate, over HTTP"),
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),

@@ -13,6 +13,7 @@
     kernels               all ways to attend over the same bytes, and a GPU kernel's tiles
     transformers_engines  transformers' own ways to decode, with our weights
     peers                 the engine against them, and the parts of a decode step
+    engines               the engine against those that a user would pick, a process each
     speed                 the same tokens: no cache, contiguous, paged, transformers
     block_size            1 to 256 tokens a block: speed, memory filled, copies
     workloads             mixed requests, a prompt that joins, a profile of a GPU's step

@@ -27,7 +27,8 @@ MAY_IMPORT = {  # beside lessons and the wing itself
     "watch": set(),
     "serving": {"llm", "generate", "watch", "kernels"},
     "plots": {"watch", "experiments.results"},
-    "experiments": {"kernels", "checkpoints", "speedups", "watch", "serving", "plots", *COMPOSERS},
+    "experiments": {"kernels", "checkpoints", "speedups", "watch", "serving", "plots", *COMPOSERS}
+    | {"experiments.peer_engines.protocol"},
 }
 WINGS = [wing for wing in MAY_IMPORT if (ROOT / wing).is_dir()]
 PROGRAMS = {"generate", "benchmark"}  # they have arguments and a main() instead of a demo()
@@ -112,9 +113,35 @@ def test_a_demo_of_a_wing_file_ends_with_ok(wing, name, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("ok:")
 
 
+# ---- the engines of others -----------------------------------------------------------------------
+PEER_ENGINES = "experiments/peer_engines"
+
+
+def test_the_folder_of_the_engines_lists_its_files():
+    files = {path.stem for path in (ROOT / PEER_ENGINES).glob("*.py")} - {"__init__"}
+    assert sorted(listed_in(PEER_ENGINES)) == sorted(files)
+
+
+@pytest.mark.parametrize("name", listed_in(PEER_ENGINES))
+def test_a_script_that_runs_in_an_engines_own_environment_imports_nothing_of_ours(name):
+    if name == "run_ours":  # our own engine, in our own environment
+        return
+    imports = set(imported_by(f"{PEER_ENGINES}/{name}.py"))
+    assert {module.split(".")[0] for module in imports} & (set(LESSONS) | set(MAY_IMPORT)) == set()
+    # Beside its engine and what reads weights, only the standard library and the protocol.
+    at_the_top = {
+        module
+        for node in tree_of(f"{PEER_ENGINES}/{name}.py").body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module] if isinstance(node, ast.ImportFrom) else [node.names[0].name])
+    }
+    assert {module.split(".")[0] for module in at_the_top} <= sys.stdlib_module_names | {"protocol"}
+
+
 # ---- all files -----------------------------------------------------------------------------------
 ALL = [f"{name}.py" for name in LESSONS if name not in COMING]
 ALL += [f"{wing}/{name}.py" for wing, name in FILES]
+ALL += [f"{PEER_ENGINES}/{name}.py" for name in listed_in(PEER_ENGINES)]
 
 
 @pytest.mark.parametrize("path", ALL)
