@@ -50,7 +50,14 @@ from checkpoints.tokenizer import (
     read_eos_ids,
 )
 from engine import Draw, Forward, InferenceEngine, eager_forward
-from kernels.backends import BACKENDS, can_record, resolve_backend, resolve_device, resolve_dtype
+from kernels.backends import (
+    BACKENDS,
+    Kernels,
+    can_record,
+    resolve_backend,
+    resolve_device,
+    resolve_dtype,
+)
 from kernels.device_memory import free_memory_bytes, preallocate
 from kv_cache import KVCache
 from model import GPT
@@ -92,6 +99,7 @@ class EngineConfig:
     kv_cache_mb: float | None = option(
         None, "the pool's size in MB; without any size it is measured"
     )
+    kv_cache_dtype: str = option("auto", "type of K and V in the pool: auto (the model's) or int8")
     # Used only if neither of the two sizes above is given and the device is a GPU:
     gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory for the pool")
     max_num_seqs: int = option(256, "sequences in one step at most")
@@ -128,6 +136,11 @@ class EngineConfig:
             raise ValueError(f"few_rows is {self.few_rows!r}: it must be an integer of at least 0")
         if self.few_rows and not self.fused:
             raise ValueError(f"few_rows is {self.few_rows}: it needs fused=True")
+        if self.kv_cache_dtype not in ("auto", "int8"):
+            dtype = short_repr(self.kv_cache_dtype)
+            raise ValueError(f"kv_cache_dtype is {dtype}: choose auto or int8")
+        if self.fused and self.kv_cache_dtype == "int8":
+            raise ValueError("fused has no kernel for a pool in int8: leave one of the two out")
         mb = self.kv_cache_mb
         if mb is not None and not (isinstance(mb, int | float) and 0 < mb <= 1e12):
             allowed = "it must be a number above 0 and at most 1e12"
@@ -434,10 +447,8 @@ class LLM:
         # one recording is made first, over a pool of one block, and kept while memory is measured.
         rehearsal = self._rehearse_steps(launcher) if launcher else None
         config = self.config
-        shape = self.model.config
-        bytes_per_head = shape.kv_bytes_per_token(self.dtype) // shape.n_head
         num_blocks = choose_num_blocks(
-            self._num_heads * bytes_per_head * config.block_size,
+            self._block_bytes(),
             # 256 sequences of 1,024 tokens, block_size 16 -> 256 * 64 blocks
             most_useful=config.max_num_seqs * -(-self.max_seq_len // config.block_size),
             num_blocks=config.num_blocks,
@@ -454,23 +465,46 @@ class LLM:
         layer: Any = self.model.h[0]
         return layer.attn.n_head
 
+    def _block_bytes(self) -> int:
+        """Bytes of a block: its tokens' K and V in all layers, those of this process's heads."""
+        shape = self.model.config
+        block_size = self.config.block_size
+        if self.config.kv_cache_dtype != "int8":
+            bytes_per_head = shape.kv_bytes_per_token(self.dtype) // shape.n_head
+            return self._num_heads * bytes_per_head * block_size
+        from speedups.quantized_kv import head_bytes  # for int8 only
+
+        return 2 * shape.n_layer * self._num_heads * head_bytes(block_size, shape.head_dim)
+
     def _build_cache(self, num_blocks: int) -> KVCache:
         """A pool of this many blocks."""
         shape = self.model.config
-        return KVCache(
-            num_layers=shape.n_layer,
-            num_blocks=num_blocks,
-            block_size=self.config.block_size,
-            num_kv_heads=self._num_heads,
-            head_dim=shape.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            allocate=preallocate,
-        )
+        sizes: dict[str, Any] = {
+            "num_layers": shape.n_layer,
+            "num_blocks": num_blocks,
+            "block_size": self.config.block_size,
+            "num_kv_heads": self._num_heads,
+            "head_dim": shape.head_dim,
+            "device": self.device,
+            "allocate": preallocate,
+        }
+        if self.config.kv_cache_dtype != "int8":
+            return KVCache(**sizes, dtype=self.dtype)
+        from speedups.quantized_kv import QuantizedKVCache  # for int8 only
+
+        return QuantizedKVCache(**sizes)
+
+    def _load_kernels(self) -> Kernels:
+        """The backend's two functions, for the numbers of the pool."""
+        if self.config.kv_cache_dtype != "int8":
+            return BACKENDS[self.backend].load()
+        from speedups.quantized_kv import int8_kernels  # for int8 only
+
+        return int8_kernels(self.backend)
 
     def _build_forward(self, cache: KVCache) -> Forward:
         """The model over this pool, with the backend's kernels."""
-        kernels = BACKENDS[self.backend].load()
+        kernels = self._load_kernels()
         eager = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if not self.config.fused:
             return eager

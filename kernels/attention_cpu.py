@@ -44,11 +44,18 @@ from kernels.numba_tools import (
     prange,
     prefetch,
     prefetch_line,
+    token_scale,
     use_openmp_threads,
     widen,
     worker_threads,
 )
-from kernels.prefill_cpu import attend_prompt, check_tensors, write_kv_cpu
+from kernels.prefill_cpu import (
+    attend_prompt,
+    check_pool,
+    check_tensors,
+    scale_index,
+    write_kv_cpu,
+)
 from paged_attention import paged_attention
 
 __all__ = ["attend_per_head", "paged_attention_cpu", "write_kv_cpu"]
@@ -140,14 +147,17 @@ def attend_per_head(
 
 # ---- the fast form: one chunk of one sequence, all heads of a block ------------------------------
 @inlined
-def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, scores):
+def score_tokens(
+    D, query, k, begin, num_tokens, stride, scale_at, must_fetch, fetch_at, scores
+):  # fmt: skip
     """scores[t] = query . k for up to TOKENS_AT_ONCE tokens of one head; returns the largest.
 
     query is (D,), k the flat pool, `begin` the index of the first token's row in it and `stride`
-    the distance from one row to the next. Entries of `scores` (TOKENS_AT_ONCE,) without a token
-    become -inf. With `must_fetch` the same number of rows is prefetched from k[fetch_at] on.
+    the distance from one row to the next. In a pool of int8 `scale_at` is the index of the first
+    token's scale. Entries of `scores` (TOKENS_AT_ONCE,) without a token become -inf. With
+    `must_fetch` the same number of rows is prefetched from k[fetch_at] on.
     """
-    last = begin + (num_tokens - 1) * stride
+    last = num_tokens - 1
     top = scores.dtype.type(-np.inf)
     for t in range(0, num_tokens, 4):
         if must_fetch:
@@ -155,10 +165,13 @@ def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, s
         # Four tokens at a time: query[d] is loaded once for four products. Where fewer are left
         # the last row is read again, which does not change the maximum. The indices are unsigned,
         # because Numba would test signed ones for negative values, as in k[-1].
+        t1 = min(t + 1, last)
+        t2 = min(t + 2, last)
+        t3 = min(t + 3, last)
         row0 = np.uint64(begin + t * stride)
-        row1 = np.uint64(min(begin + (t + 1) * stride, last))
-        row2 = np.uint64(min(begin + (t + 2) * stride, last))
-        row3 = np.uint64(min(begin + (t + 3) * stride, last))
+        row1 = np.uint64(begin + t1 * stride)
+        row2 = np.uint64(begin + t2 * stride)
+        row3 = np.uint64(begin + t3 * stride)
         s0 = s1 = s2 = s3 = scores.dtype.type(0)
         for d in range(np.uint64(D)):
             x = query[d]
@@ -166,6 +179,10 @@ def score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, s
             s1 += x * widen(k[row1 + d])
             s2 += x * widen(k[row2 + d])
             s3 += x * widen(k[row3 + d])
+        s0 *= token_scale(k, scale_at + 2 * t)
+        s1 *= token_scale(k, scale_at + 2 * t1)
+        s2 *= token_scale(k, scale_at + 2 * t2)
+        s3 *= token_scale(k, scale_at + 2 * t3)
         top = max(top, max(max(s0, s1), max(s2, s3)))
         scores[t] = s0
         scores[t + 1] = s1
@@ -199,12 +216,16 @@ def add_values(D, weights, v, begin, num_tokens, stride, must_fetch, fetch_at, a
 
 
 @inlined
-def fold_tokens(D, query, k, v, begin, num_tokens, stride, must_fetch, fetch_at, m, l, acc, scores):
+def fold_tokens(
+    D, query, k, v, begin, num_tokens, stride, scale_at, must_fetch, fetch_at, m, l, acc, scores
+):  # fmt: skip
     """`paged_attention.fold_block` for one query, one head and up to TOKENS_AT_ONCE tokens.
 
     Adds to acc (D,) in place and returns the new m and l.
     """
-    top = score_tokens(D, query, k, begin, num_tokens, stride, must_fetch, fetch_at, scores)
+    top = score_tokens(
+        D, query, k, begin, num_tokens, stride, scale_at, must_fetch, fetch_at, scores
+    )  # fmt: skip
     m_new = max(m, top)
 
     # l' = l 2^(m - m') + sum 2^(s - m'): before the first token m is -inf, l and acc are 0.
@@ -214,6 +235,8 @@ def fold_tokens(D, query, k, v, begin, num_tokens, stride, must_fetch, fetch_at,
         weight = power_of_two(scores[t] - m_new)
         scores[t] = weight
         added += weight
+    for t in range(num_tokens):  # the scale of a value belongs to its weight: once, not D times
+        scores[t] *= token_scale(v, scale_at + 2 * t)
 
     # acc' = acc 2^(m - m') + sum 2^(s - m') v
     for d in range(np.uint64(D)):
@@ -258,16 +281,17 @@ def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc
                         first = head + (begin + i) * token_stride
                         num_tokens = min(readable - i, TOKENS_AT_ONCE)
                         fetch_at = head_ahead + i * token_stride
+                        scale_at = scale_index(head, block_size, D, begin + i)
                         # GPT-2's D is 64: with a constant, LLVM unrolls the loops over d.
                         if D == 64:
                             m[h], l[h] = fold_tokens(
                                 64, queries[h], k, v, first, num_tokens, token_stride,
-                                must_fetch, fetch_at, m[h], l[h], acc[h], scores,
+                                scale_at, must_fetch, fetch_at, m[h], l[h], acc[h], scores,
                             )  # fmt: skip
                         else:
                             m[h], l[h] = fold_tokens(
                                 D, queries[h], k, v, first, num_tokens, token_stride,
-                                must_fetch, fetch_at, m[h], l[h], acc[h], scores,
+                                scale_at, must_fetch, fetch_at, m[h], l[h], acc[h], scores,
                             )  # fmt: skip
 
 
@@ -442,20 +466,23 @@ def paged_attention_cpu(
     context_starts: Tensor | None = None,  # (B,) int32
     out: Tensor | None = None,  # (N, H, D)
 ) -> Tensor:
-    """`paged_attention.paged_attention` for float64, float32 and bfloat16 pools in host memory.
+    """`paged_attention.paged_attention` for pools in host memory, but not for float16.
 
+    A pool is float64, float32 or bfloat16, or int8 in the layout of speedups/quantized_kv.py.
     It runs on as many threads as PyTorch does (`torch.set_num_threads`), and several threads may
     call it at the same time. Raises TypeError for another dtype, and ValueError where the last
     dimension is not contiguous or the strides of K and V differ.
     """
-    check_tensors("paged_attention_cpu", q, k_cache, v_cache)
+    check_tensors("paged_attention_cpu", q)
+    check_pool("paged_attention_cpu", k_cache, v_cache)
     if k_cache.stride() != v_cache.stride():
         strides = f"{k_cache.stride()} and {v_cache.stride()}"
         raise ValueError(f"paged_attention_cpu: strides of k and v are {strides}: make them equal")
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype)
     # Sums are float32 or float64; a bfloat16 result is rounded once, by the last line.
-    dtype = torch.float64 if k_cache.dtype == torch.float64 else torch.float32
+    wide = q if k_cache.dtype == torch.int8 else k_cache
+    dtype = torch.float64 if wide.dtype == torch.float64 else torch.float32
     is_in_place = out.dtype == dtype and out.is_contiguous()
     result = out if is_in_place else torch.empty(q.shape, dtype=dtype)
 

@@ -1,11 +1,12 @@
-"""Numba, and four operations that it lacks: widen bfloat16, 2^x, and two kinds of prefetch.
+"""Numba, and five operations that it lacks: widen a number, its scale, 2^x, two kinds of prefetch.
 
 Numba translates a loop over tokens, heads and dimensions from Python to machine code at its first
 call and keeps the result on disk. Python itself would compute a few million products a second; a
-core computes billions. The CPU kernels of this wing need four operations that NumPy and Numba do
+core computes billions. The CPU kernels of this wing need five operations that NumPy and Numba do
 not have:
 
     widen(x)               bfloat16 to float32:  0x3fc0 -> 0x3fc00000 = 1.5
+    token_scale(pool, i)   the scale of a token in a pool of int8; 1 in any other pool
     power_of_two(x)        2^x as ten instructions that LLVM can apply to 16 numbers at a time
     prefetch(a, i)         start loading 256 numbers from a[i] on, without waiting for them
     prefetch_line(a, i)    start loading the cache line of a[i]
@@ -141,9 +142,16 @@ def worker_threads(process_id: int, num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="attention")
 
 
-# ---- four operations that Numba lacks ------------------------------------------------------------
+# ---- five operations that Numba lacks ------------------------------------------------------------
 def widen(x):
     """A number of the pool as float32 or float64; bfloat16 is the upper half of a float32."""
+
+
+def token_scale(pool, index):
+    """The bfloat16 at byte `index` of a pool of int8, as float32; 1 for a pool of another type.
+
+    For another type the compiler sees a product with the constant 1, and removes it.
+    """
 
 
 def power_of_two(x):
@@ -188,7 +196,21 @@ if HAS_NUMBA:
     def _widen(x):
         if x == types.uint16:  # NumPy has no bfloat16: its 16 bits come as an integer
             return lambda x: np.uint32(np.uint32(x) << 16).view(np.float32)
+        if x == types.int8:
+            return lambda x: np.float32(x)
         return lambda x: x
+
+    @intrinsic
+    def token_scale(typingctx, pool, index):  # noqa: F811, D103
+        def generate(context, builder, signature, args):
+            if pool.dtype != types.int8:
+                return ir.Constant(ir.FloatType(), 1.0)
+            data = context.make_array(pool)(context, builder, args[0]).data
+            pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(16).as_pointer())
+            bits = builder.zext(builder.load(pointer, align=2), ir.IntType(32))
+            return builder.bitcast(builder.shl(bits, ir.IntType(32)(16)), ir.FloatType())
+
+        return types.float32(pool, types.int64), generate
 
     @overload(power_of_two)
     def _power_of_two(x):

@@ -13,9 +13,12 @@ The copy takes as long as reading the context twice. From about 10 queries on (M
 `attention_cpu.py`) the faster products gain more than that: a layer's attention over a prompt of
 256 tokens takes 2.5 ms, where the decode kernel takes 3.7 ms (GPT-2, float32, one AVX-512 core).
 
-`write_kv_cpu` writes row n of the step's K and V to slot slot_mapping[n].
+`write_kv_cpu` writes row n of the step's K and V to slot slot_mapping[n]. In a pool of int8 (see
+speedups/quantized_kv.py) it rounds each head's D numbers to integers from -127 to 127 and writes
+their scale behind the integers of the block's head.
 
-Checked by tests/kernels/test_attention_cpu.py against dense attention and `kv_cache.write_kv`.
+Checked by tests/kernels/test_attention_cpu.py against dense attention and `kv_cache.write_kv`, and
+for int8 by tests/speedups/test_quantized_kv.py.
 Dao et al. 2022, "FlashAttention", arXiv:2205.14135 (the library's kernel).
 """
 
@@ -24,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.numba_tools import HAS_NUMBA, compiled, flat_memory, widen
+from kernels.numba_tools import (
+    HAS_NUMBA,
+    compiled,
+    compiled_in_order,
+    flat_memory,
+    inlined,
+    token_scale,
+    widen,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -42,6 +53,29 @@ def check_tensors(function_name: str, *tensors: Tensor) -> None:
             raise ValueError(f"{function_name}: strides are {strides}, the last one must be 1")
 
 
+def check_pool(function_name: str, *caches: Tensor) -> None:
+    """`check_tensors` for views of a pool, which may also be one of int8."""
+    for cache in caches:
+        if cache.dtype != torch.int8:
+            check_tensors(function_name, cache)
+            continue
+        check_tensors(function_name)
+        block_size, D = cache.shape[2:]
+        if cache.stride(2) != D or cache.stride(1) < block_size * (D + 2):
+            strides = f"strides of an int8 cache are {cache.stride()}"
+            raise ValueError(f"{function_name}: {strides}: scales must follow each head's values")
+
+
+@inlined
+def scale_index(head, block_size, D, offset):
+    """Where in a flat pool of int8 the scale of a token lies: a head's scales follow its values.
+
+    The head begins at index `head`, the token is number `offset` of its block. A scale has 2 bytes
+    and an even index. Example: head 0, block_size 16, D 64, offset 3 -> 1024 + 6.
+    """
+    return head + block_size * D + block_size * D % 2 + 2 * offset
+
+
 # ---- a prompt ------------------------------------------------------------------------------------
 @compiled
 def copy_context(cache, layout, table, start, stop, out):
@@ -50,14 +84,16 @@ def copy_context(cache, layout, table, start, stop, out):
     `layout` is (H_kv, block_size, block_stride, head_stride, token_stride), in elements.
     """
     H_kv, block_size, block_stride, head_stride, token_stride = layout
-    D = np.uint64(out.shape[2])
+    D = out.shape[2]
     for position in range(start, stop):
         block = np.int64(table[position // block_size]) * block_stride  # int64: beyond 2^31
-        offset = position % block_size * token_stride
+        offset = position % block_size
         for h in range(H_kv):
-            row = np.uint64(block + h * head_stride + offset)
-            for d in range(D):
-                out[h, position - start, d] = widen(cache[row + d])
+            head = block + h * head_stride
+            row = np.uint64(head + offset * token_stride)
+            scale = token_scale(cache, scale_index(head, block_size, D, offset))
+            for d in range(np.uint64(D)):
+                out[h, position - start, d] = widen(cache[row + d]) * scale
 
 
 def attend_prompt(
@@ -127,6 +163,70 @@ def write_k_and_v(
     write_rows(v, v_strides, v_cache, v_cache_strides, block_size, slots, H_kv, D)
 
 
+# 1 / 127 as float32: the largest number of a row becomes 127 or -127.
+STEP = np.float32(1 / 127)
+INFINITY_BITS = np.int32(0x7F800000)  # the bits of larger integers are those of NaNs
+NAN_BITS = np.int32(0x7FC0)  # a NaN in bfloat16
+SMALLEST_BITS = np.int32(0x0080)  # 2^-126 in bfloat16: below it a scale would have few digits
+ROUNDER = np.float32(1.5 * 2**23)  # a float32 of this size has no digits behind the point
+
+
+@compiled_in_order
+def scale_bits(largest):
+    """The scale of a row as the 16 bits of a bfloat16; `largest` are the bits of its largest |x|.
+
+    It is largest / 127, rounded to 8 digits: at most one part in 256 smaller, so no number of the
+    row becomes more than 127 * (1 + 1/255) = 127.498, which rounds to 127.
+    """
+    if largest >= INFINITY_BITS:
+        return NAN_BITS
+    bits = np.float32(np.int32(largest).view(np.float32) * STEP).view(np.int32)
+    # Round to nearest, ties to even: 0x3f808000 is a tie, and becomes 0x3f80.
+    bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+    return bits if bits >= SMALLEST_BITS else np.int32(0)
+
+
+# In order: a sum that is rearranged or fused would round other numbers up than PyTorch does.
+@compiled_in_order
+def quantize_rows(rows, row_strides, cache, cache_strides, block_size, slots, H_kv, D):
+    """`write_rows` for a cache of int8: each row (D,) as integers, and its scale."""
+    for n in range(len(slots)):
+        block_id = slots[n] // block_size
+        offset = slots[n] % block_size
+        for h in range(H_kv):
+            source = np.uint64(n * row_strides[0] + h * row_strides[1])
+            head = block_id * cache_strides[0] + h * cache_strides[1]
+            target = np.uint64(head + offset * cache_strides[2])
+            # Positive floats have the order of their bits, with infinity and NaN at the end.
+            largest = np.int32(0)
+            for d in range(np.uint64(D)):
+                bits = np.float32(widen(rows[source + d])).view(np.int32)
+                largest = max(largest, np.int32(bits & np.int32(0x7FFFFFFF)))
+            scale = scale_bits(largest)
+            at = np.uint64(scale_index(head, block_size, D, offset))
+            cache[at] = np.int8(scale & np.int32(0xFF))
+            cache[at + np.uint64(1)] = np.int8(scale >> np.int32(8))
+            if scale == 0 or scale == NAN_BITS:
+                for d in range(np.uint64(D)):
+                    cache[target + d] = 0
+                continue
+            inverse = np.float32(1) / np.int32(scale << np.int32(16)).view(np.float32)
+            for d in range(np.uint64(D)):
+                # The sum's last digit is 1, so it rounds x to an integer, which is its low byte.
+                x = np.float32(widen(rows[source + d])) * inverse + ROUNDER
+                cache[target + d] = np.int8(np.float32(x).view(np.int32) & np.int32(0xFF))
+
+
+@compiled
+def quantize_k_and_v(
+    k, k_strides, k_cache, k_cache_strides, v, v_strides, v_cache, v_cache_strides,
+    block_size, slots, H_kv, D,
+):  # fmt: skip
+    """`quantize_rows` for k and for v, in one call from Python."""
+    quantize_rows(k, k_strides, k_cache, k_cache_strides, block_size, slots, H_kv, D)
+    quantize_rows(v, v_strides, v_cache, v_cache_strides, block_size, slots, H_kv, D)
+
+
 def write_kv_cpu(
     k: Tensor,  # (N, H_kv, D)
     v: Tensor,  # (N, H_kv, D)
@@ -136,12 +236,17 @@ def write_kv_cpu(
 ) -> None:
     """Write each new token's k and v into its slot of one layer's caches, in place.
 
-    Values are rounded to the dtype of the cache. Raises as `check_tensors` does.
+    Values are rounded to the dtype of the cache; in int8 each row gets its scale. Raises as
+    `check_tensors` does.
     """
-    k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
-    check_tensors("write_kv_cpu", k_cache, v_cache, k, v)
+    write = quantize_k_and_v
+    if k_cache.dtype != torch.int8:
+        write = write_k_and_v
+        k, v = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    check_pool("write_kv_cpu", k_cache, v_cache)
+    check_tensors("write_kv_cpu", k, v)
     _, H_kv, D = k.shape
-    write_k_and_v(
+    write(
         flat_memory(k), k.stride(), flat_memory(k_cache), k_cache.stride(),
         flat_memory(v), v.stride(), flat_memory(v_cache), v_cache.stride(),
         k_cache.shape[2], slot_mapping.numpy(), H_kv, D,
