@@ -13,6 +13,9 @@ them, of any lengths, are one launch:
 A tile of the context is not a block: its 64 tokens lie in as many blocks as needed, and the block
 of each position is looked up in the block table.
 
+A pool may be int8 (speedups/quantized_kv.py). Its integers are multiplied as they are, in q's type:
+a score is then multiplied by its key's scale, and a weight by its value's.
+
 The decode kernels import three parts from here: `fold_tile` (`fold_block` of paged_attention.py in
 Triton), `walk` (the loop over it), and the checks before a launch. The kernel that writes new keys
 and values to their slots is here too.
@@ -57,6 +60,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @triton.jit
+def scales_behind(head, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Pointers to the first scale of a head of a block in a pool of int8.
+
+    `head` points to the values of the same head; speedups/quantized_kv.py has the layout.
+    """
+    VALUES: tl.constexpr = BLOCK_SIZE * HEAD_DIM + BLOCK_SIZE * HEAD_DIM % 2  # bytes, even
+    return (head + VALUES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+
+
+@triton.jit
 def fold_tile(
     m,  # (R,) the running maximum of each row's scores, in units of log2
     l,  # (R,) the running sum of its weights
@@ -89,11 +102,20 @@ def fold_tile(
     # Positions outside are loaded as 0. Masking the scores alone is not enough: memory that was
     # never written may hold NaN, and a weight of 0 times NaN is NaN.
     # `.to` changes nothing, except when the interpreter computes bfloat16 in 32 bits.
-    k = tl.load(k_head + at, mask=inside, other=0.0).to(q.dtype)
-    v = tl.load(v_head + at, mask=inside, other=0.0).to(q.dtype)
+    # int8 has 7 digits, so each 16-bit type holds its values exactly.
+    k = tl.load(k_head + at, mask=inside, other=0).to(q.dtype)
+    v = tl.load(v_head + at, mask=inside, other=0).to(q.dtype)
     # "ieee": by default 32-bit inputs are rounded to a mantissa of 10 bits (TF32).
     # scores (R, TILE_K) = q k^T * factor
     scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=acc.dtype) * factor
+    if k_head.dtype.element_ty == tl.int8:
+        block = block_id.to(tl.int64) * stride_block
+        offset = position % BLOCK_SIZE
+        k_scales = scales_behind(k_head + block, HEAD_DIM, BLOCK_SIZE) + offset  # (TILE_K,)
+        v_scales = scales_behind(v_head + block, HEAD_DIM, BLOCK_SIZE) + offset
+        k_scale = tl.load(k_scales, mask=position < end, other=0.0).to(tl.float32)
+        v_scale = tl.load(v_scales, mask=position < end, other=0.0).to(tl.float32)
+        scores = scores * k_scale[None, :]
     if MASKED:
         scores = tl.where(position[None, :] <= last[:, None], scores, float("-inf"))
     m_new = tl.maximum(m, tl.max(scores, 1))
@@ -103,6 +125,8 @@ def fold_tile(
     p = tl.exp2(scores - m_safe[:, None])  # (R, TILE_K) weights before the division by l
     l = l * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
+    if k_head.dtype.element_ty == tl.int8:
+        p = p * v_scale[None, :]  # after the sum: the scale belongs to V, not to the weight
     # Tensor cores multiply two tiles of one type, so p is rounded to V's type. The sum l is not.
     return m_new, l, tl.dot(p.to(v.dtype), v, acc, input_precision="ieee", out_dtype=acc.dtype)
 
@@ -214,6 +238,28 @@ def prefill_kernel(
 
 
 @triton.jit
+def quantize(rows):
+    """Rows (TILE_H, TILE_D) as int8, and their scales (TILE_H, 1) as bfloat16.
+
+    The rule is that of `quantize` in speedups/quantized_kv.py, and so are the bits.
+    """
+    rows = rows.to(tl.float32)
+    # Positive floats have the order of their bits, with infinity and NaN at the end.
+    largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)[:, None]
+    bits = (largest.to(tl.float32, bitcast=True) * (1 / 127)).to(tl.int32, bitcast=True)
+    # Round to nearest, ties to even: 0x3f808000 is a tie, and becomes 0x3f80.
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(bits < 0x0080, 0, bits)  # below 2^-126 a scale would have few digits
+    is_number = (largest < 0x7F800000) & (bits > 0)
+    scale = tl.where(is_number, bits << 16, 0x3F800000).to(tl.float32, bitcast=True)
+    # The sum's last digit is 1, so it rounds x to an integer, which is its low byte.
+    x = rows * tl.div_rn(1.0, scale) + 12582912.0  # 1.5 * 2^23
+    values = tl.where(is_number, x.to(tl.int32, bitcast=True), 0).to(tl.int8)
+    bits = tl.where(largest < 0x7F800000, bits, 0x7FC0)  # 0x7fc0 is a NaN
+    return values, bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def write_kv_kernel(
     k, v,  # (N, H_kv, D) both
     k_cache, v_cache, slot_mapping,  # twice (num_blocks + 1, H_kv, block_size, D), and (N,)
@@ -222,7 +268,10 @@ def write_kv_kernel(
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_D: tl.constexpr,  # heads a program; D rounded up to a power of two
 ):  # fmt: skip
-    """One program: copy TILE_H heads of one token's k and v to the token's slot."""
+    """One program: copy TILE_H heads of one token's k and v to the token's slot.
+
+    In a pool of int8 it rounds them, and writes a scale for each head.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)[:, None]
     dim = tl.arange(0, TILE_D)[None, :]
@@ -230,9 +279,17 @@ def write_kv_kernel(
     slot = tl.load(slot_mapping + row).to(tl.int64)
     block_id = slot // BLOCK_SIZE  # slot 35, BLOCK_SIZE 16 -> block 2, offset 3
     offset = slot % BLOCK_SIZE
-    new_k = tl.load(k + row * stride_k_row + head * stride_k_head + dim, inside)
-    new_v = tl.load(v + row * stride_v_row + head * stride_v_head + dim, inside)
+    new_k = tl.load(k + row * stride_k_row + head * stride_k_head + dim, inside, other=0.0)
+    new_v = tl.load(v + row * stride_v_row + head * stride_v_head + dim, inside, other=0.0)
     to = block_id * stride_block + offset * stride_token + head * stride_head + dim
+    if k_cache.dtype.element_ty == tl.int8:
+        new_k, k_scale = quantize(new_k)
+        new_v, v_scale = quantize(new_v)
+        block = block_id * stride_block + head * stride_head  # (TILE_H, 1)
+        k_scales = scales_behind(k_cache + block, HEAD_DIM, BLOCK_SIZE)
+        v_scales = scales_behind(v_cache + block, HEAD_DIM, BLOCK_SIZE)
+        tl.store(k_scales + offset, k_scale, head < NUM_KV_HEADS)
+        tl.store(v_scales + offset, v_scale, head < NUM_KV_HEADS)
     tl.store(k_cache + to, new_k.to(k_cache.dtype.element_ty), inside)
     tl.store(v_cache + to, new_v.to(v_cache.dtype.element_ty), inside)
 
@@ -242,16 +299,31 @@ def write_kv_kernel(
 INTERPRETED = HAS_TRITON and not isinstance(prefill_kernel, triton.runtime.JITFunction)
 
 
+def check_int8(k_cache: Tensor | None = None, v_cache: Tensor | None = None, **others) -> None:
+    """Raise ValueError for views of int8 without room for the scales behind a head's values."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache is None or cache.dtype != torch.int8:
+            continue
+        block_size, D = cache.shape[2:]
+        if cache.stride(2) != D or cache.stride(1) < block_size * (D + 2):
+            strides = f"{name} is int8 with strides {cache.stride()}"
+            raise ValueError(f"{strides}: scales must follow each head's values")
+
+
 def check_launch(**tensors: Tensor) -> None:
     """Raise RuntimeError where no kernel can run, ValueError for tensors that no kernel can read.
 
-    The tensors must have one dtype, and their last dimension must be contiguous.
+    The tensors must have one dtype, but for a pool of int8, and their last dimension must be
+    contiguous.
     """
     if not HAS_TRITON:
         raise RuntimeError("triton is not installed (it exists for Linux only): use another kernel")
+    check_int8(**tensors)
     names = ", ".join(tensors)
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+    dtypes = [
+        t.dtype for name, t in tensors.items() if "cache" not in name or t.dtype != torch.int8
+    ]
+    if len(set(dtypes)) > 1 or not set(dtypes) <= set(DTYPES):
         raise ValueError(f"{names} are {dtypes}: they must all be of one type of {DTYPES}")
     for name, tensor in tensors.items():
         if tensor.device.type == "cpu" and not INTERPRETED:
@@ -375,4 +447,5 @@ def write_kv_triton(
         *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
         NUM_KV_HEADS=H_kv, HEAD_DIM=D, BLOCK_SIZE=k_cache.shape[2],
         TILE_H=TILE_H, TILE_D=tile_d(D),
+        enable_fp_fusion=False,  # a product that is fused with its sum is rounded once, not twice
     )  # fmt: skip

@@ -53,6 +53,7 @@ class Case(NamedTuple):
     vocab_size: int = 0  # of `sample`
     rows: int = 0  # of `small_linear`, which also has inputs and outputs
     sizes: tuple[int, int] = (0, 0)  # of `add_norm` the first is the length of a row
+    int8: bool = False  # a pool of int8, whatever the dtype of q, k and v
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Report:
     vocab_size: int = 0
     rows: int = 0
     sizes: tuple[int, int] = (0, 0)
+    int8: bool = False
 
 
 QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest to the limits
@@ -89,6 +91,9 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("write", "float32", 80, block_size=3),
     Case("decode", "float64", 16),
     Case("prefill", "float64", 16),
+    *(Case(kernel, "bfloat16", 64, int8=True) for kernel in ("decode", "prefill", "write")),
+    Case("chunks", "float16", 128, block_size=3, group=4, starts=True, int8=True),
+    Case("prefill", "float32", 64, int8=True),
     Case("sample", "bfloat16", vocab_size=50_257),  # GPT-2's, its rows aligned to single numbers
     Case("sample", "float32", vocab_size=50_257),
     Case("sample", "float16", vocab_size=3_072),
@@ -191,6 +196,8 @@ def call(case: Case) -> None:
     import paged_attention_triton as simple
     from kernels import triton_decode as decode
     from kernels import triton_prefill as prefill
+    from kv_cache import KVCache
+    from speedups.quantized_kv import QuantizedKVCache
 
     if case.kernel == "sample":
         return call_sample(case)
@@ -203,10 +210,14 @@ def call(case: Case) -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    pool = empty(90, 2, H_kv, case.block_size, D, dtype=dtype)
+    sizes = (1, 89, case.block_size, H_kv, D)
+    if case.int8:
+        cache = QuantizedKVCache(*sizes, device="meta")
+    else:
+        cache = KVCache(*sizes, dtype=dtype, device="meta")
     qkv = empty(N, H + 2 * H_kv, D, dtype=dtype)  # as the model hands over its slices
     q, k, v = qkv[:, :H], qkv[:, H : H + H_kv], qkv[:, H + H_kv :]
-    caches = pool[:, 0], pool[:, 1]
+    caches = cache.layer(0)
     if case.kernel == "write":
         return prefill.write_kv_triton(k, v, *caches, empty(N, dtype=torch.int64))
     if case.kernel == "simple_write":
@@ -320,6 +331,7 @@ def describe(kernel, case: Case, target: int) -> Report:
         vocab_size=case.vocab_size,
         rows=case.rows,
         sizes=case.sizes,
+        int8=case.int8,
     )
 
 

@@ -55,7 +55,9 @@ def check(reports, cases):
         assert r["shared_bytes"] <= SHARED_LIMIT_BYTES[r["target"]]
         if r["dtype"] in ("float16", "bfloat16"):
             assert r["tensor_core_products"] >= 8, r
-            if r["head_dim"] == 64:  # rows of 128 bytes, 8 threads each; a table entry has 4
+            if (
+                r["head_dim"] == 64 and not r["int8"]
+            ):  # rows of 128 bytes, 8 threads each; a table entry has 4
                 assert r["copies"]["16"] >= 16 and r["copies"].keys() <= {"4", "16"}, r
 
 
@@ -78,7 +80,7 @@ def test_an_h100_multiplies_tiles_of_queries_with_the_instructions_made_for_it(q
     products = {
         r["target"]: r["tensor_core_products"]
         for r in quick
-        if (r["call"], r["dtype"], r["head_dim"]) == ("prefill", "bfloat16", 64)
+        if (r["call"], r["dtype"], r["head_dim"]) == ("prefill", "bfloat16", 64) and not r["int8"]
     }
     assert products[90] < products[80] / 4
 
@@ -87,7 +89,7 @@ def test_six_decode_programs_of_gpt2_fit_on_one_processor_of_the_gpu(quick):
     """65,536 registers for 128 threads a program, and 16 KB or so of shared memory each."""
     decodes = ("decode", "fused_decode")
     rows = [r for r in quick if r["call"] in decodes and (r["dtype"], r["head_dim"]) == GPT2_IN_16]
-    assert rows
+    assert {r["int8"] for r in rows} == {False, True}
     for r in rows:
         assert 6 * 128 * r["registers"] <= 65_536
         assert 6 * r["shared_bytes"] <= SHARED_LIMIT_BYTES[r["target"]]
