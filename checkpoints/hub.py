@@ -2,13 +2,10 @@
 
 The repository of `gpt2` on the hub holds the same weights several times: for PyTorch (548 MB),
 TensorFlow, Flax, Rust and ONNX. This file fetches the configs, the tokenizer's files and one set of
-weights, all from the same commit. What is here, or whole in the cache, costs no request. Without a
-network the user gets one sentence within 3 seconds.
-
-Files, the cache, its variables (HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) and
-progress bars are huggingface_hub's, and so are the words of its errors. A cached model is not
-compared with the hub again: `gpt2` stays at the commit that was fetched first, `gpt2@COMMIT` asks
-for another one. The tests run the real library against a local server.
+weights, all from one commit, by huggingface_hub, whose cache and variables (HF_HOME, HF_HUB_CACHE,
+HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE) are used. What is here, or whole in the cache, costs no
+request, and is not compared with the hub again: `gpt2` stays at the commit that was fetched first,
+`gpt2@COMMIT` asks for another one. Without a network the user gets one sentence within 3 seconds.
 """
 
 import multiprocessing
@@ -23,10 +20,10 @@ from checkpoints.weight_files import WEIGHT_FILES, files_of, other_weights
 ALIASES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large")}
 ALIASES |= {"gpt2-xl": "openai-community/gpt2-xl", "distilgpt2": "distilbert/distilgpt2"}
 CONFIG = "config.json"
+OTHER_TOKENIZERS = ("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")  # not GPT-2's
 SMALL_FILES = (  # some repositories hold only a few of them
     *(CONFIG, "generation_config.json", "vocab.json", "merges.txt", "tokenizer.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json"),  # other families' tokenizers
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *OTHER_TOKENIZERS),
 )
 WEIGHTS = WEIGHT_FILES[:-1]  # the first one that exists; nanoGPT's ckpt.pt is not used on the hub
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
@@ -38,8 +35,7 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
 
     `name` is a local path, one of ALIASES, or `org/name`. The last two may end in `@revision`: a
     branch, tag or commit. The default of `cache_dir` is huggingface_hub's cache.
-    Raises ValueError with one sentence if there is no such model. Files that arrived whole stay in
-    the cache for the next call.
+    Raises ValueError with one sentence if there is no such model.
     """
     if os.path.exists(name):
         return Path(name)
@@ -49,9 +45,7 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
     except ImportError as error:
         raise ValueError(f"{str(name)!r} is no folder here, and for the hub: {error}") from None
     nowhere = f"{str(name)!r} is no folder here, nor whole in {cache_dir or constants.HF_HUB_CACHE}"
-    # The errors of the library, of its HTTP client and of hf_xet, its second way to fetch weights,
-    # have no common parent. Their messages say what can be done.
-    problem = f"{nowhere}, and {constants.ENDPOINT} did not deliver it"
+    problem = f"{nowhere}, and {constants.ENDPOINT} did not deliver it"  # and the library's words
     place = repo_id, revision, cache_dir
     return call(problem, lambda: find_in_cache(*place) or download(*place))
 
@@ -74,8 +68,7 @@ def parse_name(name: str) -> tuple[str, str]:
 def find_in_cache(repo_id: str, revision: str, cache_dir: str | Path | None = None) -> Path | None:
     """Return the cached snapshot of a revision if it is whole, else None. Sends no request.
 
-    transformers uses the same cache, so a model that it has fetched is found too. Old versions kept
-    `gpt2` under its short name, so short names are looked up as well.
+    transformers uses the same cache; old versions of it kept `gpt2` under its short name.
     """
     import huggingface_hub as hub
 
@@ -89,10 +82,7 @@ def find_in_cache(repo_id: str, revision: str, cache_dir: str | Path | None = No
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a snapshot holds a config and all files of its best set of weights.
-
-    The library gives a file its final name only after the last byte, so an existing file is whole.
-    """
+    """Whether a snapshot holds a config and all files of its best weights, which then are whole."""
     try:
         needed = (folder / CONFIG, *files_of(folder))
     except ValueError:  # no weights, or an index that cannot be read: fetch it again
@@ -115,9 +105,8 @@ def download(repo_id: str, revision: str, cache_dir: str | Path | None = None) -
         options = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": [*names]}
         return Path(hub.snapshot_download(repo_id, **options))
 
-    # The first files are fetched from the branch: the library notes its commit for the next call.
-    # All others are fetched from that commit, because somebody may push a new one in between. The
-    # weights come last: a snapshot with whole weights has all other files too.
+    # The first files come from the branch, whose commit the library notes, all others from that
+    # commit: somebody may push. Weights come last: a snapshot that has them has all other files.
     folder = fetch(revision, *SMALL_FILES)  # .../snapshots/COMMIT
     fetch(folder.name, weights)
     files = [path.name for path in files_of(folder / weights)]  # an index names its shards
@@ -130,10 +119,9 @@ def download(repo_id: str, revision: str, cache_dir: str | Path | None = None) -
 
 
 def list_files(repo_id: str, revision: str) -> set[str]:
-    """All file names of a repository. This first request also shows whether a hub is reachable.
+    """All file names of a repository. Raises TimeoutError after LIST_TIMEOUT_S.
 
-    Raises TimeoutError after LIST_TIMEOUT_S. The HTTP client's own timeout starts again for each
-    address of the server, and does not cover the lookup of its name.
+    The HTTP client's own timeout starts again for each address, and omits the lookup of a name.
     """
     import huggingface_hub as hub
 

@@ -11,8 +11,7 @@ four small rules are enough, instead of a table of 148 entries (for the 124M mod
 
 The same rules read nanoGPT's `ckpt.pt`. A checkpoint that does not fit is refused with a ValueError
 that names the file and the tensor, because a model that is loaded in part writes plausible
-nonsense. `random:gpt2` builds the real shape with random weights, to measure speed without a
-download. The tests load each layout and compare tensors bit by bit, and logits with transformers.
+nonsense. The tests compare tensors bit by bit, and logits with transformers.
 
 Radford et al. 2019 (GPT-2); its names and layout: github.com/huggingface/transformers.
 Run: python -m checkpoints.load NAME     (what is in a folder, a ckpt.pt, or a model on the hub?)
@@ -73,10 +72,9 @@ def load_model(
 ) -> GPT:
     """Load a folder in Hugging Face's GPT-2 layout, a nanoGPT `ckpt.pt`, or a name on the hub.
 
-    `random:gpt2` and the larger random shapes are built here. Each tensor is cast to `dtype` as it
-    is read, so memory peaks at one copy of the model plus its largest tensor. Raises ValueError,
-    naming the file and the field or tensor, if anything is missing, left over, of another shape,
-    not finite, or not a GPT-2.
+    `random:gpt2` has the real shape and random weights. Each tensor is cast as it is read, so
+    memory peaks at one copy of the model plus its largest tensor. Raises ValueError, naming the
+    file and the field or tensor, if any is missing, left over, misshapen, or not finite.
     """
     name = str(name)
     if name.startswith("random:"):
@@ -99,8 +97,7 @@ def load_model(
         biases = [key for key in wanted if key.endswith(".bias") and key not in state]
         state |= {k: torch.zeros(wanted[k], dtype=dtype, device=device) for k in biases}
     if missing := [key for key in wanted if key not in state]:
-        first = f"{len(missing)} tensors are missing, the first is {missing[0]!r}"
-        raise ValueError(f"{file}: {first}")
+        raise ValueError(f"{file}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     model.load_state_dict(state, assign=True)  # each name gets a parameter of its own
     if state[HEAD] is state[EMBEDDING]:
         model.lm_head.weight = model.wte.weight
@@ -176,8 +173,7 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
         if kind is not str and abs(value) > LARGEST_SIZE:
             raise ValueError(f"{path}: {name} is {shown(value)}, at most {LARGEST_SIZE} is read")
         known[field.name] = GELUS.get(value, value)
-    # Small test models keep GPT-2's end-of-text id, which their vocabulary does not have. The model
-    # can never draw that id, so it is dropped.
+    # Small test models keep GPT-2's end-of-text id, which they can never draw: it is dropped.
     if not 0 <= known.get("eos_token_id", 0) < known.get("vocab_size", GPTConfig.vocab_size):
         known.pop("eos_token_id", None)  # absent if vocab_size is 0, which GPTConfig refuses below
     return call(path, GPTConfig, **known)
@@ -187,8 +183,7 @@ def to_config(fields: dict, path: Path) -> GPTConfig:
 def plain_name(stored: str) -> str:
     """A tensor's name without the prefixes of modules that were wrapped around the model."""
     name = stored.replace("_orig_mod.", "")  # torch.compile adds it, to a model or to a layer
-    # DataParallel adds "module."
-    return name.removeprefix("module.").removeprefix("transformer.")
+    return name.removeprefix("module.").removeprefix("transformer.")  # DataParallel adds "module."
 
 
 def place(stored: list[Stored], wanted: dict[str, tuple[int, ...]]) -> dict[Stored, str]:
@@ -218,8 +213,7 @@ def read_tensors(
     """Read the weights: transposed, cast to `dtype`, moved to `device`, checked to be finite.
 
     Returns a dict from the model's names to tensors. A tied head is the embedding itself, unless
-    the file has both and they differ: then transformers does not tie them either. Raises ValueError
-    for a wrong shape or dtype.
+    the file has both and they differ: then transformers does not tie them either.
     """
     # c_attn is never square, so its shape tells whether the file stores (out, in) or (in, out).
     fused = "h.0.attn.c_attn.weight"  # (3C, C) in the model
@@ -240,8 +234,7 @@ def read_tensors(
             continue
         # Always a copy: `tensor` is a view of the mapped file, which somebody may rewrite.
         tensor = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        # aminmax() returns NaN if there is one, and needs no mask of the tensor's size. It is
-        # called after the cast, because float16 turns numbers above 65504 into infinity.
+        # aminmax() returns NaN if there is one. The cast to float16 makes 65520 infinity.
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{subject} holds NaN or infinity as {dtype}")
@@ -285,9 +278,8 @@ def transformers_fields(config: GPTConfig) -> dict:
 def compare(stored: list[Stored], model: GPT) -> str:
     """Compare our logits with transformers' on the same tensors; return the result as one line.
 
-    transformers reads no file: the tensors are given to it, and its config is made from ours, since
-    a stranger's config.json may name code on the hub. Raises ValueError if the logits differ by
-    more than a thousandth of the largest one.
+    transformers gets tensors and our config, since a stranger's config.json may name code on the
+    hub. Raises ValueError if the logits differ by more than a thousandth of the largest one.
     """
     try:
         from transformers import GPT2Config, GPT2LMHeadModel

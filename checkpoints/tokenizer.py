@@ -10,9 +10,10 @@ them, but 344 of the 50,256 hold only a part of a character. A cat emoji takes t
 
 So tokens are joined as bytes first and decoded as UTF-8 afterwards, in `outputs.py` too. What
 stands in `tokenizer.json`, or in `vocab.json` and `merges.txt`, is read by the library
-`tokenizers`, and the ids are those of transformers' AutoTokenizer. A folder of another family is
-`Unreadable`. A model of GPT-2's vocabulary in a folder without any gets GPT-2's own, from the files
-that tiktoken has fetched.
+`tokenizers`, and the ids are those of transformers' AutoTokenizer. Where two such files hold
+nothing but bytes and merges, tiktoken encodes: the same ids in a fifth of the time. A folder of
+another family is `Unreadable`. A model of GPT-2's vocabulary in a folder without any gets GPT-2's
+own, from the files that tiktoken has fetched.
 
 Sennrich et al. 2016, arXiv:1508.07909, section 3.2 (merges); Radford et al. 2019, section 2.2.
 """
@@ -27,20 +28,22 @@ from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoints.hub import OTHER_TOKENIZERS
 from checkpoints.untrusted import Unreadable, call, read_json, read_text, shown
 
-if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer  # imported where they are needed
+if TYPE_CHECKING:  # imported where they are needed
+    from tiktoken import Encoding
+    from tokenizers import AddedToken, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")
 PLAIN_CLASSES = (*GPT2_CLASSES, "PreTrainedTokenizerFast", "TokenizersBackend")
-OTHER_FILES = ("vocab.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json")  # of other families
 ADVICE = "transformers' AutoTokenizer may read it, and saves it as tokenizer.json"
 
 # What the library compiles takes up to 340 bytes of memory a character. Real files have a third.
 MOST_CHARS = 4_000_000
 MOST_TEXT_CHARS = 10_000  # of one text
+MOST_BLANKS = 900_000  # in a row; tiktoken's regular expression fails at 999,999
 NOT_COMPILED = {"precompiled_charsmap", "chat_template", "merges"}  # long texts; pairs of tokens
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LACKING = "\0no-such-token"  # the library looks for it where a vocabulary lacks a character
@@ -63,8 +66,9 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 class FileTokenizer:
     """A tokenizer of the library `tokenizers`, of any kind. An id without a token gives no text."""
 
-    def __init__(self, tokenizer: "Tokenizer", eos_token_id: int | None):
+    def __init__(self, tokenizer: "Tokenizer", eos_token_id: int | None, pairs: list = ()):
         """Raises `Unreadable` if the text of a token depends on the one after it."""
+        self._encoding = plain_encoding(tokenizer, pairs) if pairs else None
         tokenizer.no_truncation()  # both are the caller's business
         tokenizer.no_padding()
         if hasattr(model := tokenizer.model, "dropout"):  # BPE
@@ -97,12 +101,13 @@ class FileTokenizer:
                 raise Unreadable(f"its decoder ({', '.join(map(str, kinds))}) is not served")
 
     def encode(self, text: str) -> list[int]:
-        """Turn a text into ids. As in Hugging Face, "<|endoftext|>" in a text becomes that token.
-
-        Raises ValueError for a text that the vocabulary cannot write.
-        """
+        """Turn a text into ids, "<|endoftext|>" in it too. Raises ValueError if it cannot."""
         problem = "the text cannot be written in tokens"
         call(problem, text.encode)  # JSON can hold half of a surrogate pair, UTF-8 cannot
+        if self._encoding is not None:
+            if re.search(rf"(?<!\s)\s{{{MOST_BLANKS}}}", text):
+                raise ValueError(f"{problem}: {MOST_BLANKS:,} blanks or more in a row")
+            return call(problem, self._encoding.encode, text, allowed_special="all")
         try:
             return call(problem, self._tokenizer.encode, text).ids
         except ValueError as error:
@@ -123,10 +128,7 @@ class FileTokenizer:
         return self.names.get(token_id) or self.token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token adds to a text that has begun: b"" for a special or unknown id.
-
-        A word of WordPiece adds a blank and the word: what a model writes continues its prompt.
-        """
+        """The bytes that one token adds to a text that has begun: b"" for special, unknown ids."""
         is_known = 0 <= token_id < self.vocab_size and token_id not in self.names
         token = self._tokenizer.id_to_token(token_id) if is_known else None
         if token is None:
@@ -147,8 +149,8 @@ class FileTokenizer:
 def load_tokenizer(folder: str | Path) -> FileTokenizer | None:
     """Load the tokenizer of a model's folder; None if it has none.
 
-    Raises `Unreadable` for the files of a family that is not read here, and ValueError, naming the
-    file or the folder, for those that are damaged or too large.
+    Raises `Unreadable` for another family's files, and ValueError, naming the file or the folder,
+    for those that are damaged or too large.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -156,13 +158,14 @@ def load_tokenizer(folder: str | Path) -> FileTokenizer | None:
     config = read_optional(folder / "tokenizer_config.json")
     of_model = read_optional(folder / "config.json")
     kind = config.get("tokenizer_class") or of_model.get("tokenizer_class")
-    others = [file.name for pattern in OTHER_FILES for file in folder.glob(pattern)]
+    others = [file.name for pattern in OTHER_TOKENIZERS for file in folder.glob(pattern)]
+    pairs = []
     if path.exists():
         tokenizer = read_whole(path, config, kind)
     elif kind in PLAIN_CLASSES and (vocab.exists() or merges.exists()):
         if asked := [name for name in ("add_bos_token", "add_eos_token") if config.get(name)]:
             raise Unreadable(f"{folder}: {asked[0]} needs a tokenizer.json; {ADVICE}")
-        tokenizer = byte_level(vocab, merges, bool(config.get("add_prefix_space")))
+        tokenizer, pairs = byte_level(vocab, merges, bool(config.get("add_prefix_space")))
     elif others or kind not in PLAIN_CLASSES:
         named = shown(others[0] if kind in PLAIN_CLASSES else kind)
         family = f"its tokenizer ({named}) is of a family that is not read here"
@@ -172,7 +175,8 @@ def load_tokenizer(folder: str | Path) -> FileTokenizer | None:
     problem = f"{folder}: its added tokens cannot be read"
     ids = call(problem, add_tokens, tokenizer, folder, config, kind in GPT2_CLASSES)
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-    return call(path if path.exists() else vocab, FileTokenizer, tokenizer, ids.get("eos_token"))
+    file = path if path.exists() else vocab
+    return call(file, FileTokenizer, tokenizer, ids.get("eos_token"), pairs)
 
 
 def read_eos_ids(folder: Path) -> set[int]:
@@ -199,9 +203,9 @@ def gpt2_tokenizer() -> FileTokenizer | None:
     for path in paths:
         if sha1(path.read_bytes()).hexdigest() != GPT2_FILES[path.name]:
             raise ValueError(f"{path} is not GPT-2's whole file: delete it")
-    tokenizer = byte_level(*paths, with_space=False)
+    tokenizer, pairs = byte_level(*paths, with_space=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return FileTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
+    return FileTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT), pairs)
 
 
 def read_optional(path: Path) -> dict:
@@ -234,8 +238,8 @@ def read_whole(path: Path, config: dict, kind: str | None) -> "Tokenizer":
     return tokenizer
 
 
-def byte_level(vocab: Path, merges: Path, with_space: bool) -> "Tokenizer":
-    """The tokenizer of `vocab.json` and `merges.txt`; `with_space` puts a blank before a text."""
+def byte_level(vocab: Path, merges: Path, with_space: bool) -> "tuple[Tokenizer, list[tuple]]":
+    """The tokenizer of `vocab.json`, and its merges; `with_space` puts a blank before a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     lines = read_text(merges).split("\n")
@@ -245,7 +249,34 @@ def byte_level(vocab: Path, merges: Path, with_space: bool) -> "Tokenizer":
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=with_space)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tokenizer, pairs
+
+
+def plain_encoding(tokenizer: "Tokenizer", pairs: list[tuple]) -> "Encoding | None":
+    """The same tokenizer for tiktoken; None if it has more than bytes, merges and <|endoftext|>.
+
+    tiktoken knows no merges: it joins the two neighbours whose bytes together are the token of the
+    lowest id. That is the same if the ids rise from pair to pair, and merges lead to each token.
+    """
+    from tiktoken import Encoding
+    from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's cut into words
+
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    vocab.pop(END_OF_TEXT, None)
+    ids = [vocab.get("".join(pair), -1) for pair in pairs]
+    added = tokenizer.get_added_tokens_decoder()
+    special = {token.content: token_id for token_id, token in added.items()}
+    surprises = (
+        tokenizer.pre_tokenizer.add_prefix_space or tokenizer.encode_special_tokens,
+        special.keys() - {END_OF_TEXT},
+        any(token.lstrip or token.rstrip or token.single_word for token in added.values()),
+        not vocab.keys() >= CHAR_TO_BYTE.keys() >= set("".join(vocab)),
+        ids != sorted({*ids}) or len(vocab) > len({*vocab.values()}),
+    )
+    if any(surprises) or any(len(tokenizer.model.tokenize(token)) != 1 for token in vocab):
+        return None
+    ranks = {bytes(map(CHAR_TO_BYTE.get, token)): vocab[token] for token in vocab}
+    return Encoding("plain", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 # ---- added tokens --------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Files from strangers are opened once, and what was opened is checked before it is read.
 
-A model from a hub is a handful of files by somebody unknown. A text in its JSON can be a megabyte
-long, a file can be a pipe that never ends, and a link can lead somewhere else a moment after it was
-checked. So a path is opened without waiting, the open file is looked at, and libraries that want a
-name get the name of the open file. The tests load such files and expect one sentence for each.
+A text in a stranger's JSON can be a megabyte long, a file can be a pipe that never ends, and a link
+can lead somewhere else a moment after it was checked. So a path is opened without waiting, the open
+file is looked at, and libraries that want a name get the name of the open file.
 """
 
 import json
@@ -47,10 +46,7 @@ def call(problem: object, function: Callable, *args, **options) -> Any:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file. Links are followed: the hub's cache consists of them.
-
-    Raises ValueError for anything else, and for a Git LFS pointer.
-    """
+    """Open a regular file, through links. Raises ValueError for all else and Git LFS pointers."""
     # Without O_NONBLOCK, opening a pipe waits for somebody who writes to it. O_BINARY is Windows'.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if not os.path.lexists(path):

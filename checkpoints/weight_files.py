@@ -1,8 +1,7 @@
 """List the tensors of a checkpoint, whatever files it came in, then read them one by one.
 
 The same weights may be one safetensors file, shards with an index, a pickle of PyTorch's, or a part
-of nanoGPT's `ckpt.pt`, which also holds an optimizer of twice their size. All of them become one
-list of names and shapes; the caller chooses from it before any number is read.
+of nanoGPT's `ckpt.pt`, which also holds an optimizer of twice their size.
 
     model.safetensors                         ┐
     model.safetensors.index.json -> shards    │   catalogue: name, shape, file   (no numbers read)
@@ -12,9 +11,9 @@ list of names and shapes; the caller chooses from it before any number is read.
 `safetensors` and `torch.load(weights_only=True)` read the files. PyTorch's reader runs no code from
 a pickle, but a pickle of a hundred bytes may still ask it for any amount of memory or time.
 
-A tensor is a view of the memory-mapped file. The mapping is closed after every 32 MiB. If it
-stayed open, the pages that were read would stay in memory beside the copies made from them: 1 GB
-for a model of 0.5 GB. Pickles from before PyTorch 1.6 cannot be mapped and are read whole.
+A tensor is a view of the memory-mapped file. The mapping is closed after every 32 MiB, or the
+pages that were read would stay in memory beside their copies: 1 GB for a model of 0.5 GB. Pickles
+from before PyTorch 1.6 cannot be mapped and are read whole.
 
 Formats: github.com/huggingface/safetensors; docs.pytorch.org, `torch.load`; nanoGPT's `train.py`.
 """
@@ -73,10 +72,9 @@ Views = tuple[dict[str, Tensor], dict | None, bool]
 
 # ---- the files of a folder -----------------------------------------------------------------------
 def catalogue(path: Path) -> tuple[list[Stored], dict | None]:
-    """List the tensors of a folder, or of a single file of weights, without reading the numbers.
+    """List the tensors of a folder or a file of weights, and nanoGPT's `model_args`, or None.
 
-    Returns them and the `model_args` of a nanoGPT checkpoint; None for any other. Raises
-    ValueError, naming the file, if one is missing, damaged, or holds more than plain tensors.
+    Raises ValueError, naming the file, if one is missing, damaged, or holds more than tensors.
     """
     stored: dict[str, Stored] = {}
     for file, indexed in files_of(path).items():
@@ -134,8 +132,7 @@ def read_index(index: Path) -> dict[Path, set[str]]:
     ending = Path(index.stem).with_suffix("").suffix  # model.safetensors.index.json -> .safetensors
     indexed: dict[Path, set[str]] = {}
     for tensor, name in weight_map.items():
-        # Only a bare file name: "../x" and "/etc/x" would leave the folder. Links are allowed,
-        # since the hub's cache consists of links.
+        # "../x" and "/etc/x" would leave the folder. A link may: the hub's cache consists of them.
         is_plain = isinstance(name, str) and PLAIN_NAME.fullmatch(name) and name.endswith(ending)
         if not is_plain:
             problem = f"lies in {shown(name)}, which is not the name of a {ending} file beside it"
@@ -153,7 +150,6 @@ def stamp_of(file: BinaryIO) -> tuple[int, ...]:
 
 def views_of(path: Path, file: BinaryIO) -> Views:
     """What an open file holds, by its ending. Raises ValueError, naming it, if it is damaged."""
-    # A damaged file makes the readers stumble over anything.
     reader = read_safetensors if path.suffix == ".safetensors" else read_pickle
     return call(f"{path} is refused, or damaged", reader, path, file)
 
@@ -208,18 +204,14 @@ def check_tensors(held: dict, size: int) -> None:
             raise ValueError(f"entry {shown(name)} is no tensor, or sparse, quantised or empty")
         num_bytes += tensor.numel() * tensor.itemsize
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    # A pickle may ask for memory that no file fills, or repeat one number a million times. Twice
-    # the file are allowed: torch.save may store a tied head as a second name of wte's bytes.
+    # A pickle may ask for any memory, or repeat one number. A tied head may be wte's bytes again.
     if sum(storages.values()) > size or num_bytes > 2 * size:
         raise ValueError("its tensors are larger than the file")
 
 
 # ---- the numbers ---------------------------------------------------------------------------------
 def read(stored: list[Stored]) -> Iterator[tuple[Stored, Tensor]]:
-    """Yield each tensor with its numbers, as a view of the mapped file: the caller copies it.
-
-    Raises ValueError if a file was replaced since it was listed.
-    """
+    """Yield each tensor as a view of its file, to be copied. Raises ValueError if that changed."""
     for path, of_file in groupby(stored, key=lambda one: one.path):
         left = list(of_file)
         while left:

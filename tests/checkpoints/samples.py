@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import resource
 import signal
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -24,7 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.load import CONV1D, load_model
+from checkpoints.load import CONV1D, describe, load_model
+from llm import LLM
 from model import GPT, GPTConfig
 
 SECONDS = 20  # for one load, on a machine that is busy with other things
@@ -119,11 +121,19 @@ def write_zip(entries: list[tuple[str, bytes]], packed: int | None = None) -> by
 
 
 # ---- what is said of it --------------------------------------------------------------------------
-def refusal(folder: Path, **options) -> str:
-    """The sentence of the ValueError that loading the folder raises."""
-    with pytest.raises(ValueError) as raised:
-        load_model(folder, **options)
-    message = str(raised.value)
+def refusal(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """The sentence of the ValueError that loading the folder raises.
+
+    It is also that of `LLM(folder)`, and of `python -m checkpoints.load FOLDER`, which is float32.
+    """
+    said = set()
+    for load in (load_model, LLM, describe)[: 3 if dtype == torch.float32 else 2]:
+        name = str(dtype).removeprefix("torch.")
+        options = {load_model: {"dtype": dtype}, LLM: {"dtype": name, "device": "cpu"}}
+        with pytest.raises(ValueError) as raised:
+            load(str(folder), **options.get(load, {}))
+        said.add(str(raised.value))
+    (message,) = said
     assert message.isprintable() and len(message) < 1500, message[:3000]
     return message
 
@@ -165,16 +175,13 @@ class Outcome(NamedTuple):
 
     said: list  # one entry a call of `say`
     end: str  # "" if it came to its end, else the signal that ended it or how long it hung
-    peak_mb: float  # of memory, above what it had when it began; 0 where the system cannot tell
+    peak_mb: float  # of memory, above what it had when it began
 
 
-def memory_mb(field: str) -> float:
-    """A line of Linux's account of this process (VmRSS: now, VmHWM: at most), in MB."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # another system
-        return 0.0
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+def peak_mb() -> float:
+    """The most memory that this process has had so far; a child begins with what it has then."""
+    unit = 1024 if sys.platform == "linux" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def in_a_child(work: Callable[[Callable[[object], None]], object], seconds: float) -> Outcome:
@@ -195,17 +202,14 @@ def in_a_child(work: Callable[[Callable[[object], None]], object], seconds: floa
     child.join()
     if not end and (code := child.exitcode):
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-    peak_mb = said.pop() if said and isinstance(said[-1], float) else 0.0
-    return Outcome(said, end, peak_mb)
+    most_mb = said.pop() if said and isinstance(said[-1], float) else 0.0
+    return Outcome(said, end, most_mb)
 
 
 def work_and_tell(work: Callable, writer: Connection) -> None:
     """The child's life: work, and at last the most memory that it took."""
     most = 16 << 30  # whatever is loaded here, the machine is not to run out of memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5")  # VmHWM begins at what is there now
-    before = memory_mb("VmRSS")
+    before = peak_mb()
     work(writer.send)
-    writer.send(memory_mb("VmHWM") - before)
+    writer.send(peak_mb() - before)
