@@ -10,28 +10,25 @@ import copy
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+import samples
 import torch
 from safetensors.torch import save_file
 from samples import (
-    ARGS,
     FIELDS,
     LAYOUTS,
     as_linear,
     edit_config,
-    in_a_child,
     in_the_file,
     refusal,
     small_model,
     write,
-    write_nanogpt,
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoints import load
-from checkpoints.load import CONV1D, load_model, weights_kind
+from checkpoints.load import CONV1D, load_model, nanogpt_config, weights_kind
 from model import GPT, GPTConfig, attend_one_sequence
 
 TENSORS = in_the_file(small_model())
@@ -88,27 +85,23 @@ def with_the_head(tensors):
 
 
 def in_one_storage(tensors):
-    """All tensors as views of one flat vector, each with its own offset."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    pieces = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {n: p.view(t.shape) for (n, t), p in zip(tensors.items(), pieces, strict=True)}
-
-
-def as_views(tensors):
-    """The four matrices as transposed views, which no file needs to hold contiguously."""
-    return {n: t.t().contiguous().t() if n.endswith(CONV1D) else t for n, t in tensors.items()}
-
-
-def by_transformers(tensors):
-    """Its state dict is an OrderedDict that carries a version of each module."""
-    theirs = GPT2LMHeadModel(GPT2Config(**FIELDS))
-    theirs.load_state_dict(with_the_head(tensors))
-    assert theirs.state_dict()._metadata
-    return theirs.state_dict()
+    """All tensors as views of one flat vector, each with its own offset, matrices turned."""
+    turned = as_linear(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in turned.values()])
+    pieces = flat.split([tensor.numel() for tensor in turned.values()])
+    views = {n: p.view(t.shape) for (n, t), p in zip(turned.items(), pieces, strict=True)}
+    return {n: view.t() if n.endswith(CONV1D) else view for n, view in views.items()}
 
 
 WRAPPERS = ["module._orig_mod.transformer.", "_orig_mod.module.transformer.", "_orig_mod.",
-            "transformer._orig_mod.", "module."]  # fmt: skip
+            "transformer._orig_mod.", "module.", ""]  # fmt: skip
+
+
+def renamed(prefix):
+    """Other modules around the model than `transformer`, and a head of the same name."""
+    return lambda t: {n.replace("transformer.", prefix, 1): x for n, x in with_the_head(t).items()}
+
+
 CHANGED = {  # a kind of file, and what is done to the tensors before
     **dict.fromkeys(LAYOUTS, dict),
     "safetensors, no prefix": lambda t: {n.removeprefix("transformer."): x for n, x in t.items()},
@@ -116,29 +109,15 @@ CHANGED = {  # a kind of file, and what is done to the tensors before
     "safetensors, only the head": lambda t: {HEAD if n == WTE else n: t[n] for n in t},
     "zip, masks": lambda t: with_masks(t, torch.bool),
     "zip, parameters": lambda t: {name: torch.nn.Parameter(tensor) for name, tensor in t.items()},
-    "zip, views": as_views,
-    "zip, one storage": in_one_storage,
-    "zip, nn.Linear": as_linear,
-    "zip, by transformers": by_transformers,
+    "zip, views in one storage": in_one_storage,
+    "zip, nn.Linear": lambda t: small_model().state_dict(),  # an OrderedDict, with the tied head
     "legacy, masks and head": lambda t: with_the_head(with_masks(t, torch.uint8)),
-    "legacy, one storage": lambda t: in_one_storage(as_views(t)),
+    "legacy, views in one storage": in_one_storage,
     "zip, layers compiled one by one": lambda t: {
         re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()
     },
-    **{
-        f"zip, {prefix}": lambda t, prefix=prefix: {
-            n.replace("transformer.", prefix, 1): x for n, x in with_the_head(t).items()
-        }
-        for prefix in WRAPPERS
-    },
+    **{f"zip, {prefix}": renamed(prefix) for prefix in WRAPPERS},
 }
-
-
-@pytest.fixture(scope="module")
-def their_logits(tmp_path_factory):
-    folder = write(tmp_path_factory.mktemp("theirs"), config=FIELDS)
-    save_file(TENSORS, folder / SAFE)
-    return their_logits_of(folder)
 
 
 def write_layout(layout, tensors, folder):
@@ -148,7 +127,7 @@ def write_layout(layout, tensors, folder):
 
 
 @pytest.mark.parametrize("layout", CHANGED)
-def test_every_layout_gives_the_same_tensors_and_logits(layout, their_logits, folder):
+def test_every_layout_gives_the_same_tensors(layout, folder):
     write_layout(layout, TENSORS, folder)
     loaded = load_model(folder)
     assert_same_weights(loaded)
@@ -156,7 +135,6 @@ def test_every_layout_gives_the_same_tensors_and_logits(layout, their_logits, fo
     assert loaded.lm_head.weight is loaded.wte.weight
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert all(parameter.is_contiguous() for parameter in loaded.parameters())
-    torch.testing.assert_close(logits_of(folder), their_logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy", "zip in shards"])
@@ -182,13 +160,13 @@ def test_a_head_that_differs_in_its_last_row_alone_differs(folder):
 
 
 # ---- nanoGPT -------------------------------------------------------------------------------------
-OLD_ARGS = {name: value for name, value in ARGS.items() if name != "bias"}  # until January 2023
+OLD_ARGS = {k: v for k, v in samples.ARGS.items() if k != "bias"}  # until January 2023
 MASKS = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
 NANOGPTS = {  # model_args, tensors beside or in place of the small model's, a prefix, its GELU
-    "biases": (ARGS, {}, "", "gelu"),
-    "no biases": (ARGS | {"bias": False}, {}, "", "gelu"),
-    "compiled, on two GPUs": (ARGS, {}, "module._orig_mod.", "gelu"),
-    "masks of an old PyTorch": (ARGS | {"bias": False}, MASKS, "", "gelu"),
+    "biases": (samples.ARGS, {}, "", "gelu"),
+    "no biases": (samples.ARGS | {"bias": False}, {}, "", "gelu"),
+    "compiled, on two GPUs": (samples.ARGS, {}, "module._orig_mod.", "gelu"),
+    "masks of an old PyTorch": (samples.ARGS | {"bias": False}, MASKS, "", "gelu"),
     "of 2022": (OLD_ARGS, {HEAD: OTHER_HEAD}, "", "gelu_new"),  # its head was not tied
 }
 
@@ -203,43 +181,33 @@ def test_nanogpts_checkpoint_computes_what_a_gpt2_of_its_weights_does(kind, tmp_
     save_file(gpt2 | (more if HEAD in more else {}), theirs / SAFE)
     state = as_linear(with_the_head(TENSORS))
     state = {n: t for n, t in state.items() if has_biases or not n.endswith("bias")} | more
-    write_nanogpt(state, args, tmp_path, prefix)
+    samples.write_nanogpt(state, args, tmp_path, prefix)
     want = their_logits_of(theirs, torch.float64)
     for name in (tmp_path, str(tmp_path / "ckpt.pt")):
         torch.testing.assert_close(logits_of(name, torch.float64), want, rtol=0, atol=1e-9)
     loaded = load_model(tmp_path)
     assert (loaded.lm_head.weight is loaded.wte.weight) == (HEAD not in more)
+    padded = {"vocab_size": 50304, "block_size": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
+    assert nanogpt_config(padded, tmp_path).eos_token_id == 50256  # <|endoftext|>
     if not has_biases:  # and its file may not promise them
-        write_nanogpt(state, ARGS, tmp_path)
+        samples.write_nanogpt(state, samples.ARGS, tmp_path)
         assert refusal(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'}: 13 tensors are missing")
 
 
-def test_nanogpts_padded_vocabulary_stays_padded(tmp_path):
-    config = GPTConfig(vocab_size=50304, max_seq_len=16, n_layer=1, n_head=2, n_embd=16)
-    padded = in_the_file(GPT(config).init_weights(std=0.2))
-    args = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50304}
-    write_nanogpt(as_linear(with_the_head(padded)), args | {"bias": True}, tmp_path)
-    loaded = load_model(tmp_path)
-    assert torch.equal(loaded.lm_head.weight, padded[WTE])
-    assert loaded.config.eos_token_id == 50256  # <|endoftext|>; 50257 to 50303 were never trained
-
-
 # ---- the config is honoured ----------------------------------------------------------------------
+SECOND_NAMES = {"n_embd": ..., "hidden_size": 48, "n_head": ..., "num_attention_heads": 3}
+SECOND_NAMES |= {"n_layer": ..., "num_hidden_layers": 2}
+SECOND_NAMES |= {"n_positions": ..., "max_position_embeddings": 32}
 CONFIGS = [  # fields of a model that transformers builds, and changes to what it wrote of them
     ({}, {}),
-    ({"n_inner": 100}, {}),
-    ({"activation_function": "gelu"}, {}),
+    ({"n_inner": 100, "activation_function": "gelu", "layer_norm_epsilon": 0.1}, {}),
     ({"activation_function": "relu"}, {}),
     ({"scale_attn_by_inverse_layer_idx": True}, {}),
     ({"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, {}),
     ({"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}, {}),
-    ({"layer_norm_epsilon": 0.1}, {}),
     ({"n_positions": 48, "vocab_size": 50, "n_layer": 3, "n_head": 6}, {}),
     ({"tie_word_embeddings": False}, {}),
-    ({}, {"n_embd": ..., "hidden_size": 48}),
-    ({}, {"n_head": ..., "num_attention_heads": 3}),
-    ({}, {"n_layer": ..., "num_hidden_layers": 2}),
-    ({}, {"n_positions": ..., "max_position_embeddings": 32}),
+    ({}, SECOND_NAMES),
     ({}, {"n_embd": 48, "hidden_size": 48}),
     ({}, {"model_type": ..., "architectures": ...}),
     ({}, {"n_inner": ..., "activation_function": ..., "layer_norm_epsilon": ...}),
@@ -284,7 +252,7 @@ BIG_LAYOUTS = ["safetensors", "safetensors in shards", "zip", "zip in shards", "
 BIG = {"vocab_size": 20_000, "n_layer": 5, "n_head": 8, "n_embd": 512}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="others count mapped files in another way")
 @pytest.mark.parametrize("layout", BIG_LAYOUTS)
 def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
     """One copy in the dtype asked for, and of the file its largest tensor or 32 MiB; 25 MB more.
@@ -297,15 +265,15 @@ def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
         tensors = in_the_file(GPT(GPTConfig(**BIG, max_seq_len=64)).init_weights())
         if layout == "nanoGPT":
             args = BIG | {"block_size": 64, "bias": True}
-            return write_nanogpt(as_linear(with_the_head(tensors)), args, tmp_path)
+            return samples.write_nanogpt(as_linear(with_the_head(tensors)), args, tmp_path)
         write(tmp_path, config=FIELDS | BIG | {"n_positions": 64})
         LAYOUTS[layout](with_the_head(tensors) if "zip" in layout else tensors, tmp_path)
 
-    assert in_a_child(write_big, 60).end == ""
+    assert samples.in_a_child(write_big, 60).end == ""
     file_mb = (26_034_176 if "legacy" in layout else 20_000 * 512) * 4 / 2**20
     for dtype in (torch.float32, torch.bfloat16):
         weights_mb = 26_034_176 * dtype.itemsize / 2**20
-        outcome = in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 60)
+        outcome = samples.in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 60)
         assert outcome.end == ""
         # Memory that the parent had freed is used again, and is not counted.
         assert 0.25 * weights_mb < outcome.peak_mb < weights_mb + file_mb + 25, dtype
@@ -328,15 +296,16 @@ def test_weights_are_cast_to_the_dtype_asked_for_whatever_the_file_holds(stored,
             assert torch.equal(model.state_dict()[name], tensor.to(stored).to(dtype)), name
 
 
-def test_weights_larger_than_the_free_memory_are_refused_before_they_are_read(folder, monkeypatch):
-    monkeypatch.setattr(load, "free_memory_bytes", lambda device: 244_415)
-    message = refusal(folder)  # 61,104 parameters, of 4 bytes each in float32
-    assert "the weights take 0.0 GB as torch.float32, and 0.0 GB are free on cpu" in message
-    assert load_model(folder, dtype=torch.float16).num_parameters() == 61_104
-
-
 # ---- random weights ------------------------------------------------------------------------------
-def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
+PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
+PARAMETERS["gpt2-xl"] = 1_557_611_200
+
+
+def test_random_weights_are_always_the_same_and_of_the_four_gpt2s_shapes(monkeypatch):
+    for name, (n_layer, n_head, n_embd) in load.RANDOM_SHAPES.items():
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        assert (model.num_parameters(), n_embd) == (PARAMETERS[name], 64 * n_head)
     monkeypatch.setitem(load.RANDOM_SHAPES, "small", (1, 2, 16))
     torch.manual_seed(0)
     first = load_model("random:small")
@@ -351,19 +320,6 @@ def test_random_weights_are_always_the_same_and_called_random(monkeypatch):
     assert weights_kind("/models/random") == "trained weights"
     with pytest.raises(ValueError, match="no shape 'gpt3': .* gpt2, gpt2-medium, gpt2-large"):
         load_model("random:gpt3")
-
-
-PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
-PARAMETERS["gpt2-xl"] = 1_557_611_200
-
-
-def test_the_random_shapes_are_those_of_the_four_gpt2s():
-    counts = {}
-    for name, (n_layer, n_head, n_embd) in load.RANDOM_SHAPES.items():
-        assert n_embd == 64 * n_head
-        layer = 12 * n_embd**2 + 13 * n_embd  # matrices, then biases and gains
-        counts[name] = (50257 + 1024) * n_embd + n_layer * layer + 2 * n_embd
-    assert counts == PARAMETERS
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -383,19 +339,12 @@ CONFIG_FAULTS = [  # a change to config.json, and what is said of it
     ({"model_type": "llama"}, "model_type is 'llama', only 'gpt2' is served"),
     ({"model_type": ..., "n_embd": ..., "hidden_size": 48}, "model_type is None, only 'gpt2' is"),
     ({"num_attention_heads": 4}, "n_head is 3 and num_attention_heads is 4, two names of one"),
-    ({"hidden_size": 64}, "n_embd is 48 and hidden_size is 64, two names of one field"),
     ({"add_cross_attention": True}, "add_cross_attention is set"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
     ({"activation_function": "swish"}, "activation_function is 'swish': choose one of gelu_new"),
-    ({"n_layer": "2"}, "n_layer is '2', not of type int"),
     ({"n_layer": True}, "n_layer is True, not of type int"),
-    ({"n_layer": [2]}, "n_layer is a list, not of type int"),
-    ({"n_layer": 0}, "n_layer is 0: it must be at least 1"),
     ({"vocab_size": 0}, "vocab_size is 0: it must be at least 1"),
     ({"vocab_size": 10**30}, f"vocab_size is {10**30}, at most 10000000 is read"),
-    ({"n_positions": -1}, "max_seq_len is -1: it must be at least 1"),
-    ({"n_embd": 50}, "n_embd 50 is not a multiple of n_head 3"),
-    ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5', not of type float"),
     ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan: it must be finite"),
     ({"scale_attn_weights": 1}, "scale_attn_weights is 1, not of type bool"),
     ({"eos_token_id": ["60"]}, "eos_token_id is '60', not of type int"),
@@ -414,6 +363,10 @@ TENSOR_FAULTS = [  # the tensor, what stands in its place (None: nothing), what 
     (MATRIX, one_in_zeros(torch.inf), "'{}' " + NOT_FINITE),
     (BIAS, torch.full((48,), 1e300, dtype=torch.float64), "'{}' " + NOT_FINITE),
     (MATRIX, torch.zeros(48, 144, dtype=torch.int8), "'{}' holds torch.int8, not floats"),
+    (BIAS, torch.zeros(48, dtype=torch.complex64), "'{}' holds torch.complex64, not floats"),
+    ("x" * 10**5, torch.zeros(1), "xxx... has no place in this model"),
+    ("\x1b[31m", torch.zeros(1), r"'\x1b[31m' has no place in this model"),
+    ("\u202e", torch.zeros(1), r"'\u202e' has no place in this model"),  # from right to left
 ]
 SIZE_FAULTS = [  # a config that does not fit the tensors
     ({"n_layer": 3}, "12 tensors are missing, the first is 'h.2.ln_1.weight'"),
@@ -429,19 +382,11 @@ def test_a_config_of_another_model_is_refused_with_the_field_named(changes, reas
     assert refusal(folder).startswith(f"{folder / file}: {reason}")
 
 
-@pytest.mark.parametrize("name, value, reason", TENSOR_FAULTS)
+@pytest.mark.parametrize("name, value, reason", TENSOR_FAULTS, ids=range(len(TENSOR_FAULTS)))
 def test_a_tensor_that_does_not_fit_is_refused_by_name(name, value, reason, folder):
     edit_tensors(folder, **{name: value})
     message = refusal(folder)
     assert message.startswith(f"{folder / SAFE}: ") and message.endswith(reason.format(name))
-
-
-def test_a_weight_too_large_for_the_dtype_asked_for_is_refused(folder):
-    """1e5 is a number in float32 and infinity in float16, whose largest is 65,504."""
-    edit_tensors(folder, **{BIAS: torch.full((48,), 1e5)})
-    assert load_model(folder).ln_f.bias[0].item() == 1e5
-    message = refusal(folder, dtype=torch.float16)
-    assert message.endswith(f"{BIAS!r} holds NaN or infinity as torch.float16")
 
 
 def test_what_is_no_folder_of_a_model_is_refused(folder):
@@ -450,39 +395,30 @@ def test_what_is_no_folder_of_a_model_is_refused(folder):
     assert refusal(folder / "config.json").startswith(str(folder / "config.json"))
     torch.save(TENSORS, folder / SAFE)  # a pickle under this name is not executed
     assert refusal(folder).startswith(f"{folder / SAFE} is refused, or damaged: Safet")
-    (folder / "config.json").unlink()
-    save_file(TENSORS, folder / SAFE)
-    assert refusal(folder) == f"{folder / 'config.json'} is missing"
 
 
 # ---- python -m checkpoints.load NAME -------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_program_describes_the_shipped_model_and_refuses_in_one_sentence(
-    shipped_model_folder, tmp_path, monkeypatch, capsys
+    shipped_model_folder, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(sys, "argv", ["load.py", str(shipped_model_folder)])
     runpy.run_module("checkpoints.load", run_name="__main__")
     out = capsys.readouterr().out
-    model = load_model(shipped_model_folder)
     assert str(shipped_model_folder) in out
-    assert f"{model.num_parameters():,}" in out
     assert re.search(r"transformers\s+the same logits for 64 tokens", out)
     monkeypatch.setattr(sys, "argv", ["load.py", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("checkpoints.load", run_name="__main__")
     assert end.value.code.startswith(f"checkpoints/load.py: {tmp_path} holds no weights")
     assert "\n" not in end.value.code and capsys.readouterr().out == ""
-
-
-def test_the_numbers_of_a_description_can_be_checked_by_hand(folder, monkeypatch, capsys):
-    """61 x 48 + 32 x 48 + 2 x 28,272 + 96 parameters; 2 x 2 x 48 numbers of K and V a token."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     load.describe(str(folder))
     out = capsys.readouterr().out
-    assert "not installed" in out
-    assert "61,104 parameters" in out and "max_seq_len=32, n_layer=2, n_head=3," in out
-    assert "384 bytes in 16 bits" in out  # of K and V a token
-    write_nanogpt(as_linear(with_the_head(TENSORS)), ARGS, folder)
+    assert "not installed" in out and "max_seq_len=32, n_layer=2, n_head=3," in out
+    assert "61,104 parameters" in out  # 61 x 48 + 32 x 48 + 2 x 28,272 + 96
+    assert "384 bytes in 16 bits" in out  # 2 x 2 x 48 numbers of K and V a token
+    samples.write_nanogpt(as_linear(with_the_head(TENSORS)), samples.ARGS, folder)
     load.describe(str(folder / "ckpt.pt"))
     assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out
 
