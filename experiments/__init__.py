@@ -22,6 +22,7 @@
     serve                 a server under load, over HTTP: latency against the rate of requests
     block_trace           a recorded trace of block hashes through the prefix cache's allocator
     sharing               what is gained when prompts, texts and beams share blocks
+    ranks                 one model on one process and cut over two: speed, bytes sent, memory
     concurrency           how many requests run at once in equal memory
     gpu_tests             a plugin of pytest: which tests come first, an outcome a line
     gpu_summary           the table of a run on a GPU, and the defaults that it recommends

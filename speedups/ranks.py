@@ -69,6 +69,7 @@ class Ranks:
 
     def __init__(self):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.bytes_summed = self.bytes_gathered = 0  # so far, by this rank's collectives
         self._is_closed = False
         self._reading = threading.Lock()  # held while a message is read, and while `_watch` looks
         self._ending = threading.Lock()  # taken once, by the thread that ends the process
@@ -80,6 +81,7 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in place: an all-reduce."""
         if self.size > 1:
+            self.bytes_summed += x.nbytes
             dist.all_reduce(x)
         return x
 
@@ -88,6 +90,7 @@ class Ranks:
         if self.size == 1:
             return x
         parts = x.new_empty(self.size, *x.shape)
+        self.bytes_gathered += parts.nbytes
         dist.all_gather(list(parts), x.contiguous())
         return parts.transpose(0, 1).flatten(1)
 

@@ -197,7 +197,9 @@ def serve_cases(folder: Path, rank: int, size: int) -> None:
 
 
 def die(rank: int, victim: int, moment: str) -> None:
-    """Serve until the victim ends: by a signal or Ctrl-C in the middle of a step, or when idle."""
+    """Serve until the victim ends: by a signal or Ctrl-C in the middle of a step, or when idle, or
+    because it draws other tokens than the others.
+    """
     llm = LLM(model_of(TWELVE), tensor_parallel=True, backend="torch", **POOL)
     whole_sum, num_sums = llm.ranks.sum, 0
 
@@ -210,7 +212,10 @@ def die(rank: int, victim: int, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole_sum(x)
 
-    if rank == victim and moment != "idle":
+    if rank == victim and moment == "differ":  # in the bits of a draw, as on another processor
+        draw = llm.engine.sampler.draw
+        llm.engine.sampler.draw = lambda logits, rows: draw(-logits, rows)
+    elif rank == victim and moment != "idle":
         llm.ranks.sum = last_sum
     if rank:
         if rank == victim and moment == "idle":

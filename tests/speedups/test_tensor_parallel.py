@@ -7,6 +7,7 @@ order that depends on either is found. (Ranks that differ end with a sentence: n
 import functools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import weakref
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 import ranked
 import torch
@@ -22,6 +24,7 @@ from conftest import ROOT
 from kernels.packed_linear import is_packed, pack
 from llm import LLM, EngineConfig
 from model import GPT, GPTConfig, attend_one_sequence
+from sampling import SamplingParams
 from speedups.tensor_parallel import connect, cut, share
 
 
@@ -185,17 +188,71 @@ def test_options_that_do_not_go_together_are_refused():
 
 
 # ---- the end -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("victim, moment", [(0, "interrupt"), (2, "step"), (1, "idle")])
-def test_if_one_rank_dies_all_end_within_10_seconds(victim, moment, tmp_path):
+ENDS = {"step": -signal.SIGKILL, "idle": -signal.SIGALRM, "interrupt": 130, "differ": 1}
+
+
+@pytest.mark.parametrize(
+    "victim, moment", [(0, "interrupt"), (2, "step"), (1, "idle"), (1, "differ")]
+)
+def test_if_one_rank_ends_all_end_within_10_seconds(victim, moment, tmp_path):
     with started(tmp_path, 3, "all", more=("die", str(victim), moment)) as (process,):
         process.communicate(timeout=60)
         assert process.returncode == 0
     ends = pickle.loads((tmp_path / "ends.pkl").read_bytes())
     printed = printed_by(tmp_path)
-    (first, code, died), *others = ends
-    assert first == victim and code in (130, -signal.SIGKILL, -signal.SIGALRM), printed
+    (first, code, ended_first), *others = ends
+    assert (first, code) == (victim, ENDS[moment]), printed
+    if moment == "differ":
+        assert "rank 1 did something else than rank 0 in step 1:" in printed[victim]
     for rank, code, ended in others:
-        assert code == 1 and ended - died < 10, printed
+        assert code == 1 and ended - ended_first < 10, printed
         sentence = printed[rank].splitlines()
         assert len(sentence) == 1 and sentence[0].startswith("tensor parallel: rank ")
         assert sentence[0].endswith(f" has ended, so rank {rank} ends too")
+
+
+# ---- the programs --------------------------------------------------------------------------------
+@contextmanager
+def torchrun(*arguments: str):
+    """Two ranks of a program, as a user starts them."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program += ["--nproc-per-node", "2", *arguments, "--tensor-parallel"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    process = subprocess.Popen(program, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+PROMPT = "Once upon a time there was a"
+
+
+@functools.cache
+def written_alone() -> str:
+    """What one process writes after the prompt."""
+    return LLM().generate(PROMPT, SamplingParams(seed=3, max_tokens=20))[0].outputs[0].text
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_ranks_writes_what_one_process_writes():
+    with torchrun("generate.py", PROMPT, "--seed", "3", "--max-tokens", "20") as process:
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert printed == f"{PROMPT}{written_alone()}\n"
+
+
+@pytest.mark.slow
+def test_the_server_on_two_ranks_writes_what_one_process_writes():
+    with torchrun("-m", "serving.server", "--port", "0") as process:
+        lines = iter(process.stderr.readline, "")
+        address = next(
+            filter(None, (re.search(r"running on (http://\S+)", line) for line in lines))
+        )
+        body = {"prompt": PROMPT, "seed": 3, "max_tokens": 20}
+        answer = httpx2.post(f"{address[1]}/v1/completions", json=body, timeout=60)
+        assert answer.json()["choices"][0]["text"] == written_alone()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)  # the pipe is closed when the last rank has ended
