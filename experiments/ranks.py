@@ -155,9 +155,11 @@ def rows_of_batch(batch: int, groups: dict[Contender, Group], args) -> Iterator[
     first = next(iter(groups))
     for contender, group in groups.items():
         columns = columns_of(contender, group, args, workload)
-        yield Measurement.of(rates[contender], metric="output tokens", unit="tokens/s", **columns)
-        speed = {"metric": f"speed against {first.name}", "unit": "x"}
-        yield Measurement.ratio_of(rates[contender], rates[first], **speed, **columns)
+        rate = {"metric": "output tokens", "unit": "tokens/s"}
+        yield Measurement.of(rates[contender], **rate, **columns)
+        if contender != first:
+            speed = {"metric": f"speed against {first.name}", "unit": "x"}
+            yield Measurement.ratio_of(rates[contender], rates[first], **speed, **columns)
         if contender.size > 1:
             for i, name in ((1, "added up"), (2, "gathered")):
                 each = [figure[i] / num_tokens for figure in figures[contender]]
