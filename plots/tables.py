@@ -47,7 +47,7 @@ LINES_A_MINUTE = 35  # of code, comments and docstrings together
 WINGS = {
     "kernels": "The lesson's functions, fast: Numba on a CPU, Triton on a GPU.",
     "checkpoints": "Weights and tokenizers from files and from the hub; the training program.",
-    "speedups": "CUDA graphs, a step planned while the last one runs, a pool in eight bits.",
+    "speedups": "CUDA graphs, steps planned ahead, a pool in eight bits, a model cut over devices.",
     "watch": "Looks at a run from outside: recorder, terminal, roofline.",
     "serving": "An HTTP server that speaks OpenAI's API; pages that show a run.",
     "plots": "The pictures and tables of these pages, drawn by code.",

@@ -58,7 +58,7 @@ from engine import InferenceEngine
 from model import GPT
 from outputs import Clock, StepOutput
 from sampling import SamplingParams
-from sequence import Plan, Request
+from sequence import FINISHED, Plan, Request
 from speedups.ranks import Ranks
 
 
@@ -286,9 +286,11 @@ class RankedEngine(InferenceEngine):
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer)
         if new:
-            # A strategy object is sent once, and named afterwards: requests that share it here
-            # share it there, too. (`Groups` in engine.py asks each strategy once a step.)
-            names = {id(r.strategy): r.request_id for r in self.requests.values() if r.is_queued}
+            # A strategy object is sent once. Later it is named by a request that has it and has not
+            # ended: requests that share a strategy here share it there, too. (The engine asks each
+            # strategy once a step, for all its sequences.)
+            running = [r for r in self.requests.values() if r.is_queued and not has_ended(r)]
+            names = {id(request.strategy): request.request_id for request in running}
             names[id(self.sampler)] = "sampler"
             pickler.persistent_id = lambda value: names.get(id(value))
         pickler.dump((self._digest, new, dropped))
@@ -311,6 +313,11 @@ class RankedEngine(InferenceEngine):
         self.num_steps += 1
         self._digest = digest_of(plan, self.scheduler.allocator)
         return super()._report(plan, clock)
+
+
+def has_ended(request: Request) -> bool:
+    """Whether all sequences of a request have ended."""
+    return all(seq.status == FINISHED for seq in request.sequences)
 
 
 def digest_of(plan: Plan, allocator: BlockAllocator) -> int:
