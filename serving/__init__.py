@@ -11,4 +11,5 @@ share is view.js and view.css. No lesson needs this wing. A file imports only fi
     live            the events of the live page: each step, sent to the open pages
     protection      who may ask and how much: hosts, keys, bodies, slow connections
     server          the routes, and the program
+    hf_paged_cache  the pool as a cache for transformers' own generate()
 """
