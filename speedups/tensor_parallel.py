@@ -17,12 +17,12 @@ the logits.
 Every rank runs the whole engine: scheduler, allocator, prefix cache and draws. They are functions
 of the requests alone, so the ranks agree without sending plans. Only rank 0 has clients. Before
 each step it sends what came from outside: new requests, with their keys in the order of precedence
-(a policy may look at the clock), and which ones were aborted. The logits of a step are gathered
-instead of the tokens chosen: (M, V / ranks) from each rank. That is more to send than an arg max,
-but then all ranks draw from the same bits, with penalties, top_p, log-probabilities and beams as on
-one device. Sums are different bits in another order, and a rank with other bits would one day draw
-another token and make another plan. So each message also brings a hash of what the last step of
-rank 0 did, and a rank that has another one ends all of them.
+(a policy may look at the clock), and which ones were aborted. Of each row that is sampled, all
+ranks gather all logits. To exchange only each rank's best token would send less. But penalties,
+top_p, log-probabilities and beams need the whole row, and with it all ranks draw from the same
+bits, whatever bits their sums have. Two processors of different kinds may still round a draw in two
+ways, and the ranks would then plan different steps. So each message also brings a hash of what rank
+0 did in its last step. A rank that did something else ends all of them.
 
     from llm import LLM
     from speedups.tensor_parallel import follow
