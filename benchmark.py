@@ -67,6 +67,7 @@ EXPERIMENTS = {
     "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
     "serve": Experiment("serve", "a server under load: latency against rate, over HTTP"),
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
+    "hf": Experiment("hf", "transformers' loop with its own caches, and with PagedCache"),
     "sharing": Experiment("sharing", "prompts that begin alike, texts of one prompt, beams"),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"

@@ -14,6 +14,7 @@
     transformers_engines  transformers' own ways to decode, with our weights
     peers                 the engine against them, and the parts of a decode step
     engines               the engine against those that a user would pick, a process each
+    hf                    transformers' own loop with its caches, and with PagedCache
     speed                 the same tokens: no cache, contiguous, paged, transformers
     block_size            1 to 256 tokens a block: speed, memory filled, copies
     workloads             mixed requests, a prompt that joins, a profile of a GPU's step
