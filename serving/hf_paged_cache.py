@@ -611,6 +611,7 @@ class PagedCache(Cache):
         """Forget all tokens and free their blocks; the next batch may have another size."""
         for layer in self.layers:
             layer.length = 0
+            layer.is_initialized = False
         self._truncate()
 
     def _truncate(self) -> None:
@@ -627,10 +628,17 @@ class PagedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, given as anything that may index a tensor's first dimension."""
+        if self.tables.table.size == 0:
+            return  # as in DynamicCache: an empty cache has no rows to choose from
         rows = np.arange(len(self.tables.table))
         if isinstance(indices, Tensor):
             indices = indices.cpu().numpy()
         self.tables.select(rows[indices].tolist())
+
+    def __iter__(self):
+        """(keys, values, None) of each layer, as DynamicCache gives them; gathered."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
 
     def __deepcopy__(self, memo: dict) -> "PagedCache":
         """`copy.deepcopy(cache)`: a cache with the same tokens that shares the blocks.
