@@ -452,8 +452,8 @@ def check_errors(outputs: list[RequestOutput]) -> None:
                 raise ValueError(f"prompt {number}: {completion.error}")
 
 
-def build_llm(args: Namespace) -> LLM:
-    """The LLM that the flags describe."""
+def build_llm(args: Namespace, **options) -> LLM:
+    """The LLM that the flags describe; `options` are more arguments of `LLM`."""
     config = {f.name: getattr(args, f.name) for f in fields(EngineConfig) if f.name != "seed"}
     threads = args.threads
     if threads is None and args.model == str(SHIPPED_MODEL):
@@ -465,6 +465,7 @@ def build_llm(args: Namespace) -> LLM:
         backend=args.backend,
         threads=threads,
         **config,
+        **options,
     )
 
 

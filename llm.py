@@ -258,10 +258,11 @@ class LLM:
     A `GPT` brings no tokenizer and keeps its dtype and its device.
     `threads` is the number of CPU threads of PyTorch, for the whole process; None leaves it as it
     is. (For a model as small as the shipped one, 1 is fastest.)
-    `reserve` and `policy` are passed to the scheduler. The other keyword arguments are fields of
-    `EngineConfig`. With `tensor_parallel` every process of the group calls this, and keeps its part
-    of the model (of a `GPT` object too, which is cut in place): see speedups/tensor_parallel.py.
-    Raises ValueError for a choice that does not exist or does not fit.
+    `reserve` and `policy` are passed to the scheduler, `prefix_salt` to the prefix cache. The other
+    keyword arguments are fields of `EngineConfig`. With `tensor_parallel` every process of the
+    group calls this, and keeps its part of the model (of a `GPT` object too, which is cut in
+    place): see speedups/tensor_parallel.py. Raises ValueError for a choice that does not exist or
+    does not fit.
     """
 
     def __init__(
@@ -274,6 +275,7 @@ class LLM:
         threads: int | None = None,
         reserve: Callable = reserve_now,
         policy: Callable = first_come_first_served,
+        prefix_salt: bytes | None = None,
         **config,
     ):
         # Far more threads than cores only wait for one another, and a process may start so many.
@@ -296,7 +298,7 @@ class LLM:
         self.backend = resolve_backend(backend, self.device, self.dtype)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.engine = self._build_engine(reserve, policy)
+        self.engine = self._build_engine(reserve, policy, prefix_salt)
 
     def _take_model(self, model: GPT, device: str, dtype: str) -> None:
         """Serve a GPT object as it is."""
@@ -357,7 +359,9 @@ class LLM:
         facts = self.config, self.model.config, self.dtype, self.max_seq_len, weights
         return agree(self.ranks, num_blocks, facts)
 
-    def _build_engine(self, reserve: Callable, policy: Callable) -> InferenceEngine:
+    def _build_engine(
+        self, reserve: Callable, policy: Callable, prefix_salt: bytes | None
+    ) -> InferenceEngine:
         """Choose the pool's size, then build all parts around it."""
         config = self.config
         shape = self.model.config
@@ -372,9 +376,11 @@ class LLM:
         # From now on the config says what was chosen: a size in blocks.
         self.config = replace(config, num_blocks=num_blocks, kv_cache_mb=None)
 
-        allocator_class = PrefixCache if config.enable_prefix_caching else BlockAllocator
+        allocator = BlockAllocator(num_blocks, config.block_size)
+        if config.enable_prefix_caching:
+            allocator = PrefixCache(num_blocks, config.block_size, prefix_salt)
         scheduler = BeamScheduler(
-            allocator_class(num_blocks, config.block_size),
+            allocator,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.max_seq_len,

@@ -102,6 +102,11 @@ class PrefixCache(BlockAllocator):
         """Cached blocks without a holder, the next to be evicted first."""
         return list(self._unused)
 
+    @property
+    def cached_keys(self) -> list[bytes]:
+        """The keys of all cached blocks. Any thread may ask: copying a dict is one operation."""
+        return list(self._nodes)
+
     # ---- blocks in, blocks out ----
     def allocate(self, n: int) -> list[int]:
         """Take `n` blocks, each with reference count 1: blank ones first, then the oldest cached.
@@ -214,6 +219,15 @@ class PrefixCache(BlockAllocator):
         # `repr`, because no salt (None) is another salt than the text "None".
         above = parent.key if parent else self._digest(self._salt + repr(salt).encode())
         return self._digest(above + tokens)
+
+    def keys_of(self, token_ids: list[int], salt: str | None = None) -> list[bytes]:
+        """The keys of a text's full blocks, whether they are cached or not."""
+        keys: list[bytes] = []
+        above = self._digest(self._salt + repr(salt).encode())
+        for start in range(0, len(token_ids) - self.block_size + 1, self.block_size):
+            above = self._digest(above + self._pack(token_ids, start))
+            keys.append(above)
+        return keys
 
     # ---- the books ----
     def check_integrity(self, block_tables: Iterable[list[int]]) -> None:

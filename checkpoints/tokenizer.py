@@ -100,6 +100,10 @@ class FileTokenizer:
             if "ByteLevel" in kinds or whole != tokenizer.decode([self._before]) + pieces:
                 raise Unreadable(f"its decoder ({', '.join(map(str, kinds))}) is not served")
 
+    def __reduce__(self):
+        """How it is sent to another process, where it is made anew. There the library encodes."""
+        return FileTokenizer, (self._tokenizer, self.eos_token_id)
+
     def encode(self, text: str) -> list[int]:
         """Turn a text into ids, "<|endoftext|>" in it too. Raises ValueError if it cannot."""
         problem = "the text cannot be written in tokens"
