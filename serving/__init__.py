@@ -12,4 +12,6 @@ share is view.js and view.css. No lesson needs this wing. A file imports only fi
     protection      who may ask and how much: hosts, keys, bodies, slow connections
     server          the routes, and the program
     hf_paged_cache  the pool as a cache for transformers' own generate()
+    routing         which replica gets a request: four routers, each a function
+    replicas        copies of the server on a Ray cluster: a front, a router, what replicas report
 """
