@@ -69,6 +69,9 @@ EXPERIMENTS = {
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
     "hf": Experiment("hf", "transformers' loop with its own caches, and with PagedCache"),
     "sharing": Experiment("sharing", "prompts that begin alike, texts of one prompt, beams"),
+    "quality": Experiment(
+        "quality", "what fewer bits cost: loss, logits, tokens, beside the speed"
+    ),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"
 

@@ -25,6 +25,7 @@
     sharing               what is gained when prompts, texts and beams share blocks
     ranks                 one model on one process and cut over two: speed, bytes sent, memory
     concurrency           how many requests run at once in equal memory
+    quality               what fewer bits cost: loss, logits and tokens, beside the speed
     gpu_tests             a plugin of pytest: which tests come first, an outcome a line
     gpu_summary           the table of a run on a GPU, and the defaults that it recommends
     gpu_check             one command on a machine with a GPU

@@ -15,12 +15,12 @@ tensor whose second index is the block id, so a copied, shared or forked block b
 along, and neither the allocator nor the scheduler knows that there are any. Nor does the signature
 of the kernels change: the views of K and V tell where the scales are.
 
-A token is rounded once, when it is written, and by itself. So its bits do not depend on the batch
-or on how a prompt was cut into chunks, and prefix hits, forks and preemption change no token. The
-kernels multiply integers as they are: a score is multiplied by its key's scale once, a weight by
-its value's scale once, and nothing is ever written in 16 or 32 bits.
+A token is rounded once, when it is written, and by itself. So its bytes depend on its own numbers,
+not on the batch or on how a prompt was cut, and prefix hits, forks and preemption change no token.
+The kernels multiply integers as they are: a score is multiplied by its key's scale once, a weight
+by its value's scale once, and nothing is ever written in 16 or 32 bits.
 
-What it costs: a number is off by at most half a step, 1/254 of the largest of its 64 numbers. Three
+What it costs: a number is off by at most half a step, about 1/254 of the largest in its row. Three
 rules keep that true. The scale is rounded first, and the numbers are divided by the rounded one. A
 bfloat16 has the range of a float32, so no model's scale overflows (65,504 in float16), and its 8
 digits are at most one part in 256 low: 127 becomes 127.498, which rounds to 127 and needs no clip.
@@ -28,8 +28,8 @@ A row of zeros, or of numbers below 1e-36, has the scale 0. A row with an infini
 scale NaN: it comes back as NaN, so that an overflow of the model shows. What it costs a text is in
 docs/results.md.
 
-fp8 would take as many bytes. Its e4m3 has 3 binary digits, so it is off by up to 1/16 of each
-number, and an H200 multiplies it only with queries in fp8. So it is not offered.
+fp8 would take as many bytes. A number of its format e4m3 has 4 binary digits, so it is off by up to
+1/16 of itself. It would be a second format with larger errors, so it is not offered.
 
 Checked by tests/speedups/test_quantized_kv.py: against dense attention over the rounded keys and
 values. Hooper et al. 2024, "KVQuant", arXiv:2401.18079 (fewer bits, and scales along channels).

@@ -226,6 +226,7 @@ assert torch.equal(world.run(paged_attention_cpu), expected)
 
 
 @needs_numba
+@pytest.mark.slow
 def test_kernels_that_are_loaded_from_disk_give_the_same_bits_too(set_threads):
     set_threads(2)
     Int8World([1] * 8, MIXED[1], block_size=16).run(paged_attention_cpu)  # now they are on disk
