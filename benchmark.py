@@ -68,6 +68,7 @@ EXPERIMENTS = {
     "serve": Experiment("serve", "a server under load: latency against rate, over HTTP"),
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
     "hf": Experiment("hf", "transformers' loop with its own caches, and with PagedCache"),
+    "scale": Experiment("scale", "1 to 1,000 simulated replicas, four routers; bytes on the wire"),
     "sharing": Experiment("sharing", "prompts that begin alike, texts of one prompt, beams"),
     "quality": Experiment(
         "quality", "what fewer bits cost: loss, logits, tokens, beside the speed"

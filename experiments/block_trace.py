@@ -31,7 +31,12 @@ POOLS = [1_000, 3_000, 10_000, 30_000, 100_000]  # blocks
 
 
 def read_blocks(path: Path) -> list[list[int]]:
-    """The `hash_ids` of each request in the order of arrival.
+    """The `hash_ids` of each request in the order of arrival. Raises ValueError as below."""
+    return [hash_ids for _, hash_ids in read_requests(path)]
+
+
+def read_requests(path: Path) -> list[tuple[float, list[int]]]:
+    """Each request in the order of arrival: milliseconds, and its `hash_ids`.
 
     Raises ValueError with the file, the line and the reason for anything that is not a trace.
     """
@@ -53,8 +58,7 @@ def read_blocks(path: Path) -> list[list[int]]:
             raise ValueError(f"{path}, line {number}: {error!r}") from None
     if not requests:
         raise ValueError(f"{path} holds no request")
-    requests.sort(key=lambda request: request[0])  # equal times keep their order
-    return [hash_ids for _, hash_ids in requests]
+    return sorted(requests, key=lambda request: request[0])  # equal times keep their order
 
 
 class Found(NamedTuple):

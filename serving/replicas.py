@@ -230,7 +230,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         keys = request.kwargs.get("keys", ())
         ids = [replica.replica_id for replica in candidate_replicas]
         loads = [self._load(replica_id) for replica_id in ids]
-        found = [self._known[i].prefix(keys) if i in self._known else 0 for i in ids]
+        found = [self._known[i].share(keys) if i in self._known else 0 for i in ids]
         return [[candidate_replicas[i]] for i in by_prefix(loads, found, 0, self._draw)]
 
     def _load(self, replica_id: ReplicaID) -> int:

@@ -29,7 +29,7 @@ NAME = "tiny-gpt2"
 
 
 # ---- routers -------------------------------------------------------------------------------------
-def order(router: str, loads: list[int], found: list[int] | None = None, number: int = 0):
+def order(router: str, loads: list[int], found: list[float] | None = None, number: int = 0):
     found = [0] * len(loads) if found is None else found
     return routing.ROUTERS[router](loads, found, number, random.Random(0))
 
@@ -43,14 +43,18 @@ def test_least_loaded_asks_the_replica_with_the_fewest_requests():
 
 
 def test_the_longest_prefix_wins_and_of_equal_ones_the_least_loaded():
-    assert order("prefix", [5, 0, 4], found=[3, 1, 3]) == [2, 0, 1]
+    assert order("prefix", [5, 0, 4], found=[0.75, 0.5, 0.75]) == [2, 0, 1]
+
+
+def test_a_prefix_of_less_than_half_of_the_prompt_does_not_count():
+    assert order("prefix", [2, 0, 1], found=[0.49, 0.0, 0.0]) == [1, 2, 0]
 
 
 def test_an_overloaded_replica_comes_last_whatever_it_has_cached():
     # The mean of 12, 0 and 3 is 5: with 10 requests or more a replica is overloaded.
-    assert order("prefix", [12, 0, 3], found=[9, 0, 2]) == [2, 1, 0]
+    assert order("prefix", [12, 0, 3], found=[0.9, 0.0, 0.5]) == [2, 1, 0]
     # Up to BUSY requests never are: the mean of 7, 0 and 0 is 2.3.
-    assert order("prefix", [BUSY - 1, 0, 0], found=[9, 0, 0])[0] == 0
+    assert order("prefix", [BUSY - 1, 0, 0], found=[0.9, 0.0, 0.0])[0] == 0
 
 
 def test_equal_replicas_share_the_requests():
@@ -82,9 +86,9 @@ def test_a_router_believes_what_it_has_sent_until_the_report_that_is_later():
     known = Known(remember_s=10.0)
     known.send([a, b], now_s=0.0)
     known.report([c], now_s=5.0)
-    assert known.prefix([a, b]) == 2 and known.prefix([c, a, b]) == 3
+    assert known.share([a, b]) == known.share([c, a, b]) == 1
     known.report([a], now_s=11.0)  # b was evicted, or never computed
-    assert known.prefix([a, b]) == 1 and known.prefix([b, a]) == 0 and known.prefix([c]) == 0
+    assert known.share([a, b]) == 0.5 and known.share([b, a]) == known.share([c]) == 0
 
 
 def test_a_front_gets_a_copy_of_the_replicas_tokenizer(shipped_model_folder):
