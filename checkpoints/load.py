@@ -292,7 +292,7 @@ def compare(stored: list[Stored], model: GPT) -> str:
     named = {transformers_name(plain_name(one.name)): t.clone() for one, t in read(stored)}
     try:
         theirs = GPT2LMHeadModel.from_pretrained(
-            None, config=config, state_dict=named, attn_implementation="eager"
+            None, config=config, state_dict=named, dtype=torch.float32, attn_implementation="eager"
         )
     except RuntimeError:  # matrices in the layout of nn.Linear
         return "not compared: transformers does not know this layout"

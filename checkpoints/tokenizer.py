@@ -195,10 +195,7 @@ def read_eos_ids(folder: Path) -> set[int]:
 
 
 def gpt2_tokenizer() -> FileTokenizer | None:
-    """GPT-2's own tokenizer, if tiktoken has fetched its files before; None if it has not.
-
-    Raises ValueError for a damaged file, and deletes none, as tiktoken would.
-    """
+    """GPT-2's own, from the files that tiktoken has fetched; None if it has not. Deletes none."""
     default = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", default)
     paths = [Path(cache) / name for name in GPT2_FILES]

@@ -266,6 +266,9 @@ def test_ids_texts_and_streams_are_those_of_transformers(kind, tmp_path):
     assert theirs.eos_token_id == ours.eos_token_id
     if kind.startswith("it ends with "):
         assert kind.startswith(f"it ends with {ours.eos_token_id}: ")
+        ids = theirs.encode("abab<end>ab<|endoftext|>")
+        assert ids == ours.encode("abab<end>ab<|endoftext|>")
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert (ours._encoding is not None) == (kind == "two files and no more")
     begun = ours.encode("the hen")
     for text in texts():
