@@ -66,6 +66,7 @@ EXPERIMENTS = {
     "engines": Experiment("engines", "the engine against vLLM, OpenVINO, CTranslate2, llama.cpp"),
     "latency": Experiment("latency", "a decode step: eager, recorded, fused; its floor"),
     "serve": Experiment("serve", "a server under load: latency against rate, over HTTP"),
+    "ranks": Experiment("ranks", "one model in one process, and cut over two"),
     "bookkeeping": Experiment("bookkeeping", "the host's work in a step, without a model"),
     "hf": Experiment("hf", "transformers' loop with its own caches, and with PagedCache"),
     "scale": Experiment("scale", "1 to 1,000 simulated replicas, four routers; bytes on the wire"),

@@ -1,13 +1,15 @@
-"""One model on one process and cut over two: tokens a second, bytes that the ranks add up, memory.
+"""One model in one process and cut over two: tokens a second, bytes that the ranks send, memory.
 
 All contenders have the same machine. Two ranks on its two cores read the weights no faster than one
-process with two threads does, and they wait for each other 25 times a step: on one machine's cores
-tensor parallel can only lose. The figure says what the sums cost, and the memory what they buy.
+process with two threads, and they wait for each other 25 times a step (GPT-2, 124M). So on the
+cores of one machine tensor parallel loses. The figures say what the sums cost, and what memory is
+gained.
 
 Each contender is a group of processes that is started once and keeps its model. The contenders run
-in turn: one generates, and the others wait. Steps are counted as tokens of the requests that decode
-together; the prompts (8 tokens each) are in the time. What is added up is counted by the ranks
-themselves, where they call the collectives.
+in turn: one generates, the others wait. A rate counts the output tokens; the time has the prompts
+of 8 tokens, too. The ranks count the bytes themselves, where they call the collectives.
+
+How it is checked: tests/experiments/test_ranks.py counts the bytes by hand.
 """
 
 import argparse
@@ -44,14 +46,14 @@ class Contender(NamedTuple):
         return f"{ranks}, {threads}{' each' * (self.size > 1)}"
 
 
-def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this part; `scale.py` has the others."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The experiment's flags."""
     add = parser.add_argument
-    add("--tp-model", default="random:gpt2", help="tensor-parallel: a folder, or random:gpt2")
-    add("--tp-ranks", type=int, nargs="+", default=[2], help="tensor-parallel: processes")
-    add("--tp-batches", type=int, nargs="+", default=[1, 16], help="tensor-parallel: requests")
-    add("--tp-new", type=int, default=16, help="tensor-parallel: tokens of each text")
-    add("--tp-rounds", type=int, default=5, help="tensor-parallel")
+    add("--model", default="random:gpt2", help="a folder, or random:gpt2")
+    add("--ranks", type=int, nargs="+", default=[2], help="processes")
+    add("--batches", type=int, nargs="+", default=[1, 16], help="requests at once")
+    add("--new-tokens", type=int, default=16, help="of each text")
+    add("--rounds", type=int, default=5, help="repeats, the contenders in turn")
 
 
 # ---- in the processes ----------------------------------------------------------------------------
@@ -66,12 +68,12 @@ def serve(wire: Connection, rank: int, contender: Contender, args, store: str) -
     if is_cut:
         options: dict = {"rank": rank, "world_size": contender.size}
         dist.init_process_group("gloo", init_method=f"file://{store}", **options)
-    most = max(args.tp_batches)
+    most = max(args.batches)
     llm = LLM(
-        args.tp_model,
+        args.model,
         device="cpu",
         threads=contender.threads,
-        num_blocks=most * -(-(PROMPT_TOKENS + args.tp_new) // BLOCK_SIZE),
+        num_blocks=most * -(-(PROMPT_TOKENS + args.new_tokens) // BLOCK_SIZE),
         max_num_seqs=most,
         enable_prefix_caching=False,
         tensor_parallel=is_cut,
@@ -81,7 +83,7 @@ def serve(wire: Connection, rank: int, contender: Contender, args, store: str) -
         return
     weight_bytes = sum(parameter.nbytes for parameter in set(llm.model.parameters()))
     wire.send((llm.backend, str(llm.dtype)[6:], weight_bytes, llm.engine.cache.pool.nbytes))
-    params = SamplingParams(temperature=0, max_tokens=args.tp_new, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     while (batch := wire.recv()) is not None:
         before = sent_bytes(llm.ranks)
         started = time.perf_counter()
@@ -124,18 +126,18 @@ class Group:
             process.join(30)
 
 
-def rows_of_ranks(args: argparse.Namespace) -> Iterator[Measurement]:
-    """The part "tensor-parallel" of scale.py."""
-    most = max(args.tp_ranks)
-    contenders = [Contender(1, 1), Contender(1, most), *(Contender(n, 1) for n in args.tp_ranks)]
+def run(args: argparse.Namespace) -> Iterator[Measurement]:
+    """The rows of all contenders: memory, then each batch."""
+    most = max(args.ranks)
+    contenders = [Contender(1, 1), Contender(1, most), *(Contender(n, 1) for n in args.ranks)]
     with tempfile.TemporaryDirectory() as folder:
         groups = {contender: Group(contender, args, folder) for contender in contenders}
         for contender, group in groups.items():
             figures = {"weights a rank": group.weight_bytes, "pool a rank": group.pool_bytes}
-            columns = columns_of(contender, group, args, f"tensor parallel blocks of {BLOCK_SIZE}")
+            columns = columns_of(contender, group, args, f"blocks of {BLOCK_SIZE}")
             for metric, num_bytes in figures.items():
                 yield Measurement.of([num_bytes], metric=metric, unit="bytes", **columns)
-        for batch in args.tp_batches:
+        for batch in args.batches:
             yield from rows_of_batch(batch, groups, args)
         for group in groups.values():
             group.end()
@@ -143,14 +145,14 @@ def rows_of_ranks(args: argparse.Namespace) -> Iterator[Measurement]:
 
 def rows_of_batch(batch: int, groups: dict[Contender, Group], args) -> Iterator[Measurement]:
     """The rows of so many requests at once. The contenders run in turn."""
-    workload = f"tensor parallel batch={batch} prompt={PROMPT_TOKENS} new={args.tp_new}"
+    workload = f"batch={batch} prompt={PROMPT_TOKENS} new={args.new_tokens}"
     figures: dict[Contender, list] = {contender: [] for contender in groups}
-    for round_number in range(args.tp_rounds + 1):
+    for round_number in range(args.rounds + 1):
         for contender, group in groups.items():
             figure = group.generate(batch)
             if round_number > 0:  # the first warms up
                 figures[contender].append(figure)
-    num_tokens = batch * args.tp_new
+    num_tokens = batch * args.new_tokens
     rates = {c: [num_tokens / seconds for seconds, *_ in of] for c, of in figures.items()}
     first = next(iter(groups))
     for contender, group in groups.items():
@@ -171,13 +173,13 @@ def rows_of_batch(batch: int, groups: dict[Contender, Group], args) -> Iterator[
 def columns_of(contender: Contender, group: Group, args, workload: str) -> dict[str, Any]:
     """The columns that all rows of a contender have."""
     return {
-        "experiment": "scale",
+        "experiment": "ranks",
         "contender": contender.name,
         "workload": workload,
         "backend": group.backend,
         "dtype": group.dtype,
         "threads": contender.size * contender.threads,
         "device": device_name("cpu"),
-        "model": args.tp_model,
-        "weights": weights_kind(args.tp_model),
+        "model": args.model,
+        "weights": weights_kind(args.model),
     }

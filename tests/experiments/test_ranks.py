@@ -1,20 +1,16 @@
 """One process against two ranks: the bytes that are sent, counted by hand."""
 
-import argparse
-
 import pytest
+from rows import run
 
-from experiments.ranks import add_rank_arguments, rows_of_ranks
 from llm import SHIPPED_MODEL
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_half_and_send_the_sums_of_each_layer():
-    parser = argparse.ArgumentParser()
-    add_rank_arguments(parser)
-    flags = "--tp-batches 3 --tp-new 4 --tp-rounds 1".split()
-    rows = rows_of_ranks(parser.parse_args(["--tp-model", str(SHIPPED_MODEL), *flags]))
-    found = {(row.contender, row.metric): row.median for row in rows}
+def test_two_ranks_hold_half_and_send_the_sums_of_each_layer(tmp_path):
+    flags = "--batches 3 --new-tokens 4 --rounds 1"
+    rows = run(tmp_path, f"ranks --model {SHIPPED_MODEL} {flags}")
+    found = {(row["contender"], row["metric"]): row["median"] for row in rows}
     one, two = "1 process, 1 thread", "2 ranks, 1 thread each"
     assert found[two, "pool a rank"] == found[one, "pool a rank"] / 2
     # whole on both: 1,024 positions and 13 LayerNorms; 6 x 2 output biases are on rank 0
