@@ -447,6 +447,31 @@ def block_trace() -> list[str]:
     return table("blocks in the pool | blocks found | blocks evicted", rows)
 
 
+FEWER_BITS = {  # how the page says it: contender, dtype of the arithmetic
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "pool in int8": ("int8 pool", "float32"),
+    "bfloat16, pool in int8": ("bfloat16, int8 pool", "bfloat16"),
+}
+QUALITY = "cpu/quality.csv"
+
+
+def fewer_bits_quality() -> list[str]:
+    """What fewer bits cost on the held-out tales."""
+    rows = []
+    for name, (contender, dtype) in FEWER_BITS.items():
+        loss, above, distance, changed = (
+            newest(QUALITY, contender, metric, "held-out ", dtype)
+            for metric in ("loss", "loss above float32", "distance of the logits",
+                           "most likely token changed")
+        )  # fmt: skip
+        kept = newest(QUALITY, contender, "tokens before the first difference", "greedy ", dtype)
+        figures = f"{loss:.4f} | {above:+.5f} | {distance:.4f} | {changed:.2f}%"
+        rows.append(f"{name} | {figures} | {kept:.0f}%")
+    head = "weights, K and V in | nats per character | above float32 | logits' distance, rms"
+    return table(f"{head} | another token is first | greedy tokens kept", rows)
+
+
 def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
     """What a workload was run with; rows about memory have no dtype to choose."""
     row = next(r for r in read(ROOT / "results" / file) if r["workload"].startswith(workload))
@@ -485,6 +510,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "blocks-saved": blocks_saved,
     "shared-throughput": shared_throughput,
     "block-trace": block_trace,
+    "fewer-bits-quality": fewer_bits_quality,
     "shipped-model": shipped_model,
 }
 
