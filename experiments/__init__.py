@@ -23,8 +23,8 @@
     serve                 a server under load, over HTTP: latency against the rate of requests
     block_trace           a recorded trace of block hashes through the prefix cache's allocator
     sharing               what is gained when prompts, texts and beams share blocks
-    scale                 many simulated replicas behind each router; what a wire carries
     ranks                 one model on one process and cut over two: speed, bytes sent, memory
+    scale                 many simulated replicas behind each router; what a wire carries
     concurrency           how many requests run at once in equal memory
     quality               what fewer bits cost: loss, logits and tokens, beside the speed
     gpu_tests             a plugin of pytest: which tests come first, an outcome a line

@@ -10,6 +10,7 @@ Each picture is drawn by one command, from a file in this repository or from a r
     softmax             paged_attention.fold_block        this file
     memory              results/cpu/concurrency.csv       python benchmark.py concurrency --simulate
     kernels, load       results/cpu/kernels.csv, peers.csv   python benchmark.py kernels --out FILE
+    scale               results/cpu/scale.csv             python benchmark.py scale --out FILE
 
 If the data of a picture are missing, the program names the command that makes them. The same data
 give the same bytes, so a test draws all pictures again and compares them with those in docs/.
@@ -295,6 +296,52 @@ def draw_load(rows: list[dict]) -> Figure:
     return figure
 
 
+ROUTER_COLOURS = {"random": 1, "round-robin": 3, "least-loaded": 2, "prefix": 0}  # of PALETTE
+
+
+def cluster_curves(rows: list[dict], metric: str) -> dict[str, list[tuple[int, float]]]:
+    """For each router: (replicas, figure) of the recorded trace, else of the conversations."""
+    chosen = [row for row in rows if row["metric"] == metric and "replicas=" in row["workload"]]
+    chosen = [row for row in chosen if row["workload"].startswith("trace")] or chosen
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in newest(chosen, "contender", "workload").values():
+        point = int(row["workload"].rsplit("=", 1)[1]), row["median"]
+        found.setdefault(row["contender"], []).append(point)
+    if not found.keys() >= ROUTER_COLOURS.keys():
+        raise Missing(f"not all routers have {metric!r}: python benchmark.py scale measures them")
+    return {router: sorted(found[router]) for router in ROUTER_COLOURS}
+
+
+def draw_scale(rows: list[dict]) -> Figure:
+    """What is found again, and how long the last of a hundred waits, against the replicas."""
+    found = cluster_curves(rows, "prompt tokens found")
+    waits = cluster_curves(rows, "time to first token, 99th percentile")
+    count, share = found["prefix"][-1]
+    title = f"{count:,} replicas: prefix routing finds {share:.0f}% of the prompts again, "
+    title += f"random routing {found['random'][-1][1]:.0f}%"
+    row = next(row for row in rows if "replicas=" in row["workload"])
+    words = (
+        f"Simulated replicas, a line for each router; the traffic is the same for any number of "
+        f"them. {row['model']}.\nThe recorded trace of 12,031 requests where there is one, else "
+        "conversations that are made up."
+    )
+    figure = card(3.6, title, words)
+    panels = ((0.75, 4.75, found, "% of the prompts' tokens found"),
+              (5.15, 0.3, waits, "s to the first token, 99th percentile"))  # fmt: skip
+    for left, right, curves, label in panels:
+        ax = axes_on(figure, left, 0.55, right, 1.85, xlabel="replicas", title=label, xscale="log")
+        for router, colour in ROUTER_COLOURS.items():
+            style = {"marker": "o", "markersize": 4, "color": PALETTE[colour], "label": router}
+            ax.plot(*zip(*curves[router], strict=True), **style)
+        counts = [number for number, _ in curves["random"]]
+        ax.set_xticks(counts, [f"{number:,}" for number in counts])
+        ax.minorticks_off()
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[1].set_yscale("log")
+    figure.axes[1].legend(loc="upper right")
+    return figure
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 def recording(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The recording that --recording names. Raises Missing if it holds no step."""
@@ -336,6 +383,7 @@ PICTURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "softmax": lambda args: draw_softmax(softmax_folds()),
     "kernels": lambda args: draw_kernels(measured(args, "kernels"), args.workload),
     "load": lambda args: draw_load(measured(args, "peers")),
+    "scale": lambda args: draw_scale(measured(args, "scale")),
 }
 
 

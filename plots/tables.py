@@ -472,6 +472,74 @@ def fewer_bits_quality() -> list[str]:
     return table(f"{head} | another token is first | greedy tokens kept", rows)
 
 
+SCALE = "cpu/scale.csv"
+CLUSTER_ROUTERS = ("random", "round-robin", "least-loaded", "prefix")
+P99 = "time to first token, 99th percentile"
+
+
+def scale_figures(workload: str, metric: str) -> dict[tuple[str, int], float]:
+    """(router, replicas) -> the newest figure of a workload that begins so."""
+    found = {}
+    for row in read(ROOT / "results" / SCALE):
+        replicas = re.search(r" replicas=(\d+)$", row["workload"])
+        if replicas and row["workload"].startswith(workload) and row["metric"] == metric:
+            found[row["contender"], int(replicas[1])] = row["median"]
+    return found
+
+
+def by_router(workload: str, metric: str, unit: str, digits: int) -> list[str]:
+    """A line for each number of replicas, a column for each router."""
+    figures = scale_figures(workload, metric)
+    rows = []
+    for count in sorted({count for _, count in figures}):
+        cells = [f"{figures[router, count]:,.{digits}f}{unit}" for router in CLUSTER_ROUTERS]
+        rows.append(f"{count:,} | {' | '.join(cells)}")
+    return table(f"replicas | {' | '.join(CLUSTER_ROUTERS)}", rows)
+
+
+def replica_capacity() -> float:
+    """Prompt tokens that one busy replica computes a second: what it serves and does not find."""
+    alone = ("random", 1)
+    found = scale_figures("trace ", "prompt tokens found")[alone]
+    return scale_figures("trace ", "prompt tokens")[alone] * (1 - found / 100)
+
+
+def replica_plan() -> list[str]:
+    """Replicas for a million users: each sends a prompt of 12,000 tokens a minute."""
+    tokens_per_s = 1_000_000 * 12_000 / 60
+    figures, rows = scale_figures("trace ", "prompt tokens found"), []
+    for name, router, count in (
+        ("nothing is ever found", None, 0),
+        ("what random routing finds in 16 pools", "random", 16),
+        ("what random routing finds in 1,000 pools", "random", 1000),
+        ("what prefix routing finds in 16 pools", "prefix", 16),
+        ("what prefix routing finds in 1,000 pools", "prefix", 1000),
+    ):
+        found = figures[router, count] if router else 0.0
+        computed = tokens_per_s * (1 - found / 100)
+        replicas = computed / replica_capacity() / 0.7
+        rows.append(f"{name} | {found:.1f}% | {computed / 1e6:,.0f} million | {replicas:,.0f}")
+    return table("prompts' tokens | found | to compute a second | replicas, 70% busy", rows)
+
+
+def wire() -> list[str]:
+    """Bytes that a rank sends for a token, and the sums of a step on three links."""
+    links, rows = ("NVLink of an H100", "PCIe 5.0 x16", "Ethernet, 100 Gbit/s"), []
+    for model in ("GPT-2 XL", "70B"):
+        for ranks in (2, 8):
+            of = SCALE, model
+            workload = f"tensor parallel, arithmetic, ranks={ranks}"
+            sent = newest(*of, "bytes sent a token", workload, dtype="none")
+            cells = [
+                f"{newest(*of, f'sums of a step of {n} tokens, {link}', workload, 'none'):,.1f}"
+                for link in links
+                for n in (1, 8192)
+            ]
+            rows.append(f"{model}, {ranks} ranks | {sent / 1e3:,.0f} | {' | '.join(cells)}")
+    head = " | ".join(f"{link}: 1 token | 8,192 tokens" for link in links)
+    return table(f"a step's sums in ms | kB a token | {head}", rows)
+
+
 def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
     """What a workload was run with; rows about memory have no dtype to choose."""
     row = next(r for r in read(ROOT / "results" / file) if r["workload"].startswith(workload))
@@ -512,6 +580,14 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "block-trace": block_trace,
     "fewer-bits-quality": fewer_bits_quality,
     "shipped-model": shipped_model,
+    "scale-found": lambda: by_router("trace ", "prompt tokens found", "%", 1),
+    "scale-wait": lambda: by_router("trace ", P99, " s", 1),
+    "scale-rate": lambda: by_router("trace ", "prompt tokens", "", 0),
+    "scale-median": lambda: by_router("trace ", "time to first token", " s", 2),
+    "scale-conversations": lambda: by_router("conversations", "prompt tokens found", "%", 1),
+    "scale-conversations-wait": lambda: by_router("conversations", P99, " s", 3),
+    "scale-plan": replica_plan,
+    "scale-wire": wire,
 }
 
 

@@ -1,10 +1,13 @@
 """Simulated replicas: runs that are worked out by hand, and the bytes on the wire."""
 
 import pytest
+from conftest import ROOT
 from rows import pick, run
 
 from experiments import scale
 from experiments.scale import STEP_MS, TOKEN_MS, Cluster, Prompt, allreduced_bytes, serve
+from plots import tables
+from serving.routing import KEY_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +103,24 @@ def test_each_router_and_each_number_of_replicas_has_its_rows(tmp_path):
         rows, contender="70B", metric="bytes sent a token", workload=rows[-1]["workload"]
     )
     assert sent["median"] == 2 * 80 * 8192 * 2 * 2 * 7 / 8
+
+
+# ---- the page ------------------------------------------------------------------------------------
+def test_the_sentences_of_the_page_hold_for_the_committed_rows():
+    found = tables.scale_figures("trace ", "prompt tokens found")
+    assert found["random", 4] > found["random", 64] > found["random", 1000]
+    assert abs(found["prefix", 1000] - found["prefix", 16]) < 2
+    waits = tables.scale_figures("trace ", "time to first token")
+    assert (
+        waits["prefix", 4] < 10 and min(waits[name, 4] for name in ("random", "round-robin")) > 60
+    )
+    assert min(waits[router, 1] for router in scale.ROUTERS) > 1000
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert f"takes 8 A100 about {STEP_MS:.0f} ms" in page and len(page.splitlines()) < 150
+    of = tables.SCALE, "70B"
+    ethernet = "sums of a step of 1 tokens, Ethernet, 100 Gbit/s"
+    nvlink = "sums of a step of 1 tokens, NVLink of an H100"
+    workload = "tensor parallel, arithmetic, ranks=8"
+    slow, fast = (tables.newest(*of, metric, workload, "none") for metric in (ethernet, nvlink))
+    assert slow > 0.9 * STEP_MS and fast < 0.5 * STEP_MS
+    assert f"makes a report of {10_000 * KEY_BYTES // 1000} kB" in page
