@@ -18,12 +18,13 @@ serve: $(VENV)/serves  ## OpenAI's API at http://127.0.0.1:8000/v1; make serve A
 test: $(VENV)/tests  ## what a reader runs: the lesson's tests and one a kernel
 	$(RUN) -m pytest -q -n 2 -m "(lesson or oracle or regression) and not slow" $(READERS_TESTS)
 
-check: $(VENV)/tests $(VENV)/triton-3.6.0  ## everything: formatting, types, the slow tests too
+check: $(VENV)/tests $(VENV)/triton-3.6.0 $(VENV)/transformers  ## everything: formatting, types, the slow tests too
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	other=$(abspath $(VENV)/triton-3.6.0); test ! -d $$other/triton || \
-	export PAGEDGPT_OTHER_TRITON=$$other; $(RUN) -m pytest -n 2
+	export PAGEDGPT_OTHER_TRITON=$$other; \
+	export PAGEDGPT_OTHER_TRANSFORMERS=$(abspath $(VENV)/transformers); $(RUN) -m pytest -n 2
 
 test-gpt2: $(VENV)/tests  ## the real GPT-2 against published facts: fetches 0.5 GB, wants PAGEDGPT_DATA
 	PAGEDGPT_TEST_GPT2=1 HF_HUB_OFFLINE=0 TRANSFORMERS_OFFLINE=0 $(RUN) -m pytest -rs tests/checkpoints/test_gpt2.py
@@ -70,6 +71,16 @@ $(VENV)/tests: $(VENV)/serves requirements-dev.txt
 # (it exists for Linux only) the folder stays empty, and the tests that want it are skipped.
 $(VENV)/triton-3.6.0: $(VENV)/tests
 	-$(RUN) -m pip install --quiet --no-deps --target $@ triton==3.6.0
+	mkdir -p $@
+	touch $@
+
+# The oldest and the newest transformers that PagedCache works with, for a process of their own. The
+# oldest needs older packages than the installed one. A folder that can't be had does not exist, and
+# its tests are skipped.
+$(VENV)/transformers: $(VENV)/tests
+	-$(RUN) -m pip install --quiet --no-deps --target $@/5.5.0 transformers==5.5.0 \
+	huggingface_hub==1.31.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
+	-$(RUN) -m pip install --quiet --no-deps --target $@/5.24.0 transformers==5.24.0
 	mkdir -p $@
 	touch $@
 
