@@ -242,6 +242,46 @@ def peers_avx2() -> list[str]:
     return table(f"times as fast | {OF_SETTINGS}", lines)
 
 
+HF, HF_PAGED, HF_GATHER = "cpu/hf.csv", "PagedCache, paged", "PagedCache, gather"
+
+
+def hf_steps() -> list[str]:
+    """transformers' decode step with each cache, against DynamicCache's."""
+    metric, rows = "time a step against DynamicCache", []
+    for batch in (1, 8, 32):
+        for cache in (HF_PAGED, HF_GATHER, "StaticCache"):
+            cells = []
+            for dtype in ("float32", "bfloat16"):
+                try:
+                    ratio = newest(HF, cache, metric, f"decode batch={batch} ", dtype)
+                    cells.append(f"{ratio:.2f}")
+                except ValueError:
+                    cells.append("not measured")
+            rows.append(f"{batch} | {cache} | {' | '.join(cells)}")
+    return table("texts | step / DynamicCache's, 1 thread | float32 | bfloat16", rows)
+
+
+def hf_memory() -> list[str]:
+    """The bytes of K and V that transformers' caches and PagedCache hold."""
+    alone = "PagedCache, one cache a text"
+    names = ("DynamicCache", "StaticCache", HF_PAGED, alone)
+    rows = []
+    for words, workload in {
+        "8 texts of 64 tokens": "grow tokens=64 batch=8 ",
+        "8 texts of 1,024 tokens": "grow tokens=1024 batch=8 ",
+        "8 texts of 128 to 1,024 tokens": "ragged batch=8 ",
+        "4 beams, a prompt of 256, 64 new tokens": "beams step=64 beams=4 prompt=256 ",
+    }.items():
+        cells = []
+        for name in names:
+            try:
+                cells.append(f"{newest(HF, name, 'KV memory', workload) / 1e6:,.1f}")
+            except ValueError:
+                cells.append("-")
+        rows.append(f"{words} | {' | '.join(cells)}")
+    return table(f"MB of K and V in float32 | {' | '.join(names)}", rows)
+
+
 def without_a_cache() -> list[str]:
     """Paged and contiguous against no cache, on the 124M shape."""
     file, rows = "cpu/speed.csv", []
@@ -566,6 +606,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "against-the-slab": against_the_slab,
     "peers": peers,
     "peers-avx2": peers_avx2,
+    "hf-steps": hf_steps,
+    "hf-memory": hf_memory,
     "without-a-cache": without_a_cache,
     "equal-memory": equal_memory,
     "token-budgets": token_budgets,

@@ -26,7 +26,7 @@ from nbclient import NotebookClient
 
 import benchmark
 import generate
-from experiments import block_size, concurrency, kernels, memory, sharing, speed, trace
+from experiments import block_size, concurrency, hf, kernels, memory, scale, sharing, speed, trace
 from experiments.results import COLUMNS, append, read
 from plots.draw import Missing
 from plots.palette import PALETTE, card
@@ -38,7 +38,9 @@ COMMANDS = {  # chart -> the command that its cell names
     "waste": "python benchmark.py concurrency --simulate",
     "blocks": "python benchmark.py block-size",
     "trace": "python benchmark.py trace --simulate --policies paged 'maximum, buddies'",
+    "scale": "python benchmark.py scale",
     **dict.fromkeys(["reuse", "saved"], "python benchmark.py sharing"),
+    "caches": "python benchmark.py hf",
     "kernels": "python benchmark.py kernels",
     "pool": "python generate.py --record results/recordings/demo.jsonl",
 }
@@ -450,6 +452,30 @@ def test_the_blocks_saved_stand_beside_the_papers(run_cells):
     )
 
 
+def test_the_caches_of_transformers_grow_search_and_are_padded(run_cells):
+    megabyte = 1e6
+    two = {"DynamicCache": 8, "PagedCache, paged": 5}
+    three = two | {"StaticCache": 10}
+    padded = three | {"PagedCache, one cache a text": 4, "the tokens' own": 3}
+    workloads = {f"grow tokens={n} batch=8 block_size=16": three for n in (1, 64)}
+    workloads |= {f"beams step={n} beams=4 block_size=16": two for n in (1, 2)}
+    workloads["ragged batch=8 tokens=1..8 block_size=16"] = padded
+    rows = [
+        row("hf", name, "KV memory", workload, size * megabyte)
+        for workload, held in workloads.items()
+        for name, size in held.items()
+    ]
+    grow, beams, ragged = run_cells(rows, "caches").axes
+    assert [point[:2] for point in lines_of(grow)["DynamicCache"]] == [(1, 8.0), (64, 8.0)]
+    assert [point[:2] for point in lines_of(beams)["PagedCache, paged"]] == [(1, 5.0), (2, 5.0)]
+    heights = {name: bar[0][1] for name, bar in bars_of(ragged).items()}
+    assert heights == {name: size for name, size in padded.items() if "own" not in name}
+    assert list(ragged.lines[-1].get_ydata()) == [3.0, 3.0]
+    title = "MB of a beam search after 2 tokens: PagedCache 5.0; DynamicCache 8.0"
+    assert grow.figure.texts[0].get_text() == title
+    assert "Dotted: the tokens' own" in grow.figure.texts[1].get_text()
+
+
 def test_the_pool_is_the_recorded_one(run_cells, tmp_path, capsys):
     shutil.copytree(ROOT / "results/recordings", tmp_path / "results/recordings")
     figure = run_cells([], "pool")
@@ -515,6 +541,9 @@ def test_every_chart_is_drawn_from_what_the_experiments_write(copy):
             "--rounds 1 --requests 2 --widths 2")  # fmt: skip
     measure(own, kernels, "--shapes 2x32 --prefill --dtypes float32 --threads 1 --repeats 2 "
             "--layers 2 --pool-mb 1 --read-mb 1")  # fmt: skip
+    measure(own, scale, "--conversations 5 --turns 2 --replicas 1 3")
+    measure(own, hf, "--parts memory --grow 1 64 --texts 2 --beams 2 --beam-tokens 3 --context 33 "
+            "--steps 1 --model assets/tiny-gpt2 --dtypes float32")  # fmt: skip
     (copy.parent / "results").mkdir()
     shutil.copytree(ROOT / "results/recordings", copy.parent / "results/recordings")
     found = cells(execute(copy))
