@@ -435,6 +435,12 @@ def start(args: Namespace) -> None:
     serve.run(application(args), name=APP, route_prefix="/")
 
 
+def stop() -> None:
+    """Take no more requests. Each copy ends what it has begun, for `--drain` seconds at most."""
+    serve.delete(APP)
+    serve.shutdown()  # Ray's proxies, which have carried the answers until now
+
+
 def connect(args: Namespace) -> None:
     """Join the cluster of `--ray-address`, or start one on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent to anybody
@@ -456,14 +462,15 @@ def main(argv: list[str] | None = None) -> None:
     if not is_loopback(args.host) and args.api_key is None:
         logger.warning("%s can be reached from outside, and there is no --api-key", args.host)
     is_over = threading.Event()
+    connect(args)
+    # After `connect`, because Ray has handlers of its own, which would end this process at once.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: is_over.set())
-    connect(args)
     try:
         start(args)
         logger.info("replicas running on http://%s:%d", args.host, args.port)
         is_over.wait()
-        serve.shutdown()  # each copy first ends what it has begun, for --drain seconds at most
+        stop()
     finally:
         ray.shutdown()
 

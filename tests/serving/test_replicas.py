@@ -153,7 +153,18 @@ def test_a_mistake_on_the_command_line_is_one_sentence(flags, sentence):
 
 
 # ---- Ray -----------------------------------------------------------------------------------------
-FLAGS = ["--dtype", "float64", "--backend", "torch", "--num-blocks", "640", "--max-num-seqs", "64"]
+FLAGS = [
+    "--drain",
+    "60",
+    "--dtype",
+    "float64",
+    "--backend",
+    "torch",
+    "--num-blocks",
+    "640",
+    "--max-num-seqs",
+    "64",
+]
 OPENINGS = ["The wolf", "Once upon a time there was", "A fox", "The king's son"]
 LONG = {"prompt": "The wolf", "seed": 1, "max_tokens": 250, "extra_body": {"ignore_eos": True}}
 
@@ -169,7 +180,6 @@ def two_replicas(monkeypatch):
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         monkeypatch.setenv("RAY_worker_niceness", "0")  # other tests run beside this one
         import ray
-        from ray import serve
         from ray.cluster_utils import Cluster
 
         from serving import replicas
@@ -185,7 +195,6 @@ def two_replicas(monkeypatch):
             replicas.connect(args)
             replicas.start(args)
             yield f"http://127.0.0.1:{port}/v1"
-            serve.shutdown()
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -324,6 +333,17 @@ async def a_killed_replica_takes_only_its_own_streams_and_comes_back(client, alo
     assert len(actors()) == 2
 
 
+async def what_runs_is_finished_when_all_stop(client, alone):
+    from serving.replicas import stop
+
+    stream = Stream(client, LONG)
+    reading = asyncio.ensure_future(stream.read())
+    await asyncio.wait_for(stream.has_begun.wait(), 60)
+    await asyncio.wait_for(asyncio.to_thread(stop), 90)
+    await asyncio.wait_for(reading, 60)
+    assert stream.error is None and stream.text == alone(LONG)
+
+
 @pytest.mark.slow
 def test_two_replicas_on_two_nodes_share_the_streams_and_one_may_die(
     monkeypatch, shipped_model_folder
@@ -347,6 +367,7 @@ def test_two_replicas_on_two_nodes_share_the_streams_and_one_may_die(
             await conversations_stay_where_they_began(client)
             await a_full_replica_hands_its_conversations_on(client)
             await a_killed_replica_takes_only_its_own_streams_and_comes_back(client, alone)
+            await what_runs_is_finished_when_all_stop(client, alone)
 
     alone(LONG)
     before = ray_processes()
