@@ -366,7 +366,9 @@ def tile_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def prefill_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+def prefill_tiles(
+    dtype: torch.dtype, head_dim: int, pool_dtype: torch.dtype | None = None
+) -> dict[str, int]:
     """The largest tiles whose sums fit into registers and whose copies fit into shared memory.
 
     acc (TILE_Q, TILE_D) is spread over the registers of all threads; a warp is 32 threads. With
@@ -376,6 +378,8 @@ def prefill_tiles(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """
     width = tile_d(head_dim)
     TILE_Q = 128 // dtype.itemsize  # 64 queries of 16 bits, 32 of 32 bits, 16 of 64 bits
+    if pool_dtype == torch.int8 and dtype == torch.float32:
+        TILE_Q = 16  # integers that become floats, and scales, take registers too
     TILE_K = max(16, TILE_Q // 2) if width * dtype.itemsize > 256 else TILE_Q
     num_warps = 4 if width <= 64 else 8
     return {"TILE_Q": TILE_Q, "TILE_K": TILE_K, "num_warps": num_warps, "num_stages": 3}
@@ -408,7 +412,7 @@ def paged_prefill_triton(
     if N == 0:
         return out
     q, factor = scale_to_exp2(q, scale)
-    tiles = prefill_tiles(q.dtype, D)
+    tiles = prefill_tiles(q.dtype, D, k_cache.dtype)
     # The most tiles that B sequences and padded rows can need for N rows. The host knows N and B;
     # the exact number would have to be read from the GPU.
     num_tiles = N // tiles["TILE_Q"] + B + 1
