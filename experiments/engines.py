@@ -16,8 +16,8 @@ has other weights. In 16 and 8 bits nearly equal logits order differently, and t
 to ours" says how often.
 
 `make engines` takes some minutes, llama.cpp is compiled there. A setting takes about a minute to
-start, and then 3 rounds of 4 batch sizes about 4 minutes. So choose pieces: --engines, --dtypes,
---threads, --batches. PageBrain has no package; its rows are not measured here.
+start, and then 3 rounds of 4 batch sizes about 8 minutes with one thread. So choose pieces:
+--engines, --dtypes, --threads, --batches. PageBrain cannot be compared here: it has no package.
 
 How it is checked: tests/experiments/test_engines.py runs our own engine twice, in two processes,
 and stand-ins that are missing, die, or generate other tokens.
@@ -55,7 +55,7 @@ MUST_BEGIN_ALIKE = 0.9  # share of the sequences with our first token, in float3
 class Peer:
     """Where an engine runs, and what is loaded before its process starts."""
 
-    script: str  # of peer_engines/
+    script: str  # of peer_engines/; "" if the engine cannot be installed
     folder: str  # its virtual environment, in the folder of --environments
     preload: tuple[str, ...] = ()  # libraries, where the environment or the system has them
     package: str = ""  # in our own environment it may be too
@@ -68,6 +68,7 @@ PEERS = {
     "CTranslate2": Peer("run_ctranslate2", "ctranslate2"),
     "llama.cpp": Peer("run_llama_cpp", "llama_cpp"),
     "transformers": Peer("run_transformers", "transformers", package="transformers"),
+    "PageBrain": Peer("", ""),
 }
 
 
@@ -101,6 +102,8 @@ class LeftOut(Exception):
 
 def python_of(peer: Peer, environments: Path) -> str:
     """The interpreter that has the engine's packages. Raises LeftOut if there is none."""
+    if not peer.script:
+        raise LeftOut("no package of it can be installed")
     if not peer.folder:
         return sys.executable
     python = environments / peer.folder / "bin" / "python"
@@ -208,10 +211,24 @@ def say(name: str, reason: object) -> None:
     print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
 
 
-def start_all(args: argparse.Namespace, dtype: str, threads: int, stack: ExitStack) -> dict:
-    """The processes of all engines that run here, by name; the others are named."""
-    processes = {}
+def installed(args: argparse.Namespace) -> list[str]:
+    """The engines that have an environment here; the others are named, a line each."""
+    names = []
     for name in args.engines:
+        try:
+            python_of(PEERS[name], args.environments)
+            names.append(name)
+        except LeftOut as reason:
+            say(name, reason)
+    return names
+
+
+def start_all(
+    names: list[str], args: argparse.Namespace, dtype: str, threads: int, stack: ExitStack
+) -> dict[str, Process]:
+    """The processes of the engines that can do this, by name; the others are named."""
+    processes = {}
+    for name in names:
         own_files = args.environments / "models" / f"{file_name(args.model)}-{PEERS[name].script}"
         task = Task(
             model=str(args.environments / "models" / file_name(args.model)),
@@ -229,7 +246,9 @@ def start_all(args: argparse.Namespace, dtype: str, threads: int, stack: ExitSta
     return processes
 
 
-def rounds(processes: dict, prompts: list[list[int]], args: argparse.Namespace) -> Answers:
+def rounds(
+    processes: dict[str, Process], prompts: list[list[int]], args: argparse.Namespace
+) -> Answers:
     """All engines in turn, after a round that warms them up. One that dies is left out."""
     answers: Answers = {name: [] for name in processes}
     for number in range(args.rounds + 1):
@@ -331,13 +350,14 @@ def save_weights(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of `engines`."""
+    names = installed(args)
     vocab_size = save_weights(args)
     common = {"experiment": "engines", "device": device_name(), "seed": args.seed}
     common |= {"model": args.model, "weights": weights_kind(args.model)}
     for dtype in args.dtypes:
         for threads in args.threads:
             with ExitStack() as stack:
-                processes = start_all(args, dtype, threads, stack)
+                processes = start_all(names, args, dtype, threads, stack)
                 for batch in args.batches:
                     prompts = random_prompts(vocab_size, batch, args)
                     answers = rounds(processes, prompts, args)

@@ -127,18 +127,22 @@ def test_without_any_environment_our_engine_runs_and_each_missing_one_is_one_lin
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "PAUSE_S", 0)
     rows = run(tmp_path, words(tmp_path, f"{SMALL} --batches 2"))
     lines = [line for line in capsys.readouterr().err.splitlines() if "is left out" in line]
     reason = "is no virtual environment (see: make engines)"
     assert lines == [
-        f"{name} is left out: float32, {tmp_path / 'environments' / folder} {reason}"
-        for name, folder in {
-            "vLLM": "vllm",
-            "OpenVINO": "openvino",
-            "CTranslate2": "ctranslate2",
-            "llama.cpp": "llama_cpp",
-            "transformers": "transformers",
-        }.items()
+        *(
+            f"{name} is left out: {tmp_path / 'environments' / folder} {reason}"
+            for name, folder in {
+                "vLLM": "vllm",
+                "OpenVINO": "openvino",
+                "CTranslate2": "ctranslate2",
+                "llama.cpp": "llama_cpp",
+                "transformers": "transformers",
+            }.items()
+        ),
+        "PageBrain is left out: no package of it can be installed",
     ]
     assert {row["contender"] for row in rows} == {OURS}
     assert {row["metric"] for row in rows} == {"generated tokens", "prompt tokens"}
