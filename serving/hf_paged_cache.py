@@ -469,16 +469,13 @@ def paged_attention_forward(
     """
     if type(key) is InPlace:
         written = key.written
-        lacks = [name for name in LACKING if kwargs.get(name) is not None]
-        is_causal = kwargs.get("is_causal")
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
         starts = written.step.context_starts(attention_mask)
-        if is_causal and starts is not None and not lacks and not dropout:
+        lacking = what_kernels_lack(module, written.step, query, starts, dropout, kwargs)
+        if lacking is None:
             return written.layer.attend(written.step, query, starts, scaling), None
         written.layer.tables.warn_once(
-            f"PagedCache: the kernels lack {', '.join(lacks) or 'this mask or dropout'}, which "
-            f"{type(module).__name__} asks for: its blocks are gathered"
+            f"PagedCache: {type(module).__name__} asks for {lacking}, which the kernels lack: its "
+            "blocks are gathered"
         )
         key, value = written.whole
     options = {"scaling": scaling, "dropout": dropout, **kwargs}
@@ -488,6 +485,28 @@ def paged_attention_forward(
         mask = additive_mask(attention_mask, query, key)
         return eager(module, query, key, value, mask, **options)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def what_kernels_lack(
+    module: torch.nn.Module,
+    step: Step,
+    query: Tensor,
+    starts: Tensor | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> str | None:
+    """What a call of the attention asks for and the kernels do not compute; None if nothing."""
+    for name in LACKING:
+        if options.get(name) is not None:
+            return name
+    if dropout:
+        return "dropout"
+    is_causal = options.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal or starts is None or query.shape[2] != step.stop - step.start:
+        return "this mask"
+    return None
 
 
 def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
