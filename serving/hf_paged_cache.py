@@ -34,8 +34,9 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from copy import deepcopy
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -696,73 +697,95 @@ if HAS_TRANSFORMERS:
 
 
 # --------------------------------------------------------------------------------------------------
+def exchange_by_dlpack():
+    """Give a pool's memory to NumPy and JAX and take it from NumPy; nothing is copied."""
+    sizes = (2, 8, 16, 4, 32)  # layers, blocks, block_size, H_kv, D
+    for dtype in (torch.float32, torch.float16):
+        pool = KVCache(*sizes, dtype=dtype).pool
+        array = np.from_dlpack(pool)
+        array[1, 3] = 42  # block 3 of layer 1
+        assert (pool[1, 3] == 42).all()
+        print(f"NumPy writes the pool through DLPack: {array.shape}, {array.dtype}")
+    memory = np.zeros((2, 9, 2, 4, 16, 32), dtype=np.float32)
+    pool = KVCache(*sizes, allocate=lambda *_, **__: torch.from_dlpack(memory)).pool
+    pool[1, 3] = 7
+    assert (memory[1, 3] == 7).all()
+    print("a pool may lie in NumPy's memory: KVCache takes the function that allocates")
+    if find_spec("jax") is None:  # NumPy has no bfloat16
+        print("bfloat16 needs JAX, which is not installed")
+        return
+    pool = KVCache(*sizes, dtype=torch.bfloat16).pool
+    array = import_module("jax.numpy").from_dlpack(pool)
+    assert array.unsafe_buffer_pointer() == pool.data_ptr()
+    assert torch.from_dlpack(array).data_ptr() == pool.data_ptr()
+    print(f"JAX reads it through DLPack: {array.shape}, {array.dtype}")
+
+
+def timed_generation(model: Any, cache: Cache, num_beams: int) -> Tensor:
+    """Eight rows of 250 tokens, the first of them 200 of padding; prints a line, returns tokens."""
+    B = 8 // num_beams
+    ids = torch.randint(1, 997, (B, 250), generator=torch.Generator().manual_seed(0))
+    is_token = torch.ones_like(ids)
+    is_token[0, :200] = 0
+    begun = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that "sdpa" gathers is what the table shows
+        output = model.generate(
+            ids,
+            attention_mask=is_token,
+            past_key_values=cache,
+            max_new_tokens=16,
+            num_beams=num_beams,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    ms = (time.perf_counter() - begun) * 1e3
+    if isinstance(cache, PagedCache):
+        bytes_held = cache.bytes_held
+    else:
+        bytes_held = sum(2 * layer.keys.nbytes for layer in cache.layers)
+    name = f"{type(cache).__name__} {model.config._attn_implementation}"
+    print(f"{name:20} {num_beams:5} {ms:8.0f}   {bytes_held:10,}")
+    return output[:, 250:]
+
+
 def demo():
-    """Generate with and without, compare; share a prompt; give the pool to NumPy by DLPack."""
+    """Generate with and without, compare; exchange the pool's memory by DLPack."""
     if not HAS_TRANSFORMERS:
         print("ok: nothing to run without transformers 5.5 or newer: pip install transformers")
         return
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = {"n_layer": 4, "n_head": 8, "n_embd": 256, "vocab_size": 997, "n_positions": 512}
+    shape = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 997, "n_positions": 512}
     # With GPT-2's own range of 0.02 the text would be one token, whatever the cache holds.
     options = {"initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": None}
     model = GPT2LMHeadModel(GPT2Config(**shape, **options)).eval()
-    ids = torch.randint(1, 997, (8, 250))
-    is_token = torch.ones_like(ids)
-    is_token[0, :200] = 0  # the first prompt has 50 tokens, after 200 of padding
 
-    def generate(name: str, cache: Cache) -> Tensor:
-        begun = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that "sdpa" gathers is what the table shows
-            output = model.generate(
-                ids,
-                attention_mask=is_token,
-                past_key_values=cache,
-                max_new_tokens=23,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        ms = (time.perf_counter() - begun) * 1e3
-        if isinstance(cache, PagedCache):
-            bytes_held = cache.bytes_held
-            counts = str(cache.counts)
-        else:
-            bytes_held = sum(2 * layer.keys.nbytes for layer in cache.layers)
-            counts = ""
-        attention = model.config._attn_implementation
-        print(f"{name:13} {attention:10} {ms:6.0f}   {bytes_held:11,}   {counts}")
-        return output[:, 250:]
+    pool = KVCache(4, 150, 16, num_kv_heads=4, head_dim=32)
+    allocator = BlockAllocator(150, 16)
+    model.set_attn_implementation("paged")
+    with torch.no_grad(), PagedCache(pool, allocator, model.config) as cache:
+        for num_tokens in (12, 1):  # a prompt and a decode step: the kernels are compiled
+            model(torch.ones(8, num_tokens, dtype=torch.long), past_key_values=cache)
 
-    print("8 prompts of 50 to 250 tokens, 23 new tokens each: GPT-2 of 4 layers, random weights\n")
-    print("cache         attention      ms     bytes held   layers that read in place or gathered")
-    expected = generate("DynamicCache", DynamicCache())
-    with PagedCache.for_model(model, num_blocks=150) as cache:
-        assert torch.equal(generate("PagedCache", cache), expected)
-        model.set_attn_implementation("paged")
-        cache.reset()
-        cache.counts["gather"] = 0
-        assert torch.equal(generate("PagedCache", cache), expected)
-        assert cache.counts["gather"] == 0 and len(expected[1].unique()) > 5
-        held = cache.num_blocks_held
-        copy = deepcopy(cache)
-        assert torch.equal(copy.layers[3].keys, cache.layers[3].keys)
-        print(f"\nall three wrote the same; a deep copy of the cache holds the same {held} blocks")
-        copy.release()
-
-        # DLPack: the same memory as an array of another library, and the other way round.
-        array = np.from_dlpack(cache.kv_cache.pool)
-        array[0, 0, 0, 0, 0, 0] = 42
-        assert cache.kv_cache.pool[0, 0, 0, 0, 0, 0] == 42
-        print(f"NumPy reads and writes the pool through DLPack: {array.shape}, {array.dtype}")
-    memory = np.empty((4, 9, 2, 8, 16, 32), dtype=np.float16)
-    pool = KVCache(4, 8, 16, 8, 32, allocate=lambda *_, **__: torch.from_dlpack(memory)).pool
-    pool[3, 8] = 7
-    assert (memory[3, 8] == 7).all()
-    print(f"a pool may lie in an array of NumPy: {memory.shape}, {memory.dtype}")
-    assert cache.allocator.num_free == 150
-    print("ok: the same tokens with and without, every block is free again, nothing was copied")
+    print("8 rows of 250 tokens, 16 new tokens each: GPT-2 of 4 layers, random weights\n")
+    print("cache, attention     beams       ms   bytes held")
+    for num_beams in (1, 4):
+        model.set_attn_implementation("sdpa")
+        expected = timed_generation(model, DynamicCache(), num_beams)
+        assert len(expected[0].unique()) > 4
+        for attention in ("sdpa", "paged"):
+            model.set_attn_implementation(attention)
+            with PagedCache(pool, allocator, model.config) as cache:
+                tokens = timed_generation(model, cache, num_beams)
+            assert torch.equal(tokens, expected), f"other tokens with {attention}"
+            unused = "paged" if attention == "sdpa" else "gather"
+            assert cache.counts[unused] == 0, cache.counts
+    print()
+    exchange_by_dlpack()
+    allocator.check_integrity([])
+    print("ok: the same tokens three times, and every block is free again")
 
 
 if __name__ == "__main__":
