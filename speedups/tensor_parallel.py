@@ -35,9 +35,10 @@ ways, and the ranks would then plan different steps. So each message also brings
 25 heads on 2 ranks are 12 and 13. Each rank loads the whole checkpoint into host memory, and keeps
 its part: the peak is one copy of the model a rank. The position embeddings and the LayerNorms are
 whole on each rank (0.7% of the 124M model). Steps are not recorded as CUDA graphs. How it is
-checked: tests/speedups/test_tensor_parallel.py compares 2, 3 and 4 ranks with one. Engines of this
-kind also split the residual stream between two all-reduces (sequence parallel), and cut models by
-layers over machines (pipeline parallel).
+checked: tests/speedups/test_tensor_parallel.py compares 2, 3 and 4 ranks with one, on a CPU over
+gloo; it has not been run on several GPUs yet. Engines of this kind also split the residual stream
+between two all-reduces (sequence parallel), and cut models by layers over machines (pipeline
+parallel).
 
 Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053, section 3; Pope et al. 2022, "Efficiently
 Scaling Transformer Inference", arXiv:2211.05102, section 3.2.
