@@ -382,7 +382,7 @@ def test_a_model_writes_the_tokens_that_it_writes_with_a_dynamic_cache(name, mod
     ran = NAMES[name][2] if mode == "paged" else "gather"
     written = set()
     for way in WAYS:
-        if way in ALONE and "sliding" in name and OLD:
+        if way in ALONE and OLD and "sliding" in str(NAMES[name]):
             continue  # an old DynamicCache cannot take tokens back behind its window
         batch = 1 if way in ALONE else BATCHES[name]
         model.set_attn_implementation(usual)
