@@ -259,6 +259,8 @@ def check_step(
     """Raise ValueError where the shapes contradict each other. No value is read from the device."""
     N, H, D = q.shape
     H_kv, block_size = k_cache.shape[1:3]
+    if k_cache.dtype == torch.int8:
+        raise ValueError("k_cache is int8: this kernel rounds nothing, use write_kv_triton")
     if len(block_tables) != N:
         given = f"{N} queries for {len(block_tables)} sequences"
         raise ValueError(f"{given}: this is for one each, use paged_attention_triton for others")

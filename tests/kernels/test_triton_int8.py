@@ -12,6 +12,7 @@ from int8_worlds import POISON, Int8World, in_int8
 from worlds import ALL_DTYPES, DEVICE, DTYPES, ON_GPU, SEED, needs_triton, random_world, some
 
 from kernels.triton_decode import paged_attention_triton, paged_decode_triton
+from kernels.triton_fused_decode import fused_decode_triton
 from kernels.triton_prefill import HAS_TRITON, write_kv_triton
 from speedups.quantized_kv import QuantizedKVCache, scales_of, write_kv_int8
 
@@ -85,6 +86,17 @@ def test_the_write_leaves_the_bytes_of_the_plain_one(shape, dtype):
         write(k.to(DEVICE), v.to(DEVICE), *cache.layer(1), slots.to(DEVICE))
         pools.append(cache.pool)
     assert torch.equal(*pools)
+
+
+def test_the_fused_kernel_refuses_such_a_pool():
+    world = int8_world([1], [9])
+    k = torch.zeros(1, 2, 16, device=DEVICE)
+    slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    tables = torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)
+    lens = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    caches = (world.k_cache, world.v_cache)
+    with pytest.raises(ValueError, match="k_cache is int8"):
+        fused_decode_triton(world.q, k, k, *caches, slots, tables, lens, 1.0, 9, lens.zero_())
 
 
 def test_views_without_scales_behind_their_values_are_refused():
