@@ -11,6 +11,7 @@ Each picture is drawn by one command, from a file in this repository or from a r
     memory              results/cpu/concurrency.csv       python benchmark.py concurrency --simulate
     kernels, load       results/cpu/kernels.csv, peers.csv   python benchmark.py kernels --out FILE
     scale               results/cpu/scale.csv             python benchmark.py scale --out FILE
+    engines             results/cpu/engines.csv           python benchmark.py engines --out FILE
 
 If the data of a picture are missing, the program names the command that makes them. The same data
 give the same bytes, so a test draws all pictures again and compares them with those in docs/.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.results import read
@@ -342,6 +344,66 @@ def draw_scale(rows: list[dict]) -> Figure:
     return figure
 
 
+def engine_rates(rows: list[dict], threads: int) -> dict[tuple[str, int, str], dict]:
+    """The newest decode rate of each (dtype, sequences, engine)."""
+    chosen = [row for row in rows if row["metric"] == "generated tokens"]
+    return {
+        (row["dtype"], int(re.search(r"batch=(\d+)", row["workload"])[1]), row["contender"]): row
+        for row in chosen
+        if row["threads"] == threads
+    }
+
+
+def draw_engines(rows: list[dict]) -> Figure:
+    """Decode rates of all engines: a column for each dtype, a row for each number of sequences."""
+    threads = max((row["threads"] for row in rows), default=0)
+    found = engine_rates(rows, threads)
+    if not found:
+        raise Missing("no rates of engines: python benchmark.py engines measures them")
+    dtypes = [name for name in ("float32", "bfloat16", "int8") if any(name in key for key in found)]
+    batches = sorted({batch for _, batch, _ in found})
+    contenders = list(dict.fromkeys(name for _, _, name in found))[::-1]  # the first one on top
+    last = rows[-1]
+    title = f"Tokens a second beside other engines, {threads} thread{'s' * (threads > 1)}"
+    prompts = re.search(r"prompt=(\d+)", last["workload"])[1]
+    words = (
+        f"Decode, all sequences together: {last['model']}, prompts of {prompts} tokens, "
+        f"{last['device']}.\n"
+        "Medians of rounds in turn; the thin lines go from the slowest round to the fastest."
+    )
+    height = 0.17 * len(contenders)
+    figure = card(1.05 + (height + 0.4) * len(batches), title, words)
+    width = 7.4 / len(dtypes)
+    for row_number, batch in enumerate(reversed(batches)):
+        for column, dtype in enumerate(dtypes):
+            left = 1.2 + column * (width + 0.1)
+            bottom = 0.25 + row_number * (height + 0.4)
+            ax = axes_on(figure, left, bottom, 9 - left - width + 0.1, height)
+            ax.set_title(f"{batch} sequence{'s' * (batch > 1)}, {dtype}", pad=3)
+            draw_rates(ax, {name: found.get((dtype, batch, name)) for name in contenders})
+            if column:
+                ax.set_yticklabels([])
+    return figure
+
+
+def draw_rates(ax: Axes, rates: dict[str, dict | None]) -> None:
+    """A bar for each engine with its rate beside it; ours has a colour of its own."""
+    ax.set_ylim(-0.6, len(rates) - 0.4)
+    ax.set_xlim(0, 1.25 * max((row["max"] for row in rates.values() if row), default=1))
+    for y, (name, row) in enumerate(rates.items()):
+        if row is None:
+            ax.text(0, y, " -", va="center", color=FAINT, size=7)
+            continue
+        medians, errors = spread([row])
+        whiskers = {"ecolor": INK, "elinewidth": 0.8, "capsize": 1.5}
+        colour = PALETTE[0] if name == "PagedGPT" else LIGHT
+        ax.barh([y], medians, 0.8, xerr=errors, error_kw=whiskers, color=colour)
+        ax.text(row["max"], y, f"  {row['median']:.0f}", va="center", size=7)
+    ax.set_yticks(range(len(rates)), list(rates), size=7.5)
+    ax.set_xticks([])
+    ax.tick_params(axis="y", length=0)
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 def recording(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The recording that --recording names. Raises Missing if it holds no step."""
@@ -382,6 +444,7 @@ PICTURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "copies": lambda args: draw_copies(*recorded("forks")),
     "softmax": lambda args: draw_softmax(softmax_folds()),
     "kernels": lambda args: draw_kernels(measured(args, "kernels"), args.workload),
+    "engines": lambda args: draw_engines(measured(args, "engines")),
     "load": lambda args: draw_load(measured(args, "peers")),
     "scale": lambda args: draw_scale(measured(args, "scale")),
 }

@@ -277,6 +277,36 @@ def hf_memory() -> list[str]:
     return table(f"MB of K and V in float32 | {' | '.join(names)}", rows)
 
 
+ENGINES = ("vLLM", "OpenVINO", "CTranslate2", "llama.cpp", "transformers")
+
+
+def engines() -> list[str]:
+    """Our speed / another engine's, with one thread and with two: "1.31 / 1.05"."""
+    measured = {  # the newest row of each comparison
+        (row["dtype"], row["contender"], row["workload"], row["metric"], row["threads"]): row
+        for row in read(ROOT / "results/cpu/engines.csv")
+        if row["unit"] == "x"
+    }
+    columns = [(f"batch={batch} ", "decode") for batch in (1, 4, 8, 32)] + [("batch=8 ", "prefill")]
+    rows = []
+    for dtype in ("float32", "bfloat16", "int8"):
+        for engine in ENGINES:
+            cells = []
+            for workload, phase in columns:
+                found = {
+                    key[4]: f"{row['median']:.2f}"
+                    for key, row in measured.items()
+                    if key[:2] == (dtype, engine)
+                    and key[2].startswith(workload)
+                    and key[3].startswith(phase)
+                }
+                cells.append(" / ".join(found.get(threads, "-") for threads in (1, 2)))
+            if set(cells) != {"- / -"}:
+                rows.append(f"{engine}, {dtype} | {' | '.join(cells)}")
+    head = "times as fast as | decode, 1 sequence | 4 | 8 | 32 | prefill, 8 prompts"
+    return table(head, rows)
+
+
 def without_a_cache() -> list[str]:
     """Paged and contiguous against no cache, on the 124M shape."""
     file, rows = "cpu/speed.csv", []
@@ -603,6 +633,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "peers-avx2": peers_avx2,
     "hf-steps": hf_steps,
     "hf-memory": hf_memory,
+    "engines": engines,
     "without-a-cache": without_a_cache,
     "equal-memory": equal_memory,
     "token-budgets": token_budgets,

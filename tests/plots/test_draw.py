@@ -15,6 +15,7 @@ from plots import draw
 from plots.draw import (
     PICTURES,
     Missing,
+    draw_engines,
     draw_kernels,
     draw_load,
     draw_memory,
@@ -185,6 +186,37 @@ def test_the_load_has_a_point_for_each_batch_of_decoding_with_one_thread():
     assert list(rates.lines[0].get_ydata()) == [10.0, 40.0, 80.0]
     assert list(times.lines[0].get_ydata()) == [100.0, 200.0, 400.0]
     assert to_hex(rates.lines[0].get_color()) == PALETTE[0] != INK
+
+
+def test_the_engines_have_a_panel_for_each_batch_and_dtype_with_the_most_threads():
+    rates = {  # dtype, sequences, engine, threads
+        ("float32", 1, "PagedGPT", 2): 40.0,
+        ("float32", 1, "OpenVINO", 2): 50.0,
+        ("float32", 1, "OpenVINO", 1): 999.0,
+        ("float32", 8, "PagedGPT", 2): 300.0,
+        ("int8", 8, "OpenVINO", 2): 400.0,
+    }
+    figure = draw_engines(
+        [
+            row(
+                engine, rate, f"batch={batch} prompt=256 new=32", "generated tokens", dtype, threads
+            )
+            for (dtype, batch, engine, threads), rate in rates.items()
+        ]
+    )
+    panels = {
+        ax.get_title(): {
+            label.get_text(): bar.get_width()
+            for label, bar in zip(ax.get_yticklabels(), ax.patches, strict=False)
+        }
+        for ax in figure.axes
+    }
+    assert list(panels) == ["8 sequences, float32", "8 sequences, int8", "1 sequence, float32",
+                            "1 sequence, int8"]  # fmt: skip
+    # The first engine is on top, so it is drawn last.
+    assert panels["1 sequence, float32"] == {"OpenVINO": 50.0, "PagedGPT": 40.0}
+    ours = figure.axes[2].patches[1]
+    assert (to_hex(ours.get_facecolor()), ours.get_width()) == (PALETTE[0], 40.0)
 
 
 # ---- the command ---------------------------------------------------------------------------------
