@@ -40,7 +40,7 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the tokens of one request are chosen. Names, meanings and defaults are vLLM's.
 
-    Two differ: special tokens that end no text are shown, as with `skip_special_tokens=False`, and
+    Special tokens leave no text, as with vLLM's default `skip_special_tokens=True`. One differs:
     `include_stop_str_in_output` is about strings alone. Fields that are not here do not exist.
     `best_of` is that of vLLM's first engine: of so many texts the n with the highest
     log-probability per token are returned, the best first. (A stream has the tokens of all.)

@@ -170,6 +170,16 @@ def test_the_text_ends_with_its_stop_string_only_if_that_was_asked_for(llm):
         assert len(completion.token_ids) == 3
 
 
+def test_special_tokens_leave_no_text_and_no_field_says_otherwise(llm):
+    """As with vLLM's default, skip_special_tokens=True."""
+    params = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    params |= {"logit_bias": {"256": 90, "64": 60}, "bad_words": [END_OF_TEXT * 2]}
+    (completion,) = llm.generate("q", SamplingParams(**params))[0].outputs
+    assert (completion.token_ids, completion.text) == ([256, 64, 256, 64], "aa")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'skip_special_tokens'"):
+        SamplingParams(skip_special_tokens=False)
+
+
 def test_minus_1_is_all_log_probabilities_and_a_seed_of_the_engines_choice(llm):
     params = SamplingParams(max_tokens=1, logprobs=-1, prompt_logprobs=-1, seed=-1)
     assert params.seed is None
