@@ -1,9 +1,8 @@
 """Every layout of a GPT-2 checkpoint in use loads; anything else is refused.
 
-The tests write one small model in each layout and compare all its tensors bit by bit with the model
-it came from, and its logits with those of transformers or of a nanoGPT written out below. Then they
-break the folder, one thing at a time, and read the ValueError, which names the file and the field
-or the tensor (test_weight_files.py has the hostile files).
+The tests write one small model in each layout and compare its tensors with those it came from, bit
+by bit, and its logits with transformers'. Then they break the folder, one thing at a time, and read
+the ValueError (test_weight_files.py has the hostile files).
 """
 
 import copy
@@ -15,20 +14,11 @@ import pytest
 import samples
 import torch
 from safetensors.torch import save_file
-from samples import (
-    FIELDS,
-    LAYOUTS,
-    as_linear,
-    edit_config,
-    in_the_file,
-    refusal,
-    small_model,
-    write,
-)
+from samples import FIELDS, LAYOUTS, edit_config, in_the_file, refusal, small_model, write
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from checkpoints import load
-from checkpoints.load import CONV1D, load_model, nanogpt_config, weights_kind
+from checkpoints.load import load_model, nanogpt_config, weights_kind
 from model import GPT, GPTConfig, attend_one_sequence
 
 TENSORS = in_the_file(small_model())
@@ -84,15 +74,6 @@ def with_the_head(tensors):
     return tensors | {HEAD: tensors[WTE]}
 
 
-def in_one_storage(tensors):
-    """All tensors as views of one flat vector, each with its own offset, matrices turned."""
-    turned = as_linear(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in turned.values()])
-    pieces = flat.split([tensor.numel() for tensor in turned.values()])
-    views = {n: p.view(t.shape) for (n, t), p in zip(turned.items(), pieces, strict=True)}
-    return {n: view.t() if n.endswith(CONV1D) else view for n, view in views.items()}
-
-
 WRAPPERS = ["module._orig_mod.transformer.", "_orig_mod.module.transformer.", "_orig_mod.",
             "transformer._orig_mod.", "module.", ""]  # fmt: skip
 
@@ -105,14 +86,12 @@ def renamed(prefix):
 CHANGED = {  # a kind of file, and what is done to the tensors before
     **dict.fromkeys(LAYOUTS, dict),
     "safetensors, no prefix": lambda t: {n.removeprefix("transformer."): x for n, x in t.items()},
-    "safetensors, nn.Linear": as_linear,
+    "safetensors, nn.Linear": samples.as_linear,
     "safetensors, only the head": lambda t: {HEAD if n == WTE else n: t[n] for n in t},
     "zip, masks": lambda t: with_masks(t, torch.bool),
     "zip, parameters": lambda t: {name: torch.nn.Parameter(tensor) for name, tensor in t.items()},
-    "zip, views in one storage": in_one_storage,
     "zip, nn.Linear": lambda t: small_model().state_dict(),  # an OrderedDict, with the tied head
     "legacy, masks and head": lambda t: with_the_head(with_masks(t, torch.uint8)),
-    "legacy, views in one storage": in_one_storage,
     "zip, layers compiled one by one": lambda t: {
         re.sub(r"(h\.\d+\.)", r"\1_orig_mod.", name): tensor for name, tensor in t.items()
     },
@@ -179,7 +158,7 @@ def test_nanogpts_checkpoint_computes_what_a_gpt2_of_its_weights_does(kind, tmp_
     gpt2 = {n: t * 0 if n.endswith("bias") and not has_biases else t for n, t in TENSORS.items()}
     theirs = write(tmp_path / "theirs", config=FIELDS | {"activation_function": gelu})
     save_file(gpt2 | (more if HEAD in more else {}), theirs / SAFE)
-    state = as_linear(with_the_head(TENSORS))
+    state = samples.as_linear(with_the_head(TENSORS))
     state = {n: t for n, t in state.items() if has_biases or not n.endswith("bias")} | more
     samples.write_nanogpt(state, args, tmp_path, prefix)
     want = their_logits_of(theirs, torch.float64)
@@ -199,10 +178,8 @@ SECOND_NAMES = {"n_embd": ..., "hidden_size": 48, "n_head": ..., "num_attention_
 SECOND_NAMES |= {"n_layer": ..., "num_hidden_layers": 2}
 SECOND_NAMES |= {"n_positions": ..., "max_position_embeddings": 32}
 CONFIGS = [  # fields of a model that transformers builds, and changes to what it wrote of them
-    ({}, {}),
     ({"n_inner": 100, "activation_function": "gelu", "layer_norm_epsilon": 0.1}, {}),
     ({"activation_function": "relu"}, {}),
-    ({"scale_attn_by_inverse_layer_idx": True}, {}),
     ({"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}, {}),
     ({"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}, {}),
     ({"n_positions": 48, "vocab_size": 50, "n_layer": 3, "n_head": 6}, {}),
@@ -261,19 +238,22 @@ def test_a_load_peaks_near_one_copy_of_the_model(layout, folder, tmp_path):
     """
     load_model(folder)  # imports what it needs
 
-    def write_big(say):  # in a child too: memory that this process has freed would not be counted
+    def write_big(layout):  # in a child too: what this process has freed would not be counted
         tensors = in_the_file(GPT(GPTConfig(**BIG, max_seq_len=64)).init_weights())
         if layout == "nanoGPT":
             args = BIG | {"block_size": 64, "bias": True}
-            return samples.write_nanogpt(as_linear(with_the_head(tensors)), args, tmp_path)
+            return samples.write_nanogpt(samples.as_linear(with_the_head(tensors)), args, tmp_path)
         write(tmp_path, config=FIELDS | BIG | {"n_positions": 64})
         LAYOUTS[layout](with_the_head(tensors) if "zip" in layout else tensors, tmp_path)
 
-    assert samples.in_a_child(write_big, 60).end == ""
+    def load_big(dtype):
+        load_model(tmp_path, dtype)
+
+    assert samples.in_a_child(write_big, [layout]).end == ""
     file_mb = (26_034_176 if "legacy" in layout else 20_000 * 512) * 4 / 2**20
     for dtype in (torch.float32, torch.bfloat16):
         weights_mb = 26_034_176 * dtype.itemsize / 2**20
-        outcome = samples.in_a_child(lambda say, dtype=dtype: load_model(tmp_path, dtype), 60)
+        outcome = samples.in_a_child(load_big, [dtype])
         assert outcome.end == ""
         # Memory that the parent had freed is used again, and is not counted.
         assert 0.25 * weights_mb < outcome.peak_mb < weights_mb + file_mb + 25, dtype
@@ -347,6 +327,7 @@ CONFIG_FAULTS = [  # a change to config.json, and what is said of it
     ({"vocab_size": 10**30}, f"vocab_size is {10**30}, at most 10000000 is read"),
     ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan: it must be finite"),
     ({"scale_attn_weights": 1}, "scale_attn_weights is 1, not of type bool"),
+    ({"tie_word_embeddings": False}, "1 tensors are missing, the first is 'lm_head.weight'"),
     ({"eos_token_id": ["60"]}, "eos_token_id is '60', not of type int"),
 ]
 TENSOR_FAULTS = [  # the tensor, what stands in its place (None: nothing), what is said
@@ -357,28 +338,20 @@ TENSOR_FAULTS = [  # the tensor, what stands in its place (None: nothing), what 
     # a bias under the name of a mask; a matrix in nanoGPT's layout beside one in GPT-2's
     ("transformer.h.0.attn.bias", torch.ones(144), "'{}' has no place in this model"),
     (MATRIX, torch.zeros(144, 48), "'{}' has shape (48, 144), its config asks for (144, 48)"),
-    ("transformer.wpe.weight", torch.zeros(16, 48), "(16, 48), its config asks for (32, 48)"),
     (MATRIX, torch.tensor(1.0), "'{}' has shape (), its config asks for (144, 48)"),
     (MATRIX, one_in_zeros(torch.nan), "'{}' " + NOT_FINITE),
     (MATRIX, one_in_zeros(torch.inf), "'{}' " + NOT_FINITE),
     (BIAS, torch.full((48,), 1e300, dtype=torch.float64), "'{}' " + NOT_FINITE),
     (MATRIX, torch.zeros(48, 144, dtype=torch.int8), "'{}' holds torch.int8, not floats"),
-    (BIAS, torch.zeros(48, dtype=torch.complex64), "'{}' holds torch.complex64, not floats"),
     ("x" * 10**5, torch.zeros(1), "xxx... has no place in this model"),
     ("\x1b[31m", torch.zeros(1), r"'\x1b[31m' has no place in this model"),
-    ("\u202e", torch.zeros(1), r"'\u202e' has no place in this model"),  # from right to left
-]
-SIZE_FAULTS = [  # a config that does not fit the tensors
-    ({"n_layer": 3}, "12 tensors are missing, the first is 'h.2.ln_1.weight'"),
-    ({"n_layer": 1}, "tensor 'transformer.h.1."),
-    ({"tie_word_embeddings": False}, "1 tensors are missing, the first is 'lm_head.weight'"),
 ]
 
 
-@pytest.mark.parametrize("changes, reason", CONFIG_FAULTS + SIZE_FAULTS, ids=str)
+@pytest.mark.parametrize("changes, reason", CONFIG_FAULTS, ids=str)
 def test_a_config_of_another_model_is_refused_with_the_field_named(changes, reason, folder):
     edit_config(folder, **changes)
-    file = SAFE if (changes, reason) in SIZE_FAULTS else "config.json"
+    file = SAFE if "missing" in reason else "config.json"
     assert refusal(folder).startswith(f"{folder / file}: {reason}")
 
 
@@ -418,7 +391,7 @@ def test_the_program_describes_the_shipped_model_and_refuses_in_one_sentence(
     assert "not installed" in out and "max_seq_len=32, n_layer=2, n_head=3," in out
     assert "61,104 parameters" in out  # 61 x 48 + 32 x 48 + 2 x 28,272 + 96
     assert "384 bytes in 16 bits" in out  # 2 x 2 x 48 numbers of K and V a token
-    samples.write_nanogpt(as_linear(with_the_head(TENSORS)), samples.ARGS, folder)
+    samples.write_nanogpt(samples.as_linear(with_the_head(TENSORS)), samples.ARGS, folder)
     load.describe(str(folder / "ckpt.pt"))
     assert "transformers reads no nanoGPT checkpoints" in capsys.readouterr().out
 
@@ -435,10 +408,7 @@ VERDICTS = {
 def test_what_loads_agrees_with_transformers_or_is_no_layout_of_its(
     layout, folder, monkeypatch, capsys
 ):
-    """Nothing of a stranger's files reaches it.
-
-    Its code would build 100 million labels, and look for somebody's attention on the hub.
-    """
+    """Its code would build 100 million labels, and look for somebody's attention on the hub."""
     write_layout(layout, TENSORS, folder)
     edit_config(folder, num_labels=10**8, _attn_implementation="someone/kernel")
     (folder / "generation_config.json").write_text("no JSON")

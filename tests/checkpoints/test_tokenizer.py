@@ -9,13 +9,11 @@ import itertools
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import tokenizers
@@ -23,7 +21,7 @@ from conftest import ROOT
 from fuzz_checkpoints import damage_blindly, damage_json
 from samples import write
 from tokenizers import decoders, models, normalizers, processors, trainers
-from tokenizers.implementations import BertWordPieceTokenizer, SentencePieceUnigramTokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import AutoTokenizer
 from vocabularies import save_vocabulary
 
@@ -175,14 +173,6 @@ def with_rules(folder, **rules):
     general(folder, tok, eos_token=END_OF_TEXT)
 
 
-def unigram(folder):
-    """As in T5."""
-    tok = SentencePieceUnigramTokenizer()
-    named = {"special_tokens": ["<unk>", "</s>"], "unk_token": "<unk>"}
-    tok.train_from_iterator(LINES, 150, show_progress=False, **named)
-    general(folder, tok, eos_token="</s>", unk_token="<unk>")
-
-
 def byte_fallback(folder):
     """As in Llama: bytes have tokens <0xE7> of their own."""
     tok = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -204,11 +194,17 @@ def ending(folder, **files):
     write(folder, added_tokens={"<end>": 268}, **files)
 
 
+def edited(folder: Path, change=dict, **files):
+    """The tokenizer of vocab.json as `change` alters it, and other files."""
+    save_vocabulary(folder, MERGES)
+    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+    return load_tokenizer(write(folder, vocab=change(vocab), **files))
+
+
 OBJECT = {"content": "<end>", "single_word": False, "lstrip": False, "rstrip": False}
 DECODER = {"267": OBJECT | {"content": END_OF_TEXT}, "268": OBJECT}
 LISTED = {"eos_token": "<end>", "added_tokens_decoder": DECODER}
 ENDINGS = [  # files, the token that ends a text
-    ({}, 267),
     ({"tokenizer_config": {"eos_token": "<end>"}}, 268),
     ({"special_tokens_map": {"eos_token": OBJECT}}, 268),
     ({"special_tokens_map": {"eos_token": "<end>"}, "tokenizer_config": {"eos_token": "ab"}}, 268),
@@ -221,6 +217,7 @@ ENDINGS = [  # files, the token that ends a text
 AROUND = processors.TemplateProcessing(
     single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, 400)]
 )
+BLANK_END = SWITCH | {"added_tokens_decoder": {"267": {"content": END_OF_TEXT, "lstrip": True}}}
 KINDS = {
     "transformers 3": transformers_3,
     "transformers 4, slow": transformers_4,
@@ -229,7 +226,6 @@ KINDS = {
     "two files and no more": switched,
     "tokenizers of 2020": tokenizers_2020,
     "save_model": save_model,
-    "unigram": unigram,
     "byte fallback": byte_fallback,
     "a blank that only the config has": lambda folder: write(
         folder, tokenizer=facts(), tokenizer_config=SWITCH | {"add_prefix_space": True} | NAMED
@@ -242,6 +238,12 @@ KINDS = {
     "no decoder": partial(with_rules, decoder=None),
     "a template": partial(with_rules, post_processor=AROUND),
     "bert": partial(saved_again, layout=bert),
+    # two files that are not tiktoken's
+    "a flag": partial(edited, tokenizer_config=BLANK_END),
+    "an order": partial(
+        edited, change=lambda v: {t: 523 - v[t] if 255 < v[t] < 267 else v[t] for t in v}
+    ),
+    "no bytes": partial(edited, change=lambda v: v | {"猫": 268}),
     **{f"it ends with {end}: {files}": partial(ending, **files) for files, end in ENDINGS},
 }
 
@@ -312,13 +314,6 @@ def test_a_special_or_unknown_id_leaves_no_text(tokenizer):
     assert tokenizer.decode([64, 267, 268, 50304, -1, 65]) == "ab"
 
 
-def edited(folder: Path, change=dict, **files):
-    """The tokenizer of vocab.json as `change` alters it, and other files."""
-    save_vocabulary(folder, MERGES)
-    vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-    return load_tokenizer(write(folder, vocab=change(vocab), **files))
-
-
 def test_names_are_what_the_vocabulary_says_of_them(tmp_path):
     """Where <|endoftext|> is absent transformers would give it an id without a row."""
     tok = edited(tmp_path, lambda v: {t: v[t] for t in v if t != END_OF_TEXT})
@@ -367,23 +362,7 @@ def test_tiktoken_gives_the_ids_of_the_merges_or_is_not_asked(tmp_path):
         assert tok.encode(words) == tok._tokenizer.encode(words).ids, merges
         asked[tok._encoding is not None] += 1
     assert asked == {True: 24, False: 48}
-
-
-BLANK_END = {"content": END_OF_TEXT, "lstrip": True}
-SURPRISES = {
-    "a flag": {"tokenizer_config": SWITCH | {"added_tokens_decoder": {"267": BLANK_END}}},
-    "an order": {"change": lambda v: {t: 523 - v[t] if 255 < v[t] < 267 else v[t] for t in v}},
-    "two of one id": {"change": lambda v: v | {"z": v["y"]}},
-    "no bytes": {"change": lambda v: v | {"猫": 268}},
-}
-
-
-@pytest.mark.parametrize("surprise", SURPRISES)
-def test_a_folder_with_a_surprise_is_not_tiktokens(tmp_path, surprise):
-    tok = edited(tmp_path, **{"tokenizer_config": SWITCH} | SURPRISES[surprise])
-    assert tok._encoding is None
-    theirs = AutoTokenizer.from_pretrained(write(tmp_path, config={"model_type": "gpt2"}))
-    assert tok.encode("abab <|endoftext|>猫") == theirs.encode("abab <|endoftext|>猫")
+    assert edited(tmp_path, lambda v: v | {"z": v["y"]})._encoding is None  # two of one id
 
 
 def test_a_million_blanks_are_refused_by_their_number(tokenizer):
@@ -434,20 +413,15 @@ def test_a_folder_without_tokenizer_files_has_none(tmp_path):
 
 
 UNIGRAM = {"type": "Unigram", "vocab": [[f"{i:09999d}", -1.0] for i in range(500)]}
-TOO_LONG = {  # what a file says
-    "one added token": ("tokenizer", {"added_tokens": [{"content": "x" * 500_000}]}),
-    "many": ("tokenizer", {"model": UNIGRAM}),
-    "an old list": ("added_tokens", {"x" * 20_000: 500}),
-}
 
 
-@pytest.mark.parametrize("case", TOO_LONG)
-def test_texts_that_would_take_gigabytes_when_compiled_are_refused_before(tmp_path, case):
+@pytest.mark.parametrize(
+    "content", [{"added_tokens": [{"content": "x" * 500_000}]}, {"model": UNIGRAM}], ids=list
+)
+def test_texts_that_would_take_gigabytes_when_compiled_are_refused_before(tmp_path, content):
     """50 MB in one added token took 14.7 GB."""
-    name, content = TOO_LONG[case]
-    write_slow(tmp_path)
-    write(tmp_path, **{name: facts() | content if name == "tokenizer" else content})
-    with pytest.raises(ValueError, match=f"{name}.json has texts that are too long: at most 10"):
+    write(tmp_path, tokenizer=facts() | content)
+    with pytest.raises(ValueError, match="tokenizer.json has texts that are too long: at most 10"):
         load_tokenizer(tmp_path)
 
 
@@ -468,7 +442,7 @@ def test_a_file_with_any_damage_is_refused_by_name_or_read_and_nothing_else(tmp_
     layouts = [transformers_3, transformers_4, transformers_4_fast, tokenizers_2020, bert]
     for i, layout in enumerate(layouts):
         layout(write(tmp_path / str(i)))
-    paths, refused = [*tmp_path.glob("*/*")], Counter()
+    paths, refused = sorted(tmp_path.glob("*/*")), Counter()
     for _ in range(400):
         path = rng.choice(paths)
         good = path.read_bytes()
@@ -478,7 +452,9 @@ def test_a_file_with_any_damage_is_refused_by_name_or_read_and_nothing_else(tmp_
         if rng.random() < 0.05:
             path.unlink()
         try:
-            load_tokenizer(path.parent).encode("the hen")
+            tok = load_tokenizer(path.parent)
+            if tok or path.exists():  # without tokenizer.json there may be none
+                tok.encode("the hen")
         except ValueError as error:
             refused[path.name] += 1
             is_named = str(error).startswith((str(path.parent), "the text cannot be written"))
@@ -497,10 +473,7 @@ CACHED = {
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of tiktoken's, on a machine without a network."""
-    no_network = Mock(side_effect=AssertionError("a network was asked for"))
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(socket.socket, "connect", no_network)
+    """An empty cache of tiktoken's."""
     monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(write(tmp_path / "cache")))
