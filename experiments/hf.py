@@ -86,7 +86,7 @@ def make_cache(name: str, model: Any, batch: int, length: int, args: argparse.Na
 
 
 def bytes_held(cache: Any) -> int:
-    """The bytes of K and V that a cache holds. A block counts once, whoever shares it."""
+    """The bytes of K and V that a cache holds. A block that is shared counts once."""
     if hasattr(cache, "bytes_held"):
         return cache.bytes_held
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -147,10 +147,12 @@ def reaches() -> list[str]:
     def compare(name: str, ratio: float) -> None:
         rows.append(f"{name} | {ratio:.2f} | {'loses' if ratio < 1 else 'wins'}")
 
-    for batch in (32, 8, 1):
+    for batch in (32, 1):
         name = f"decode, {batch} sequence{'s' * (batch > 1)} / transformers"
         decode = f"decode batch={batch} "
         compare(name, newest("cpu/peers.csv", "paged engine", DYNAMIC_CACHE, decode))
+    steps = newest(HF, HF_PAGED, "time a step against DynamicCache", "decode batch=32 ")
+    compare("decode, 32 texts in transformers, with PagedCache / DynamicCache *", 1 / steps)
     file, slab = "cpu/kernels.csv", "speed against contiguous"
     ratio = newest(file, "whole blocks, all heads", slab, "batch=32 context=256 ")
     compare("decode attention, 32 x 256 tokens / contiguous slab", ratio)
@@ -165,6 +167,10 @@ def reaches() -> list[str]:
     }
     ratio = at_once["paged"] / at_once["maximum, buddies"]
     compare("requests at once in equal memory / reserving the maximum", ratio)
+    against = f"throughput against {CACHES[1]}"
+    of = SHARING, CACHES[0], against, "throughput requests=32 "
+    ratio = newest(*of, threads=2, model="random:gpt2")
+    compare("32 prompts that share 500 tokens, 2 threads / no prefix cache *", ratio)
     return table("the same work: PagedGPT / the other | times as much | paging", rows)
 
 

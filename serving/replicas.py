@@ -18,7 +18,7 @@ not pass them on: Ray has metrics of its own. A replica that dies takes with it 
 was writing: each ends with an error. Requests that had no answer yet are refused with 503, and
 OpenAI's client sends them again. Ray starts another replica.
 
-Whoever reaches Ray's own ports can run programs: keep them inside a network that you trust. Every
+A client of Ray's own ports can run programs: keep them inside a network that you trust. Every
 machine needs this folder at the same path and the packages of requirements-ray.txt.
 
 docs.ray.io, "Ray Serve: Custom request routers". The tests kill replicas under load.
