@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from kernels.numba_tools import (
     CACHE_LINE_BYTES,
     HAS_NUMBA,
+    compiled,
     compiled_parallel,
     has_openmp_threads,
     power_of_two,
@@ -66,6 +67,7 @@ HAS_AVX512 = "avx512f" in processor_features()
 LANES, VECTORS, ROWS = (16, 3, 8) if HAS_AVX512 else (8, 3, 4)
 PANEL = VECTORS * LANES  # outputs
 # A word is 4 bytes of one output's weights: one float32, or two inputs in bfloat16.
+FEW_ROWS = ROWS // 2  # up to so many rows have a loop of their own, with half of the sums
 WORDS_AT_ONCE = 768  # per output: this piece of a panel and the next one fit into the L2 cache
 TURN = 4  # words per turn of the innermost loop; divides WORDS_AT_ONCE
 LINES = TURN * PANEL * 4 // CACHE_LINE_BYTES  # cache lines that hold the words of a turn
@@ -99,14 +101,57 @@ if HAS_NUMBA:
     PREFETCH = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
     FMA = ir.FunctionType(VECTOR, [VECTOR] * 3)
 
-    def vector_addresses(builder, array, at):
+    def vector_addresses(builder, array, at, kind=VECTOR):
         """The addresses of VECTORS vectors of LANES numbers, from array[at] on."""
-        first = builder.bitcast(builder.gep(array, [at]), VECTOR.as_pointer())
+        first = builder.bitcast(builder.gep(array, [at]), kind.as_pointer())
         return [builder.gep(first, [I64(i)]) for i in range(VECTORS)]
+
+    def data_of_arrays(context, builder, signature, args):
+        """An intrinsic's arguments as LLVM's values; an array is the address of its numbers."""
+        return [
+            context.make_array(kind)(context, builder, value).data
+            if isinstance(kind, types.Array)
+            else value
+            for kind, value in zip(signature.args, args, strict=True)
+        ]
+
+    def for_few_and_many(builder, num_rows, write):
+        """The code of a tile for up to FEW_ROWS rows and that for up to ROWS, whichever is enough.
+
+        A decode step of one sequence has one row. With the sums of 8 it would take as long to
+        multiply as to load.
+        """
+        is_few = builder.icmp_signed("<=", num_rows, I64(FEW_ROWS))
+        with builder.if_else(is_few) as (few, many):
+            with few:
+                write(FEW_ROWS)
+            with many:
+                write(ROWS)
+
+    def rows_of_tile(builder, num_rows, tile_rows=ROWS):
+        """The numbers of a tile's rows. With fewer rows the last one is computed several times."""
+        last = builder.sub(num_rows, I64(1))
+        rows = map(I64, range(tile_rows))
+        return [builder.select(builder.icmp_signed("<", r, last), r, last) for r in rows]
+
+    def prefetch_turn(builder, w, fetch_at, turn, num_fetched):
+        """Prefetch this turn's `num_fetched` cache lines (at most LINES) from w[fetch_at] on.
+
+        if (0 < num_fetched) { line 0; if (1 < num_fetched) { line 1; .. } }
+        """
+        prefetch = cgutils.get_or_insert_function(builder.module, PREFETCH, "llvm.prefetch.p0")
+        fetched = builder.bitcast(builder.gep(w, [fetch_at]), BYTES)
+        turn_bytes = builder.mul(num_fetched, I64(CACHE_LINE_BYTES))
+        line = builder.gep(fetched, [builder.mul(turn, turn_bytes)])
+        with contextlib.ExitStack() as nested:
+            for i in range(LINES):
+                nested.enter_context(builder.if_then(builder.icmp_signed("<", I64(i), num_fetched)))
+                address = builder.gep(line, [I64(i * CACHE_LINE_BYTES)])
+                builder.call(prefetch, [address, I32(0), I32(L2_CACHE), I32(1)])
 
     def in_all_lanes(builder, number):
         """A vector with the same number in each lane."""
-        undefined = VECTOR(ir.Undefined)
+        undefined = ir.VectorType(number.type, LANES)(ir.Undefined)
         first = builder.insert_element(undefined, number, I32(0))
         return builder.shuffle_vector(first, undefined, WORDS([0] * LANES))
 
@@ -152,15 +197,10 @@ if HAS_NUMBA:
         bias, out = data(bias_type, bias), data(out_type, out)
         inputs_per_word = 2 if w_type.dtype == types.uint32 else 1
         read = functools.partial(builder.load, align=4)  # rows begin at any multiple of 4 bytes
-        declare = functools.partial(cgutils.get_or_insert_function, builder.module)
-        prefetch = declare(PREFETCH, "llvm.prefetch.p0")
-        fma = declare(FMA, f"llvm.fma.v{LANES}f32")
+        fma = cgutils.get_or_insert_function(builder.module, FMA, f"llvm.fma.v{LANES}f32")
 
-        # With fewer than ROWS rows the last one is computed several times and stored to its place.
-        last = builder.sub(num_rows, I64(1))
         x_rows, out_rows = [], []
-        for r in map(I64, range(ROWS)):
-            row = builder.select(builder.icmp_signed("<", r, last), r, last)
+        for row in rows_of_tile(builder, num_rows):
             x_row = builder.add(x_at, builder.mul(row, x_stride))
             x_rows.append(builder.gep(x, [x_row]))
             out_row = builder.add(out_at, builder.mul(row, out_stride))
@@ -174,19 +214,9 @@ if HAS_NUMBA:
                 start = builder.select(starts_with_bias, biases[i], out_rows[r][i])
                 builder.store(read(start), sums[r][i])
 
-        fetched = builder.bitcast(builder.gep(w, [fetch_at]), BYTES)
         num_turns = builder.sdiv(num_words, I64(TURN))
         with cgutils.for_range(builder, num_turns, intp=I64) as loop:
-            # Prefetch: if (0 < num_fetched) { line 0; if (1 < num_fetched) { line 1; .. } }
-            turn_bytes = builder.mul(num_fetched, I64(CACHE_LINE_BYTES))
-            line = builder.gep(fetched, [builder.mul(loop.index, turn_bytes)])
-            with contextlib.ExitStack() as nested:
-                for i in range(LINES):
-                    nested.enter_context(
-                        builder.if_then(builder.icmp_signed("<", I64(i), num_fetched))
-                    )
-                    address = builder.gep(line, [I64(i * CACHE_LINE_BYTES)])
-                    builder.call(prefetch, [address, I32(0), I32(L2_CACHE), I32(1)])
+            prefetch_turn(builder, w, fetch_at, loop.index, num_fetched)
 
             # sums[r][i] += x[r, input] * w[input, i], for the inputs of TURN words
             word = builder.mul(loop.index, I64(TURN))
@@ -263,9 +293,9 @@ def multiply(x, w, bias, out):
                 )
 
 
-@compiled_parallel
-def gelu_new(x):
-    """`F.gelu(x, approximate="tanh")` in place, x (N, C) in float32.
+@compiled
+def gelu_new_row(row):
+    """`F.gelu(row, approximate="tanh")` in place, (C,) in float32.
 
     x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
     """
@@ -273,13 +303,18 @@ def gelu_new(x):
     scale = np.float32(-2 * math.sqrt(2 / math.pi) / math.log(2))  # e^-2u = 2^(scale (..))
     largest = np.float32(126)  # 2^128 would be infinite
     one = np.float32(1)
+    for j in range(len(row)):
+        a = row[j]
+        exponent = (a + a * a * a * cube) * scale
+        exponent = largest if exponent > largest else exponent  # NaN stays NaN
+        row[j] = a / (one + power_of_two(exponent))
+
+
+@compiled_parallel
+def gelu_new(x):
+    """`gelu_new_row` for each row of x (N, C)."""
     for i in prange(len(x)):
-        row = x[i]
-        for j in range(len(row)):
-            a = row[j]
-            exponent = (a + a * a * a * cube) * scale
-            exponent = largest if exponent > largest else exponent  # NaN stays NaN
-            row[j] = a / (one + power_of_two(exponent))
+        gelu_new_row(x[i])
 
 
 class PanelLinear(nn.Module):
