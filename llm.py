@@ -328,7 +328,7 @@ class LLM:
         if chosen_device.type == "cpu":
             from kernels.packed_linear import pack  # for a CPU only
 
-            pack(self.model, self.config.max_num_seqs)
+            pack(self.model)
         shape = self.model.config
         self.tokenizer = find_tokenizer(path, shape.vocab_size)
         self.eos_token_ids = find_eos_ids(path, shape.eos_token_id, self.tokenizer)

@@ -104,7 +104,7 @@ def time_decode(model: GPT, args: argparse.Namespace) -> tuple[dict[int, list[sp
 def rows_of_speed(args: argparse.Namespace, common: Columns) -> Iterator[Measurement]:
     """Rows of decode steps at each block size, and of each size against the first."""
     device = resolve_device(args.device)
-    model = pack(load_model(args.model, resolve_dtype(args.dtype, device), device), args.batch)
+    model = pack(load_model(args.model, resolve_dtype(args.dtype, device), device))
     limit = model.config.max_seq_len
     if args.prompt_tokens + args.new_tokens > limit:
         sizes = f"{args.prompt_tokens} prompt tokens and {args.new_tokens} new ones"

@@ -122,10 +122,10 @@ class Ours:
         assert not self.llm.engine.has_unfinished()
 
 
-def as_served(model: GPT, batch: int, args: argparse.Namespace) -> GPT:
+def as_served(model: GPT, args: argparse.Namespace) -> GPT:
     """The same weights, loaded again and packed as `LLM` packs a model that it loads by name."""
     weight = model.wte.weight
-    return pack(load_model(args.model, weight.dtype, weight.device), batch)
+    return pack(load_model(args.model, weight.dtype, weight.device))
 
 
 def build(model: GPT, batch: int, new_tokens: int, args: argparse.Namespace) -> Ours:
@@ -279,7 +279,7 @@ def decode(
 ) -> Iterator[Measurement]:
     """Rows of the decode steps of one batch size."""
     prompts = random_ids(model, batch, args.prompt_tokens, args.seed)
-    ours = build(as_served(model, batch, args), batch, 1 + args.steps, args)
+    ours = build(as_served(model, args), batch, 1 + args.steps, args)
     rounds, backends = time_all(ours, theirs, model, prompts, args)
     columns = common | {"workload": decode_workload(batch, args)}
     for name, backend in backends.items():
@@ -476,7 +476,7 @@ def run_anatomy(args: argparse.Namespace) -> Iterator[Measurement]:
     """All rows of `anatomy`."""
     for model, theirs, common in settings("anatomy", args):
         for batch in args.batches:
-            ours = build(as_served(model, batch, args), batch, 1 + args.steps, args)
+            ours = build(as_served(model, args), batch, 1 + args.steps, args)
             rounds = time_parts(model, ours, theirs, batch, args)
             columns = common | {"workload": decode_workload(batch, args)}
             yield from anatomy_rows(rounds, columns, ours.llm.backend)

@@ -93,7 +93,7 @@ class Bench:
         self.device = resolve_device(args.device)
         self.dtype = resolve_dtype(args.dtype, self.device)
         self.name = name
-        self.model = pack(load_model(name, self.dtype, self.device), 256)
+        self.model = pack(load_model(name, self.dtype, self.device))
         self.generator = torch.Generator().manual_seed(args.seed)
         self.questions = self._read_questions()
         self.next_question = 0

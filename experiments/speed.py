@@ -462,7 +462,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
     torch.set_num_threads(args.threads)  # the compiled kernels take as many as PyTorch
     try:
         for number, (workload, names) in enumerate(todo.items()):
-            served = pack(load_model(args.model, args.dtype, args.device), workload.batch)
+            served = pack(load_model(args.model, args.dtype, args.device))
             ways = make_ways(served, theirs, names, workload, args.backend)
             generator = torch.Generator().manual_seed(args.seed)
             shape = workload.batch, workload.prompt_tokens

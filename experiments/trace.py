@@ -412,7 +412,7 @@ class Machine:
         self.device = resolve_device(args.device)
         torch.set_num_threads(threads_for(args.model, args.threads))
         model = load_model(args.model, resolve_dtype(args.dtype, self.device), self.device)
-        self.model = pack(model, args.budget)
+        self.model = pack(model)
         limit = self.model.config.max_seq_len
         if self.max_seq_len > limit:
             found = f"sequences of {self.max_seq_len} tokens, the model has {limit} positions"

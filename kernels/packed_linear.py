@@ -14,9 +14,11 @@ There are two kinds of packed layers. `PanelLinear` (linear_cpu.py) needs AVX-51
 32 rows it is 1.2 to 1.5 times as fast as oneDNN. `PackedLinear` is oneDNN's, the library that
 PyTorch includes; it is used without Numba, and for bfloat16 where the processor has a matrix unit.
 Both compute the activation with the product: oneDNN any of the model's, panels GPT-2's. In float32
-packing is used from 3 rows on (8 rows are up to twice as fast, 1 row is a tenth slower) and for
-models as wide as GPT-2; in bfloat16 always. An output head that shares its weights with the
-embedding becomes a copy, because the embedding needs its rows in the plain order.
+packing is used for models as wide as GPT-2, in bfloat16 always. 8 rows are up to twice as fast. One
+row is a tenth slower on an Intel Xeon, and on an AMD EPYC, where MKL's product of one row gains
+nothing from a second thread, 1.5 times as fast with one thread and 2.1 times with two. An output
+head that shares its weights with the embedding becomes a copy, because the embedding needs its rows
+in the plain order.
 
 Checked by tests/kernels/test_packed_linear.py: a packed model gives the plain model's logits.
 Georganas et al. 2020, "Harnessing deep learning via a single building block", IPDPS (products over
@@ -31,10 +33,10 @@ from torch import Tensor, nn
 
 from model import GPT
 
-# The smallest n_embd and number of rows for which packing was measured to be faster. A call of a
-# packed float32 layer takes 0.07 ms longer than a plain one: little for a width of 768, but more
-# than the product saves for 256.
-PAYS_FROM = {torch.float32: (768, 3), torch.bfloat16: (1, 1)}
+# The smallest n_embd for which packing was measured to be faster. A call of a packed float32 layer
+# takes 0.07 ms longer than a plain one: little for a width of 768, but more than the product saves
+# for 256.
+PAYS_FROM = {torch.float32: 768, torch.bfloat16: 1}
 EXPECTED_ROWS = 16  # oneDNN chooses the order of the weights for about this many rows
 
 # oneDNN's name of the activation that follows a product, and of its variant.
@@ -86,18 +88,16 @@ def is_packed(model: GPT) -> bool:
     return not isinstance(model.lm_head, nn.Linear)
 
 
-def pack(model: GPT, decode_rows: int) -> GPT:
+def pack(model: GPT) -> GPT:
     """Replace the linear layers of a GPT by packed ones, in place, where packing is faster.
 
-    `decode_rows` is the largest number of sequences that run at once. Returns the same model. Each
-    layer's plain weights are freed when its packed ones exist, so the peak is the model and one
-    layer more; a tied head becomes one copy more of the embedding.
+    Returns the same model. Each layer's plain weights are freed when its packed ones exist, so the
+    peak is the model and one layer more; a tied head becomes one copy more of the embedding.
     """
     device, dtype = model.wte.weight.device.type, model.wte.weight.dtype
     if is_packed(model) or device != "cpu" or dtype not in PAYS_FROM:
         return model
-    min_width, min_rows = PAYS_FROM[dtype]
-    if model.config.n_embd < min_width or decode_rows < min_rows:
+    if model.config.n_embd < PAYS_FROM[dtype]:
         return model
     # Imported here: the shipped model is too narrow, and a reader's first run loads a file less.
     from kernels.linear_cpu import PanelLinear, can_use_panels

@@ -1,7 +1,7 @@
 """PagedGPT in a process of its own, as `benchmark.py engines` runs it. Needs the project only.
 
 Run by `python -m experiments.peer_engines.run_ours TASK` from the project's folder. An engine is
-built for each batch size, as a user gives `max_num_seqs`: the weights' layout depends on it.
+built for each batch size, with a pool and a `max_num_seqs` of that size.
 """
 
 from collections.abc import Callable

@@ -98,7 +98,7 @@ def test_a_packed_layer_computes_what_the_plain_one_and_its_activation_do(activa
 def test_a_packed_model_gives_the_same_logits(kind, dtype, activation, tied):
     options = {"activation_function": activation, "tie_word_embeddings": tied}
     plain, packed = wide_gpt(dtype, **options), wide_gpt(dtype, **options)
-    assert pack(packed, 8) is packed and is_packed(packed) and not is_packed(plain)
+    assert pack(packed) is packed and is_packed(packed) and not is_packed(plain)
     assert {type(layer) for layer in linear_layers(packed).values()} == {kind}
     want, got = logits_of(plain), logits_of(packed)
     # Two layers multiply each other's errors.
@@ -113,7 +113,7 @@ def test_packing_changes_neither_the_number_of_parameters_nor_any_layers_sizes(k
     number, layers = model.num_parameters(), linear_layers(model)
     sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     assert number == sum(parameter.numel() for parameter in model.parameters())
-    pack(model, 8)
+    pack(model)
     assert is_packed(model) and model.num_parameters() == number
     layers = linear_layers(model).items()
     assert {name: (layer.in_features, layer.out_features) for name, layer in layers} == sizes
@@ -126,7 +126,7 @@ def test_the_embedding_keeps_its_memory_and_the_plain_weights_are_freed(kind):
     embedding, tied = model.wte.weight.data_ptr(), model.lm_head.weight
     gone = [weakref.ref(p) for name, p in model.named_parameters() if name.endswith("c_fc.weight")]
     assert tied is model.wte.weight
-    pack(model, 8)
+    pack(model)
     gc.collect()
     assert model.wte.weight.data_ptr() == embedding
     assert len(gone) == 2 and all(reference() is None for reference in gone)
@@ -134,19 +134,18 @@ def test_the_embedding_keeps_its_memory_and_the_plain_weights_are_freed(kind):
 
 # ---- where it is faster --------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("dtype", "n_embd", "decode_rows", "is_to_be_packed"),
+    ("dtype", "n_embd", "is_to_be_packed"),
     [
-        (torch.float32, 768, 3, True),
-        (torch.float32, 768, 2, False),  # one or two rows are faster with plain weights
-        (torch.float32, 64, 32, False),  # a call takes longer than it saves
-        (torch.bfloat16, 64, 1, True),
-        (torch.float64, 768, 32, False),
-        (torch.float16, 768, 32, False),
+        (torch.float32, 768, True),
+        (torch.float32, 64, False),  # a call takes longer than it saves
+        (torch.bfloat16, 64, True),
+        (torch.float64, 768, False),
+        (torch.float16, 768, False),
     ],
 )
-def test_packed_where_it_was_measured_to_pay(kind, dtype, n_embd, decode_rows, is_to_be_packed):
+def test_packed_where_it_was_measured_to_pay(kind, dtype, n_embd, is_to_be_packed):
     config = GPTConfig(vocab_size=97, n_layer=1, n_head=1, n_embd=n_embd, n_inner=16)
-    assert is_packed(pack(GPT(config).to(dtype), decode_rows)) == is_to_be_packed
+    assert is_packed(pack(GPT(config).to(dtype))) == is_to_be_packed
 
 
 @pytest.mark.skipif(
@@ -171,7 +170,7 @@ def test_nothing_is_packed_on_a_gpu_in_float64_or_on_another_kind_of_processor(m
 def test_a_model_that_is_not_in_host_memory_is_not_packed():
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=1))
-    assert not is_packed(pack(model, 8))
+    assert not is_packed(pack(model))
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError])
@@ -183,7 +182,7 @@ def test_a_pytorch_without_these_operators_keeps_its_plain_layers(monkeypatch, e
     without_panels(monkeypatch)
     monkeypatch.setattr(PackedLinear, "__init__", missing)
     model = wide_gpt()
-    assert not is_packed(pack(model, 8))
+    assert not is_packed(pack(model))
     can_pack.cache_clear()
     assert logits_of(model).isfinite().all()
 
@@ -203,9 +202,8 @@ def test_an_llm_packs_the_model_that_it_loads_and_writes_the_same_tokens(kind, t
     save_model(wide_gpt(), tmp_path, torch.float32)
     prompts, params = [[5, 6, 7], [9] * 20], SamplingParams(temperature=0, max_tokens=12)
     texts = []
-    for num_seqs, packed in ((8, True), (2, False)):
-        llm = LLM(tmp_path, max_num_seqs=num_seqs, kv_cache_mb=4)
-        assert is_packed(llm.model) == packed
+    for llm in (LLM(tmp_path, kv_cache_mb=4), LLM(wide_gpt(), kv_cache_mb=4)):
+        assert is_packed(llm.model) == (not texts)  # a GPT that is passed in stays as it is
         outputs = llm.generate(prompts, params)
         texts.append([output.outputs[0].token_ids for output in outputs])
     assert texts[0] == texts[1]
@@ -236,8 +234,3 @@ def test_in_panels_a_requests_probabilities_are_the_same_bits_alone_and_among_ot
         (alone,) = llm.generate([prompt], params)
         assert alone.outputs[0].token_ids == among_others.outputs[0].token_ids
         assert alone.outputs[0].logprobs == among_others.outputs[0].logprobs
-
-
-def test_a_gpt_that_is_passed_in_is_not_packed(kind):
-    model = wide_gpt()
-    assert LLM(model, kv_cache_mb=4).model is model and not is_packed(model)

@@ -150,7 +150,7 @@ def test_packed_layers_compute_what_the_plain_parts_compute():
             for _ in range(2)
         )
         with torch.inference_mode():
-            pack(packed, decode_rows=8)
+            pack(packed)
             got, want = (x.logits(x(ids, ids, attend_one_sequence)) for x in (packed, plain))
         assert is_packed(packed) and not is_packed(plain)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -167,7 +167,7 @@ def test_packed_weights_are_counted_as_plain_ones(tiny_gpt, monkeypatch, dtype, 
     elif not linear_cpu.can_use_panels(dtype):
         pytest.skip("no panels on this machine")
     plain = tiny_gpt(dtype=dtype, n_embd=768, n_inner=768, vocab_size=192)
-    packed = pack(copy.deepcopy(plain), 8)
+    packed = pack(copy.deepcopy(plain))
     if not is_packed(packed):
         pytest.skip("nothing is packed on this machine")
     for num_sample_rows in (2, 0):
