@@ -304,7 +304,7 @@ def prefill(
 ) -> Iterator[Measurement]:
     """Rows of a step that computes prompts."""
     prompts = random_ids(model, args.prefill, args.prompt_tokens, args.seed)
-    served = as_served(model, args.prefill, args)
+    served = as_served(model, args)
     ours = build(served, args.prefill, 1, args)  # one token each, so they end with this step
     check_equal_work(ours, theirs, prompts)
     contenders: dict[str, Any] = {OURS: ours, THEIRS: theirs}
