@@ -99,6 +99,7 @@ class EngineConfig:
     kv_cache_mb: float | None = option(
         None, "the pool's size in MB; without any size it is measured"
     )
+    weights: str = option("float", "linear layers: float (as loaded, in the model's type) or int8")
     kv_cache_dtype: str = option("auto", "type of K and V in the pool: auto (the model's) or int8")
     # Used only if neither of the two sizes above is given and the device is a GPU:
     gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory for the pool")
@@ -136,6 +137,10 @@ class EngineConfig:
             raise ValueError(f"few_rows is {self.few_rows!r}: it must be an integer of at least 0")
         if self.few_rows and not self.fused:
             raise ValueError(f"few_rows is {self.few_rows}: it needs fused=True")
+        if self.weights not in ("float", "int8"):
+            raise ValueError(f"weights is {short_repr(self.weights)}: choose float or int8")
+        if self.weights == "int8" and (self.fused or self.tensor_parallel):
+            raise ValueError("weights='int8' goes neither with fused nor with tensor_parallel")
         if self.kv_cache_dtype not in ("auto", "int8"):
             dtype = short_repr(self.kv_cache_dtype)
             raise ValueError(f"kv_cache_dtype is {dtype}: choose auto or int8")
@@ -306,6 +311,9 @@ class LLM:
             raise ValueError("the GPT drops out at random while it trains: call model.eval()")
         if (device, dtype) != ("auto", "auto"):
             raise ValueError("a GPT object is served where and as it is: move or cast it first")
+        if self.config.weights != "float":
+            how = "call speedups.quantized_weights.quantize(model) first"
+            raise ValueError(f"a GPT object is served as it is: {how}")
         self.model = model if self.ranks is None else self._cut(model)
         self.model_name = "a GPT object"
         self.weights = "given weights"
@@ -325,7 +333,11 @@ class LLM:
         else:  # a whole model need not fit into a GPU
             whole = load_model(path or name, chosen_dtype, "cpu")
             self.model = self._cut(whole).to(chosen_device)
-        if chosen_device.type == "cpu":
+        if self.config.weights == "int8":
+            from speedups.quantized_weights import quantize  # for weights="int8" only
+
+            quantize(self.model)
+        elif chosen_device.type == "cpu":
             from kernels.packed_linear import pack  # for a CPU only
 
             pack(self.model)

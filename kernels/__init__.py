@@ -15,6 +15,7 @@ it replaces, and its tests compare it with that function. A file imports only fi
     backends             which of these this machine can run
     triton_sampling      the draws of `sampling.py` on a GPU
     linear_cpu           a linear layer on a CPU that prefetches its weights
+    int8_linear_cpu      the same with weights and inputs in eight bits
     packed_linear        a model whose weights are in the order in which a CPU multiplies them
     triton_fused         the small operations around attention, joined
 """
