@@ -52,6 +52,8 @@ SETTINGS = {
     "bfloat16": Setting("bfloat16", {}),
     "int8 pool": Setting("float32", {"kv_cache_dtype": "int8"}),
     "bfloat16, int8 pool": Setting("bfloat16", {"kv_cache_dtype": "int8"}),
+    "int8 weights": Setting("float32", {"weights": "int8"}),
+    "int8 weights, int8 pool": Setting("float32", {"weights": "int8", "kv_cache_dtype": "int8"}),
 }
 
 

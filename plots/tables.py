@@ -523,6 +523,8 @@ FEWER_BITS = {  # how the page says it: contender, dtype of the arithmetic
     "bfloat16": ("bfloat16", "bfloat16"),
     "pool in int8": ("int8 pool", "float32"),
     "bfloat16, pool in int8": ("bfloat16, int8 pool", "bfloat16"),
+    "weights in int8": ("int8 weights", "float32"),
+    "weights and pool in int8": ("int8 weights, int8 pool", "float32"),
 }
 QUALITY = "cpu/quality.csv"
 
