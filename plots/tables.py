@@ -613,6 +613,26 @@ def wire() -> list[str]:
     return table(f"a step's sums in ms | kB a token | {head}", rows)
 
 
+def ranks() -> list[str]:
+    """One model on two cores: in one process, and cut over two."""
+    contenders = [("1 process, 1 thread", 1), ("1 process, 2 threads", 2)]
+    contenders += [("2 ranks, 1 thread each", 2)]
+    rows = []
+    for name, threads in contenders:
+        of = {"threads": threads, "model": "random:gpt2"}
+        speeds = (
+            newest("cpu/ranks.csv", name, "output tokens", f"batch={n} ", **of) for n in (1, 16)
+        )
+        sizes = (
+            newest("cpu/ranks.csv", name, metric, "blocks", **of)
+            for metric in ("weights a rank", "pool a rank")
+        )
+        cells = [*(f"{rate:.1f}" for rate in speeds), *(f"{size / 1e6:.1f} MB" for size in sizes)]
+        rows.append(" | ".join([name, *cells]))
+    head = "GPT-2 (124M), float32, two cores | tokens/s, 1 request | 16 requests"
+    return table(f"{head} | weights a process | pool a process", rows)
+
+
 def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
     """What a workload was run with; rows about memory have no dtype to choose."""
     row = next(r for r in read(ROOT / "results" / file) if r["workload"].startswith(workload))
@@ -656,6 +676,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "block-trace": block_trace,
     "fewer-bits-quality": fewer_bits_quality,
     "shipped-model": shipped_model,
+    "ranks": ranks,
     "scale-found": lambda: by_router("trace ", "prompt tokens found", "%", 1),
     "scale-wait": lambda: by_router("trace ", P99, " s", 1),
     "scale-rate": lambda: by_router("trace ", "prompt tokens", "", 0),
