@@ -663,8 +663,8 @@ class PagedCache(Cache):
     def __deepcopy__(self, memo: dict) -> "PagedCache":
         """`copy.deepcopy(cache)`: a cache with the same tokens that shares the blocks.
 
-        It is how transformers continues one prompt in several ways. Whoever writes first into a
-        shared block copies this block.
+        It is how transformers continues one prompt in several ways. The first of the two that
+        writes into a shared block copies this block.
         """
         other = PagedCache(self.kv_cache, self.allocator, self.tables.config, self.backend)
         with USING_AN_ALLOCATOR:
