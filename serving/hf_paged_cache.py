@@ -198,7 +198,7 @@ class BatchTables:
         """The step that computes positions [start, stop) of B rows; their blocks are held then.
 
         Raises NoFreeBlocks, and changes nothing, if the pool has too few. Raises ValueError for a
-        released cache and for a batch of another size.
+        released cache, for a batch of another size, and after a step that ended between two layers.
         """
         if self.is_released:
             raise ValueError("this PagedCache was released: make a new one")
@@ -209,6 +209,13 @@ class BatchTables:
             raise ValueError(
                 f"this PagedCache holds {len(self.table)} rows and got {B}: call reset() before "
                 "another batch, or make a cache for it"
+            )
+        # After Ctrl-C in the middle of a step some layers hold a token more than the others, and the
+        # next step would begin earlier in these.
+        if self.step is not None and start < self.step.start:
+            raise ValueError(
+                "the layers of this PagedCache hold different numbers of tokens, because a step was "
+                "interrupted: call reset()"
             )
         # The first layer prepares the step, the others find it. Layers come one by one.
         if self.step is None or (self.step.start, self.step.stop) != (start, stop):

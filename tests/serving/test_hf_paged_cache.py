@@ -526,6 +526,27 @@ def test_another_batch_without_a_reset_raises_one_clear_error():
     generate(model, left_padded([5, 30, 4]), cache)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "paged"])
+def test_a_step_that_ended_between_two_layers_is_noticed_by_the_next_one(attention, monkeypatch):
+    model = model_of("gpt2")
+    model.set_attn_implementation(attention)
+    cache = PagedCache.for_model(model, 16, BLOCK_SIZE)
+    ids = torch.arange(2, 9)[None]
+    first = forward(model, ids, cache)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.transformer.h[1], "forward", interrupted)  # layer 0 has written
+        forward(model, ids[:, :1], cache)
+    with pytest.raises(ValueError, match="a step was interrupted: call reset"):
+        forward(model, ids[:, :1], cache)
+    cache.reset()
+    assert cache.allocator.num_free == 16
+    assert torch.equal(forward(model, ids, cache), first)
+
+
 def test_keys_with_gradients_are_refused():
     model = model_of("gpt2")
     cache = PagedCache.for_model(model, 8, BLOCK_SIZE)
