@@ -147,10 +147,16 @@ def reaches() -> list[str]:
     def compare(name: str, ratio: float) -> None:
         rows.append(f"{name} | {ratio:.2f} | {'loses' if ratio < 1 else 'wins'}")
 
-    for batch in (32, 1):
-        name = f"decode, {batch} sequence{'s' * (batch > 1)} / transformers"
-        decode = f"decode batch={batch} "
-        compare(name, newest("cpu/peers.csv", "paged engine", DYNAMIC_CACHE, decode))
+    decode = newest("cpu/peers.csv", "paged engine", DYNAMIC_CACHE, "decode batch=32 ")
+    compare("decode, 32 sequences / transformers", decode)
+    for phase, batch, engine in (
+        ("decode", 8, "vLLM"),
+        ("decode", 1, "OpenVINO"),
+        ("prefill", 8, "vLLM"),
+    ):
+        of = "cpu/engines.csv", engine, f"{phase}: ours against it", f"batch={batch} "
+        name = f"{phase}, {batch} sequence{'s' * (batch > 1)}, 2 threads / {engine} *"
+        compare(name, newest(*of, threads=2))
     steps = newest(HF, HF_PAGED, "time a step against DynamicCache", "decode batch=32 ")
     compare("decode, 32 texts in transformers, with PagedCache / DynamicCache *", 1 / steps)
     file, slab = "cpu/kernels.csv", "speed against contiguous"

@@ -210,12 +210,12 @@ class BatchTables:
                 f"this PagedCache holds {len(self.table)} rows and got {B}: call reset() before "
                 "another batch, or make a cache for it"
             )
-        # After Ctrl-C in the middle of a step some layers hold a token more than the others, and the
-        # next step would begin earlier in these.
+        # After Ctrl-C in the middle of a step some layers hold a token more than the others. In the
+        # others the next step begins earlier.
         if self.step is not None and start < self.step.start:
             raise ValueError(
-                "the layers of this PagedCache hold different numbers of tokens, because a step was "
-                "interrupted: call reset()"
+                "the layers of this PagedCache hold different numbers of tokens, because a step "
+                "was interrupted: call reset()"
             )
         # The first layer prepares the step, the others find it. Layers come one by one.
         if self.step is None or (self.step.start, self.step.stop) != (start, stop):
