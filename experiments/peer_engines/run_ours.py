@@ -5,16 +5,17 @@ built for each batch size, with a pool and a `max_num_seqs` of that size.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 from experiments.peer_engines.protocol import Task, Unsupported, serve
 from experiments.results import commit
-from llm import LLM, EngineConfig, SamplingParams
+from llm import LLM, SamplingParams
 
-OPTIONS = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}}
-if "weights" in {option.name for option in fields(EngineConfig)}:
-    OPTIONS["int8"] = {"dtype": "bfloat16", "weights": "int8"}
+OPTIONS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "weights": "int8"},
+}
 BLOCK_SIZE = 16
 
 
