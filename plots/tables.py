@@ -646,6 +646,21 @@ def dtype_and_threads(file: str, workload: str) -> tuple[str, int]:
     return row["dtype"], row["threads"]
 
 
+def fewer_bits_speed() -> list[str]:
+    """A decode step of GPT-2's shape in the same settings, and the memory of a token."""
+    rows = []
+    for name, (contender, dtype) in FEWER_BITS.items():
+        cells = []
+        for workload in ("batch=1 context=1000", "batch=8 context=1000", "batch=32 context=256"):
+            of = QUALITY, contender
+            ms = newest(*of, "time a step", f"decode {workload}", dtype)
+            cells.append(f"{ms:.1f} ms")
+        token_bytes = newest(QUALITY, contender, "KV of a token", "pool", dtype)
+        rows.append(f"{name} | {' | '.join(cells)} | {token_bytes:,.0f}")
+    head = "weights, K and V in | 1 sequence of 1,000 tokens | 8 of 1,000 | 32 of 256"
+    return table(f"{head} | KV bytes of a token", rows)
+
+
 def shipped_model() -> list[str]:
     """The losses that the training program wrote."""
     facts = json.loads((ROOT / "assets/tiny-gpt2/training.json").read_text(encoding="utf-8"))
@@ -682,6 +697,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "shared-throughput": shared_throughput,
     "block-trace": block_trace,
     "fewer-bits-quality": fewer_bits_quality,
+    "fewer-bits-speed": fewer_bits_speed,
     "shipped-model": shipped_model,
     "ranks": ranks,
     "scale-found": lambda: by_router("trace ", "prompt tokens found", "%", 1),
