@@ -43,7 +43,10 @@ from serving.routing import ROUTERS, Known, block_keys, reported_keys, split_key
 # ---- the machine: arithmetic, not a measurement --------------------------------------------------
 PARAMETERS = 70e9
 GPUS = 8
-FLOPS, BYTES_A_SECOND, GPU_BYTES = 312e12, 2.0e12, 80e9  # of an A100 in bfloat16
+# Of an A100 in bfloat16.
+FLOPS = 312e12
+BYTES_A_SECOND = 2.0e12
+GPU_BYTES = 80e9
 SHARE_OF_PEAK = 0.5
 KV_BYTES = 2 * 80 * 8 * 128 * 2  # of a token: K and V, 80 layers, 8 heads of 128, 2 bytes
 MACHINE = "70B parameters on 8 A100, arithmetic"

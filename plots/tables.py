@@ -255,7 +255,9 @@ def peers_avx2() -> list[str]:
     return table(f"times as fast | {OF_SETTINGS}", lines)
 
 
-HF, HF_PAGED, HF_GATHER = "cpu/hf.csv", "PagedCache, paged", "PagedCache, gather"
+HF = "cpu/hf.csv"
+HF_PAGED = "PagedCache, paged"
+HF_GATHER = "PagedCache, gather"
 
 
 def hf_steps() -> list[str]:

@@ -65,14 +65,13 @@ from prefix_cache import PrefixCache
 from serving.answers import event
 from serving.engine_thread import EngineThread
 from serving.openai_api import ApiError, ChatRequest, CompletionRequest
-from serving.protection import Guard, is_loopback
+from serving.protection import is_loopback
 from serving.routing import Known, block_keys, by_prefix, reported_keys, split_keys
 from serving.server import (
-    EXPECTED_ERRORS,
     ServerConfig,
     build_parser,
     create_app,
-    on_error,
+    guarded,
     server_config,
 )
 
@@ -338,16 +337,7 @@ def front_app(front: Front, config: ServerConfig) -> FastAPI:
     """The front with the server's limits before it and the server's form of errors."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/", front)
-    for kind in (*EXPECTED_ERRORS, Exception):
-        app.add_exception_handler(kind, on_error)
-    app.add_middleware(
-        Guard,
-        host=config.host,
-        allowed_hosts=config.allowed_hosts,
-        api_key=config.api_key,
-        max_body_bytes=config.max_body_bytes,
-    )
-    return app
+    return guarded(app, config)
 
 
 # ---- the program ---------------------------------------------------------------------------------

@@ -341,6 +341,20 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 EXPECTED_ERRORS = (ApiError, RequestValidationError, HTTPException, *STATUS_OF)
 
 
+def guarded(app: FastAPI, config: ServerConfig) -> FastAPI:
+    """The same application with the server's limits before it, and all errors in OpenAI's form."""
+    for kind in (*EXPECTED_ERRORS, Exception):
+        app.add_exception_handler(kind, on_error)
+    app.add_middleware(
+        Guard,
+        host=config.host,
+        allowed_hosts=config.allowed_hosts,
+        api_key=config.api_key,
+        max_body_bytes=config.max_body_bytes,
+    )
+    return app
+
+
 def create_app(llm: LLM, config: ServerConfig = ServerConfig()) -> FastAPI:
     """The application. It owns the engine's thread from its start to its end."""
     engine_thread = EngineThread(llm, config.max_waiting)
@@ -358,16 +372,7 @@ def create_app(llm: LLM, config: ServerConfig = ServerConfig()) -> FastAPI:
     app.state.engine_thread = engine_thread
     app.state.service = Service(llm, engine_thread, config)
     app.include_router(router)
-    for kind in (*EXPECTED_ERRORS, Exception):
-        app.add_exception_handler(kind, on_error)
-    app.add_middleware(
-        Guard,
-        host=config.host,
-        allowed_hosts=config.allowed_hosts,
-        api_key=config.api_key,
-        max_body_bytes=config.max_body_bytes,
-    )
-    return app
+    return guarded(app, config)
 
 
 # ---- the program ---------------------------------------------------------------------------------

@@ -176,7 +176,9 @@ def demo():
     print(f"integers {values.tolist()}, scale {scale.item():.5f}")
     print(f"read as  {[round(x, 4) for x in dequantize(values, scale).tolist()]}\n")
 
-    H, D, T = 2, 64, 40
+    H = 2
+    D = 64
+    T = 40
     plain = KVCache(1, 4, 16, H, D)
     small = QuantizedKVCache(1, 4, 16, H, D)
     k, v = torch.randn(2, T, H, D)

@@ -75,7 +75,8 @@ def cut(model: GPT, ranks: Ranks) -> GPT:
     The linear layers are smaller afterwards, and still plain: they may be packed. Then call
     `connect`. Raises ValueError if there are more ranks than heads.
     """
-    rank, size, config = ranks.rank, ranks.size, model.config
+    rank, size = ranks.rank, ranks.size
+    config = model.config
     width = config.n_inner or 4 * config.n_embd
     if size > min(config.n_head, width):
         most = f"{config.n_head} heads and {width} columns of the MLP"
