@@ -205,6 +205,11 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     that has fewer than `max_ongoing_requests`.
     """
 
+    # Ray asks the first replica how many requests it has. By default it takes the next one if there
+    # is no answer for 0.1 s, and then a conversation would leave its cached blocks. A replica that
+    # computes on the CPU answers later than that.
+    queue_len_response_deadline_s = 2.0
+
     def initialize_state(self) -> None:
         """Ray calls this once, after the constructor."""
         self._known: dict[ReplicaID, Known] = {}

@@ -264,7 +264,8 @@ async def all_200_streams_get_the_text_of_the_lone_run(client, alone):
 
 async def turns_of_a_conversation(client, number: int) -> list[str]:
     """Four turns, each with all that was said before: the replica of each."""
-    first = f"I am traveller {number}, {'very ' * number}old, and I tell you of my long journey."
+    # Longer than what follows: a prefix of less than half of a prompt does not count.
+    first = f"I am traveller {number}, {'very ' * (30 + number)}old, and I tell you of my journey."
     messages, found = [{"role": "user", "content": first}], []
     for _ in range(4):
         create = client.chat.completions.with_raw_response.create
