@@ -337,7 +337,7 @@ def save_weights(args: argparse.Namespace) -> int:
     from checkpoints.train_tiny import save_model
 
     folder = args.environments / "models" / file_name(args.model)
-    if not (folder / "config.json").exists():
+    if not (folder / "model.safetensors").exists():  # the last that is written
         save_model(load_model(args.model), folder, torch.float32)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     length = args.prompt_tokens + args.new_tokens

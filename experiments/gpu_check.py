@@ -56,6 +56,7 @@ import torch
 from experiments import gpu_summary
 from experiments.gpu_tests import Outcomes, begin_stage, read_outcomes
 from experiments.results import commit, provenance
+from watch.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE_TESTS = ["tests/speedups/test_gpu_engine.py"]
@@ -209,10 +210,7 @@ def run_stage(stage: Stage, env: dict[str, str], log: IO, limit_s: float) -> str
 def drop_half_lines(out: Path) -> None:
     """Cut off what a killed stage left of a row, so that the next stage can append to the file."""
     for path in out.glob("*.csv"):
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 # ---- the environment -----------------------------------------------------------------------------
@@ -251,6 +249,12 @@ def nvidia_smi() -> str:
         return f"nvidia-smi: {error}"
 
 
+def write_facts(path: Path, facts: dict) -> None:
+    """Write what is known to a file, in place of what was known before."""
+    with replacing(path) as (part,):
+        part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
 def write_environment(path: Path) -> None:
     """Write versions and device to a file, warm up the GPU, and refuse interpreted kernels."""
     from experiments.ceilings import warm_up
@@ -265,10 +269,10 @@ def write_environment(path: Path) -> None:
         facts |= {"processors": properties.multi_processor_count}
         facts |= {"capability": f"{properties.major}.{properties.minor}"}
     # Before the kernels: what is known is written even if one of them cannot be imported.
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_facts(path, facts)
     kernels = kernels_of([importlib.import_module(name) for name in KERNEL_FILES])
     facts |= {"kernels": kernels}
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_facts(path, facts)
     refuse_interpreted(kernels)
 
 
@@ -328,7 +332,8 @@ def run_all(found: list[Stage], out: Path, env: dict[str, str]) -> int:
     test_lines, failures = judge_tests(found, out)
     head = [f"commit {commit()}, seed {env['PAGEDGPT_SEED']}", ", ".join(spent)]
     lines = gpu_summary.table(out, date, head, test_lines, wrong + failures)
-    (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing(out / "summary.txt") as (part,):
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\n---- {out}\n" + "\n".join(lines))
     return 1 if wrong + failures else 0
 

@@ -48,6 +48,7 @@ from experiments.transformers_engines import Continuous, as_transformers
 from kernels.triton_fused import can_fuse
 from llm import LLM, SamplingParams
 from model import GPT
+from watch.files import replacing
 
 PROFILED_STEPS = 20
 NUM_LONGEST = 10  # kernels that a profile names
@@ -410,7 +411,8 @@ def profiles(model: GPT, args: argparse.Namespace, common: Columns) -> Iterator[
             profile = profile_llm(llm, random_ids(model, B, prompt_len, args.seed))
             workload = f"profile batch={B} context={T}"
             lines += [*lines_of(f"{name}, {workload}, {PROFILED_STEPS} steps", profile), ""]
-            Path(args.profile).write_text("\n".join(lines), encoding="utf-8")
+            with replacing(Path(args.profile)) as (part,):
+                part.write_text("\n".join(lines), encoding="utf-8")
             columns = common | {"contender": name, "workload": workload}
             for field, metric, unit in PROFILE_ROWS:
                 value = getattr(profile, field)

@@ -43,6 +43,7 @@ from plots.pictures import (
     two_batchings,
 )
 from plots.trees import draw_copies, draw_tree
+from watch.files import replacing
 from watch.recorder import read_recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -471,17 +472,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw one picture or all. A picture without data is an error if it was asked for by name."""
     args = parse_args(argv)
-    for name in PICTURES if args.picture is None else [args.picture]:
-        path = args.out or ROOT / "docs" / f"{name}.svg"
-        try:
-            save(lambda name=name: PICTURES[name](args), path)
-            print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-        except Missing as error:
-            if args.picture is not None:
-                raise SystemExit(f"plots/draw.py: {error}") from None
-            print(f"{name} is left out: {error}")
-        except (ValueError, OSError) as error:  # an unknown ending, a folder, a full disk
-            raise SystemExit(f"plots/draw.py: {path}: {error}") from None
+    names = list(PICTURES) if args.picture is None else [args.picture]
+    paths = [args.out or ROOT / "docs" / f"{name}.svg" for name in names]
+    drawn = []
+    with replacing(*paths) as parts:
+        for name, path, part in zip(names, paths, parts, strict=True):
+            try:
+                save(lambda name=name: PICTURES[name](args), part)
+                drawn.append(path)
+            except Missing as error:
+                if args.picture is not None:
+                    raise SystemExit(f"plots/draw.py: {error}") from None
+                print(f"{name} is left out: {error}")
+            except (ValueError, OSError) as error:  # an unknown ending, a folder, a full disk
+                raise SystemExit(f"plots/draw.py: {path}: {error}") from None
+    for path in drawn:
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.results import read
+from watch.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end of table -->", re.DOTALL)
@@ -729,10 +730,10 @@ def pages() -> list[Path]:
 
 
 def main() -> None:
-    """Write every page anew, once all of them are made: an error leaves them as they were."""
-    made = {path: rewritten(path.read_text(encoding="utf-8")) for path in pages()}
-    for path, text in made.items():
-        path.write_text(text, encoding="utf-8")
+    """Write every page anew, all together: an error leaves them as they were."""
+    with replacing(*pages()) as parts:
+        for path, part in zip(pages(), parts, strict=True):
+            part.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import re
 from argparse import ArgumentParser
 from pathlib import Path
 
+from watch.files import replacing
 from watch.recorder import read_recording
 
 FOLDER = Path(__file__).resolve().parent
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("page", help="the HTML file to write")
     args = parser.parse_args(argv)
     try:
-        Path(args.page).write_text(replay_page(args.recording), encoding="utf-8")
+        with replacing(Path(args.page)) as (part,):
+            part.write_text(replay_page(args.recording), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise SystemExit(f"serving.replay: {error}") from None
     print(f"{args.page}: {Path(args.page).stat().st_size:,} bytes. Open it in a browser.")

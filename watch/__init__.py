@@ -5,6 +5,7 @@ of `engine.watchers` with the output of each step, in the thread that steps. A w
 requests and abort them. It must not call `step`. No lesson needs this wing. A file imports only
 files above it.
 
+    files      replaces files all together, or none of them
     recorder   one line of JSON a step; the pictures are drawn from it
     roofline   what a machine can do at most, and so how long work takes at least
     explain    where the time of a run's steps goes

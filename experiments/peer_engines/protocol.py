@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -47,6 +48,19 @@ class Task:
     def as_json(self) -> str:
         """The argument that `serve` reads."""
         return json.dumps(asdict(self))
+
+
+def written_once(path: Path, write: Callable[[Path], None]) -> str:
+    """A file or a folder, written if it does not exist.
+
+    It is written under another name: the half that a stopped process leaves is never read.
+    """
+    if not path.exists():
+        part = path.with_name(f".new-{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        part.replace(path)
+    return str(path)
 
 
 class Unsupported(Exception):

@@ -8,16 +8,14 @@ activations quantised a row at a time.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from protocol import Task, Unsupported, serve
+from protocol import Task, Unsupported, serve, written_once
 
 
-def converted(task: Task) -> str:
-    """The folder of the model in CTranslate2's form, written if it does not exist."""
-    folder = Path(task.own_files)
-    if (folder / "model.bin").exists():
-        return str(folder)
+def convert(task: Task, folder: Path) -> None:
+    """Write the model in CTranslate2's form."""
     from ctranslate2.specs import TransformerDecoderModelSpec, common_spec
     from safetensors.numpy import load_file
 
@@ -38,7 +36,6 @@ def converted(task: Task) -> str:
     spec.optimize()
     folder.mkdir(parents=True, exist_ok=True)
     spec.save(str(folder))
-    return str(folder)
 
 
 def fill(decoder, tensors: dict, num_layers: int) -> None:
@@ -76,8 +73,9 @@ class CTranslate2:
             raise Unsupported(
                 f"no {task.dtype} on this processor, it has {', '.join(sorted(types))}"
             )
+        folder = written_once(Path(task.own_files), partial(convert, task))
         self.generator = ctranslate2.Generator(
-            converted(task), device="cpu", compute_type=task.dtype, intra_threads=task.threads
+            folder, device="cpu", compute_type=task.dtype, intra_threads=task.threads
         )
         self.version = ctranslate2.__version__
         self.settings = f"compute_type={task.dtype} include_prompt_in_result=False"

@@ -10,9 +10,10 @@ import ctypes
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from protocol import Task, serve
+from protocol import Task, serve, written_once
 
 LAYER_NAMES = {  # transformers' name: GGUF's name
     "ln_1": "attn_norm",
@@ -43,17 +44,13 @@ def gguf_name(name: str) -> str:
     return f"blk.{number}.{LAYER_NAMES[module]}.{kind}"
 
 
-def converted(task: Task) -> str:
-    """The model as a GGUF file, written if it does not exist."""
-    path = Path(task.own_files) / f"{TYPES[task.dtype]}.gguf"
-    if path.exists():
-        return str(path)
+def convert(task: Task, path: Path) -> None:
+    """Write the model as a GGUF file."""
     import gguf
     from gguf.quants import quantize
     from safetensors.numpy import load_file
 
     config = json.loads((Path(task.model) / "config.json").read_text(encoding="utf-8"))
-    path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_positions"])
@@ -75,7 +72,6 @@ def converted(task: Task) -> str:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return str(path)
 
 
 class LlamaCpp:
@@ -88,7 +84,9 @@ class LlamaCpp:
         self.silence = llama_cpp.llama_log_callback(lambda *call: None)
         llama_cpp.llama_log_set(self.silence, ctypes.c_void_p(0))
         options = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(converted(task).encode(), options)
+        path = Path(task.own_files) / f"{TYPES[task.dtype]}.gguf"
+        written = written_once(path, partial(convert, task))
+        self.model = llama_cpp.llama_model_load_from_file(written.encode(), options)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.model)
         )

@@ -6,9 +6,10 @@ pool's numbers have the dtype under test: with the default, its pool has eight b
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from protocol import Task, serve
+from protocol import Task, serve, written_once
 
 PRECISION = {
     "float32": {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"},
@@ -17,18 +18,14 @@ PRECISION = {
 }
 
 
-def converted(task: Task) -> str:
-    """The folder of the model in OpenVINO's form, written if it does not exist."""
-    folder = Path(task.own_files)
-    if (folder / "openvino_model.xml").exists():
-        return str(folder)
+def convert(task: Task, folder: Path) -> None:
+    """Write the model in OpenVINO's form."""
     from optimum.intel import OVModelForCausalLM
 
     model = OVModelForCausalLM.from_pretrained(
         task.model, export=True, compile=False, load_in_8bit=task.dtype == "int8"
     )
     model.save_pretrained(folder)
-    return str(folder)
 
 
 class OpenVino:
@@ -48,7 +45,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             **PRECISION[task.dtype],
         }
-        folder = converted(task)
+        folder = written_once(Path(task.own_files), partial(convert, task))
         self.pipeline = genai.ContinuousBatchingPipeline(folder, config, "CPU", options)
         self.version = genai.__version__
         self.settings = " ".join(f"{name}={value}" for name, value in options.items())

@@ -9,21 +9,19 @@ quantised a token at a time, which is what its fast products for CPUs read.
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from protocol import Task, serve
+from protocol import Task, serve, written_once
 
 QUANTISED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def with_int8_weights(task: Task) -> str:
-    """The folder of the same model in int8, written if it does not exist."""
+def write_int8_weights(task: Task, folder: Path) -> None:
+    """Write the same model in int8."""
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    folder = Path(task.own_files)
-    if (folder / "config.json").exists():
-        return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, weight in load_file(Path(task.model) / "model.safetensors").items():
@@ -47,7 +45,6 @@ def with_int8_weights(task: Task) -> str:
         "ignore": ["lm_head"],
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return str(folder)
 
 
 class Vllm:
@@ -66,8 +63,11 @@ class Vllm:
         import vllm
 
         is_int8 = task.dtype == "int8"
+        model = task.model
+        if is_int8:
+            model = written_once(Path(task.own_files), partial(write_int8_weights, task))
         self.llm = vllm.LLM(
-            with_int8_weights(task) if is_int8 else task.model,
+            model,
             dtype="bfloat16" if is_int8 else task.dtype,
             skip_tokenizer_init=True,
             max_model_len=task.max_seq_len,

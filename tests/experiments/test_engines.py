@@ -154,6 +154,25 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path):
         run(tmp_path, words(tmp_path, flags))
 
 
+# ---- an engine's own form of the weights ---------------------------------------------------------
+def test_the_half_that_a_stopped_process_has_written_is_not_read(tmp_path):
+    def write_half(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.bin").write_text("half")
+        raise KeyboardInterrupt
+
+    def write_all(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.bin").write_text("whole")
+
+    path = tmp_path / "models" / "own"
+    with pytest.raises(KeyboardInterrupt):
+        protocol.written_once(path, write_half)
+    assert protocol.written_once(path, write_all) == str(path)
+    assert protocol.written_once(path, write_half) == str(path), "it is there"
+    assert (path / "model.bin").read_text() == "whole"
+
+
 # ---- what a process counts -----------------------------------------------------------------------
 def test_the_decode_begins_when_every_sequence_has_its_first_token(monkeypatch):
     seconds = count(100)

@@ -30,6 +30,7 @@ from experiments import block_size, concurrency, hf, kernels, memory, scale, sha
 from experiments.results import COLUMNS, append, read
 from plots.draw import Missing
 from plots.palette import PALETTE, card
+from watch.files import replacing
 
 NOTEBOOK = ROOT / "benchmark_results_viz.ipynb"
 COMMANDS = {  # chart -> the command that its cell names
@@ -59,7 +60,8 @@ def execute(path):
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(book, **options).execute(env=os.environ | {"IPYTHONDIR": folder})
     del book.metadata["language_info"]
-    nbformat.write(book, path)
+    with replacing(path) as (part,):
+        nbformat.write(book, part)
     return book
 
 
