@@ -154,6 +154,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence(flags, sentence):
 
 # ---- Ray -----------------------------------------------------------------------------------------
 FLAGS = [
+    "--num-replicas",
+    "2",
     "--drain",
     "60",
     "--dtype",
@@ -166,12 +168,13 @@ FLAGS = [
     "64",
 ]
 OPENINGS = ["The wolf", "Once upon a time there was", "A fox", "The king's son"]
+SWALLOWS = "Far away, where the swallows fly when we have winter, there lived a king. " * 3
 LONG = {"prompt": "The wolf", "seed": 1, "max_tokens": 250, "extra_body": {"ignore_eos": True}}
 
 
 @contextmanager
-def two_replicas(monkeypatch):
-    """A cluster of two nodes with a replica on each: its address. No process outlives it."""
+def two_nodes(monkeypatch):
+    """A cluster of two nodes; `start(router) -> url` starts a replica on each. All end with it."""
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as top:
         Path(top, "ray").mkdir()
         monkeypatch.setenv(
@@ -188,13 +191,18 @@ def two_replicas(monkeypatch):
         cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
         try:
             cluster.add_node(**node)
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-            flags = ["--port", str(port), "--num-replicas", "2", "--ray-address", cluster.address]
-            args = replicas.parse_args([*FLAGS, *flags])
-            replicas.connect(args)
-            replicas.start(args)
-            yield f"http://127.0.0.1:{port}/v1"
+
+            def start(router: str) -> str:
+                with socket.create_server(("127.0.0.1", 0)) as free:
+                    port = free.getsockname()[1]
+                flags = ["--port", str(port), "--ray-address", cluster.address, "--router", router]
+                args = replicas.parse_args([*FLAGS, *flags])
+                if not ray.is_initialized():
+                    replicas.connect(args)
+                replicas.start(args)
+                return f"http://127.0.0.1:{port}/v1"
+
+            yield start
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -285,8 +293,7 @@ async def conversations_stay_where_they_began(client):
 
 async def a_full_replica_hands_its_conversations_on(client):
     """BUSY long streams with one beginning go to one replica; the next goes to the other."""
-    prompt = "Far away, where the swallows fly when we have winter, there lived a king. " * 3
-    body = LONG | {"prompt": prompt, "max_tokens": 600}
+    body = LONG | {"prompt": SWALLOWS, "max_tokens": 600}
     first = Stream(client, body | {"max_tokens": 1})
     await first.read()
     tasks = []
@@ -345,6 +352,18 @@ async def what_runs_is_finished_when_all_stop(client, alone):
     assert stream.error is None and stream.text == alone(LONG)
 
 
+async def rays_own_router_shares_streams_with_one_beginning(client, alone):
+    """Fewer than BUSY at once, so our router would send all of them to one replica."""
+    found = []
+    for seeds in ([0], range(1, 7), range(7, 13)):
+        bodies = [{"prompt": SWALLOWS, "seed": seed, "max_tokens": 10} for seed in seeds]
+        found += await asyncio.gather(*(Stream(client, body).read() for body in bodies))
+    for stream in found:
+        assert stream.error is None and stream.text == alone(stream.body)
+    shares = Counter(stream.replica for stream in found)
+    assert len(shares) == 2 and min(shares.values()) >= 3, shares
+
+
 @pytest.mark.slow
 def test_two_replicas_on_two_nodes_share_the_streams_and_one_may_die(
     monkeypatch, shipped_model_folder
@@ -362,16 +381,24 @@ def test_two_replicas_on_two_nodes_share_the_streams_and_one_may_die(
             texts[str(body)] = output.outputs[0].text
         return texts[str(body)]
 
+    def client_of(url: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120)
+
     async def run(url: str) -> None:
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:
+        async with client_of(url) as client:
             await all_200_streams_get_the_text_of_the_lone_run(client, alone)
             await conversations_stay_where_they_began(client)
             await a_full_replica_hands_its_conversations_on(client)
             await a_killed_replica_takes_only_its_own_streams_and_comes_back(client, alone)
             await what_runs_is_finished_when_all_stop(client, alone)
 
+    async def run_default(url: str) -> None:
+        async with client_of(url) as client:
+            await rays_own_router_shares_streams_with_one_beginning(client, alone)
+
     alone(LONG)
     before = ray_processes()
-    with two_replicas(monkeypatch) as url:
-        asyncio.run(run(url))
+    with two_nodes(monkeypatch) as start:
+        asyncio.run(run(start("prefix")))
+        asyncio.run(run_default(start("default")))
     wait_for(lambda: ray_processes() <= before, 30)
