@@ -262,14 +262,15 @@ HF_GATHER = "PagedCache, gather"
 
 
 def hf_steps() -> list[str]:
-    """transformers' decode step with each cache, against DynamicCache's."""
-    metric, rows = "time a step against DynamicCache", []
-    for batch in (1, 8, 32):
+    """transformers' step with each cache, against DynamicCache's."""
+    works = {str(batch): f"decode batch={batch} " for batch in (1, 8, 32)}
+    works |= {"8 prompts of 256 tokens": "prefill batch=8 prompt=256 "}
+    rows = []
+    for texts, workload in works.items():
         for cache in (HF_PAGED, HF_GATHER, "StaticCache"):
-            of = HF, cache, metric, f"decode batch={batch} "
-            cells = [f"{newest(*of, dtype):.2f}" for dtype in ("float32", "bfloat16")]
-            rows.append(f"{batch} | {cache} | {' | '.join(cells)}")
-    return table("texts | step / DynamicCache's, 1 thread | float32 | bfloat16", rows)
+            cells = cells_of_settings(HF, cache, "time a step against DynamicCache", workload)
+            rows.append(f"{texts} | {cache} | {cells}")
+    return table(f"texts | step / DynamicCache's | {OF_SETTINGS}", rows)
 
 
 def hf_memory() -> list[str]:
