@@ -110,6 +110,7 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "prompts that begin alike share blocks")
     cuda_graphs: bool = option(True, "on a GPU, record decode steps once and replay them")
     plan_ahead: bool = option(False, "launch the next step before the last one's tokens are read")
+    adapt_threads: bool = option(True, "on a CPU, use fewer threads while others take its cores")
     fused: bool = option(False, "on a GPU, join a decode step's small operations")
     few_rows: int = option(0, "with fused, steps of up to this many sequences use our own products")
     tensor_parallel: bool = option(False, "cut the model over the processes that torchrun started")
@@ -125,7 +126,7 @@ class EngineConfig:
                 raise ValueError(f"{name} is {short_repr(value)}: {allowed}")
         for name in (
             *("enable_prefix_caching", "cuda_graphs", "plan_ahead", "fused"),
-            "tensor_parallel",
+            *("adapt_threads", "tensor_parallel"),
         ):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
@@ -525,13 +526,22 @@ class LLM:
         kernels = self._load_kernels()
         eager = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if not self.config.fused:
-            return eager
+            return self._adapt_threads(eager)
         if self.backend != "triton":
             raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
         from kernels.triton_fused import fused_forward  # for fused=True only
 
         # Prefill steps stay eager.
         return fused_forward(self.model, cache, otherwise=eager, few_rows=self.config.few_rows)
+
+    def _adapt_threads(self, eager: Forward) -> Forward:
+        """On a CPU, a forward that uses fewer threads while other processes take its cores."""
+        # Ranks wait for one another, so their times say nothing about other processes.
+        if not self.config.adapt_threads or self.backend != "numba" or self.ranks is not None:
+            return eager
+        from speedups.adapt_threads import adapt_threads, has_own_products  # for a CPU only
+
+        return adapt_threads(eager) if has_own_products(self.model) else eager
 
     # ---- recorded steps: on a GPU only ----
     def _rehearse_steps(self, launcher: "Calls | Graphs") -> object:
