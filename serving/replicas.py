@@ -34,11 +34,13 @@ import signal
 import threading
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ray
 import torch
@@ -214,6 +216,12 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         """Ray calls this once, after the constructor."""
         self._known: dict[ReplicaID, Known] = {}
         self._reports: dict[ReplicaID, dict[str, Any]] = {}
+        # What this front, the only one, has at each replica. Ray counts too, but late: it counts a
+        # request when it is sent, and then takes what the replica had at some moment before. Of a
+        # hundred requests that come at once all would go to one replica.
+        self._num_accepted: Counter[ReplicaID] = Counter()
+        # Of requests that no replica has taken yet. One that ends so disappears with its future.
+        self._chosen: WeakKeyDictionary[asyncio.Future, ReplicaID] = WeakKeyDictionary()
         self._draw = random.Random()
 
     async def choose_replicas(
@@ -235,18 +243,26 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         ids = [replica.replica_id for replica in candidate_replicas]
         loads = [self._load(replica_id) for replica_id in ids]
         found = [self._known[i].share(keys) if i in self._known else 0 for i in ids]
-        return [[candidate_replicas[i]] for i in by_prefix(loads, found, 0, self._draw)]
+        order = by_prefix(loads, found, 0, self._draw)
+        self._chosen[request.future] = ids[order[0]]
+        return [[candidate_replicas[i]] for i in order]
 
     def _load(self, replica_id: ReplicaID) -> int:
-        """How many requests a replica has: as it told with its last answer, else its report."""
-        # Ray forgets an answer after ten seconds.
-        load = self.replica_queue_len_cache.get(replica_id)
-        return self._reports.get(replica_id, {}).get("requests", 0) if load is None else load
+        """How many requests a replica has, or will have in a moment."""
+        chosen = [i for future, i in self._chosen.items() if not future.cancelled()]
+        return self._num_accepted[replica_id] + chosen.count(replica_id)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, _) -> None:
         """A replica has taken a request."""
+        self._chosen.pop(pending_request.future, None)
+        self._num_accepted[replica_id] += 1
         known = self._known.setdefault(replica_id, Known())
         known.send(pending_request.kwargs.get("keys", ()), time.monotonic())
+
+    def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
+        """A request that a replica had taken has ended: Ray calls this once for each of them."""
+        super().decrement_queue_len_cache(replica_id)
+        self._num_accepted[replica_id] -= 1
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """The replicas that run now, with their last reports."""

@@ -267,7 +267,7 @@ async def all_200_streams_get_the_text_of_the_lone_run(client, alone):
     for stream in streams:
         assert stream.error is None and stream.text == alone(stream.body)
     shares = Counter(stream.replica for stream in streams)
-    assert len(shares) == 2 and min(shares.values()) >= 40, shares
+    assert len(shares) == 2 and min(shares.values()) >= 80, shares
 
 
 async def turns_of_a_conversation(client, number: int) -> list[str]:
@@ -288,7 +288,8 @@ async def conversations_stay_where_they_began(client):
     turns = await asyncio.gather(*(turns_of_a_conversation(client, i) for i in range(12)))
     stayed = sum(replica == of_one[0] for of_one in turns for replica in of_one[1:])
     assert stayed >= 0.9 * 12 * 3, turns
-    assert len({of_one[0] for of_one in turns}) == 2, "new conversations go to both"
+    begun = Counter(of_one[0] for of_one in turns)
+    assert len(begun) == 2 and min(begun.values()) >= 4, begun
 
 
 async def a_full_replica_hands_its_conversations_on(client):
