@@ -59,7 +59,9 @@ def compiled(function: Callable, **options) -> Callable:
     """
     if not HAS_NUMBA:
         return function
-    options = {"nogil": True, "fastmath": FASTMATH} | options
+    # "numpy": x / 0 is infinite or NaN. Python's error would be a branch in the loop, and LLVM does
+    # not vectorise such a loop.
+    options = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"} | options
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for the result: a read-only installation, no home folder
