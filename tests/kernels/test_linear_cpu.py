@@ -1,7 +1,8 @@
 """linear_cpu.py: the float64 product, the exact order of a sum, and no access outside the arrays.
 
-A sum adds its inputs in order, with one rounding for each. That determines every bit of a result,
-so `sums_in_order` adds in NumPy in the same way, and the tests compare bit for bit.
+A sum adds its inputs in one order, with one rounding for each. That determines every bit of a
+result, so `sums_in_order` adds in NumPy in the same way, and the tests compare bit for bit. Where
+the processor multiplies pairs of bfloat16, they compare both ways to multiply them.
 """
 
 import itertools
@@ -25,11 +26,13 @@ from kernels.linear_cpu import (
     TURN,
     WORDS_AT_ONCE,
     PanelLinear,
+    can_multiply_pairs,
     can_use_panels,
-    gelu_new,
+    gelu_new_row,
     multiply,
+    processor_features,
 )
-from kernels.numba_tools import HAS_NUMBA
+from kernels.numba_tools import HAS_NUMBA, as_numpy
 
 DTYPES = [torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -90,11 +93,16 @@ def rounded_once(products, sums):
 
 
 def sums_in_order(x, linear):
-    """The sums in float32: the bias, then input after input, with one rounding for each."""
+    """The sums in float32: the bias, then input after input, with one rounding for each.
+
+    In bfloat16 the second input comes before the first, the fourth before the third, and so on.
+    """
     outputs = len(linear.weight)
     start = torch.zeros(outputs) if linear.bias is None else linear.bias.float()
     sums = start.expand(len(x), outputs).numpy().astype(np.float64)
-    columns = zip(x.double().t().numpy(), linear.weight.double().t().numpy(), strict=True)
+    columns = list(zip(x.double().t().numpy(), linear.weight.double().t().numpy(), strict=True))
+    if x.dtype == torch.bfloat16:
+        columns = [one for i in range(0, len(columns), 2) for one in reversed(columns[i : i + 2])]
     for numbers, weights in columns:
         sums = rounded_once(np.outer(numbers, weights), sums).astype(np.float64)
     return torch.from_numpy(sums).float()
@@ -102,10 +110,22 @@ def sums_in_order(x, linear):
 
 def sums_of(layer, x):
     """The compiled loop's sums in float32, before they are rounded to bfloat16."""
-    rows = F.pad(x.float(), (0, layer.padding_in)).numpy()
-    out = np.full((len(x), len(layer.padded_bias)), math.nan, np.float32)
-    multiply(rows, layer.words, layer.padded_bias, out)
-    return torch.from_numpy(out[:, : layer.out_features])
+    found = []
+    for rows in each_form(layer, x):
+        out = np.full((len(x), len(layer.padded_bias)), math.nan, np.float32)
+        multiply(rows, layer.words, layer.padded_bias, False, out)
+        found.append(torch.from_numpy(out[:, : layer.out_features]))
+    assert all(torch.equal(one, found[0]) for one in found)
+    return found[0]
+
+
+def each_form(layer, x):
+    """x as the compiled loop takes it: in float32, and in pairs of bfloat16 where it can."""
+    padded = F.pad(x, (0, layer.padding_in))
+    forms = [padded.float().numpy()]
+    if x.dtype == torch.bfloat16 and "avx512bf16" in processor_features():
+        forms.append(as_numpy(padded).view(np.uint32))
+    return forms
 
 
 # ---- it is a product -----------------------------------------------------------------------------
@@ -141,14 +161,19 @@ def test_a_view_of_a_wider_tensor_is_multiplied_and_only_read(dtype):
     repeated = random_x(1, 47, dtype).expand(9, 47)
     check(PanelLinear(linear)(repeated), product(repeated, linear), dtype)
     assert torch.equal(wide.nan_to_num(99.0), before.nan_to_num(99.0))
+    for inputs in (47, 48):
+        odd = random_x(1, 10 * inputs + 1, dtype)[0, 1:].view(10, inputs)  # begins inside a word
+        linear = plain_layer(inputs, 50, dtype)
+        check(PanelLinear(linear)(odd), product(odd, linear), dtype)
 
 
 @needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("rows", [0, 1, 9, 64])
 @pytest.mark.parametrize("outputs", [1, 15, 16, 24, 50, 96])
-def test_the_activation_after_it_is_gpt2s_and_rounded_once(outputs, rows, dtype):
-    linear, x = plain_layer(47, outputs, dtype), random_x(rows, 47, dtype) * 8
+@pytest.mark.parametrize("inputs", [47, 1601])  # one piece of a panel and more
+def test_the_activation_after_it_is_gpt2s_and_rounded_once(inputs, outputs, rows, dtype):
+    linear, x = plain_layer(inputs, outputs, dtype), random_x(rows, inputs, dtype) * 8
     want = F.gelu(product(x, linear), approximate="tanh")
     check(PanelLinear(linear, "gelu_new")(x), want, dtype)
 
@@ -164,11 +189,11 @@ def test_the_activation_of_any_number():
     some = torch.linspace(-30, 30, 60_001)
     far = torch.tensor([0.0, -0.0, 1e-38, -1e-38, 1e4, -1e4, 3e38, -1e30, math.inf])
     x = torch.cat([some, far])
-    want, got = F.gelu(x.double(), approximate="tanh"), x.clone()[None]
-    gelu_new(got.numpy())
-    torch.testing.assert_close(got[0].double(), want, atol=1e-7, rtol=1e-6)
-    not_a_number = torch.full((1, 3), math.nan)
-    gelu_new(not_a_number.numpy())
+    want, got = F.gelu(x.double(), approximate="tanh"), x.clone()
+    gelu_new_row(got.numpy())
+    torch.testing.assert_close(got.double(), want, atol=1e-7, rtol=1e-6)
+    not_a_number = torch.full((3,), math.nan)
+    gelu_new_row(not_a_number.numpy())
     assert not_a_number.isnan().all()
 
 
@@ -238,12 +263,13 @@ def test_only_the_results_rows_are_written_and_nothing_outside_the_inputs_is_rea
     nan = math.nan if per_word == 1 else 0x7FC07FC0  # two of bfloat16's
     _, words = between_guards(layer.words, nan)
     _, padded_bias = between_guards(layer.padded_bias, math.nan, 3 * PANEL)
-    _, numbers = between_guards(x.float().numpy(), math.nan, 20)
-    around, out = between_guards(np.full((rows, 2 * PANEL), SENTINEL, np.float32), SENTINEL, 20)
-    multiply(numbers, words, padded_bias, out)
-    assert torch.equal(torch.from_numpy(out).to(dtype), layer(x))
-    check(torch.from_numpy(out).to(dtype), product(x, linear), dtype)
-    assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
+    for form in each_form(layer, x):
+        _, numbers = between_guards(form, nan if form.dtype == np.uint32 else math.nan, 20)
+        around, out = between_guards(np.full((rows, 2 * PANEL), SENTINEL, np.float32), SENTINEL, 20)
+        multiply(numbers, words, padded_bias, False, out)
+        assert torch.equal(torch.from_numpy(out).to(dtype), layer(x))
+        check(torch.from_numpy(out).to(dtype), product(x, linear), dtype)
+        assert (around[:20] == SENTINEL).all() and (around[20 + rows :] == SENTINEL).all()
 
 
 @needs_panels
@@ -255,7 +281,7 @@ def test_rows_meet_each_piece_of_each_panel_once_and_in_order(rows, num_words, d
     calls, per_word = [], 4 // dtype.itemsize
     monkeypatch.setattr(linear_cpu, "multiply_tile", lambda *args: calls.append(args))
     x, w = np.empty((rows, num_words * per_word)), np.empty((3, num_words, PANEL))
-    multiply.py_func(x, w, np.empty(3 * PANEL), np.empty((rows, 3 * PANEL)))
+    multiply.py_func(x, w, np.empty(3 * PANEL), False, np.empty((rows, 3 * PANEL)))
     met = []
     for _, x_at, _, _, w_at, *_ in calls:
         row, number = divmod(x_at, num_words * per_word)
@@ -330,14 +356,20 @@ INNERMOST_LOOP = """
 import re, sys
 import llvmlite.binding
 llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
-from numba import float32, uint32
-from kernels.linear_cpu import ROWS, TURN, VECTORS, multiply
-for word, per_word in ((float32, 1), (uint32, 2)):
-    multiply.compile((float32[:, ::1], word[:, :, ::1], float32[::1], float32[:, ::1]))
+from numba import boolean, float32, uint32
+from kernels.linear_cpu import ROWS, TURN, VECTORS, gelu_new_row, multiply
+gelu_new_row.compile((float32[::1],))
+code = gelu_new_row.inspect_asm(gelu_new_row.signatures[-1])
+assert "vdivps" in code, "the activation of one number at a time"
+forms = [(float32, float32, "vfmadd", 1), (float32, uint32, "vfmadd", 2)]
+if "avx512bf16" in sys.argv:
+    forms.append((uint32, uint32, "vdpbf16ps", 1))
+for x, word, product, per_word in forms:
+    multiply.compile((x[:, ::1], word[:, :, ::1], float32[::1], boolean, float32[:, ::1]))
     code = multiply.inspect_asm(multiply.signatures[-1])
-    loop = max(re.split(r"^\\S+:$", code, flags=re.M), key=lambda part: part.count("vfmadd"))
-    assert loop.count("vfmadd") == ROWS * VECTORS * TURN * per_word, "products in one turn"
-    until_last = loop[: loop.rindex("vfmadd")]  # the sums are stored after it
+    loop = max(re.split(r"^\\S+:$", code, flags=re.M), key=lambda part: part.count(product))
+    assert loop.count(product) == ROWS * VECTORS * TURN * per_word, "products in one turn"
+    until_last = loop[: loop.rindex(product)]  # the sums are stored after it
     stored = re.findall(r"vmov\\w+\\s+%[yz]mm\\d+, .*\\(.*", until_last)
     assert len(stored) <= 2, "sums that are stored and loaded again"
 print(ROWS, "rows", "zmm" in loop)
@@ -352,9 +384,12 @@ print(ROWS, "rows", "zmm" in loop)
     [
         ("haswell", ["avx2", "fma"], "4 rows False"),
         ("skylake-avx512", ["avx2", "fma", "avx512f"], "8 rows True"),
+        ("znver4", ["avx2", "fma", "avx512f", "avx512bf16"], "8 rows True"),
     ],
 )
-def test_sums_stay_in_registers_of_either_kind(processor, features, said, tmp_path):
+def test_sums_stay_in_registers_and_the_activation_takes_a_register_at_once(
+    processor, features, said, tmp_path
+):
     env = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     assert in_new_process(INNERMOST_LOOP, *features, **env) == said + "\n"
 
@@ -379,6 +414,24 @@ def test_on_a_processor_with_shorter_registers(tmp_path):
 
 
 # ---- where it is used ----------------------------------------------------------------------------
+@needs_numba
+@pytest.mark.parametrize(
+    ("name", "has_instruction", "want"),
+    [
+        ("znver4", True, True),
+        ("znver5", True, True),
+        ("znver3", False, False),
+        ("cooperlake", True, False),  # it multiplies pairs at half of the speed
+        ("sapphirerapids", True, False),
+    ],
+)
+def test_pairs_are_multiplied_where_that_takes_no_longer(name, has_instruction, want, monkeypatch):
+    features = {"avx512f": True, "avx512bf16": has_instruction}
+    asked = SimpleNamespace(get_host_cpu_features=lambda: features, get_host_cpu_name=lambda: name)
+    monkeypatch.setattr(linear_cpu, "binding", asked)
+    assert can_multiply_pairs.__wrapped__() == want
+
+
 @needs_numba
 @pytest.mark.parametrize(
     ("features", "has_openmp", "float32", "bfloat16"),
