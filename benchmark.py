@@ -74,6 +74,7 @@ EXPERIMENTS = {
     "quality": Experiment(
         "quality", "what fewer bits cost: loss, logits, tokens, beside the speed"
     ),
+    "neighbour": Experiment("neighbour", "a decode step while another process takes a core"),
 }
 DEFAULT, DEFAULT_OUT = "speed", "benchmark_results.csv"
 

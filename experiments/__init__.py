@@ -27,6 +27,7 @@
     scale                 many simulated replicas behind each router; what a wire carries
     concurrency           how many requests run at once in equal memory
     quality               what fewer bits cost: loss, logits and tokens, beside the speed
+    neighbour             a decode step while another process keeps a core busy
     gpu_tests             a plugin of pytest: which tests come first, an outcome a line
     gpu_summary           the table of a run on a GPU, and the defaults that it recommends
     gpu_check             one command on a machine with a GPU
