@@ -13,9 +13,9 @@ core. How many cores the threads had follows from two clocks. A thread that wait
 does so in a loop that keeps its core, so on an idle machine N threads use N times as much CPU time
 as passes; with a neighbour the process gets less.
 
-A step that misses a part of a core (MISSING) is followed by a step with as many threads as had a
-core. Unless that one is slower, the next steps go on so; then all threads are tried again. An idle
-machine only reads the two clocks, and where a thread has merely slept one step is lost.
+Two steps in a row that miss a part of a core (MISSING) are followed by one with as many threads as
+had a core. Unless that one is slower, the next steps go on so; then all threads are tried again. An
+idle machine only reads the two clocks, and where a thread has merely slept one step is lost.
 
 It is for models whose products are Numba's: these have the same bits on any number of threads. A
 library's product may add in another order, and a text must not depend on a neighbour. The number of
@@ -58,6 +58,7 @@ class ThreadChoice:
     def __init__(self) -> None:
         self.fewer: int | None = None  # threads of the next steps; None: all
         self.full: Step | None = None  # the last step with all threads, while fewer are on trial
+        self.is_suspect = False  # whether the last step on all threads has missed a core
         self.steps_left = 0  # until the choice may change
         self.pause = FIRST_PAUSE
 
@@ -82,6 +83,10 @@ class ThreadChoice:
         cores = step.cpu_seconds / step.seconds
         if cores >= num_threads - MISSING:
             self.pause = FIRST_PAUSE
+            self.is_suspect = False
+            return
+        if self.pause == FIRST_PAUSE and not self.is_suspect:
+            self.is_suspect = True  # a moment's work of another process: wait for a second step
             return
         # 2 threads that had 1.3 cores -> 1; 8 threads that had 7.5 -> 7
         self.fewer = max(1, int(cores + MISSING))

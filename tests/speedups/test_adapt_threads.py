@@ -38,10 +38,16 @@ def test_an_idle_machine_always_uses_all_threads():
     assert run(ThreadChoice(), IDLE, 200) == [2] * 200
 
 
+def test_one_step_that_misses_a_core_changes_nothing():
+    choice = ThreadChoice()
+    for times in (IDLE, BUSY, IDLE, IDLE, BUSY, IDLE):
+        assert run(choice, times, 1) == [2]
+
+
 def test_with_a_neighbour_one_step_in_16_then_32_then_64_tries_all_threads():
     used = run(ThreadChoice(), BUSY, 300)
     # A trial counts as one step of 1 thread, and the pause begins behind it.
-    assert [i for i, n in enumerate(used) if n == 2] == [0, 18, 52, 118, 184, 250]
+    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 19, 53, 119, 185, 251]
     assert set(used) == {1, 2}
 
 
@@ -50,18 +56,18 @@ def test_when_the_neighbour_has_gone_all_threads_come_back_and_pauses_are_short_
     run(choice, BUSY, 130)
     assert run(choice, IDLE, 100)[-30:] == [2] * 30
     used = run(choice, BUSY, 40)
-    assert [i for i, n in enumerate(used) if n == 2] == [0, 18]
+    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 19]
 
 
 def test_fewer_threads_that_are_slower_cost_one_step():
     """Threads that sleep use no CPU time either: a trial shows that nobody took their cores."""
     used = run(ThreadChoice(), {2: (1.0, 1.5), 1: (1.3, 1.0)}, 100)
-    assert [i for i, n in enumerate(used) if n == 1] == [1, 18, 51]
+    assert [i for i, n in enumerate(used) if n == 1] == [2, 19, 52]
 
 
 def test_a_step_on_all_threads_that_was_lucky_does_not_end_the_choice():
-    used = run(ThreadChoice(), {2: (1.0, 1.5), 1: (1.2, 1.0)}, 18)
-    assert used == [2] + [1] * 17
+    used = run(ThreadChoice(), {2: (1.0, 1.5), 1: (1.2, 1.0)}, 19)
+    assert used == [2, 2] + [1] * 17
 
 
 @pytest.mark.parametrize(
@@ -70,11 +76,13 @@ def test_a_step_on_all_threads_that_was_lucky_does_not_end_the_choice():
 def test_as_many_threads_as_had_a_core(cores, want):
     choice = ThreadChoice()
     choice.observe(8, step(1.0, cores))
+    choice.observe(8, step(1.0, cores))
     assert choice.choose(8) == want
 
 
 def test_steps_of_other_sizes_are_not_compared():
     choice = ThreadChoice()
+    choice.observe(2, step(1.0, 1.5))
     choice.observe(2, step(1.0, 1.5, num_tokens=300))
     assert choice.choose(2) == 1
     choice.observe(2, step(0.1, 1.0, num_tokens=8))  # faster, but it had less to do
@@ -85,6 +93,7 @@ def test_steps_of_other_sizes_are_not_compared():
 
 def test_never_more_threads_than_the_user_allows():
     choice = ThreadChoice()
+    choice.observe(8, step(1.0, 6.5))
     choice.observe(8, step(1.0, 6.5))
     assert [choice.choose(n) for n in (8, 6, 4, 1)] == [6, 6, 4, 1]
 
@@ -135,7 +144,7 @@ def test_a_forward_runs_on_the_chosen_threads_and_the_user_s_number_is_kept(cloc
     for _ in range(20):
         assert adapted(BATCH) == 1
         assert torch.get_num_threads() == 2
-    assert seen == [2] + [1] * 17 + [2, 1]
+    assert seen == [2, 2] + [1] * 17 + [2]
     set_threads(1)
     adapted(BATCH)
     assert seen[-1] == torch.get_num_threads() == 1
@@ -158,6 +167,7 @@ def test_the_user_s_number_is_back_after_an_error(clocks, set_threads):
 
     set_threads(2)
     adapted = adapt_threads(forward)
+    adapted(BATCH)
     adapted(BATCH)
     with pytest.raises(KeyboardInterrupt):
         adapted(BATCH)
