@@ -556,6 +556,36 @@ def fewer_bits_quality() -> list[str]:
     return table(f"{head} | another token is first | greedy tokens kept", rows)
 
 
+def busy_neighbour() -> list[str]:
+    """A decode step on the idle machine and beside a busy process, in three ways."""
+    rows = []
+
+    def cells(contender: str, metric: str, unit: str, digits: int) -> str:
+        workloads = (f"decode batch={batch} " for batch in (1, 8, 32))
+        figures = (
+            newest("cpu/neighbour.csv", contender, metric, workload, threads=2)
+            for workload in workloads
+        )
+        return " | ".join(f"{figure:.{digits}f}{unit}" for figure in figures)
+
+    for way, name in (
+        ("one thread fewer", "1 thread"),
+        ("all threads", "2 threads at every step"),
+        ("adapted", "2 threads, or 1 while it is faster"),
+    ):
+        for state, where in (("idle", "idle machine"), ("neighbour", "one core busy")):
+            times = cells(f"{way}, {state}", "time a step", " ms", 1)
+            rows.append(f"{name}, {where} | {times}")
+    for way, state, base, words in (
+        ("all threads", "neighbour", "one thread fewer, idle", "2 threads, busy / 1, idle"),
+        ("adapted", "neighbour", "one thread fewer, idle", "2 or 1, busy / 1, idle"),
+        ("adapted", "idle", "all threads, idle", "2 or 1, idle / 2, idle"),
+    ):
+        speeds = cells(f"{way}, {state}", f"speed against {base}", "", 2)
+        rows.append(f"speed: {words} | {speeds}")
+    return table("a decode step | 1 sequence | 8 | 32", rows)
+
+
 SCALE = "cpu/scale.csv"
 CLUSTER_ROUTERS = ("random", "round-robin", "least-loaded", "prefix")
 P99 = "time to first token, 99th percentile"
@@ -702,6 +732,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "block-trace": block_trace,
     "fewer-bits-quality": fewer_bits_quality,
     "fewer-bits-speed": fewer_bits_speed,
+    "busy-neighbour": busy_neighbour,
     "shipped-model": shipped_model,
     "ranks": ranks,
     "scale-found": lambda: by_router("trace ", "prompt tokens found", "%", 1),
