@@ -85,7 +85,7 @@ class ThreadChoice:
             self.pause = FIRST_PAUSE
             self.is_suspect = False
             return
-        if self.pause == FIRST_PAUSE and not self.is_suspect:
+        if not self.is_suspect:
             self.is_suspect = True  # a moment's work of another process: wait for a second step
             return
         # 2 threads that had 1.3 cores -> 1; 8 threads that had 7.5 -> 7
