@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.device_memory import preallocate
 from kernels.linear_cpu import (
     LANES,
     LINES,
@@ -255,8 +256,9 @@ class Int8PanelLinear(nn.Module):
         padding_out = num_panels * PANEL - self.out_features
         # Zeros up to whole turns of inputs and whole panels of outputs.
         padded = F.pad(integers, (0, padding_in, 0, padding_out))
-        panels = padded.view(num_panels, PANEL, num_words, INPUTS_PER_WORD).transpose(1, 2)
-        self.weight = nn.Parameter(panels.contiguous(), requires_grad=False)
+        in_order = padded.view(num_panels, PANEL, num_words, INPUTS_PER_WORD).transpose(1, 2)
+        panels = preallocate(in_order.shape, torch.int8).copy_(in_order)
+        self.weight = nn.Parameter(panels, requires_grad=False)
         self.bias = bias
         bias = torch.zeros(len(scales)) if bias is None else bias.detach().float()
         self.padded_bias = F.pad(bias, (0, padding_out)).numpy()
