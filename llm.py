@@ -539,7 +539,9 @@ class LLM:
         # Ranks wait for one another, so their times say nothing about other processes.
         if not self.config.adapt_threads or self.backend != "numba" or self.ranks is not None:
             return eager
-        from speedups.adapt_threads import adapt_threads, has_own_products  # for a CPU only
+        if isinstance(self.model.lm_head, torch.nn.Linear):  # a library's product
+            return eager
+        from speedups.adapt_threads import adapt_threads, has_own_products  # for wide models only
 
         return adapt_threads(eager) if has_own_products(self.model) else eager
 

@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> Iterator[Measurement]:
         dtype=args.dtype,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
+        enable_prefix_caching=False,
         adapt_threads=False,
     )
     threads_before = torch.get_num_threads()

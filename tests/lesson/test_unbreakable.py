@@ -189,6 +189,8 @@ def interrupt_runs(kind, seeds):
 @BOTH
 def test_signals_at_random_moments_lose_nothing(kind):
     hits = interrupt_runs(kind, range(25))
+    if hits.total() <= 40:  # a fast machine ends a run before many signals reach it
+        hits += interrupt_runs(kind, range(25, 75))
     assert hits.total() > 40 and len(hits) > 8, hits
 
 
