@@ -61,7 +61,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     largest = x.abs().amax(1) if x.numel() else x.new_zeros(len(x))
     is_finite = largest.isfinite()
-    factor = torch.where(is_finite & (largest > SMALLEST), LARGEST / largest, 0)
+    # Divided once: for `LARGEST / largest` PyTorch multiplies by a rounded reciprocal.
+    factor = torch.full_like(largest, LARGEST) / largest
+    factor = torch.where(is_finite & (largest > SMALLEST), factor, 0)
     x = torch.where(is_finite[:, None], x, 0)
     scales = torch.where(is_finite, largest / LARGEST, torch.nan)
     return (x * factor[:, None]).round().to(torch.int8), scales
