@@ -18,6 +18,7 @@ vLLM starts and watches its workers with its own executor; `torchrun` ends all r
 its own polling, and only those that it has started.
 """
 
+import atexit
 import hmac
 import os
 import secrets
@@ -61,6 +62,8 @@ def join(device_type: str) -> "Ranks":
                 raise ValueError(f"rank {local} of this machine has no GPU, there are {num_gpus}")
             torch.cuda.set_device(local)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=LIMIT)
+        # Its threads must end before the process does, or the C++ library may abort it.
+        atexit.register(dist.destroy_process_group)
     return Ranks()
 
 

@@ -8,6 +8,7 @@ The ranks find each other through a file in FOLDER, so that tests side by side s
 save the time of the imports. Only processes of their own have another hash seed each.
 """
 
+import atexit
 import os
 import pickle
 import random
@@ -239,6 +240,7 @@ def run(folder: Path, size: int, rank: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     group = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": size}
     dist.init_process_group("gloo", **group, timeout=timedelta(seconds=60))
+    atexit.register(dist.destroy_process_group)
     if arguments:
         die(rank, int(arguments[1]), arguments[2])
     else:
