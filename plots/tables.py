@@ -150,15 +150,6 @@ def reaches() -> list[str]:
 
     decode = newest("cpu/peers.csv", "paged engine", DYNAMIC_CACHE, "decode batch=32 ")
     compare("decode, 32 sequences / transformers", decode)
-    for phase, batch, dtype, engine in (
-        ("decode", 8, "float32", "vLLM"),
-        ("decode", 1, "float32", "OpenVINO"),
-        ("prefill", 8, "bfloat16", "vLLM"),
-    ):
-        of = "cpu/engines.csv", engine, f"{phase}: ours against it", f"batch={batch} "
-        what = "" if dtype == "float32" else f"{dtype}, "
-        name = f"{phase}, {batch} sequence{'s' * (batch > 1)}, {what}2 threads / {engine} *"
-        compare(name, newest(*of, dtype, threads=2))
     steps = newest(HF, HF_PAGED, "time a step against DynamicCache", "decode batch=32 ")
     compare("decode, 32 texts in transformers, with PagedCache / DynamicCache *", 1 / steps)
     file, slab = "cpu/kernels.csv", "speed against contiguous"
