@@ -34,8 +34,11 @@ from llm import LLM
 from speedups.adapt_threads import adapt_threads
 
 BLOCK_SIZE = 16
-FEWER, ALL, ADAPTED = "one thread fewer", "all threads", "adapted"
-IDLE, BUSY = "idle", "neighbour"
+FEWER = "one thread fewer"
+ALL = "all threads"
+ADAPTED = "adapted"
+IDLE = "idle"
+BUSY = "neighbour"
 BUSY_LOOP = """
 import os
 if hasattr(os, "sched_setaffinity"):

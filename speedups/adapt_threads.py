@@ -29,7 +29,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import Forward
 from kv_cache import Batch
@@ -106,8 +106,6 @@ class ThreadChoice:
 
 def has_own_products(model: GPT) -> bool:
     """Whether a model's products are Numba's, with the same bits on any number of threads."""
-    if isinstance(model.lm_head, nn.Linear):
-        return False
     from kernels.int8_linear_cpu import Int8PanelLinear
     from kernels.linear_cpu import PanelLinear
 
