@@ -178,8 +178,9 @@ OTHERS = [  # and these do not
 SPECS = AHEAD + OTHERS
 
 
-def add(engine, request, **options):
-    return engine.add_request(request.prompt, request.params, strategy=request.strategy, **options)
+def add(engine, request):
+    # Without `**`: Python looks for signals after such a call, and Ctrl-C there would lose the id.
+    return engine.add_request(request.prompt, request.params, strategy=request.strategy)
 
 
 def content(output):

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -172,6 +172,18 @@ SWALLOWS = "Far away, where the swallows fly when we have winter, there lived a 
 LONG = {"prompt": "The wolf", "seed": 1, "max_tokens": 250, "extra_body": {"ignore_eos": True}}
 
 
+def free_port() -> int:
+    """A port that no process listens on.
+
+    The system gives ports from 32,768 on to outgoing connections, and Ray's own workers take 10,002
+    to 19,999: one of those might be taken before Ray's proxy listens on it.
+    """
+    while True:
+        port = random.randint(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 @contextmanager
 def two_nodes(monkeypatch):
     """A cluster of two nodes; `start(router) -> url` starts a replica on each. All end with it."""
@@ -193,8 +205,7 @@ def two_nodes(monkeypatch):
             cluster.add_node(**node)
 
             def start(router: str) -> str:
-                with socket.create_server(("127.0.0.1", 0)) as free:
-                    port = free.getsockname()[1]
+                port = free_port()
                 flags = ["--port", str(port), "--ray-address", cluster.address, "--router", router]
                 args = replicas.parse_args([*FLAGS, *flags])
                 if not ray.is_initialized():
