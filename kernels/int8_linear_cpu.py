@@ -38,6 +38,7 @@ from kernels.linear_cpu import (
     TILES_AT_ONCE,
     TURN,
     VECTORS,
+    WORDS_AHEAD,
     gelu_new_row,
     processor_features,
 )
@@ -62,7 +63,7 @@ if HAS_NUMBA:
         VECTOR,
         WORDS,
         data_of_arrays,
-        for_few_and_many,
+        for_each_size,
         in_all_lanes,
         prefetch_turn,
         rows_of_tile,
@@ -128,7 +129,7 @@ if HAS_NUMBA:
         """Write the code of `multiply_tile`; `args` are its arguments as LLVM's values."""
         values = data_of_arrays(context, builder, signature, args)
         *_, num_rows, _, _ = values
-        for_few_and_many(builder, num_rows, functools.partial(write_tile, builder, values))
+        for_each_size(builder, num_rows, functools.partial(write_tile, builder, values))
         return context.get_dummy_value()
 
     def write_tile(builder, values, tile_rows):
@@ -202,12 +203,15 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
         last_tile = min(first_tile + TILES_AT_ONCE, num_tiles)
         first_output = task % num_panels * PANEL
         w_at = first_output * num_words
-        # Each tile prefetches its share of the next panel.
+        # Each tile prefetches its share of the next panel; a single one, what it needs soon.
         num_fetched = (LINES + last_tile - first_tile - 1) // (last_tile - first_tile)
         words_fetched = num_fetched * (num_words // TURN) * CACHE_LINE_BYTES // 4
         for tile in range(first_tile, last_tile):
             row = tile * ROWS
             rows = min(ROWS, num_rows - row)
+            fetch_at = w_at + num_words * PANEL + (tile - first_tile) * words_fetched
+            if last_tile - first_tile == 1:
+                fetch_at = w_at + WORDS_AHEAD
             multiply_tile(
                 words,
                 row * num_words,
@@ -225,7 +229,7 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
                 row * num_outputs + first_output,
                 num_outputs,
                 rows,
-                w_at + num_words * PANEL + (tile - first_tile) * words_fetched,
+                fetch_at,
                 num_fetched,
             )
             if must_activate:

@@ -252,7 +252,7 @@ def between_guards(values, guard, behind=2):
 @needs_panels
 @EACH_DTYPE
 @pytest.mark.parametrize("num_words", [4, 20, 768, 772, 1540])
-@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 15, 64, 65, 71, 130])
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 5, 7, 8, 9, 15, 64, 65, 71, 130])
 def test_only_the_results_rows_are_written_and_nothing_outside_the_inputs_is_read(
     rows, num_words, dtype
 ):
