@@ -14,10 +14,10 @@ Rows 0 to 7, then rows 8 to 15 and so on use the same panel while it is in the L
 such tile of rows prefetches its share of the next panel. A step of up to 8 sequences has a single
 tile. It reads the panels in one stream, and the processor itself reads ahead in it; prefetching the
 next panel would be a second stream. And one row gets a loop for one row: together the two made
-GPT-2's products of one sequence 1.3 times as fast (AMD EPYC, two threads). Measured on one AVX-512 core with six
-layers of 768 x 3072 in float32 (57 MB): 8 rows take 2.1 ms, 27 GB/s of weights, and 32 rows 4.2 ms;
-PyTorch's `nn.Linear` takes 6.1 and 12.7 ms. The panels lie in huge pages: in pages of 4 KB a step
-of one sequence took a fifth to a half longer (AMD EPYC, two threads).
+GPT-2's products of one sequence 1.3 times as fast (AMD EPYC, two threads). Measured on one AVX-512
+core with six layers of 768 x 3072 in float32 (57 MB): 8 rows take 2.1 ms, 27 GB/s of weights, and
+32 rows 4.2 ms; PyTorch's `nn.Linear` takes 6.1 and 12.7 ms. The panels lie in huge pages: in pages
+of 4 KB a step of one sequence took a fifth to a half longer (AMD EPYC, two threads).
 
 In bfloat16 a word of a panel holds two inputs. Most processors have to widen them to float32. With
 AVX512-BF16, `vdpbf16ps` takes a word of x and a word of weights, and adds both products to a sum in
