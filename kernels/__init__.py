@@ -3,7 +3,7 @@
 No lesson needs this wing. Every kernel has the signature of `paged_attention.py` or of the function
 it replaces, and its tests compare it with that function. A file imports only files above it.
 
-    numba_tools          Numba: compile a loop, widen bfloat16, powers of two, prefetch
+    numba_tools          Numba: compile a loop, widen and store bfloat16, powers of two, prefetch
     device_memory        huge pages for the pool, free memory, one copy of what was drawn
     padded_head          an output head whose rows of logits begin at multiples of 16 bytes
     prefill_cpu          prompt attention on a CPU, and the write of new K and V
@@ -16,6 +16,7 @@ it replaces, and its tests compare it with that function. A file imports only fi
     triton_sampling      the draws of `sampling.py` on a GPU
     linear_cpu           a linear layer on a CPU that prefetches its weights
     int8_linear_cpu      the same with weights and inputs in eight bits
+    layer_cpu            a layer on a CPU in two compiled calls around its attention
     packed_linear        a model whose weights are in the order in which a CPU multiplies them
     triton_fused         the small operations around attention, joined
 """

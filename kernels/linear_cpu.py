@@ -56,6 +56,7 @@ from kernels.numba_tools import (
     has_openmp_threads,
     power_of_two,
     prange,
+    store_row,
     use_openmp_threads,
 )
 
@@ -63,7 +64,7 @@ if HAS_NUMBA:
     from llvmlite import binding, ir
     from numba import types
     from numba.core import cgutils
-    from numba.extending import intrinsic
+    from numba.extending import intrinsic, overload
 
 
 def processor_features() -> set[str]:
@@ -290,17 +291,31 @@ def gelu_new_row(row):
         row[j] = a / (one + power_of_two(exponent))
 
 
+def sums_for(out):
+    """Where a task's sums are added: out, or 64 rows of float32 if out has bfloat16."""
+    return out
+
+
+if HAS_NUMBA:
+
+    @overload(sums_for)
+    def _sums_for(out):
+        if out.dtype == types.uint16:
+            return lambda out: np.empty((TILES_AT_ONCE * ROWS, PANEL), np.float32)
+        return lambda out: out
+
+
 @compiled_parallel
 def multiply(x, w, bias, must_activate, out):
     """out = x w + bias, all contiguous, followed by GPT-2's activation if `must_activate`.
 
     w (panels, words, PANEL) holds words: float32, or uint32 for two inputs in bfloat16. The number
-    of words is a multiple of TURN. x (N, inputs) is float32, or (N, words) uint32 like w. bias
-    (panels * PANEL,) and out (N, panels * PANEL) are float32.
+    of words is a multiple of TURN. x (N, inputs) is float32, or (N, words) uint32 like w; its rows
+    may be padded at the end. bias (panels * PANEL,) is float32. out (N, panels * PANEL) is float32,
+    or uint16 for bfloat16.
     """
     num_rows, x_length = x.shape
     num_panels, num_words, _ = w.shape
-    num_outputs = out.shape[1]
     x_per_word = x_length // num_words
     num_tiles = (num_rows + ROWS - 1) // ROWS
     num_bundles = (num_tiles + TILES_AT_ONCE - 1) // TILES_AT_ONCE
@@ -309,6 +324,8 @@ def multiply(x, w, bias, must_activate, out):
         last_tile = min(first_tile + TILES_AT_ONCE, num_tiles)
         tiles = last_tile - first_tile
         first_output = task % num_panels * PANEL
+        sums = sums_for(out)  # out itself, or a task's own rows
+        is_own = out.itemsize == 2
         # The next piece of the panel, or the next panel, follows this piece in memory: LINES cache
         # lines per turn. Each tile prefetches its share of it, evenly over its turns: 8 tiles and
         # 12 lines -> 2 lines a turn. (Many prefetches in a row would fill the queue of loads.)
@@ -323,6 +340,8 @@ def multiply(x, w, bias, must_activate, out):
                 fetch_at = w_at + words * PANEL + (tile - first_tile) * words_fetched
                 if tiles == 1:  # one stream
                     fetch_at = w_at + WORDS_AHEAD
+                first_sum = row - first_tile * ROWS if is_own else row
+                column = 0 if is_own else first_output
                 multiply_tile(
                     x,
                     row * x_length + begin * x_per_word,
@@ -333,16 +352,21 @@ def multiply(x, w, bias, must_activate, out):
                     bias,
                     first_output,
                     begin == 0,
-                    out,
-                    row * num_outputs + first_output,
-                    num_outputs,
+                    sums,
+                    first_sum * sums.shape[1] + column,
+                    sums.shape[1],
                     rows,
                     fetch_at,
                     num_fetched,
                 )
-                if must_activate and begin + words == num_words:  # its sums are complete
-                    for r in range(row, row + rows):
-                        gelu_new_row(out[r, first_output : first_output + PANEL])
+                if begin + words < num_words:
+                    continue
+                for r in range(rows):  # its sums are complete
+                    complete = sums[first_sum + r, column : column + PANEL]
+                    if must_activate:
+                        gelu_new_row(complete)
+                    if is_own:
+                        store_row(complete, out[row + r, first_output : first_output + PANEL])
 
 
 class PanelLinear(nn.Module):
@@ -384,14 +408,11 @@ class PanelLinear(nn.Module):
         if x.shape[1:] != (self.in_features,) or x.dtype != self.dtype:
             want = f"(N, {self.in_features}) of {self.dtype}"
             raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}: this layer takes {want}")
-        rows = self.rows_of(x)
-        out = torch.empty(len(x), len(self.padded_bias), dtype=torch.float32)
+        out = torch.empty(len(x), len(self.padded_bias), dtype=self.dtype)
         use_openmp_threads(torch.get_num_threads())
         must_activate = self.activation is not None
-        multiply(rows, self.words, self.padded_bias, must_activate, out.numpy())
-        if self.padding_out:
-            out = out[:, : self.out_features]
-        return out if self.dtype == torch.float32 else out.to(self.dtype)
+        multiply(self.rows_of(x), self.words, self.padded_bias, must_activate, as_numpy(out))
+        return out[:, : self.out_features] if self.padding_out else out
 
     def rows_of(self, x: Tensor) -> np.ndarray:
         """x as `multiply` takes it: (N, inputs) float32, or (N, words) of two bfloat16."""

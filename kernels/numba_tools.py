@@ -1,11 +1,12 @@
-"""Numba, and five operations that it lacks: widen a number, its scale, 2^x, two kinds of prefetch.
+"""Numba, and six operations that it lacks: widen and store numbers, scales, 2^x, two prefetches.
 
 Numba translates a loop over tokens, heads and dimensions from Python to machine code at its first
 call and keeps the result on disk. Python itself would compute a few million products a second; a
-core computes billions. The CPU kernels of this wing need five operations that NumPy and Numba do
-not have:
+core computes billions. The CPU kernels of this wing need six operations that NumPy and Numba do not
+have:
 
     widen(x)               bfloat16 to float32:  0x3fc0 -> 0x3fc00000 = 1.5
+    store_row(row, out)    a row of float32 to float32 or bfloat16, rounded to nearest, ties to even
     token_scale(pool, i)   the scale of a token in a pool of int8; 1 in any other pool
     power_of_two(x)        2^x as ten instructions that LLVM can apply to 16 numbers at a time
     prefetch(a, i)         start loading 256 numbers from a[i] on, without waiting for them
@@ -144,9 +145,13 @@ def worker_threads(process_id: int, num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="attention")
 
 
-# ---- five operations that Numba lacks ------------------------------------------------------------
+# ---- six operations that Numba lacks -------------------------------------------------------------
 def widen(x):
     """A number of the pool as float32 or float64; bfloat16 is the upper half of a float32."""
+
+
+def store_row(row, out):
+    """out[:] = row, (C,) of float32; bfloat16 (uint16) is rounded to nearest, ties to even."""
 
 
 def token_scale(pool, index):
@@ -201,6 +206,26 @@ if HAS_NUMBA:
         if x == types.int8:
             return lambda x: np.float32(x)
         return lambda x: x
+
+    @overload(store_row)
+    def _store_row(row, out):
+        if out.dtype != types.uint16:
+
+            def store(row, out):
+                for j in range(np.uint64(len(out))):
+                    out[j] = row[j]
+
+            return store
+
+        def store_rounded(row, out):
+            for j in range(np.uint64(len(out))):
+                bits = np.float32(row[j]).view(np.uint32)
+                # Half of the last kept digit, minus one if that digit is even.
+                half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+                rounded = np.uint32(bits + half) >> np.uint32(16)
+                out[j] = np.uint16(rounded) if row[j] == row[j] else np.uint16(0x7FC0)
+
+        return store_rounded
 
     @intrinsic
     def token_scale(typingctx, pool, index):  # noqa: F811, D103

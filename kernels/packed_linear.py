@@ -13,12 +13,12 @@ not change during generation, so `pack` copies them once:
 There are two kinds of packed layers. `PanelLinear` (linear_cpu.py) needs AVX-512 or AVX2; with 8 to
 32 rows it is 1.2 to 1.5 times as fast as oneDNN. `PackedLinear` is oneDNN's, the library that
 PyTorch includes; it is used without Numba, and for bfloat16 where the processor has a matrix unit.
-Both compute the activation with the product: oneDNN any of the model's, panels GPT-2's. In float32
-packing is used for models as wide as GPT-2, in bfloat16 always. 8 rows are up to twice as fast. One
-row is a tenth slower on an Intel Xeon, and on an AMD EPYC, where MKL's product of one row gains
-nothing from a second thread, 1.5 times as fast with one thread and 2.1 times with two. An output
-head that shares its weights with the embedding becomes a copy, because the embedding needs its rows
-in the plain order.
+Both compute the activation with the product: oneDNN any of the model's, panels GPT-2's. A layer of
+panels is compiled as a whole (layer_cpu.py). In float32 packing is used for models as wide as
+GPT-2, in bfloat16 always. 8 rows are up to twice as fast. One row is a tenth slower on an Intel
+Xeon, and on an AMD EPYC, where MKL's product of one row gains nothing from a second thread, 1.5
+times as fast with one thread and 2.1 times with two. An output head that shares its weights with
+the embedding becomes a copy, because the embedding needs its rows in the plain order.
 
 Checked by tests/kernels/test_packed_linear.py: a packed model gives the plain model's logits.
 Georganas et al. 2020, "Harnessing deep learning via a single building block", IPDPS (products over
@@ -100,6 +100,7 @@ def pack(model: GPT) -> GPT:
     if model.config.n_embd < PAYS_FROM[dtype]:
         return model
     # Imported here: the shipped model is too narrow, and a reader's first run loads a file less.
+    from kernels.layer_cpu import PanelLayer, can_compile_layer
     from kernels.linear_cpu import PanelLinear, can_use_panels
 
     uses_panels = can_use_panels(dtype)
@@ -109,12 +110,14 @@ def pack(model: GPT) -> GPT:
     fusable = ["gelu_new"] if uses_panels else list(FUSED)
     activation = model.config.activation_function
     activation = activation if activation in fusable else None
-    for layer in model.h:
+    for i, layer in enumerate(model.h):
         layer.attn.c_attn = packed(layer.attn.c_attn)
         layer.attn.c_proj = packed(layer.attn.c_proj)
         layer.mlp.c_fc = packed(layer.mlp.c_fc, activation)
         if activation:
             layer.mlp.activation = nn.Identity()  # c_fc computes it now
         layer.mlp.c_proj = packed(layer.mlp.c_proj)
+        if uses_panels and can_compile_layer(layer):
+            model.h[i] = PanelLayer(layer)
     model.lm_head = packed(model.lm_head)
     return model.requires_grad_(False)

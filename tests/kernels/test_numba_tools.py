@@ -1,4 +1,4 @@
-"""numba_tools.py: bfloat16 widened, powers of two, prefetches that change nothing."""
+"""numba_tools.py: bfloat16 widened and rounded, powers of two, prefetches that change nothing."""
 
 import math
 
@@ -17,6 +17,7 @@ from kernels.numba_tools import (
     power_of_two,
     prefetch,
     prefetch_line,
+    store_row,
     warn_of_no_cache,
     widen,
 )
@@ -57,6 +58,27 @@ def test_each_bfloat16_is_widened_exactly():
     out = np.empty(2**16, np.float32)
     widen_each(as_numpy(every), out)
     assert np.array_equal(out, every.float().numpy(), equal_nan=True)
+
+
+@fresh
+def store_it(row, out):
+    store_row(row, out)
+
+
+@needs_numba
+def test_a_row_is_stored_as_it_is_or_rounded_to_bfloat16_as_pytorch_rounds_it():
+    bits = np.random.default_rng(0).integers(0, 2**32, 40_000, dtype=np.uint32)
+    ties = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000  # between two of bfloat16's numbers
+    for row in (bits.view(np.float32), ties.view(np.float32)):
+        as_it_is, rounded = np.empty_like(row), np.empty(len(row), np.uint16)
+        store_it(row, as_it_is)
+        store_it(row, rounded)
+        assert np.array_equal(as_it_is.view(np.uint32), row.view(np.uint32))
+        want = torch.from_numpy(row.copy()).bfloat16()
+        got = torch.from_numpy(rounded.view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(got.isnan(), want.isnan())
+        is_number = ~want.isnan()
+        assert torch.equal(got[is_number].view(torch.int16), want[is_number].view(torch.int16))
 
 
 @needs_numba
