@@ -6,7 +6,8 @@ it replaces, and its tests compare it with that function. A file imports only fi
     numba_tools          Numba: compile a loop, widen and store bfloat16, powers of two, prefetch
     device_memory        huge pages for the pool, free memory, one copy of what was drawn
     padded_head          an output head whose rows of logits begin at multiples of 16 bytes
-    prefill_cpu          prompt attention on a CPU, and the write of new K and V
+    prefill_cpu          the write of new K and V on a CPU, and a prompt's attention by PyTorch
+    prompt_cpu           attention for the prompts of a step on a CPU, 64 queries at a time
     attention_cpu        decode attention on a CPU: the plain loop, then whole blocks, all heads
     triton_prefill       attention with many queries on a GPU, and the KV write
     triton_decode        attention with one query on a GPU: split, then merge

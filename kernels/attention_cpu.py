@@ -15,7 +15,7 @@ adjacent, so `paged_attention_cpu` reads all 98 KB of a block in one pass and th
 A context is cut into chunks of 256 tokens, and the threads share the chunks. Each chunk yields its
 own m, l and acc, and `merge_chunks` combines them by the same three equations. So one long sequence
 keeps all threads busy, and a result depends neither on the number of threads nor on the batch.
-Sequences with 10 or more new tokens go to `prefill_cpu.py`. Measured for 32 sequences of 300 tokens
+Sequences with 10 or more new tokens go to `prompt_cpu.py`. Measured for 32 sequences of 300 tokens
 in float32 on one AVX-512 core: 21 GB/s of K and V, twice the speed of the plain loop and 1.4 times
 that of the library's attention on contiguous memory.
 
@@ -56,12 +56,13 @@ from kernels.prefill_cpu import (
     scale_index,
     write_kv_cpu,
 )
+from kernels.prompt_cpu import attend_prompts, can_attend_prompts
 from paged_attention import paged_attention
 
 __all__ = ["attend_per_head", "paged_attention_cpu", "write_kv_cpu"]
 
 CHUNK_LEN = 256  # tokens; with GPT-2 in float32 a chunk is 1.6 MB of one layer's K and V
-MANY_QUERIES = 10  # a sequence with so many new tokens is a prompt: prefill_cpu.py is faster
+MANY_QUERIES = 10  # a sequence with so many new tokens is a prompt: prompt_cpu.py is faster
 TOKENS_AT_ONCE = 16  # scores that are raised to powers together; a multiple of 4
 HEADS_AHEAD = 2  # the kernel prefetches the K and V that it reads two heads later
 MUST_PREFETCH = True  # False only to measure what prefetching saves
@@ -506,11 +507,16 @@ def paged_attention_cpu(
     )  # fmt: skip
 
     if max_query_len >= MANY_QUERIES:
-        for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
-            rows = slice(locs[i], locs[i + 1])
-            prompt = q[rows].detach().to(dtype)
-            context_len, start = int(lens[i]), int(starts[i])
-            attend_prompt(prompt, k, v, layout, tables[i], context_len, start, scale, result[rows])
+        if target.dtype == np.float32 and can_attend_prompts():
+            attend_prompts(
+                num_threads, MANY_QUERIES, queries, k, v, layout, tables, locs, lens, starts, target
+            )
+        else:
+            for i in np.flatnonzero(np.diff(locs) >= MANY_QUERIES).tolist():
+                rows = slice(locs[i], locs[i + 1])
+                prompt = q[rows].detach().to(dtype)
+                length, start = int(lens[i]), int(starts[i])
+                attend_prompt(prompt, k, v, layout, tables[i], length, start, scale, result[rows])
     return out if is_in_place else out.copy_(result)
 
 

@@ -1,21 +1,19 @@
-"""Attention for a prompt on a CPU, and the write of new K and V into their slots.
+"""The write of new K and V into their slots on a CPU, and a prompt's attention by PyTorch.
 
-A decoding sequence has one query, and reading its context takes all the time. A prompt of 300
-tokens has 300 queries, and each number that is read is multiplied 300 times. There the processor is
-the limit, and the fastest matrix product is the library's. It needs K and V of a head as one
-matrix, so `copy_context` copies the sequence's blocks once, in the order of the positions:
+`write_kv_cpu` writes row n of the step's K and V to slot slot_mapping[n]. In a pool of int8 (see
+speedups/quantized_kv.py) it rounds each head's D numbers to integers from -127 to 127 and writes
+their scale behind the integers of the block's head.
+
+`attend_prompt` is for sums in float64, and for machines on which `prompt_cpu.py` does not run. The
+library's attention needs K and V of a head as one matrix, so `copy_context` copies the sequence's
+blocks once, in the order of the positions:
 
     table [ 5, 0, 7 ]   block 5 | block 0 | block 7      (H_kv, block_size, D) each
                            └─────────┼─────────┘
                         head 0: positions 0 1 2 .. 40    head 1: ..     (H_kv, context, D)
 
 The copy takes as long as reading the context twice. From about 10 queries on (MANY_QUERIES in
-`attention_cpu.py`) the faster products gain more than that: a layer's attention over a prompt of
-256 tokens takes 2.5 ms, where the decode kernel takes 3.7 ms (GPT-2, float32, one AVX-512 core).
-
-`write_kv_cpu` writes row n of the step's K and V to slot slot_mapping[n]. In a pool of int8 (see
-speedups/quantized_kv.py) it rounds each head's D numbers to integers from -127 to 127 and writes
-their scale behind the integers of the block's head.
+`attention_cpu.py`) the faster products gain more than that.
 
 Checked by tests/kernels/test_attention_cpu.py against dense attention and `kv_cache.write_kv`, and
 for int8 by tests/speedups/test_quantized_kv.py.
@@ -78,22 +76,29 @@ def scale_index(head, block_size, D, offset):
 
 # ---- a prompt ------------------------------------------------------------------------------------
 @compiled
-def copy_context(cache, layout, table, start, stop, out):
-    """Copy positions [start, stop) of a sequence from the flat pool to out (H_kv, stop - start, D).
+def copy_head(cache, layout, table, h, start, stop, out):
+    """Copy positions [start, stop) of one head from the flat pool to out[: stop - start] (.., D).
 
     `layout` is (H_kv, block_size, block_stride, head_stride, token_stride), in elements.
     """
-    H_kv, block_size, block_stride, head_stride, token_stride = layout
-    D = out.shape[2]
-    for position in range(start, stop):
-        block = np.int64(table[position // block_size]) * block_stride  # int64: beyond 2^31
-        offset = position % block_size
-        for h in range(H_kv):
-            head = block + h * head_stride
+    _, block_size, block_stride, head_stride, token_stride = layout
+    D = out.shape[1]
+    for b in range(start // block_size, (stop - 1) // block_size + 1):
+        head = np.int64(table[b]) * block_stride + h * head_stride  # int64: beyond 2^31
+        first = b * block_size
+        for offset in range(max(start - first, 0), min(stop - first, block_size)):
             row = np.uint64(head + offset * token_stride)
             scale = token_scale(cache, scale_index(head, block_size, D, offset))
+            target = np.uint64(first + offset - start)
             for d in range(np.uint64(D)):
-                out[h, position - start, d] = widen(cache[row + d]) * scale
+                out[target, d] = widen(cache[row + d]) * scale
+
+
+@compiled
+def copy_context(cache, layout, table, start, stop, out):
+    """`copy_head` for each head; out is (H_kv, stop - start, D)."""
+    for h in range(len(out)):
+        copy_head(cache, layout, table, h, start, stop, out[h])
 
 
 def attend_prompt(

@@ -141,4 +141,4 @@ def test_the_command_line_loads_only_files_that_it_uses():
     }
     assert "kernels/linear_cpu.py" not in loaded  # the shipped model is too narrow for packing
     assert not [path for path in paths if "/huggingface_hub/" in path]
-    assert len(loaded) <= 31  # 31 when this was written
+    assert len(loaded) <= 32  # 32 when this was written
