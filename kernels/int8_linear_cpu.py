@@ -40,15 +40,17 @@ from kernels.linear_cpu import (
     VECTORS,
     WORDS_AHEAD,
     gelu_new_row,
-    processor_features,
 )
 from kernels.numba_tools import (
     CACHE_LINE_BYTES,
     HAS_NUMBA,
     compiled,
     compiled_in_order,
+    data_of_arrays,
     has_openmp_threads,
+    in_all_lanes,
     prange,
+    processor_features,
     use_openmp_threads,
 )
 
@@ -62,9 +64,7 @@ if HAS_NUMBA:
         I64,
         VECTOR,
         WORDS,
-        data_of_arrays,
         for_each_size,
-        in_all_lanes,
         prefetch_turn,
         rows_of_tile,
         vector_addresses,
@@ -159,7 +159,7 @@ if HAS_NUMBA:
                 at = builder.add(w_at, builder.mul(word, I64(PANEL)))
                 weights = [read(a) for a in vector_addresses(builder, w, at, WORDS)]
                 for r in range(tile_rows):
-                    inputs = in_all_lanes(builder, read(builder.gep(x_rows[r], [word])))
+                    inputs = in_all_lanes(builder, read(builder.gep(x_rows[r], [word])), LANES)
                     for v in range(VECTORS):
                         total = builder.call(dot, [read(sums[r][v]), inputs, weights[v]])
                         builder.store(total, sums[r][v])
@@ -169,7 +169,7 @@ if HAS_NUMBA:
         biases = [read(a) for a in vector_addresses(builder, bias, output)]
         for r in range(tile_rows):
             at = builder.gep(row_scales, [builder.add(first_row, rows[r])])
-            of_row = in_all_lanes(builder, read(at))
+            of_row = in_all_lanes(builder, read(at), LANES)
             at = builder.add(out_at, builder.mul(rows[r], out_stride))
             for v, address in enumerate(vector_addresses(builder, out, at)):
                 total = builder.sitofp(read(sums[r][v]), VECTOR)

@@ -53,9 +53,12 @@ from kernels.numba_tools import (
     as_numpy,
     compiled,
     compiled_parallel,
+    data_of_arrays,
     has_openmp_threads,
+    in_all_lanes,
     power_of_two,
     prange,
+    processor_features,
     store_row,
     use_openmp_threads,
 )
@@ -65,12 +68,6 @@ if HAS_NUMBA:
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic, overload
-
-
-def processor_features() -> set[str]:
-    """The processor's features by LLVM's names; empty without Numba."""
-    features = binding.get_host_cpu_features() if HAS_NUMBA else {}
-    return {name for name, is_present in features.items() if is_present}
 
 
 def processor_name() -> str:
@@ -123,15 +120,6 @@ if HAS_NUMBA:
         first = builder.bitcast(builder.gep(array, [at]), kind.as_pointer())
         return [builder.gep(first, [I64(i)]) for i in range(VECTORS)]
 
-    def data_of_arrays(context, builder, signature, args):
-        """An intrinsic's arguments as LLVM's values; an array is the address of its numbers."""
-        return [
-            context.make_array(kind)(context, builder, value).data
-            if isinstance(kind, types.Array)
-            else value
-            for kind, value in zip(signature.args, args, strict=True)
-        ]
-
     def for_each_size(builder, num_rows, write, sizes=TILE_SIZES):
         """The code of a tile for each of the sizes; the smallest with `num_rows` rows runs.
 
@@ -167,12 +155,6 @@ if HAS_NUMBA:
                 nested.enter_context(builder.if_then(builder.icmp_signed("<", I64(i), num_fetched)))
                 address = builder.gep(line, [I64(i * CACHE_LINE_BYTES)])
                 builder.call(prefetch, [address, I32(0), I32(L2_CACHE), I32(1)])
-
-    def in_all_lanes(builder, number):
-        """A vector with the same number in each lane."""
-        undefined = ir.VectorType(number.type, LANES)(ir.Undefined)
-        first = builder.insert_element(undefined, number, I32(0))
-        return builder.shuffle_vector(first, undefined, WORDS([0] * LANES))
 
     def opaque(builder, index):
         """The same index, but LLVM cannot know it: it loads from there again.
@@ -262,7 +244,7 @@ if HAS_NUMBA:
                     input_at = builder.add(input_at, I64(i * x_per_word + j))
                     for r in range(tile_rows):
                         number = read(builder.gep(x_rows[r], [input_at]))
-                        number = in_all_lanes(builder, number)
+                        number = in_all_lanes(builder, number, LANES)
                         for v in range(VECTORS):
                             total, factors = read(sums[r][v]), [number, weights[v]]
                             args = [total, *factors] if has_pairs else [*factors, total]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 try:
     import numba
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import njit, prange, types
     from numba.core import cgutils
     from numba.extending import intrinsic, overload
@@ -275,6 +275,31 @@ if HAS_NUMBA:
             return emit_prefetch(context, builder, array, args, CACHE_LINE_BYTES)
 
         return types.void(array, types.int64), generate
+
+
+# ---- intrinsics: functions that write LLVM's language --------------------------------------------
+def processor_features() -> set[str]:
+    """The processor's features by LLVM's names; empty without Numba."""
+    features = binding.get_host_cpu_features() if HAS_NUMBA else {}
+    return {name for name, is_present in features.items() if is_present}
+
+
+def data_of_arrays(context, builder, signature, args) -> list:
+    """An intrinsic's arguments as LLVM's values; an array is the address of its numbers."""
+    return [
+        context.make_array(kind)(context, builder, value).data
+        if isinstance(kind, types.Array)
+        else value
+        for kind, value in zip(signature.args, args, strict=True)
+    ]
+
+
+def in_all_lanes(builder, number, lanes: int):
+    """A vector of `lanes` numbers of 32 bits, all equal to an LLVM value."""
+    undefined = ir.VectorType(number.type, lanes)(ir.Undefined)
+    i32 = ir.IntType(32)
+    first = builder.insert_element(undefined, number, i32(0))
+    return builder.shuffle_vector(first, undefined, ir.VectorType(i32, lanes)([0] * lanes))
 
 
 # ---- tensors for Numba ---------------------------------------------------------------------------

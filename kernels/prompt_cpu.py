@@ -41,29 +41,26 @@ from kernels.numba_tools import (
     HAS_NUMBA,
     compiled,
     compiled_parallel,
+    data_of_arrays,
     has_openmp_threads,
+    in_all_lanes,
     power_of_two,
     prange,
+    processor_features,
     use_openmp_threads,
 )
 from kernels.prefill_cpu import copy_head
 
 if HAS_NUMBA:
-    from llvmlite import binding, ir
+    from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
 
-def processor_has(*features: str) -> bool:
-    """Whether the processor has all these features, by LLVM's names; False without Numba."""
-    present = binding.get_host_cpu_features() if HAS_NUMBA else {}
-    return all(present.get(name) for name in features)
-
-
 # AVX-512 has 32 registers of 16 floats: 6 x 4 sums, 4 factors and one number are 29.
 # AVX2 has 16 registers of 8 floats: 6 x 2 sums, 2 factors and one number are 15.
-LANES, VECTORS = (16, 4) if processor_has("avx512f") else (8, 2)
+LANES, VECTORS = (16, 4) if "avx512f" in processor_features() else (8, 2)
 ROWS = 6
 PANEL = VECTORS * LANES  # queries that are computed together
 KEYS = 64  # keys that meet them at a time; a multiple of 4
@@ -98,15 +95,6 @@ if HAS_NUMBA:
     I32, I64 = ir.IntType(32), ir.IntType(64)
     VECTOR, INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
 
-    def data_of_arrays(context, builder, signature, args):
-        """An intrinsic's arguments as LLVM's values; an array is the address of its numbers."""
-        return [
-            context.make_array(kind)(context, builder, value).data
-            if isinstance(kind, types.Array)
-            else value
-            for kind, value in zip(signature.args, args, strict=True)
-        ]
-
     @intrinsic
     def add_products(  # noqa: F811, D103
         typingctx, a, a_at, row_stride, step_stride, num_steps, factors, factors_at, is_new,
@@ -130,12 +118,6 @@ if HAS_NUMBA:
                         with builder.if_then(builder.icmp_signed("==", num_vectors, I64(size))):
                             write_tile(builder, values, size, is_masked)
         return context.get_dummy_value()
-
-    def in_all_lanes(builder, number):
-        """A vector with the same number in each lane."""
-        undefined = ir.VectorType(number.type, LANES)(ir.Undefined)
-        first = builder.insert_element(undefined, number, I32(0))
-        return builder.shuffle_vector(first, undefined, INTEGERS([0] * LANES))
 
     def write_tile(builder, values, num_vectors, is_masked):
         """The code for `num_vectors` vectors of columns; `values` are the arguments."""
@@ -174,11 +156,11 @@ if HAS_NUMBA:
             factor = [read(address) for address in addresses(factors, at)]
             if is_masked:
                 key = builder.trunc(builder.add(first_key, loop.index), I32)
-                key = in_all_lanes(builder, key)
+                key = in_all_lanes(builder, key, LANES)
                 reads = [read(address) for address in addresses(limits, I64(0), INTEGERS)]
                 reads = [builder.icmp_signed("<", key, limit) for limit in reads]
             for i in range(ROWS):
-                number = in_all_lanes(builder, read(builder.gep(rows[i], [step])))
+                number = in_all_lanes(builder, read(builder.gep(rows[i], [step])), LANES)
                 for v in columns:
                     old = builder.load(sums[i][v])
                     new = builder.call(fma, [number, factor[v], old])
@@ -425,5 +407,6 @@ def attend_prompts(
 @functools.cache
 def can_attend_prompts() -> bool:
     """Whether this machine can run `attend_prompts`: Numba, AVX-512 or AVX2, OpenMP's threads."""
-    has_registers = processor_has("avx512f") or processor_has("avx2", "fma")
+    features = processor_features()
+    has_registers = "avx512f" in features or {"avx2", "fma"} <= features
     return has_registers and has_openmp_threads()

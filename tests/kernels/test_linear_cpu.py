@@ -8,7 +8,6 @@ the processor multiplies pairs of bfloat16, they compare both ways to multiply t
 import itertools
 import math
 import platform
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,9 +29,8 @@ from kernels.linear_cpu import (
     can_use_panels,
     gelu_new_row,
     multiply,
-    processor_features,
 )
-from kernels.numba_tools import HAS_NUMBA, as_numpy
+from kernels.numba_tools import HAS_NUMBA, as_numpy, processor_features
 
 DTYPES = [torch.float32, torch.bfloat16]
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -427,8 +425,9 @@ def test_on_a_processor_with_shorter_registers(tmp_path):
 )
 def test_pairs_are_multiplied_where_that_takes_no_longer(name, has_instruction, want, monkeypatch):
     features = {"avx512f": True, "avx512bf16": has_instruction}
-    asked = SimpleNamespace(get_host_cpu_features=lambda: features, get_host_cpu_name=lambda: name)
-    monkeypatch.setattr(linear_cpu, "binding", asked)
+    present = {name for name, is_present in features.items() if is_present}
+    monkeypatch.setattr(linear_cpu, "processor_features", lambda: present)
+    monkeypatch.setattr(linear_cpu, "processor_name", lambda: name)
     assert can_multiply_pairs.__wrapped__() == want
 
 
@@ -451,13 +450,12 @@ def test_pairs_are_multiplied_where_that_takes_no_longer(name, has_instruction, 
 def test_panels_need_long_registers_and_openmp(
     features, has_openmp, float32, bfloat16, monkeypatch
 ):
-    asked = SimpleNamespace(get_host_cpu_features=lambda: features)
-    monkeypatch.setattr(linear_cpu, "binding", asked)
+    present = {name for name, is_present in features.items() if is_present}
+    monkeypatch.setattr(linear_cpu, "processor_features", lambda: present)
     monkeypatch.setattr(linear_cpu, "has_openmp_threads", lambda: has_openmp)
     wants = {torch.float32: float32, torch.bfloat16: bfloat16}
     wants |= dict.fromkeys((torch.float64, torch.float16, torch.int8), False)
     for dtype, want in wants.items():
         assert can_use_panels.__wrapped__(dtype) == want
     monkeypatch.setattr(linear_cpu, "HAS_NUMBA", False)
-    monkeypatch.delattr(linear_cpu, "binding")  # it is not imported then
     assert not can_use_panels.__wrapped__(torch.float32)

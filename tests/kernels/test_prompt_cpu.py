@@ -5,7 +5,6 @@ the edges of this kernel: its panels of queries, its groups of keys, the diagona
 """
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,8 +169,8 @@ def test_other_machines_get_the_same_attention_from_pytorch(pool, monkeypatch):
     ],
 )
 def test_it_needs_long_registers_and_openmp(features, has_openmp, want, monkeypatch):
-    asked = SimpleNamespace(get_host_cpu_features=lambda: features)
-    monkeypatch.setattr(prompt_cpu, "binding", asked)
+    present = {name for name, is_present in features.items() if is_present}
+    monkeypatch.setattr(prompt_cpu, "processor_features", lambda: present)
     monkeypatch.setattr(prompt_cpu, "has_openmp_threads", lambda: has_openmp)
     assert can_attend_prompts.__wrapped__() == want
 
