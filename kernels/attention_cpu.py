@@ -12,12 +12,13 @@ adjacent, so `paged_attention_cpu` reads all 98 KB of a block in one pass and th
                                   └─ scores ─┐            └─ weighted sum
                                              └─ 2^(score - m) ─┘       m, l, acc stay in cache
 
-A context is cut into chunks of 256 tokens, and the threads share the chunks. Each chunk yields its
-own m, l and acc, and `merge_chunks` combines them by the same three equations. So one long sequence
-keeps all threads busy, and a result depends neither on the number of threads nor on the batch.
-Sequences with 10 or more new tokens go to `prompt_cpu.py`. Measured for 32 sequences of 300 tokens
-in float32 on one AVX-512 core: 21 GB/s of K and V, twice the speed of the plain loop and 1.4 times
-that of the library's attention on contiguous memory.
+A context is cut into chunks of 256 tokens, and the threads share the chunks; if there are few, of
+float32, they share the heads too. Each chunk yields its own m, l and acc, and `merge_chunks`
+combines them by the same three equations. So one sequence keeps all threads busy, and a result
+depends neither on the number of threads nor on the batch. Sequences with 10 or more new tokens go
+to `prompt_cpu.py`. Measured for 32 sequences of 300 tokens in float32 on one AVX-512 core: 21 GB/s
+of K and V, twice the speed of the plain loop and 1.4 times that of the library's attention on
+contiguous memory.
 
 Checked by tests/kernels/test_attention_cpu.py against dense attention in float64.
 Dao et al. 2023, "Flash-Decoding for long-context inference" (chunks and merge).
@@ -62,6 +63,7 @@ from paged_attention import paged_attention
 __all__ = ["attend_per_head", "paged_attention_cpu", "write_kv_cpu"]
 
 CHUNK_LEN = 256  # tokens; with GPT-2 in float32 a chunk is 1.6 MB of one layer's K and V
+FEW_CHUNKS = 8  # a thread: with fewer chunks of float32 the threads share the heads as well
 MANY_QUERIES = 10  # a sequence with so many new tokens is a prompt: prompt_cpu.py is faster
 TOKENS_AT_ONCE = 16  # scores that are raised to powers together; a multiple of 4
 HEADS_AHEAD = 2  # the kernel prefetches the K and V that it reads two heads later
@@ -247,14 +249,17 @@ def fold_tokens(
 
 
 @compiled
-def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc, scores):
+def walk_chunk(queries, H, k, v, layout, heads, table, start, stop, position, m, l, acc, scores):
     """Fold the tokens [start, stop) of one sequence into m, l (T * H,) and acc (T * H, D).
+
+    Only for the heads [heads[0], heads[1]) of K and V, and the queries that read them.
 
     queries are (T * H, D), the H heads of each of T new tokens; the first one is at `position` of
     the sequence. All queries that read a head of a block do so while it is in the cache. `layout`
     describes the pool: (H_kv, block_size, block_stride, head_stride, token_stride), in elements.
     """
     H_kv, block_size, block_stride, head_stride, token_stride = layout
+    first_head, last_head = heads
     D = queries.shape[1]
     num_queries = len(queries) // H
     group = H // H_kv  # query heads that share one head of K and V
@@ -269,10 +274,13 @@ def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc
             # One line of the next block's K and of its V, early: a TLB miss takes longest.
             prefetch_line(k, next_block)
             prefetch_line(v, next_block)
-        for h_kv in range(H_kv):
+        for h_kv in range(first_head, last_head):
             head = block + h_kv * head_stride
-            ahead = h_kv + HEADS_AHEAD  # past the last head: the first heads of the next block
-            head_ahead = (block if ahead < H_kv else next_block) + ahead % H_kv * head_stride
+            ahead = h_kv + HEADS_AHEAD
+            head_ahead = block + ahead * head_stride
+            if ahead >= last_head:  # the first heads of the next block
+                ahead = first_head + (ahead - last_head) % (last_head - first_head)
+                head_ahead = next_block + ahead * head_stride
             for t in range(num_queries):
                 # The query at position p reads tokens up to p: causality is a shorter loop.
                 readable = min(end, position + t + 1 - b * block_size) - begin
@@ -297,7 +305,7 @@ def walk_chunk(queries, H, k, v, layout, table, start, stop, position, m, l, acc
 
 
 @compiled
-def walk_chunks(chunks, locs, queries, k, v, layout, tables, context_lens, m, l, acc):
+def walk_chunks(chunks, locs, queries, k, v, layout, heads, tables, context_lens, m, l, acc):
     """`walk_chunk` for each row of `chunks`: what one thread does. The results go into m, l, acc.
 
     queries are (N, H, D), m and l (rows, H), acc (rows, H, D); `locs` are the query_start_locs.
@@ -312,6 +320,7 @@ def walk_chunks(chunks, locs, queries, k, v, layout, tables, context_lens, m, l,
             k,
             v,
             layout,
+            heads,
             tables[i],
             start,
             stop,
@@ -415,11 +424,20 @@ def prepare(q, q_strides, scale, queries, locs, context_lens, context_starts, ou
 
 @compiled_parallel
 def attend_on_openmp(
-    chunks, chunk_locs, locs, queries, k, v, layout, tables, context_lens, m, l, acc, out
-):
-    """OpenMP's threads share the chunks, and then the sequences whose chunks are merged."""
-    for c in prange(len(chunks)):
-        walk_chunks(chunks[c : c + 1], locs, queries, k, v, layout, tables, context_lens, m, l, acc)
+    num_groups, chunks, chunk_locs, locs,
+    queries, k, v, layout, tables, context_lens, m, l, acc, out,
+):  # fmt: skip
+    """OpenMP's threads share the chunks, and then the sequences whose chunks are merged.
+
+    With several groups of heads, each thread takes a group and walks all chunks for its heads.
+    """
+    H_kv = layout[0]
+    for task in prange(num_groups * len(chunks)):
+        g, c = task // len(chunks), task % len(chunks)
+        heads = H_kv * g // num_groups, H_kv * (g + 1) // num_groups
+        walk_chunks(
+            chunks[c : c + 1], locs, queries, k, v, layout, heads, tables, context_lens, m, l, acc
+        )  # fmt: skip
     for i in prange(len(chunk_locs) - 1):
         merge_chunks(chunks, chunk_locs[i : i + 2], locs[i : i + 2], m, l, acc, out)
 
@@ -432,22 +450,43 @@ def attend_chunks(
 
     The threads are OpenMP's where it is there, and Python's own otherwise.
     """
-    num_threads = max(1, min(num_threads, len(chunks)))
-    if num_threads > 1 and use_openmp_threads(num_threads):
+    # A sequence of 288 tokens has a chunk of 256 and one of 32. While there are so few that threads
+    # would wait for each other, they share the heads too: in float32 that takes a third less time
+    # for this sequence. In bfloat16 a share of a block is too short, and takes a tenth more.
+    H_kv = layout[0]
+    share_heads = len(chunks) < FEW_CHUNKS * num_threads and k.itemsize >= 4
+    num_groups = min(num_threads, H_kv) if share_heads else 1
+    num_tasks = num_groups * len(chunks)
+    if min(num_threads, num_tasks) > 1 and use_openmp_threads(min(num_threads, num_tasks)):
         attend_on_openmp(
-            chunks, chunk_locs, locs, queries, k, v, layout, tables, context_lens, m, l, acc, out
-        )
+            num_groups, chunks, chunk_locs, locs,
+            queries, k, v, layout, tables, context_lens, m, l, acc, out,
+        )  # fmt: skip
         return
+    num_threads = max(1, min(num_threads, len(chunks)))
+    heads = 0, H_kv
     others = []
     for w in range(1, num_threads):
         share = chunks[len(chunks) * w // num_threads : len(chunks) * (w + 1) // num_threads]
         others.append(
             worker_threads(os.getpid(), num_threads).submit(
-                walk_chunks, share, locs, queries, k, v, layout, tables, context_lens, m, l, acc
-            )
+                walk_chunks,
+                share,
+                locs,
+                queries,
+                k,
+                v,
+                layout,
+                heads,
+                tables,
+                context_lens,
+                m,
+                l,
+                acc,
+            )  # fmt: skip
         )
     share = chunks[: len(chunks) // num_threads]  # this thread's own
-    walk_chunks(share, locs, queries, k, v, layout, tables, context_lens, m, l, acc)
+    walk_chunks(share, locs, queries, k, v, layout, heads, tables, context_lens, m, l, acc)
     for other in others:
         other.result()
     merge_chunks(chunks, chunk_locs, locs, m, l, acc, out)

@@ -277,6 +277,35 @@ def test_any_number_of_threads_gives_the_same_bits(query_lens, dtype, set_thread
     world.check(paged_attention_cpu)
 
 
+@EACH_DTYPE
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 7])
+def test_threads_that_share_the_heads_of_few_chunks_give_the_same_bits(
+    num_kv_heads, dtype, set_threads
+):
+    options = {"block_size": 16, "group": 2, "num_kv_heads": num_kv_heads, "dtype": dtype}
+    for query_lens, context_lens in (([1], [290]), ([1], [5]), ([3, 1, 1], [70, 600, 256])):
+        world = World(query_lens, context_lens, **options)
+        results = []
+        for threads in (1, 2, 3, 64):
+            set_threads(threads)
+            results.append(world.run(paged_attention_cpu))
+            world.check(paged_attention_cpu)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_only_while_chunks_are_few_do_threads_share_the_heads(monkeypatch, set_threads):
+    groups = []
+    monkeypatch.setattr(attention_cpu, "attend_on_openmp", lambda number, *_: groups.append(number))
+    monkeypatch.setattr(attention_cpu, "use_openmp_threads", lambda number: True)
+    for threads, num_kv_heads, sequences in ((2, 12, 1), (2, 1, 3), (3, 2, 1), (2, 12, 16)):
+        set_threads(threads)
+        for dtype in (torch.float32, torch.bfloat16):
+            options = {"num_kv_heads": num_kv_heads, "dtype": dtype}
+            World([1] * sequences, [9] * sequences, **options).run(paged_attention_cpu)
+    # One chunk of bfloat16 is one task: it needs no second thread.
+    assert groups == [2, 1, 1, 2, 1, 1]
+
+
 TWO_THREADS_AND_THEN_ONE = """
 import torch
 from kernels.attention_cpu import paged_attention_cpu
