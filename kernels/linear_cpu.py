@@ -17,7 +17,7 @@ next panel would be a second stream. And one row gets a loop for one row: togeth
 GPT-2's products of one sequence 1.3 times as fast (AMD EPYC, two threads). Measured on one AVX-512
 core with six layers of 768 x 3072 in float32 (57 MB): 8 rows take 2.1 ms, 27 GB/s of weights, and
 32 rows 4.2 ms; PyTorch's `nn.Linear` takes 6.1 and 12.7 ms. The panels lie in huge pages: in pages
-of 4 KB a step of one sequence took a fifth to a half longer (AMD EPYC, two threads).
+of 4 KB a step of one sequence takes 4% longer.
 
 In bfloat16 a word of a panel holds two inputs. Most processors have to widen them to float32. With
 AVX512-BF16, `vdpbf16ps` takes a word of x and a word of weights, and adds both products to a sum in
