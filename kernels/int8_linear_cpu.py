@@ -40,10 +40,12 @@ from kernels.linear_cpu import (
     VECTORS,
     WORDS_AHEAD,
     gelu_new_row,
+    sums_for,
 )
 from kernels.numba_tools import (
     CACHE_LINE_BYTES,
     HAS_NUMBA,
+    as_numpy,
     compiled,
     compiled_in_order,
     data_of_arrays,
@@ -51,14 +53,16 @@ from kernels.numba_tools import (
     in_all_lanes,
     prange,
     processor_features,
+    store_row,
     use_openmp_threads,
+    widen,
 )
 
 if HAS_NUMBA:
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
-    from numba.extending import intrinsic
+    from numba.extending import intrinsic, overload
 
     from kernels.linear_cpu import (
         I64,
@@ -178,23 +182,43 @@ if HAS_NUMBA:
 
 
 # ---- a layer -------------------------------------------------------------------------------------
+def widened(row):
+    """A row (C,) in float32; bfloat16 comes as uint16."""
+    return row
+
+
+if HAS_NUMBA:
+
+    @overload(widened)
+    def _widened(row):
+        if row.dtype != types.uint16:
+            return lambda row: row
+
+        def widen_each(row):
+            out = np.empty(len(row), np.float32)
+            for j in range(np.uint64(len(row))):
+                out[j] = widen(row[j])
+            return out
+
+        return widen_each
+
+
 # In order: otherwise LLVM would multiply a sum by one scale and then by the other, which rounds it
 # differently than the product of both.
 @functools.partial(compiled, parallel=True, fastmath=False)
 def multiply(x, w, starts, scales, bias, must_activate, out):
     """out = x w + bias, all contiguous, followed by GPT-2's activation if `must_activate`.
 
-    x (N, inputs) and out (N, panels * PANEL) are float32, w (panels, words, PANEL) holds words of
-    four integers, `starts` (int32), `scales` and `bias` (float32) are (panels * PANEL,). The number
-    of words is a multiple of TURN.
+    x (N, inputs) and out (N, panels * PANEL) are float32, or uint16 for bfloat16. w (panels, words,
+    PANEL) holds words of four integers, `starts` (int32), `scales` and `bias` (float32) are
+    (panels * PANEL,). The number of words is a multiple of TURN.
     """
     num_rows, num_inputs = x.shape
     num_panels, num_words, _ = w.shape
-    num_outputs = out.shape[1]
     integers = np.empty((num_rows, num_words * INPUTS_PER_WORD), np.uint8)
     row_scales = np.empty(num_rows, np.float32)
     for row in prange(num_rows):
-        row_scales[row] = quantize_row(x[row], integers[row, :num_inputs])
+        row_scales[row] = quantize_row(widened(x[row]), integers[row, :num_inputs])
     words = integers.view(np.uint32)
     num_tiles = (num_rows + ROWS - 1) // ROWS
     num_bundles = (num_tiles + TILES_AT_ONCE - 1) // TILES_AT_ONCE
@@ -203,6 +227,8 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
         last_tile = min(first_tile + TILES_AT_ONCE, num_tiles)
         first_output = task % num_panels * PANEL
         w_at = first_output * num_words
+        sums = sums_for(out)  # out itself, or a task's own rows
+        is_own = out.itemsize == 2
         # Each tile prefetches its share of the next panel; a single one, what it needs soon.
         num_fetched = (LINES + last_tile - first_tile - 1) // (last_tile - first_tile)
         words_fetched = num_fetched * (num_words // TURN) * CACHE_LINE_BYTES // 4
@@ -212,6 +238,8 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
             fetch_at = w_at + num_words * PANEL + (tile - first_tile) * words_fetched
             if last_tile - first_tile == 1:
                 fetch_at = w_at + WORDS_AHEAD
+            first_sum = row - first_tile * ROWS if is_own else row
+            column = 0 if is_own else first_output
             multiply_tile(
                 words,
                 row * num_words,
@@ -225,16 +253,19 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
                 first_output,
                 row_scales,
                 row,
-                out,
-                row * num_outputs + first_output,
-                num_outputs,
+                sums,
+                first_sum * sums.shape[1] + column,
+                sums.shape[1],
                 rows,
                 fetch_at,
                 num_fetched,
             )
-            if must_activate:
-                for r in range(row, row + rows):
-                    gelu_new_row(out[r, first_output : first_output + PANEL])
+            for r in range(rows):
+                complete = sums[first_sum + r, column : column + PANEL]
+                if must_activate:
+                    gelu_new_row(complete)
+                if is_own:
+                    store_row(complete, out[row + r, first_output : first_output + PANEL])
 
 
 class Int8PanelLinear(nn.Module):
@@ -274,20 +305,21 @@ class Int8PanelLinear(nn.Module):
         """(N, in) -> (N, out), in x's dtype."""
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"x is {tuple(x.shape)}: this layer takes (N, {self.in_features})")
-        out = torch.empty(len(x), len(self.padded_bias), dtype=torch.float32)
+        rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        out = torch.empty(len(x), len(self.padded_bias), dtype=rows.dtype)
         use_openmp_threads(torch.get_num_threads())
         multiply(
-            x.float().contiguous().numpy(),
+            as_numpy(rows.contiguous()),
             self.words,
             self.starts,
             self.padded_scales,
             self.padded_bias,
             self.activation is not None,
-            out.numpy(),
+            as_numpy(out),
         )
         if len(self.padded_bias) > self.out_features:
             out = out[:, : self.out_features]
-        return out if x.dtype == torch.float32 else out.to(x.dtype)
+        return out.to(x.dtype)
 
 
 @functools.cache
