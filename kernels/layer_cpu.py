@@ -161,6 +161,7 @@ class PanelLayer(Layer):
             attended, x = attended[rows], x[rows]
             numbers, own = as_numpy(x), scratch.rows(len(x), self.widths, numbers.dtype)
         out = torch.empty_like(x)
+        use_openmp_threads(torch.get_num_threads())  # attention may have used fewer
         finish_layer(as_numpy(attended), numbers, *self.after, own, as_numpy(out))
         return out
 

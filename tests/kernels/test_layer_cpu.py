@@ -8,8 +8,10 @@ import torch
 from parallel import in_threads
 from torch import nn
 
+from kernels import layer_cpu
 from kernels.layer_cpu import PanelLayer, can_compile_layer
 from kernels.linear_cpu import PanelLinear, can_multiply_pairs, can_use_panels
+from kernels.numba_tools import use_openmp_threads
 from kernels.packed_linear import pack
 from model import ALL_ROWS, GPT, GPTConfig, Layer
 
@@ -27,6 +29,7 @@ EACH_DTYPE = pytest.mark.parametrize(
     ],
     ids=["fp32", "bf16"],
 )
+numba = pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(
     not can_use_panels(torch.float32), reason="panels need AVX2, numba and OpenMP's threads"
 )
@@ -131,6 +134,25 @@ def test_a_product_that_was_replaced_or_dropout_uses_the_modules():
     before = layer(x, mixed, ALL_ROWS)
     assert not torch.equal(layer.train()(x, mixed, ALL_ROWS), before)
     assert torch.equal(layer.eval()(x, mixed, ALL_ROWS), before)
+
+
+@torch.inference_mode()
+def test_both_calls_use_all_threads_after_attention_that_used_fewer(set_threads, monkeypatch):
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one core")
+    set_threads(2)
+    _, layer = two_layers()
+    counts = []
+    for name in ("normalize_and_multiply", "finish_layer"):
+        note = lambda *_: counts.append(numba.get_num_threads())  # noqa: E731
+        monkeypatch.setattr(layer_cpu, name, note)
+
+    def attend(number, q, k, v):
+        use_openmp_threads(1)
+        return q
+
+    layer(layer(random_x(1, torch.float32), attend, ALL_ROWS), attend, ALL_ROWS)
+    assert counts == [2, 2, 2, 2]
 
 
 def test_several_threads_compute_at_once(set_threads):
