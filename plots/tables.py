@@ -154,9 +154,9 @@ def reaches() -> list[str]:
     compare("decode, 32 texts in transformers, with PagedCache / DynamicCache *", 1 / steps)
     file, slab = "cpu/kernels.csv", "speed against contiguous"
     ratio = newest(file, "whole blocks, all heads", slab, "batch=32 context=256 ")
-    compare("decode attention, 32 x 256 tokens / contiguous slab", ratio)
+    compare("decode attention, 32 x 256 tokens / contiguous slab *", ratio)
     ratio = newest(file, "paged", slab, "prefill batch=8 ")
-    compare("a prompt's attention, 8 x 256 tokens / contiguous slab", ratio)
+    compare("a prompt's attention, 8 x 256 tokens / contiguous slab *", ratio)
     file, long = "cpu/speed.csv", "batch=1 prompt=64 new=500 "
     for other, metric in (("no cache", "speed against no cache"), ("contiguous slab", slab)):
         ratio = newest(file, "paged", metric, long, threads=2, model="random:gpt2")
