@@ -202,7 +202,7 @@ def quantize_rows(rows, row_strides, cache, cache_strides, block_size, slots, H_
             source = np.uint64(n * row_strides[0] + h * row_strides[1])
             head = block_id * cache_strides[0] + h * cache_strides[1]
             target = np.uint64(head + offset * cache_strides[2])
-            # Positive floats have the order of their bits, with infinity and NaN at the end.
+            # As integers, the bits of positive floats have the order of the floats; NaN is last.
             largest = np.int32(0)
             for d in range(np.uint64(D)):
                 bits = np.float32(widen(rows[source + d])).view(np.int32)

@@ -14,10 +14,10 @@ time come to them. A tile is 6 rows of sums for the 64 columns, 24 vectors:
                         └────────────┘                             └────────────┘
 
 Both products have the same form: a step adds one number of each row times a vector of columns
-(`add_products`). As a query is a column, the maximum, the sum and the powers of the softmax are
-operations on whole vectors. Only Q and the result are transposed, once for all keys. K and V of 64
-keys are copied to a small dense matrix first, which widens bfloat16 and integers once for 64
-queries.
+(`add_products`). As a query is a column, the softmax takes the maximum, the sum and the powers of
+64 queries at once, with operations on whole vectors. Only Q and the result are transposed, once for
+all keys. K and V of 64 keys are copied to a small dense matrix first, which widens bfloat16 and
+integers once for 64 queries.
 
 No column depends on another one. Its keys come in groups of 64, counted from the first position
 that may be read, and each sum adds them in the order of the positions. So a query's result has the
@@ -360,8 +360,8 @@ def attend_panels(
             start = context_starts[i]
             for h_kv in range(H_kv):
                 # A later panel reads more keys than an earlier one. So the threads take turns, and
-                # another one begins with the next head. All panels of a head follow one another:
-                # its K and V are in a cache then.
+                # another one begins with the next head. Each thread computes its panels of a head
+                # one after another, while K and V of that head are in a cache.
                 for panel in range(num_panels):
                     if (panel + i * H_kv + h_kv) % num_threads == thread:
                         attend_panel(
