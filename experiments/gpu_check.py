@@ -70,7 +70,10 @@ TESTS = [
     "tests/kernels/test_triton_sampling.py",
     "tests/kernels/test_triton_decode.py",
     "tests/kernels/test_triton_prefill.py",
+    "tests/kernels/test_triton_int8.py",
     "tests/lesson/test_paged_attention_triton.py",
+    "tests/watch/test_roofline.py",
+    "tests/watch/test_explain.py",
 ]
 KERNEL_FILES = ["kernels.triton_prefill", "kernels.triton_decode", "kernels.triton_sampling"]
 KERNEL_FILES += ["kernels.triton_fused_decode", "kernels.triton_small_linear"]

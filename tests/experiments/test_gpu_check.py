@@ -54,6 +54,17 @@ def wrong(lines):
     return [line.removeprefix("WRONG: ") for line in lines if line.startswith("WRONG: ")]
 
 
+# ---- what it runs --------------------------------------------------------------------------------
+def test_every_file_with_a_test_for_a_gpu_is_run_there():
+    """A test is marked `device` or `gpu`, or `needs_gpu` marks it."""
+    marked = re.compile(r"^(@needs_gpu|@pytest\.mark\.(gpu|device)|pytestmark = .*\.device)", re.M)
+    files = (
+        path for path in (ROOT / "tests").rglob("test_*.py") if marked.search(path.read_text())
+    )
+    there = sorted(gpu_check.ENGINE_TESTS + gpu_check.TESTS)
+    assert sorted(str(path.relative_to(ROOT)) for path in files) == there
+
+
 # ---- where there is no GPU -----------------------------------------------------------------------
 def test_without_a_gpu_it_fails_with_one_sentence():
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -101,7 +101,8 @@ class AttentionRules:
     @pytest.mark.slow
     def test_every_context_around_tiles_and_chunks(self):
         lengths = [1, 2, 31, 32, 33, 34, 63, 64, 65, 66, 96, 97, 127, 128, 129, 130, 192, 193]
-        self.check_all(range(1, 1025) if ON_GPU else lengths, block_size=16, dtype=torch.float32)
+        lengths = list(range(1, 1025)) if ON_GPU else lengths
+        self.check_all(lengths, block_size=16, dtype=torch.float32)
 
     @pytest.mark.filterwarnings("error")  # rows of the tile that are no heads compute on numbers
     @pytest.mark.parametrize(
