@@ -5,6 +5,9 @@ the real clock is only compared with bounds that hold on any machine.
 """
 
 import time
+import weakref
+from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -72,6 +75,19 @@ def test_a_timer_makes_each_call_in_order_and_the_first_once_beforehand():
     assert made == [0]
     measure()
     assert made == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
+def test_a_timer_keeps_the_tensors_that_it_reads(device, monkeypatch):
+    """A graph would read an address whose memory belongs to another tensor by then."""
+    monkeypatch.setattr(roofline.torch, "cuda", MagicMock())  # its graphs hold nothing
+    numbers = torch.ones(2)
+    alive = weakref.ref(numbers)
+    measure = timer(partial(torch.select, numbers, 0), 2, device)
+    del numbers
+    assert alive() is not None
+    del measure
+    assert alive() is None
 
 
 # ---- ceilings ------------------------------------------------------------------------------------
