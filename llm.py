@@ -519,7 +519,7 @@ class LLM:
             return BACKENDS[self.backend].load()
         from speedups.quantized_kv import int8_kernels  # for int8 only
 
-        return int8_kernels(self.backend)
+        return int8_kernels(self.backend, self.dtype)
 
     def _build_forward(self, cache: KVCache) -> Forward:
         """The model over this pool, with the backend's kernels."""

@@ -41,7 +41,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.backends import BACKENDS, Kernels
+from kernels.backends import BACKENDS, INTERPRETED, Kernels
 from kv_cache import KVCache, write_kv
 from paged_attention import paged_attention
 
@@ -157,10 +157,13 @@ def paged_attention_int8(
     return paged_attention(q, k, v, tables.int(), *rest, **options)
 
 
-def int8_kernels(backend: str) -> Kernels:
-    """The two functions of a backend for this pool. Raises ValueError for one that has none."""
+def int8_kernels(backend: str, dtype: torch.dtype) -> Kernels:
+    """The two functions of a backend for this pool and q in `dtype`; ValueError if it has none."""
     if backend == "triton-simple":
         raise ValueError("backend 'triton-simple' reads no pool in int8: choose triton")
+    # Triton (3.7) fails to compile a product in 64 bits of numbers that were loaded as int8.
+    if backend == "triton" and dtype == torch.float64 and not INTERPRETED:
+        raise ValueError("backend 'triton' reads no pool in int8 in float64: choose float32")
     if backend == "torch":
         return Kernels(paged_attention_int8, write_kv_int8)
     return BACKENDS[backend].load()

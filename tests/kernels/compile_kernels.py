@@ -79,6 +79,11 @@ class Report:
     int8: bool = False
 
 
+def every(*values, **rest) -> list[Case]:
+    """All combinations of kernels, dtypes, head sizes and, if given, block sizes."""
+    return [Case(*combination, **rest) for combination in itertools.product(*values)]
+
+
 QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest to the limits
     *(Case(kernel, "bfloat16", 64) for kernel in KERNELS[:6]),
     Case("decode", "float16", 64, block_size=3, group=4),
@@ -91,9 +96,8 @@ QUICK = [  # GPT-2's heads with every kernel, then the shapes that come closest 
     Case("write", "float32", 80, block_size=3),
     Case("decode", "float64", 16),
     Case("prefill", "float64", 16),
-    *(Case(kernel, "bfloat16", 64, int8=True) for kernel in ("decode", "prefill", "write")),
+    *every(("decode", "prefill", "write"), DTYPES[:3], (64,), int8=True),
     Case("chunks", "float16", 128, block_size=3, group=4, starts=True, int8=True),
-    Case("prefill", "float32", 64, int8=True),
     Case("sample", "bfloat16", vocab_size=50_257),  # GPT-2's, its rows aligned to single numbers
     Case("sample", "float32", vocab_size=50_257),
     Case("sample", "float16", vocab_size=3_072),
@@ -122,11 +126,6 @@ GPT2, WIDEST = (64,), (64, 128, 256)
 VOCAB_SIZES = (1, 97, 4_097, 50_257, 50_304, 151_936)
 
 
-def every(*values, **rest) -> list[Case]:
-    """All combinations of kernels, dtypes, head sizes and, if given, block sizes."""
-    return [Case(*combination, **rest) for combination in itertools.product(*values)]
-
-
 FULL = [
     *every(("decode", "prefill", "write"), WIDTHS, HEAD_SIZES),
     *every(("decode",), WIDTHS, HEAD_SIZES, group=4),
@@ -135,6 +134,7 @@ FULL = [
     *every(("mixed",), WIDTHS, GPT2, starts=True),
     *every(("decode", "chunks", "fused_decode", "prefill", "write"), ("float16",), WIDEST, group=3),
     *every(("decode", "fused_decode", "prefill", "write"), ("bfloat16",), GPT2, (1, 3, 256)),
+    *every(("decode", "prefill", "write"), WIDTHS[:2], HEAD_SIZES[:-1], int8=True),
     *(Case("sample", dtype, vocab_size=V) for dtype in DTYPES[:3] for V in VOCAB_SIZES),
     *(Case("add_norm", dtype, sizes=(C, 0)) for dtype in DTYPES for C in (5, 48, 768, 1600)),
     *(

@@ -9,14 +9,18 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="there is nothing to compile without triton")
 import compile_kernels
 import triton
-from compile_kernels import FULL, QUICK, SHARED_LIMIT_BYTES, Report, known_targets, problems
+from compile_kernels import DTYPES, FULL, QUICK, SHARED_LIMIT_BYTES, Report, known_targets, problems
+
+from speedups.quantized_kv import int8_kernels
 
 SCRIPT = Path(compile_kernels.__file__)
 GPT2_IN_16 = ("bfloat16", 64)
@@ -73,6 +77,18 @@ def test_every_kernel_was_compiled(quick):
     names |= {"simple_attention_kernel", "simple_write_kernel"}
     assert {r["kernel"] for r in quick} == names
     assert {r["dtype"] for r in quick} == {"float16", "bfloat16", "float32", "float64"}
+
+
+def test_a_pool_of_int8_was_compiled_for_every_type_that_an_engine_takes(quick, monkeypatch):
+    monkeypatch.setattr("speedups.quantized_kv.INTERPRETED", False)
+    taken = set()
+    for dtype in DTYPES:
+        with suppress(ValueError):
+            int8_kernels("triton", getattr(torch, dtype))
+            taken.add(dtype)
+    assert "bfloat16" in taken
+    for kernel in ("decode_kernel", "prefill_kernel", "write_kv_kernel"):
+        assert {r["dtype"] for r in quick if r["int8"] and r["kernel"] == kernel} == taken
 
 
 def test_an_h100_multiplies_tiles_of_queries_with_the_instructions_made_for_it(quick):

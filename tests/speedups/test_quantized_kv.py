@@ -355,7 +355,7 @@ def test_prompt_logprobs_do_not_depend_on_how_the_prompt_was_cut(tiny_gpt, backe
         )
 
 
-def test_what_does_not_go_together_is_refused_with_a_sentence(tiny_gpt):
+def test_what_does_not_go_together_is_refused_with_a_sentence(tiny_gpt, monkeypatch):
     for options, sentence in (
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4': choose auto or int8"),
         ({"fused": True}, "fused has no kernel for a pool in int8"),
@@ -363,7 +363,10 @@ def test_what_does_not_go_together_is_refused_with_a_sentence(tiny_gpt):
         with pytest.raises(ValueError, match=sentence):
             build(tiny_gpt(), "torch", **options)
     with pytest.raises(ValueError, match="'triton-simple' reads no pool in int8"):
-        int8_kernels("triton-simple")
+        int8_kernels("triton-simple", torch.float32)
+    monkeypatch.setattr("speedups.quantized_kv.INTERPRETED", False)
+    with pytest.raises(ValueError, match="'triton' reads no pool in int8 in float64"):
+        int8_kernels("triton", torch.float64)
 
 
 def test_the_plain_pool_is_the_default(tiny_gpt):
