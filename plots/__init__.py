@@ -2,6 +2,7 @@
 
 No lesson needs this wing. A file imports only files above it.
 
+    gpu        what one GPU has shown: its rows as tables and sentences
     tables     the tables of README.md and docs/, written from rows
     palette    one colour a request, readable on light and dark
     pictures   the parts and what flows between them; a run's blocks, tables and batches

@@ -15,9 +15,11 @@ import ast
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from experiments.results import read
+from plots import gpu
 from watch.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -697,6 +699,13 @@ def shipped_model() -> list[str]:
     return table("held-out loss over 22 whole tales | ", rows)
 
 
+def of_gpu(name: str) -> list[str]:
+    """A table of the GPU's rows; without a row the command that measures it."""
+    make, file, stage = gpu.TABLES[name]
+    head, rows = make(gpu.rows_of(file))
+    return table(head, rows) if rows else [f"Not measured yet: `{gpu.COMMAND} --only {stage}`."]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "lesson": lesson,
     "wings": wings,
@@ -734,6 +743,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "scale-conversations-wait": lambda: by_router("conversations", P99, " s", 3),
     "scale-plan": replica_plan,
     "scale-wire": wire,
+    "gpu-runs": gpu.runs,
+    "gpu-findings": gpu.findings,
+    **{name: partial(of_gpu, name) for name in gpu.TABLES},
 }
 
 

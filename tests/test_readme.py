@@ -9,8 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from experiments.gpu_check import slug
 from experiments.results import read
-from plots import tables
+from plots import gpu, tables
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [*tables.pages(), ROOT / "CONTRIBUTING.md"]
@@ -105,6 +106,26 @@ def test_the_figures_in_the_readmes_prose_are_those_of_the_rows():
     at_once = {name: row["running at once, mean"] for name, row in figures.items()}
     ratio = at_once["paged"] / at_once["maximum, buddies"]
     assert f"In the same memory {ratio:.2f} times as many requests run at once" in text
+
+
+def test_the_gpus_figures_in_the_readme_are_those_of_the_rows():
+    rows = gpu.rows_of("engine.csv")
+    found, rate = gpu.Steps(rows), gpu.rate_of(rows, gpu.BEST_WAY)
+    large, small = (found.share_of_floor(shape) for shape in ((256, 512), (1, 128)))
+    words = f"On an NVIDIA H200 256 requests get {rate:,.0f} output tokens/s; the reading of "
+    words += f"weights, K and V is {large:.0f}% of a step of 256 x 512 tokens and {small:.0f}% of "
+    assert f"{words}one of 1 x 128." in " ".join(README.split())
+
+
+def test_the_rows_in_the_gpus_folder_are_that_gpus_and_none_is_faster_than_memory():
+    """A kernel that prefetches may be a little faster than the plain read, not a lot."""
+    files = sorted(gpu.FOLDER.glob("*.csv"))
+    assert files
+    for path in files:
+        for row in read(path):
+            assert slug(row["device"]) == gpu.FOLDER.name, path
+            if row["metric"].startswith("share of the"):
+                assert row["max"] < 110, f"{path.name}: {row['contender']}, {row['workload']}"
 
 
 def test_equal_memory_is_the_same_bytes_for_all():
