@@ -12,6 +12,7 @@ Each picture is drawn by one command, from a file in this repository or from a r
     kernels, load       results/cpu/kernels.csv, peers.csv   python benchmark.py kernels --out FILE
     scale               results/cpu/scale.csv             python benchmark.py scale --out FILE
     engines             results/cpu/engines.csv           python benchmark.py engines --out FILE
+    gpu                 results/nvidia-h200/engine.csv    python benchmark.py latency --out FILE
 
 If the data of a picture are missing, the program names the command that makes them. The same data
 give the same bytes, so a test draws all pictures again and compares them with those in docs/.
@@ -34,6 +35,7 @@ from matplotlib.figure import Figure
 
 from experiments.results import read
 from paged_attention import fold_block
+from plots import gpu
 from plots.palette import CARD, FAINT, INK, LIGHT, PALETTE, axes_on, card, save
 from plots.pictures import (
     draw_architecture,
@@ -381,13 +383,14 @@ def draw_engines(rows: list[dict]) -> Figure:
             bottom = 0.25 + row_number * (height + 0.4)
             ax = axes_on(figure, left, bottom, 9 - left - width + 0.1, height)
             ax.set_title(f"{batch} sequence{'s' * (batch > 1)}, {dtype}", pad=3)
-            draw_rates(ax, {name: found.get((dtype, batch, name)) for name in contenders})
+            rates = {name: found.get((dtype, batch, name)) for name in contenders}
+            draw_rates(ax, rates, lambda name: name == "PagedGPT")
             if column:
                 ax.set_yticklabels([])
     return figure
 
 
-def draw_rates(ax: Axes, rates: dict[str, dict | None]) -> None:
+def draw_rates(ax: Axes, rates: dict[str, dict | None], is_ours: Callable[[str], bool]) -> None:
     """A bar for each engine with its rate beside it; ours has a colour of its own."""
     ax.set_ylim(-0.6, len(rates) - 0.4)
     ax.set_xlim(0, 1.25 * max((row["max"] for row in rates.values() if row), default=1))
@@ -397,12 +400,59 @@ def draw_rates(ax: Axes, rates: dict[str, dict | None]) -> None:
             continue
         medians, errors = spread([row])
         whiskers = {"ecolor": INK, "elinewidth": 0.8, "capsize": 1.5}
-        colour = PALETTE[0] if name == "PagedGPT" else LIGHT
+        colour = PALETTE[0] if is_ours(name) else LIGHT
         ax.barh([y], medians, 0.8, xerr=errors, error_kw=whiskers, color=colour)
-        ax.text(row["max"], y, f"  {row['median']:.0f}", va="center", size=7)
+        ax.text(row["max"], y, f"  {row['median']:,.0f}", va="center", size=7)
     ax.set_yticks(range(len(rates)), list(rates), size=7.5)
     ax.set_xticks([])
     ax.tick_params(axis="y", length=0)
+
+
+GPU_BARS = {gpu.FLOOR: LIGHT, gpu.RECORDED: PALETTE[1], gpu.FUSED: PALETTE[0]}
+GPU_BARS |= {gpu.SMALL: PALETTE[2]}
+
+
+def draw_gpu(rows: list[dict]) -> Figure:
+    """A decode step of the fewest and the most sequences by ways, and requests in tokens/s."""
+    rows = gpu.chosen(rows)
+    found = gpu.Steps(rows)
+    # Of batches between only small linears are of interest: the table shows them.
+    ends = {batch for shape in (found.shapes[:1], found.shapes[-1:]) for batch, _ in shape}
+    shapes = [shape for shape in found.shapes if shape[0] in ends][::-1]  # the first one on top
+    served = {row["contender"]: row for row in rows if row["metric"] == "output tokens"}
+    if not served or not any(found.share_of_floor(shape) for shape in shapes):
+        raise Missing("no steps beside their floor: python benchmark.py latency measures them")
+    title = f"{rows[-1]['device']}: the bytes alone are "
+    parts = [(found.share_of_floor(shape), shape[0]) for shape in (shapes[0], shapes[-1])]
+    title += " and ".join(f"{part:.0f}% of a step of {batch}" for part, batch in parts if part)
+    words = (
+        f"{rows[-1]['model']} in {rows[-1]['dtype']}. Left: the forward of a decode step, from a "
+        "CUDA graph. Byte floor: weights, K and V at the speed of a plain\nread. Right: 256 mixed "
+        "requests. Medians; the thin lines go from the smallest repeat to the largest."
+    )
+    figure = card(1.55 + 0.62 * len(shapes), title, words)
+    height = 0.62 * len(shapes)
+    left = axes_on(figure, 1.4, 0.5, 4.1, height, xlabel="ms on the device")
+    draw_steps(left, found, shapes)
+    right = axes_on(figure, 7.05, 0.5, 0.3, height, xlabel="output tokens/s")
+    draw_rates(right, dict(reversed(served.items())), lambda name: not name.startswith(gpu.PEER))
+    return figure
+
+
+def draw_steps(ax: Axes, found: gpu.Steps, shapes: list[gpu.Shape]) -> None:
+    """For each shape a bar for its floor and for each way; a mark where the next token comes."""
+    for i, (name, colour) in enumerate(GPU_BARS.items()):
+        times = [(y, found.get(name, gpu.STEP, shape)) for y, shape in enumerate(shapes)]
+        known = [(y + 0.4 - 0.2 * (i + 0.5), t) for y, t in times if t is not None]
+        label = gpu.WAYS.get(name, name)
+        ax.barh([y for y, _ in known], [t for _, t in known], 0.2, color=colour, label=label)
+    for y, shape in enumerate(shapes):
+        if best := found.fastest(shape, gpu.TOKEN, gpu.AHEAD.values()):
+            label = "token to token, ahead" if y == 0 else None
+            ax.plot([best[0]] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=1.2, label=label)
+    ax.set_yticks(range(len(shapes)), [f"{B} x {T} tokens" for B, T in shapes])
+    ax.tick_params(axis="y", length=0)
+    ax.legend(loc="upper right", borderpad=0)
 
 
 # ---- all of them ---------------------------------------------------------------------------------
@@ -420,9 +470,10 @@ def recorded(name: str) -> tuple[dict, list[dict]]:
     return load(read_recording, path, f"python generate.py {RECORDED[name]} --record")
 
 
-def measured(args: argparse.Namespace, name: str) -> list[dict]:
-    """An experiment's rows, from the folder that --results names."""
-    path = args.results / f"{name}.csv"
+def measured(args: argparse.Namespace, name: str, path: Path | None = None) -> list[dict]:
+    """An experiment's rows: from the folder that --results names, else from `path` or the CPU's."""
+    if args.results is not None or path is None:
+        path = (args.results or ROOT / "results/cpu") / (path.name if path else f"{name}.csv")
     return load(read, path, f"python benchmark.py {name} --out")
 
 
@@ -448,6 +499,7 @@ PICTURES: dict[str, Callable[[argparse.Namespace], Figure]] = {
     "engines": lambda args: draw_engines(measured(args, "engines")),
     "load": lambda args: draw_load(measured(args, "peers")),
     "scale": lambda args: draw_scale(measured(args, "scale")),
+    "gpu": lambda args: draw_gpu(measured(args, "latency", gpu.FOLDER / "engine.csv")),
 }
 
 
@@ -460,7 +512,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="file of this one picture; default: docs/PICTURE.svg")
     default = ROOT / "results/recordings/demo.jsonl"
     add("--recording", type=Path, default=default, help="a file written by generate.py --record")
-    add("--results", type=Path, default=ROOT / "results/cpu", help="folder of measured rows")
+    add("--results", type=Path, help="folder of measured rows (default: the repository's)")
     workload = "batch=32 context=256 block_size=16"
     add("--workload", default=workload, help=f"workload of the kernels (default {workload})")
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ from plots.draw import (
     PICTURES,
     Missing,
     draw_engines,
+    draw_gpu,
     draw_kernels,
     draw_load,
     draw_memory,
@@ -24,7 +25,7 @@ from plots.draw import (
     main,
     softmax_folds,
 )
-from plots.palette import INK, PALETTE
+from plots.palette import INK, LIGHT, PALETTE
 
 DECODE = "batch=32 context=256 block_size=16"
 
@@ -217,6 +218,34 @@ def test_the_engines_have_a_panel_for_each_batch_and_dtype_with_the_most_threads
     assert panels["1 sequence, float32"] == {"OpenVINO": 50.0, "PagedGPT": 40.0}
     ours = figure.axes[2].patches[1]
     assert (to_hex(ours.get_facecolor()), ours.get_width()) == (PALETTE[0], 40.0)
+
+
+def test_a_gpus_step_has_a_bar_for_its_floor_and_each_way_and_a_mark_for_the_next_token():
+    steps = {"byte floor": 1.0, "recorded": 4.0, "recorded, fused": 2.0}
+    rows = [
+        row(name, factor * ms, f"decode batch={batch} context=128 block_size=16", "time a step")
+        for batch, factor in ((1, 1.0), (16, 2.0), (256, 3.0))
+        for name, ms in steps.items()
+    ]
+    rows.append(row("recorded, fused, ahead", 9.0, rows[-1]["workload"], "token to token"))
+    served = {"serial": 100.0, "one step ahead": 150.0, "transformers continuous batching": 50.0}
+    rows += [row(name, rate, "requests=3", "output tokens") for name, rate in served.items()]
+    figure = draw_gpu([each | {"repeats": 3} for each in rows])
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "256 x 128 tokens", "1 x 128 tokens",
+    ]  # fmt: skip
+    found = {bars.get_label(): [bar.get_width() for bar in bars] for bars in left.containers}
+    assert found == {"byte floor": [3.0, 1.0], "recorded": [12.0, 4.0], "fused": [6.0, 2.0],
+                     "small linears": []}  # fmt: skip
+    assert [list(line.get_xdata()) for line in left.lines] == [[9.0, 9.0]]
+    title = "a CPU: the bytes alone are 50% of a step of 256 and 50% of a step of 1"
+    assert figure.texts[0].get_text() == title
+    assert bars_of(right) == {name: [rate] for name, rate in served.items()}
+    bars = [container[0] for container in right.containers if hasattr(container[0], "get_width")]
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == [LIGHT, PALETTE[0], PALETTE[0]]
+    with pytest.raises(Missing, match="benchmark.py latency"):
+        draw_gpu([each | {"repeats": 3} for each in rows if "floor" not in each["contender"]])
 
 
 # ---- the command ---------------------------------------------------------------------------------
