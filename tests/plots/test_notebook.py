@@ -43,6 +43,7 @@ COMMANDS = {  # chart -> the command that its cell names
     **dict.fromkeys(["reuse", "saved"], "python benchmark.py sharing"),
     "caches": "python benchmark.py hf",
     "kernels": "python benchmark.py kernels",
+    "gpu": "python benchmark.py latency",
     "pool": "python generate.py --record results/recordings/demo.jsonl",
 }
 
@@ -478,6 +479,25 @@ def test_the_caches_of_transformers_grow_search_and_are_padded(run_cells):
     assert "Dotted: the tokens' own" in grow.figure.texts[1].get_text()
 
 
+def gpu_rows(device="a GPU"):
+    workload = "decode batch=4 context=128 block_size=16"
+    for name, ms in (("byte floor", 1.0), ("recorded", 4.0), ("recorded, fused", 2.0)):
+        yield row("latency", name, "time a step", workload, ms, device=device)
+    for name, rate in (("serial", 100.0), ("one step ahead", 150.0)):
+        yield row("latency", name, "output tokens", "requests=3", rate, device=device)
+
+
+def test_the_step_on_a_gpu_is_of_ones_own_where_there_is_one(run_cells, tmp_path, capsys):
+    figure = run_cells(gpu_rows(), "gpu")
+    assert capsys.readouterr().out.startswith("benchmark_results.csv, commit new: a GPU")
+    assert figure.texts[0].get_text().startswith("a GPU: the bytes alone are 50% of a step of 4")
+    write(tmp_path / "results/nvidia-h200/engine.csv", gpu_rows("an H200"))
+    joining = row("latency", "budget=64", "time to first token", "joining batch=8", 1.0)
+    figure = run_cells([joining], "gpu")
+    assert capsys.readouterr().out.startswith("results/nvidia-h200/engine.csv, commit new: an H200")
+    assert figure.texts[0].get_text().startswith("an H200: ")
+
+
 def test_the_pool_is_the_recorded_one(run_cells, tmp_path, capsys):
     shutil.copytree(ROOT / "results/recordings", tmp_path / "results/recordings")
     figure = run_cells([], "pool")
@@ -547,7 +567,8 @@ def test_every_chart_is_drawn_from_what_the_experiments_write(copy):
     measure(own, hf, "--parts memory --grow 1 64 --texts 2 --beams 2 --beam-tokens 3 --context 33 "
             "--steps 1 --model assets/tiny-gpt2 --dtypes float32")  # fmt: skip
     (copy.parent / "results").mkdir()
-    shutil.copytree(ROOT / "results/recordings", copy.parent / "results/recordings")
+    for folder in ("recordings", "nvidia-h200"):  # a CPU replays no CUDA graph
+        shutil.copytree(ROOT / "results" / folder, copy.parent / "results" / folder)
     found = cells(execute(copy))
     assert text_of(found["load"]).startswith(f"benchmark_results.csv: {len(read(own)):,} rows of")
     titles = {name: picture_of(found[name])[0] for name in COMMANDS}
