@@ -40,6 +40,7 @@ from kernels.linear_cpu import (
     VECTORS,
     WORDS_AHEAD,
     gelu_new_row,
+    store_rounded,
     sums_for,
 )
 from kernels.numba_tools import (
@@ -53,7 +54,6 @@ from kernels.numba_tools import (
     in_all_lanes,
     prange,
     processor_features,
-    store_row,
     use_openmp_threads,
     widen,
 )
@@ -260,12 +260,13 @@ def multiply(x, w, starts, scales, bias, must_activate, out):
                 fetch_at,
                 num_fetched,
             )
-            for r in range(rows):
-                complete = sums[first_sum + r, column : column + PANEL]
-                if must_activate:
-                    gelu_new_row(complete)
-                if is_own:
-                    store_row(complete, out[row + r, first_output : first_output + PANEL])
+            if must_activate:
+                for r in range(rows):
+                    gelu_new_row(sums[first_sum + r, column : column + PANEL])
+            if is_own:
+                for r in range(rows):
+                    out_at = (row + r) * out.shape[1] + first_output
+                    store_rounded(sums, (first_sum + r) * PANEL, out, out_at)
 
 
 class Int8PanelLinear(nn.Module):

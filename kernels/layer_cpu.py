@@ -30,8 +30,8 @@ from kernels.numba_tools import (
     as_numpy,
     compiled,
     compiled_parallel,
+    narrow,
     prange,
-    store_row,
     use_openmp_threads,
     widen,
 )
@@ -41,8 +41,8 @@ Arrays = tuple[np.ndarray, ...]
 
 
 @compiled
-def normalize_row(x, gain, shift, eps, row, out):
-    """out = LayerNorm(x) for one row (C,). gain, shift and `row`, a scratch, are (C,) float32."""
+def normalize_row(x, gain, shift, eps, out):
+    """out = LayerNorm(x) for one row (C,). gain and shift are (C,) float32."""
     count = np.float32(len(x))
     total = np.float32(0)
     for j in range(len(x)):
@@ -54,16 +54,15 @@ def normalize_row(x, gain, shift, eps, row, out):
         squares += distance * distance
     factor = np.float32(1) / np.sqrt(squares / count + eps)
     for j in range(len(x)):
-        row[j] = (widen(x[j]) - mean) * factor * gain[j] + shift[j]
-    store_row(row, out)
+        out[j] = narrow((widen(x[j]) - mean) * factor * gain[j] + shift[j], out)
 
 
 @compiled_parallel
 def normalize_and_multiply(x, gain, shift, eps, w, bias, scratch, out):
     """out = LayerNorm(x) w + bias. x (N, C) is float32, or uint16 for bfloat16; as `multiply`."""
-    sums, normal, _ = scratch
+    _, normal, _ = scratch
     for row in prange(len(x)):
-        normalize_row(x[row], gain, shift, eps, sums[row, : x.shape[1]], normal[row])
+        normalize_row(x[row], gain, shift, eps, normal[row])
     multiply(normal.view(w.dtype), w, bias, False, out)
 
 
@@ -80,7 +79,7 @@ def finish_layer(
     multiply(attended.view(w_o.dtype), w_o, bias_o, False, sums)
     for row in prange(len(x)):
         add_row(x[row], sums[row], out[row])  # out holds y until the last line
-        normalize_row(out[row], gain, shift, eps, sums[row, : x.shape[1]], normal[row])
+        normalize_row(out[row], gain, shift, eps, normal[row])
     multiply(normal.view(w_fc.dtype), w_fc, bias_fc, True, wide)
     multiply(wide.view(w_p.dtype), w_p, bias_p, False, sums)
     for row in prange(len(x)):
@@ -91,8 +90,7 @@ def finish_layer(
 def add_row(x, added, out):
     """out = x + added for one row; x and out (C,), `added` is float32 and may be longer."""
     for j in range(len(x)):
-        added[j] += widen(x[j])
-    store_row(added[: len(x)], out)
+        out[j] = narrow(widen(x[j]) + added[j], out)
 
 
 # ---- the layer -----------------------------------------------------------------------------------

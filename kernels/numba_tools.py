@@ -1,4 +1,4 @@
-"""Numba, and six operations that it lacks: widen and store numbers, scales, 2^x, two prefetches.
+"""Numba, and six operations that it lacks: widen and narrow numbers, scales, 2^x, two prefetches.
 
 Numba translates a loop over tokens, heads and dimensions from Python to machine code at its first
 call and keeps the result on disk. Python itself would compute a few million products a second; a
@@ -6,7 +6,7 @@ core computes billions. The CPU kernels of this wing need six operations that Nu
 have:
 
     widen(x)               bfloat16 to float32:  0x3fc0 -> 0x3fc00000 = 1.5
-    store_row(row, out)    a row of float32 to float32 or bfloat16, rounded to nearest, ties to even
+    narrow(x, out)         float32 to the dtype of out: bfloat16 is rounded, ties to even
     token_scale(pool, i)   the scale of a token in a pool of int8; 1 in any other pool
     power_of_two(x)        2^x as ten instructions that LLVM can apply to 16 numbers at a time
     prefetch(a, i)         start loading 256 numbers from a[i] on, without waiting for them
@@ -150,8 +150,8 @@ def widen(x):
     """A number of the pool as float32 or float64; bfloat16 is the upper half of a float32."""
 
 
-def store_row(row, out):
-    """out[:] = row, (C,) of float32; bfloat16 (uint16) is rounded to nearest, ties to even."""
+def narrow(x, out):
+    """A float32 as a number of the array `out`; for bfloat16 (uint16) rounded, ties to even."""
 
 
 def token_scale(pool, index):
@@ -207,25 +207,19 @@ if HAS_NUMBA:
             return lambda x: np.float32(x)
         return lambda x: x
 
-    @overload(store_row)
-    def _store_row(row, out):
+    @overload(narrow)
+    def _narrow(x, out):
         if out.dtype != types.uint16:
+            return lambda x, out: x
 
-            def store(row, out):
-                for j in range(np.uint64(len(out))):
-                    out[j] = row[j]
+        def rounded(x, out):
+            bits = np.float32(x).view(np.uint32)
+            # Half of the last kept digit, minus one if that digit is even.
+            half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            upper = np.uint32(bits + half) >> np.uint32(16)
+            return np.uint16(upper) if x == x else np.uint16(0x7FC0)
 
-            return store
-
-        def store_rounded(row, out):
-            for j in range(np.uint64(len(out))):
-                bits = np.float32(row[j]).view(np.uint32)
-                # Half of the last kept digit, minus one if that digit is even.
-                half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                rounded = np.uint32(bits + half) >> np.uint32(16)
-                out[j] = np.uint16(rounded) if row[j] == row[j] else np.uint16(0x7FC0)
-
-        return store_rounded
+        return rounded
 
     @intrinsic
     def token_scale(typingctx, pool, index):  # noqa: F811, D103

@@ -213,6 +213,22 @@ def test_a_sum_takes_its_inputs_one_after_the_other_with_one_rounding_each(
 
 
 @needs_panels
+@pytest.mark.parametrize("rows", [1, 9])
+def test_sums_are_rounded_to_bfloat16_as_pytorch_rounds_them(rows):
+    """Any bits as the bias: with an x of zeros they are the sums."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
+    ties = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000  # between two of bfloat16's numbers
+    sums = torch.from_numpy(np.concatenate([bits, ties]).view(np.float32))
+    layer = PanelLinear(plain_layer(8, len(sums), torch.bfloat16))
+    layer.padded_bias[: len(sums)] = sums
+    got, want = layer(torch.zeros(rows, 8, dtype=torch.bfloat16)), sums.bfloat16()
+    is_tiny = sums.abs() < 2**-126  # `vdpbf16ps` takes such a number for 0
+    assert torch.equal(got.isnan(), want.isnan().expand_as(got))
+    as_they_are = ~(want.isnan() | is_tiny)
+    assert torch.equal(got[:, as_they_are], want[as_they_are].expand(rows, -1))
+
+
+@needs_panels
 def test_it_uses_as_many_threads_as_pytorch_does(set_threads):
     import numba
 
