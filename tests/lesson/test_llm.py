@@ -287,6 +287,24 @@ def test_auto_is_the_gpu_where_there_is_one_and_bfloat16_where_it_has_it(monkeyp
 
 
 @pytest.mark.parametrize(
+    ("options", "device", "want"),
+    [
+        ({}, "cpu", 2048),
+        ({}, "cuda", 8192),
+        ({"max_num_batched_tokens": 6}, "cuda", 6),
+    ],
+)
+def test_a_step_has_more_tokens_on_a_gpu_where_no_number_is_given(
+    options, device, want, tiny_gpt, monkeypatch
+):
+    default = llm_module.default_budget
+    monkeypatch.setattr(llm_module, "default_budget", lambda _: default(torch.device(device)))
+    llm = LLM(tiny_gpt(), num_blocks=8, **options)
+    assert llm.config.max_num_batched_tokens == want
+    assert llm.engine.scheduler.max_num_batched_tokens == want
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"device": "tpu"}, "device is 'tpu': choose auto, cpu or cuda"),
