@@ -539,13 +539,21 @@ class LLM:
         kernels = self._load_kernels()
         eager = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if not self.config.fused:
-            return self._adapt_threads(eager)
+            return self._adapt_threads(self._compile_step(cache) or eager)
         if self.backend != "triton":
             raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
         from kernels.triton_fused import fused_forward  # for fused=True only
 
         # Prefill steps stay eager.
         return fused_forward(self.model, cache, otherwise=eager, few_rows=self.config.few_rows)
+
+    def _compile_step(self, cache: KVCache) -> Forward | None:
+        """On a CPU, a forward in one compiled call; None where the model has no panels."""
+        if self.backend != "numba" or isinstance(self.model.lm_head, torch.nn.Linear):
+            return None
+        from kernels.step_cpu import can_compile_step, step_forward  # for wide models only
+
+        return step_forward(self.model, cache) if can_compile_step(self.model, cache) else None
 
     def _adapt_threads(self, eager: Forward) -> Forward:
         """On a CPU, a forward that uses fewer threads while other processes take its cores."""

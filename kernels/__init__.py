@@ -18,6 +18,7 @@ it replaces, and its tests compare it with that function. A file imports only fi
     linear_cpu           a linear layer on a CPU that prefetches its weights
     int8_linear_cpu      the same with weights and inputs in eight bits
     layer_cpu            a layer on a CPU in two compiled calls around its attention
+    step_cpu             a whole step on a CPU in one compiled call
     packed_linear        a model whose weights are in the order in which a CPU multiplies them
     triton_fused         the small operations around attention, joined
 """

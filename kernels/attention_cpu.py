@@ -442,6 +442,19 @@ def attend_on_openmp(
         merge_chunks(chunks, chunk_locs[i : i + 2], locs[i : i + 2], m, l, acc, out)
 
 
+@compiled
+def count_head_groups(num_threads, num_chunks, H_kv, itemsize):
+    """Into how many groups of heads `attend_on_openmp` cuts each chunk.
+
+    A sequence of 288 tokens has a chunk of 256 and one of 32. While there are so few that threads
+    would wait for each other, they share the heads too: in float32 that takes a third less time
+    for this sequence. In bfloat16 a share of a block is too short, and takes a tenth more.
+    """
+    if num_chunks < FEW_CHUNKS * num_threads and itemsize >= 4:
+        return min(num_threads, H_kv)
+    return 1
+
+
 def attend_chunks(
     num_threads, chunks, chunk_locs, locs,
     queries, k, v, layout, tables, context_lens, m, l, acc, out,
@@ -450,12 +463,8 @@ def attend_chunks(
 
     The threads are OpenMP's where it is there, and Python's own otherwise.
     """
-    # A sequence of 288 tokens has a chunk of 256 and one of 32. While there are so few that threads
-    # would wait for each other, they share the heads too: in float32 that takes a third less time
-    # for this sequence. In bfloat16 a share of a block is too short, and takes a tenth more.
     H_kv = layout[0]
-    share_heads = len(chunks) < FEW_CHUNKS * num_threads and k.itemsize >= 4
-    num_groups = min(num_threads, H_kv) if share_heads else 1
+    num_groups = count_head_groups(num_threads, len(chunks), H_kv, k.itemsize)
     num_tasks = num_groups * len(chunks)
     if min(num_threads, num_tasks) > 1 and use_openmp_threads(min(num_threads, num_tasks)):
         attend_on_openmp(

@@ -209,16 +209,17 @@ if HAS_NUMBA:
 def multiply(x, w, starts, scales, bias, must_activate, out):
     """out = x w + bias, all contiguous, followed by GPT-2's activation if `must_activate`.
 
-    x (N, inputs) and out (N, panels * PANEL) are float32, or uint16 for bfloat16. w (panels, words,
-    PANEL) holds words of four integers, `starts` (int32), `scales` and `bias` (float32) are
-    (panels * PANEL,). The number of words is a multiple of TURN.
+    x (N, inputs) and out (N, panels * PANEL) are float32, or uint16 for bfloat16; rows of x may be
+    longer, with zeros at the end. w (panels, words, PANEL) holds words of four integers, `starts`
+    (int32), `scales` and `bias` (float32) are (panels * PANEL,). The number of words is a multiple
+    of TURN.
     """
-    num_rows, num_inputs = x.shape
     num_panels, num_words, _ = w.shape
+    num_rows, num_inputs = len(x), min(x.shape[1], num_words * INPUTS_PER_WORD)
     integers = np.empty((num_rows, num_words * INPUTS_PER_WORD), np.uint8)
     row_scales = np.empty(num_rows, np.float32)
     for row in prange(num_rows):
-        row_scales[row] = quantize_row(widened(x[row]), integers[row, :num_inputs])
+        row_scales[row] = quantize_row(widened(x[row, :num_inputs]), integers[row, :num_inputs])
     words = integers.view(np.uint32)
     num_tiles = (num_rows + ROWS - 1) // ROWS
     num_bundles = (num_tiles + TILES_AT_ONCE - 1) // TILES_AT_ONCE
@@ -301,6 +302,7 @@ class Int8PanelLinear(nn.Module):
         self.padded_scales = F.pad(scales, (0, padding_out)).numpy()
         self.starts = (-OFFSET * padded.sum(1, dtype=torch.int32)).numpy()
         self.words = self.weight.view(torch.uint32)[..., 0].numpy()  # the same memory
+        self.arrays = self.words, self.starts, self.padded_scales, self.padded_bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out), in x's dtype."""
@@ -309,15 +311,8 @@ class Int8PanelLinear(nn.Module):
         rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         out = torch.empty(len(x), len(self.padded_bias), dtype=rows.dtype)
         use_openmp_threads(torch.get_num_threads())
-        multiply(
-            as_numpy(rows.contiguous()),
-            self.words,
-            self.starts,
-            self.padded_scales,
-            self.padded_bias,
-            self.activation is not None,
-            as_numpy(out),
-        )
+        is_activated = self.activation is not None
+        multiply(as_numpy(rows.contiguous()), *self.arrays, is_activated, as_numpy(out))
         if len(self.padded_bias) > self.out_features:
             out = out[:, : self.out_features]
         return out.to(x.dtype)

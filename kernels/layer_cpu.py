@@ -11,7 +11,8 @@ just replaced that code. So what lies between two products is compiled together 
     └─> c_proj ─> + x ─> ln_2 ─> c_fc ─> gelu ─> c_proj ─> + y         one call; y = c_proj + x
 
 One sequence then takes 6.8 in place of 8.0 ms a step (AMD EPYC, two threads that share a path to
-memory). The socket stays: a layer knows neither the pool nor the batch. Sums are float32. A row's
+memory). The socket stays: a layer knows neither the pool nor the batch. (The engine's own steps are
+compiled as a whole, from the same functions: `step_cpu.py`.) Sums are float32. A row's
 LayerNorm adds its numbers in one order, so the row has the same bits alone and in any batch. In
 bfloat16 the inputs of each product are rounded, and so is each sum with the residual stream.
 
@@ -25,8 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.int8_linear_cpu import Int8PanelLinear
+from kernels.int8_linear_cpu import multiply as int8_multiply
 from kernels.linear_cpu import PanelLinear, multiply
 from kernels.numba_tools import (
+    HAS_NUMBA,
     as_numpy,
     compiled,
     compiled_parallel,
@@ -37,7 +41,33 @@ from kernels.numba_tools import (
 )
 from model import ALL_ROWS, Attend, Layer
 
+if HAS_NUMBA:
+    from numba.extending import overload
+
 Arrays = tuple[np.ndarray, ...]
+
+
+def product(x, weights, must_activate, out):
+    """out = x w + bias: `multiply` of linear_cpu.py, or of int8_linear_cpu.py.
+
+    x (N, inputs) is float32, or uint16 for bfloat16; weights are the `arrays` of a `PanelLinear` or
+    an `Int8PanelLinear`. out may have more than N rows.
+    """
+
+
+if HAS_NUMBA:
+
+    @overload(product)
+    def _product(x, weights, must_activate, out):
+        def multiply_panels(x, weights, must_activate, out):
+            w, bias = weights
+            multiply(x.view(w.dtype), w, bias, must_activate, out)
+
+        def multiply_integers(x, weights, must_activate, out):
+            w, starts, scales, bias = weights
+            int8_multiply(x, w, starts, scales, bias, must_activate, out)
+
+        return multiply_panels if len(weights) == 2 else multiply_integers
 
 
 @compiled
@@ -58,30 +88,35 @@ def normalize_row(x, gain, shift, eps, out):
 
 
 @compiled_parallel
-def normalize_and_multiply(x, gain, shift, eps, w, bias, scratch, out):
-    """out = LayerNorm(x) w + bias. x (N, C) is float32, or uint16 for bfloat16; as `multiply`."""
-    _, normal, _ = scratch
+def normalize_and_multiply(x, before, scratch, out):
+    """out = LayerNorm(x) w + bias. x (N, C) is float32, or uint16 for bfloat16.
+
+    `before` holds a LayerNorm's `numbers_of` and a product's `arrays`; scratch is `Scratch.rows`.
+    """
+    (gain, shift, eps), weights = before
+    normal = scratch[1][: len(x)]
     for row in prange(len(x)):
         normalize_row(x[row], gain, shift, eps, normal[row])
-    multiply(normal.view(w.dtype), w, bias, False, out)
+    product(normal, weights, False, out)
 
 
 @compiled_parallel
-def finish_layer(
-    attended, x, w_o, bias_o, gain, shift, eps, w_fc, bias_fc, w_p, bias_p, scratch, out
-):  # fmt: skip
+def finish_layer(attended, x, after, scratch, out):
     """out (M, C) = y + MLP(LayerNorm(y)), where y = x + c_proj(attended).
 
-    attended, x and out are (M, C) float32, or uint16 for bfloat16. `*_o` belong to attention's
-    c_proj, `*_fc` and `*_p` to the MLP's c_fc and c_proj. Its activation is GPT-2's.
+    attended, x and out are (M, C) float32, or uint16 for bfloat16. `after` holds the `arrays` of
+    attention's c_proj, the numbers of ln_2, and the arrays of the MLP's c_fc and c_proj. The
+    activation is GPT-2's.
     """
+    c_proj, (gain, shift, eps), c_fc, mlp_proj = after
     sums, normal, wide = scratch
-    multiply(attended.view(w_o.dtype), w_o, bias_o, False, sums)
+    normal, wide = normal[: len(x)], wide[: len(x)]
+    product(attended, c_proj, False, sums)
     for row in prange(len(x)):
         add_row(x[row], sums[row], out[row])  # out holds y until the last line
         normalize_row(out[row], gain, shift, eps, normal[row])
-    multiply(normal.view(w_fc.dtype), w_fc, bias_fc, True, wide)
-    multiply(wide.view(w_p.dtype), w_p, bias_p, False, sums)
+    product(normal, c_fc, True, wide)
+    product(wide, mlp_proj, False, sums)
     for row in prange(len(x)):
         add_row(out[row], sums[row], out[row])
 
@@ -105,13 +140,16 @@ class Scratch(threading.local):
         self.arrays = {}
 
     def rows(self, num_rows: int, widths: tuple[int, int, int], dtype: np.dtype) -> Arrays:
-        """Sums (rows, widths[0]) in float32, and two arrays of the other widths and the dtype."""
+        """Sums (rows, widths[0]) in float32, and two arrays of the other widths and the dtype.
+
+        They have `num_rows` rows or more.
+        """
         kept = self.arrays.get((widths, dtype))
         if kept is None or len(kept[0]) < num_rows:
             kinds = np.float32, dtype, dtype
             kept = tuple(np.empty((num_rows, w), kind) for w, kind in zip(widths, kinds))
             self.arrays[widths, dtype] = kept
-        return kept[0][:num_rows], kept[1][:num_rows], kept[2][:num_rows]
+        return kept
 
 
 scratch = Scratch()
@@ -125,19 +163,8 @@ class PanelLayer(Layer):
         self.training = layer.training
         for name, module in layer.named_children():
             self.add_module(name, module)
-        attn, mlp = layer.attn, layer.mlp
-        self.before = (*numbers_of(layer.ln_1), attn.c_attn.words, attn.c_attn.padded_bias)
-        self.after = (
-            attn.c_proj.words,
-            attn.c_proj.padded_bias,
-            *numbers_of(layer.ln_2),
-            mlp.c_fc.words,
-            mlp.c_fc.padded_bias,
-            mlp.c_proj.words,
-            mlp.c_proj.padded_bias,
-        )
-        C = attn.c_proj.out_features
-        self.widths = len(attn.c_proj.padded_bias), C, len(mlp.c_fc.padded_bias)
+        self.before, self.after = arrays_of(layer)
+        self.widths = scratch_widths(layer)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | slice) -> Tensor:
         """(N, C) -> (M, C): the hidden states of `rows` after this layer."""
@@ -149,7 +176,7 @@ class PanelLayer(Layer):
         qkv = torch.empty(len(x), len(attn.c_attn.padded_bias), dtype=x.dtype)
         numbers = as_numpy(x)
         own = scratch.rows(len(x), self.widths, numbers.dtype)
-        normalize_and_multiply(numbers, *self.before, own, as_numpy(qkv))
+        normalize_and_multiply(numbers, self.before, own, as_numpy(qkv))
         qkv = qkv[:, : attn.c_attn.out_features].view(len(x), 3, attn.n_head, -1)
         q, k, v = qkv.unbind(1)  # (N, H, D) each
         if attn.q_scale != 1.0:
@@ -157,10 +184,10 @@ class PanelLayer(Layer):
         attended = attend(attn.layer, q, k, v).flatten(1).contiguous()
         if rows is not ALL_ROWS:
             attended, x = attended[rows], x[rows]
-            numbers, own = as_numpy(x), scratch.rows(len(x), self.widths, numbers.dtype)
+            numbers = as_numpy(x)
         out = torch.empty_like(x)
         use_openmp_threads(torch.get_num_threads())  # attention may have used fewer
-        finish_layer(as_numpy(attended), numbers, *self.after, own, as_numpy(out))
+        finish_layer(as_numpy(attended), numbers, self.after, own, as_numpy(out))
         return out
 
 
@@ -173,14 +200,29 @@ def numbers_of(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray, np.float32]:
     )
 
 
+def arrays_of(layer: Layer) -> tuple[tuple, tuple]:
+    """What the compiled functions read of a layer, before its attention and after it."""
+    attn, mlp = layer.attn, layer.mlp
+    before = numbers_of(layer.ln_1), attn.c_attn.arrays
+    return before, (attn.c_proj.arrays, numbers_of(layer.ln_2), mlp.c_fc.arrays, mlp.c_proj.arrays)
+
+
+def scratch_widths(layer: Layer) -> tuple[int, int, int]:
+    """The widths that `Scratch.rows` takes for a layer."""
+    attn, mlp = layer.attn, layer.mlp
+    return len(attn.c_proj.padded_bias), attn.c_proj.out_features, len(mlp.c_fc.padded_bias)
+
+
 def can_compile_layer(layer: Layer) -> bool:
-    """Whether all products of a layer are panels, which need no padding of their inputs.
+    """Whether all products of a layer are panels of one kind, whose inputs need no padding.
 
     Its activation must be GPT-2's. In bfloat16 the processor must multiply pairs: otherwise a
-    product takes its inputs in float32.
+    product takes its inputs in float32. (Panels of integers round any input, and pad it.)
     """
     products = layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj
-    if not all(isinstance(one, PanelLinear) and not one.padding_in for one in products):
-        return False
-    takes_its_dtype = products[0].dtype == torch.float32 or products[0].has_pairs
-    return takes_its_dtype and layer.mlp.c_fc.activation == "gelu_new"
+    kinds = {type(one) for one in products}
+    if kinds == {PanelLinear}:
+        takes_its_dtype = products[0].dtype == torch.float32 or products[0].has_pairs
+        if any(one.padding_in for one in products) or not takes_its_dtype:
+            return False
+    return kinds <= {PanelLinear, Int8PanelLinear} and layer.mlp.c_fc.activation == "gelu_new"

@@ -414,6 +414,7 @@ class PanelLinear(nn.Module):
         self.words = panels.view(word).view(num_panels, num_words, PANEL).numpy()
         self.has_pairs = per_word == 2 and can_multiply_pairs()
         self.padded_bias = F.pad(bias.float(), (0, self.padding_out)).numpy()
+        self.arrays = self.words, self.padded_bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out), in x's dtype."""

@@ -1,9 +1,9 @@
-"""Numba, and six operations that it lacks: widen and narrow numbers, scales, 2^x, two prefetches.
+"""Numba, and seven operations that it lacks: widen and narrow numbers, scales, 2^x and others.
 
 Numba translates a loop over tokens, heads and dimensions from Python to machine code at its first
 call and keeps the result on disk. Python itself would compute a few million products a second; a
-core computes billions. The CPU kernels of this wing need six operations that NumPy and Numba do not
-have:
+core computes billions. The CPU kernels of this wing need seven operations that NumPy and Numba do
+not have:
 
     widen(x)               bfloat16 to float32:  0x3fc0 -> 0x3fc00000 = 1.5
     narrow(x, out)         float32 to the dtype of out: bfloat16 is rounded, ties to even
@@ -11,6 +11,7 @@ have:
     power_of_two(x)        2^x as ten instructions that LLVM can apply to 16 numbers at a time
     prefetch(a, i)         start loading 256 numbers from a[i] on, without waiting for them
     prefetch_line(a, i)    start loading the cache line of a[i]
+    arrays_at(t, places)   arrays like those in the tuple t, which begin at other addresses
 
 `flat_memory` gives a tensor to Numba as a one-dimensional array, because LLVM uses vector
 instructions only where it knows that elements are adjacent. Without Numba this file can be imported
@@ -22,6 +23,7 @@ Lam, Pitrou and Seibert 2015, "Numba: a LLVM-based Python JIT compiler", LLVM-HP
 """
 
 import functools
+import itertools
 import math
 import threading
 import warnings
@@ -56,7 +58,8 @@ def compiled(function: Callable, **options) -> Callable:
 
     The function releases the interpreter's lock (GIL) while it runs, so that threads run in
     parallel. Numba compiles it again when the function's own file changes, but not when a file
-    that it imports changes: after an edit in this file, delete kernels/__pycache__.
+    that it imports changes: after an edit in this file, or in another one whose compiled functions
+    others call, delete kernels/__pycache__.
     """
     if not HAS_NUMBA:
         return function
@@ -145,7 +148,7 @@ def worker_threads(process_id: int, num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="attention")
 
 
-# ---- six operations that Numba lacks -------------------------------------------------------------
+# ---- seven operations that Numba lacks -----------------------------------------------------------
 def widen(x):
     """A number of the pool as float32 or float64; bfloat16 is the upper half of a float32."""
 
@@ -171,6 +174,13 @@ def prefetch(array, index):
 
 def prefetch_line(array, index):
     """Start loading the cache line of array[index]; harmless at any index."""
+
+
+def arrays_at(arrays, addresses):
+    """The same arrays, in tuples of tuples, but array i begins at addresses[i] (int64).
+
+    The caller keeps alive what lies there.
+    """
 
 
 # The Taylor series of e^(f ln 2) = 2^f: its coefficients are ln(2)^i / i!.
@@ -269,6 +279,29 @@ if HAS_NUMBA:
             return emit_prefetch(context, builder, array, args, CACHE_LINE_BYTES)
 
         return types.void(array, types.int64), generate
+
+    @intrinsic
+    def arrays_at(typingctx, arrays, addresses):  # noqa: F811, D103
+        def generate(context, builder, signature, args):
+            table = context.make_array(addresses)(context, builder, args[1]).data
+            index = itertools.count()
+
+            def move(kind, value):
+                if isinstance(kind, types.BaseTuple):
+                    items = cgutils.unpack_tuple(builder, value)
+                    return context.make_tuple(builder, kind, list(map(move, kind.types, items)))
+                if not isinstance(kind, types.Array):
+                    return value
+                array = context.make_array(kind)(context, builder, value)
+                address = builder.load(builder.gep(table, [ir.IntType(64)(next(index))]))
+                array.data = builder.inttoptr(address, array.data.type)
+                array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                array.parent = cgutils.get_null_value(array.parent.type)
+                return array._getvalue()
+
+            return move(arrays, args[0])
+
+        return arrays(arrays, addresses), generate
 
 
 # ---- intrinsics: functions that write LLVM's language --------------------------------------------

@@ -10,6 +10,7 @@ from parallel import in_new_process
 from kernels.numba_tools import (
     FASTMATH,
     HAS_NUMBA,
+    arrays_at,
     as_numpy,
     compiled,
     compiled_parallel,
@@ -133,11 +134,25 @@ def test_flat_memory_begins_at_a_views_first_element_and_is_the_same_memory(dtyp
     assert tensor[1, 0, 1] == 7
 
 
+@fresh
+def sums_at(arrays, addresses):
+    (first, factor), second = arrays_at(arrays, addresses)
+    return first.sum() * factor, second.sum(), second[1, 0]
+
+
+@needs_numba
+def test_arrays_of_the_same_shapes_are_found_by_their_addresses():
+    ones, twos = np.ones(3, np.float32), np.full((2, 2), 2, np.int64)
+    other, table = np.arange(3, dtype=np.float32), np.arange(4).reshape(2, 2)
+    addresses = np.array([other.ctypes.data, table.ctypes.data])
+    assert sums_at(((ones, 10.0), twos), addresses) == (30, 6, 2)
+
+
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
 import torch
-from kernels import attention_cpu, linear_cpu, packed_linear, prefill_cpu
+from kernels import attention_cpu, linear_cpu, packed_linear, prefill_cpu, step_cpu
 from worlds import World
 attention_cpu.demo()
 linear_cpu.demo()
