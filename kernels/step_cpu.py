@@ -7,10 +7,10 @@ Here all layers, the writes to the pool, attention and the output head are one f
     x ─> [ ln_1 ─> c_attn ─> write K and V ─> attention ─> c_proj ─> .. ─> + ] x n_layer ─> logits
 
 It calls the compiled functions that `layer_cpu.py` and `attention_cpu.py` call from Python. The
-model's socket serves one layer, so this is not a function for the socket: it is a `forward` for the
-engine, like `fused_forward` on a GPU. It takes every batch, prompts too, so a sequence has the same
-bits in each of them. A step of one sequence takes 4.0 in place of 5.1 ms, of
-four 5.8 in place of 7.1 (AMD EPYC, bfloat16, two threads).
+model's socket serves one layer. So this is no function for the socket but a `forward` for the
+engine, as `fused_forward` is on a GPU. It takes every batch, prompts too, so a sequence has the
+same bits in each of them. A step of one sequence takes 4.0 in place of 5.1 ms, one of four 5.8 in
+place of 7.1 (AMD EPYC, bfloat16, two threads).
 
 A compiled function cannot index a list of layers, each of them a dozen arrays. But all layers have
 the same shapes. So it takes the arrays of the first one, and a table of the addresses of all.
