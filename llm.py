@@ -106,7 +106,7 @@ class EngineConfig:
     max_num_seqs: int = option(256, "sequences in one step at most")
     # A prompt of so many tokens keeps all decoding sequences waiting for one long step.
     max_num_batched_tokens: int | None = option(
-        None, "tokens in one step at most; if not given, 2048, and 8192 on a GPU"
+        None, "tokens in one step at most; if not given, 2048, and 8192 on a large GPU"
     )
     max_seq_len: int | None = option(None, "tokens in one sequence; if not given, as the model")
     enable_prefix_caching: bool = option(True, "prompts that begin alike share blocks")
@@ -163,9 +163,12 @@ class EngineConfig:
 def default_budget(device: torch.device) -> int:
     """Tokens in one step at most. On an H200 8,192 served 256 requests 1.5 times as fast as 2,048.
 
-    There a step of prompts takes as long as the host needs to launch it, few tokens or many.
+    There a step of prompts takes as long as the host needs to launch it, few tokens or many. With
+    less than 40 GB a GPU has little room for the results of so many tokens beside its pool.
     """
-    return 8192 if device.type == "cuda" else 2048
+    if device.type == "cpu":
+        return 2048
+    return 8192 if torch.cuda.get_device_properties(device).total_memory > 40e9 else 2048
 
 
 # ---- the tokenizer and the pool's size -----------------------------------------------------------

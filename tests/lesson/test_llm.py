@@ -7,6 +7,7 @@ asserted, never its words.
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,18 +288,22 @@ def test_auto_is_the_gpu_where_there_is_one_and_bfloat16_where_it_has_it(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "want"),
+    ("options", "memory_gb", "want"),
     [
-        ({}, "cpu", 2048),
-        ({}, "cuda", 8192),
-        ({"max_num_batched_tokens": 6}, "cuda", 6),
+        ({}, None, 2048),  # no GPU
+        ({}, 24, 2048),
+        ({}, 80, 8192),
+        ({"max_num_batched_tokens": 6}, 80, 6),
     ],
 )
-def test_a_step_has_more_tokens_on_a_gpu_where_no_number_is_given(
-    options, device, want, tiny_gpt, monkeypatch
+def test_a_step_has_more_tokens_on_a_large_gpu_where_no_number_is_given(
+    options, memory_gb, want, tiny_gpt, monkeypatch
 ):
-    default = llm_module.default_budget
-    monkeypatch.setattr(llm_module, "default_budget", lambda _: default(torch.device(device)))
+    if memory_gb:
+        gpu = SimpleNamespace(total_memory=memory_gb * 1e9)
+        default, device = llm_module.default_budget, torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        monkeypatch.setattr(llm_module, "default_budget", lambda _: default(device))
     llm = LLM(tiny_gpt(), num_blocks=8, **options)
     assert llm.config.max_num_batched_tokens == want
     assert llm.engine.scheduler.max_num_batched_tokens == want
