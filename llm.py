@@ -420,15 +420,16 @@ class LLM:
         eager = self._build_forward(cache)
         recorded = self._record_steps(cache, eager, launcher) if launcher else None
         engine_class, options = self._choose_engine(recorded)
+        forward, draw = self._adapt_threads(recorded or eager, self._choose_draw())
         return engine_class(
-            forward=recorded or eager,
+            forward=forward,
             cache=cache,
             scheduler=scheduler,
             vocab_size=shape.vocab_size,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
             seed=config.seed,
-            draw=self._choose_draw(),
+            draw=draw,
             **options,
         )
 
@@ -542,7 +543,7 @@ class LLM:
         kernels = self._load_kernels()
         eager = eager_forward(self.model, cache, kernels.paged_attention, kernels.write_kv)
         if not self.config.fused:
-            return self._adapt_threads(self._compile_step(cache) or eager)
+            return self._compile_step(cache) or eager
         if self.backend != "triton":
             raise ValueError(f"fused is for backend triton, it is {self.backend}: leave it out")
         from kernels.triton_fused import fused_forward  # for fused=True only
@@ -558,16 +559,17 @@ class LLM:
 
         return step_forward(self.model, cache) if can_compile_step(self.model, cache) else None
 
-    def _adapt_threads(self, eager: Forward) -> Forward:
-        """On a CPU, a forward that uses fewer threads while other processes take its cores."""
+    def _adapt_threads(self, forward: Forward, draw: Draw) -> tuple[Forward, Draw]:
+        """On a CPU, both on fewer threads while other processes take its cores."""
         # Ranks wait for one another, so their times say nothing about other processes.
         if not self.config.adapt_threads or self.backend != "numba" or self.ranks is not None:
-            return eager
+            return forward, draw
         if isinstance(self.model.lm_head, torch.nn.Linear):  # a library's product
-            return eager
+            return forward, draw
         from speedups.adapt_threads import adapt_threads, has_own_products  # for wide models only
 
-        return adapt_threads(eager) if has_own_products(self.model) else eager
+        is_wide = has_own_products(self.model)
+        return adapt_threads(forward, draw) if is_wide else (forward, draw)
 
     # ---- recorded steps: on a GPU only ----
     def _rehearse_steps(self, launcher: "Calls | Graphs") -> object:

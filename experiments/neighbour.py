@@ -31,6 +31,7 @@ from experiments.results import Measurement, device_name
 from experiments.speed import model_columns, threads_for
 from kv_cache import Batch, Row, make_batch
 from llm import LLM
+from sampling import draw_tokens
 from speedups.adapt_threads import adapt_threads
 
 BLOCK_SIZE = 16
@@ -77,7 +78,7 @@ def time_round(
     forward: Forward, batch: Batch, way: str, is_busy: bool, num_steps: int, threads: int
 ) -> float:
     """Milliseconds of a step, the mean of a round."""
-    chosen = adapt_threads(forward) if way == ADAPTED else forward
+    chosen = adapt_threads(forward, draw_tokens)[0] if way == ADAPTED else forward
     torch.set_num_threads(threads - 1 if way == FEWER else threads)
     with neighbour() if is_busy else nullcontext():
         begun = time.perf_counter()

@@ -17,6 +17,9 @@ Two steps in a row that miss a part of a core (MISSING) are followed by one with
 had a core. Unless that one is slower, the next steps go on so; then all threads are tried again. An
 idle machine only reads the two clocks, and where a thread has merely slept one step is lost.
 
+The draw of the tokens uses as many threads as the forward will. A second thread that helps it for
+0.1 ms would keep waiting in a loop for its next task, on the core that the step has left.
+
 It is for models whose products are Numba's: these have the same bits on any number of threads. A
 library's product may add in another order, and a text must not depend on a neighbour. The number of
 threads that the user has set is back after each step.
@@ -31,9 +34,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine import Forward
+from engine import Draw, Forward
 from kv_cache import Batch
 from model import GPT
+from sampling import SampleRows
 
 # Of GPT-2's decode steps on two cores, idle ones had 1.55 cores (int8, 4 sequences) to 2.2, and all
 # but a few with a busy neighbour 1.05 to 1.57. Two in a row must have fewer than 1.55.
@@ -41,7 +45,7 @@ MISSING = 0.45  # cores
 # On trial, fewer threads may take so much longer. With a neighbour one step in five on all threads
 # takes twice to four times as long as the others, and the trial follows any of them.
 TOLERANCE = 1.15
-FIRST_PAUSE, LONGEST_PAUSE = 16, 64  # steps until all threads are tried again
+FIRST_PAUSE, LONGEST_PAUSE = 32, 128  # steps until all threads are tried again
 
 
 class Step(NamedTuple):
@@ -112,16 +116,16 @@ def has_own_products(model: GPT) -> bool:
     return isinstance(model.lm_head, PanelLinear | Int8PanelLinear)
 
 
-def adapt_threads(forward: Forward) -> Forward:
-    """The same forward on the number of threads that a `ThreadChoice` finds, for a CPU.
+def adapt_threads(forward: Forward, draw: Draw) -> tuple[Forward, Draw]:
+    """The same two functions on the number of threads that a `ThreadChoice` finds, for a CPU.
 
-    Returns `forward` itself on Windows, whose clock of CPU time advances in steps of 16 ms.
+    Returns them as they are on Windows, whose clock of CPU time advances in steps of 16 ms.
     """
     if sys.platform == "win32":
-        return forward
+        return forward, draw
     choice = ThreadChoice()
 
-    def adapted(batch: Batch) -> Tensor:
+    def adapted_forward(batch: Batch) -> Tensor:
         num_threads = torch.get_num_threads()
         if num_threads == 1:
             return forward(batch)
@@ -135,4 +139,12 @@ def adapt_threads(forward: Forward) -> Forward:
         choice.observe(num_threads, Step(len(batch.input_ids), seconds, cpu_seconds))
         return logits
 
-    return adapted
+    def adapted_draw(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
+        num_threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(choice.choose(num_threads))
+            return draw(logits, rows)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    return adapted_forward, adapted_draw

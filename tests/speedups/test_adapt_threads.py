@@ -8,6 +8,7 @@ from kernels.packed_linear import pack
 from kv_cache import Row, make_batch
 from llm import LLM, SamplingParams
 from model import GPT, GPTConfig
+from sampling import draw_tokens
 from speedups import adapt_threads as module
 from speedups.adapt_threads import Step, ThreadChoice, adapt_threads, has_own_products
 
@@ -44,19 +45,19 @@ def test_one_step_that_misses_a_core_changes_nothing():
         assert run(choice, times, 1) == [2]
 
 
-def test_with_a_neighbour_one_step_in_16_then_32_then_64_tries_all_threads():
+def test_with_a_neighbour_one_step_in_32_then_64_then_128_tries_all_threads():
     used = run(ThreadChoice(), BUSY, 300)
     # A trial counts as one step of 1 thread, and the pause begins behind it.
-    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 19, 53, 119, 185, 251]
+    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 35, 101, 231]
     assert set(used) == {1, 2}
 
 
 def test_when_the_neighbour_has_gone_all_threads_come_back_and_pauses_are_short_again():
     choice = ThreadChoice()
     run(choice, BUSY, 130)
-    assert run(choice, IDLE, 100)[-30:] == [2] * 30
+    assert run(choice, IDLE, 140)[-30:] == [2] * 30
     used = run(choice, BUSY, 40)
-    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 19]
+    assert [i for i, n in enumerate(used) if n == 2] == [0, 1, 35]
 
 
 def test_short_steps_of_few_cores_are_no_neighbour():
@@ -67,7 +68,7 @@ def test_short_steps_of_few_cores_are_no_neighbour():
 def test_fewer_threads_that_are_slower_cost_one_step():
     """Threads that sleep use no CPU time either: a trial shows that nobody took their cores."""
     used = run(ThreadChoice(), {2: (1.0, 1.5), 1: (1.3, 1.0)}, 100)
-    assert [i for i, n in enumerate(used) if n == 1] == [2, 19, 52]
+    assert [i for i, n in enumerate(used) if n == 1] == [2, 35]
 
 
 def test_a_step_on_all_threads_that_was_lucky_does_not_end_the_choice():
@@ -140,16 +141,16 @@ def adapted_forward(clocks, times):
         clocks.cpu_seconds += seconds * cores
         return torch.ones(1)
 
-    return adapt_threads(forward), seen
+    return adapt_threads(forward, draw_tokens)[0], seen
 
 
 def test_a_forward_runs_on_the_chosen_threads_and_the_user_s_number_is_kept(clocks, set_threads):
     set_threads(2)
     adapted, seen = adapted_forward(clocks, BUSY)
-    for _ in range(20):
+    for _ in range(36):
         assert adapted(BATCH) == 1
         assert torch.get_num_threads() == 2
-    assert seen == [2, 2] + [1] * 17 + [2]
+    assert seen == [2, 2] + [1] * 33 + [2]
     set_threads(1)
     adapted(BATCH)
     assert seen[-1] == torch.get_num_threads() == 1
@@ -171,7 +172,7 @@ def test_the_user_s_number_is_back_after_an_error(clocks, set_threads):
             raise KeyboardInterrupt
 
     set_threads(2)
-    adapted = adapt_threads(forward)
+    adapted, _ = adapt_threads(forward, draw_tokens)
     adapted(BATCH)
     adapted(BATCH)
     with pytest.raises(KeyboardInterrupt):
@@ -181,14 +182,37 @@ def test_the_user_s_number_is_back_after_an_error(clocks, set_threads):
 
 def test_with_one_thread_no_clock_is_read(clocks, set_threads, monkeypatch):
     set_threads(1)
-    adapted = adapt_threads(lambda batch: torch.get_num_threads())
+    adapted, _ = adapt_threads(lambda batch: torch.get_num_threads(), draw_tokens)
     monkeypatch.setattr(module, "time", None)
     assert adapted(BATCH) == 1
 
 
-def test_on_windows_it_is_the_same_forward(monkeypatch):
+def test_the_draw_uses_the_threads_of_the_next_forward(clocks, set_threads):
+    used = []
+
+    def draw(logits, rows):
+        used.append(torch.get_num_threads())
+        if rows == "fails":
+            raise KeyboardInterrupt
+        return logits, rows
+
+    def forward(batch):
+        clocks.seconds += 1
+        clocks.cpu_seconds += 1.5
+
+    set_threads(2)
+    adapted_forward, adapted_draw = adapt_threads(forward, draw)
+    for _ in range(3):
+        adapted_forward(BATCH)
+        assert adapted_draw("logits", "rows") == ("logits", "rows")
+    with pytest.raises(KeyboardInterrupt):
+        adapted_draw("logits", "fails")
+    assert used == [2, 1, 1, 1] and torch.get_num_threads() == 2
+
+
+def test_on_windows_both_are_as_they_were(monkeypatch):
     monkeypatch.setattr(module.sys, "platform", "win32")
-    assert adapt_threads(len) is len
+    assert adapt_threads(len, draw_tokens) == (len, draw_tokens)
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -199,7 +223,10 @@ def wide_gpt():
 
 
 def adapts(llm):
-    return llm.engine.forward.__module__ == "speedups.adapt_threads"
+    both = llm.engine.forward, llm.engine.sampler.draw
+    found = {function.__module__ == "speedups.adapt_threads" for function in both}
+    assert len(found) == 1, "one of the two alone"
+    return found == {True}
 
 
 @needs_panels
