@@ -11,10 +11,10 @@ just replaced that code. So what lies between two products is compiled together 
     └─> c_proj ─> + x ─> ln_2 ─> c_fc ─> gelu ─> c_proj ─> + y         one call; y = c_proj + x
 
 One sequence then takes 6.8 in place of 8.0 ms a step (AMD EPYC, two threads that share a path to
-memory). The socket stays: a layer knows neither the pool nor the batch. (The engine's own steps are
-compiled as a whole, from the same functions: `step_cpu.py`.) Sums are float32. A row's
-LayerNorm adds its numbers in one order, so the row has the same bits alone and in any batch. In
-bfloat16 the inputs of each product are rounded, and so is each sum with the residual stream.
+memory). The socket stays: a layer knows neither the pool nor the batch. The engine compiles its own
+steps as a whole, from the same functions (`step_cpu.py`). Sums are float32. A row's LayerNorm adds
+its numbers in one order, so the row has the same bits alone and in any batch. In bfloat16 the
+inputs of each product are rounded, and so is each sum with the residual stream.
 
 Checked by tests/kernels/test_layer_cpu.py, against the layer's own modules in float64.
 Ba et al. 2016, "Layer Normalization", arXiv:1607.06450.
